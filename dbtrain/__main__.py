@@ -1,0 +1,135 @@
+"""The door: verbs, their arguments, and what a user sees when something is wrong."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dbtrain import __version__
+from dbtrain.config import Config
+from dbtrain.errors import ConfigError, os_problem
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help=__import__("dbtrain").__doc__)  # fmt: skip
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the subject")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings put over the file's")
+]
+
+
+def _call(module: str, name: str, *args: object, **kwargs: object) -> object:
+    """A verb's function, imported only now: help and config errors need no torch."""
+    importlib.import_module("dbtrain.log").start()
+    return getattr(importlib.import_module(f"dbtrain.{module}"), name)(*args, **kwargs)
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Photos (and class images) to shards of VAE latents and a prompt table."""
+    _call("prepare", "prepare", Config.load(config, overrides or ()))
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Shards to an adapter; goes on from the newest checkpoint."""
+    _call("train", "train", Config.load(config, overrides or ()))
+
+
+@app.command()
+def export(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint to export (default: the newest)")] = None,
+) -> None:
+    """A checkpoint to the file that Diffusers loads."""
+    _call("export", "export", Config.load(config, overrides or ()), step)
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """prepare, train, export and sample in one go; what is done already is skipped."""
+    cfg = Config.load(config, overrides or ())
+    _call("prepare", "prepare", cfg)
+    _call("train", "train", cfg)
+    _call("sample", "sample_run", cfg)
+
+
+@app.command()
+def sample(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may stand several times")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:SCALE]",
+            help="run folder or adapter file; several times for a row each, joined by + to mix, "
+            "'none' for the bare base (default: the config's run)",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of the first image")] = None,
+    images: Annotated[int | None, typer.Option(help="images for each prompt")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder (default: in the run's samples/)")] = None,
+) -> None:
+    """Pictures of prompts with one or more adapters, and a contact sheet."""
+    extra = [f"sample.seed={seed}"] if seed is not None else []
+    extra += [f"sample.images={images}"] if images is not None else []
+    cfg = Config.load(config, [*(overrides or ()), *extra])
+    _call("sample", "sample", cfg, prompt or cfg.sample.prompts, adapter or [cfg.run_dir], out)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def entry() -> None:
+    """Run a verb and end with its exit code: 0 done, 2 the user can fix it, 1 a bug."""
+    code = 1
+    try:
+        app(standalone_mode=True)
+        code = 0
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except ConfigError as error:
+        code = _refuse(error)
+    except OSError as error:
+        try:
+            code = _refuse(ConfigError(os_problem(error)))
+        except OSError:
+            traceback.print_exc()
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            first = str(error).splitlines()[0]
+            cure = "lower train.micro_batch, or set train.gradient_checkpointing"
+            code = _refuse(ConfigError(f"{first} {cure}"))
+        else:
+            traceback.print_exc()
+    if "dbtrain.dist" in sys.modules:
+        sys.modules["dbtrain.dist"].finish(code)
+    sys.exit(code)
+
+
+def _refuse(error: ConfigError) -> int:
+    """Tell the user what to fix. What all ranks know is said once a node; else the rank has a name."""
+    distributed = "dbtrain.dist" in sys.modules and sys.modules["dbtrain.dist"].is_initialized()
+    alone = distributed and not error.shared
+    who = f"rank {os.environ['RANK']}: " if alone else ""
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        for problem in error.problems:
+            print(f"error: {who}{problem}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,165 @@
+"""Checkpoints: adapter, moments and an integer; written whole or not at all, resumed exactly.
+
+Data order, randomness and learning rate are functions of the step, so nothing else needs saving.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from dbtrain import adapters, dist, files, log, optim
+from dbtrain.adapters import AdapterState
+from dbtrain.config import Config
+from dbtrain.data.shards import Manifest
+from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family
+from dbtrain.keys import content_key
+from dbtrain.network import DreamBooth
+from dbtrain.pretrained import Pretrained
+
+STATE = "state.json"
+WEIGHTS = "adapter_model.safetensors"  # file names and key prefix as PEFT has them
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir())
+
+
+def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint can only be continued with, by the config key a user knows it by.
+
+    Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision and
+    ranks may change: the data and the noise of a step do not depend on them.
+    """
+    adapter = cfg.adapter.model_dump(mode="json") | {"alpha": cfg.adapter.alpha or cfg.adapter.rank}
+    base_content = [base.key(part) for part in (family.denoiser, "scheduler")]
+    return {
+        "seed": cfg.seed,
+        "model.path": f"content {content_key(base_content)[:12]}",
+        "data.shards": f"content {content_key(manifest.model_dump(mode='json', exclude={'base'}))[:12]}",
+        **{f"adapter.{key}": value for key, value in adapter.items()},
+        **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
+        "train.global_batch": cfg.train.global_batch,
+    }
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: DreamBooth,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    who: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`."""
+    with dist.agreed():
+        if dist.is_main():
+            path = run_dir / "checkpoints" / f"step-{step:06d}"
+            files.write_folder_atomically(path, lambda part: _fill(part, step, model, optimizer, scaler, who))
+            for old in folders(run_dir)[:-keep]:
+                shutil.rmtree(old)
+
+
+def _fill(
+    part: Path,
+    step: int,
+    model: DreamBooth,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    who: Mapping[str, Any],
+) -> None:
+    for component, module in model.trained.items():
+        adapter = adapters.collect(module)
+        (part / component).mkdir()
+        named = {PEFT_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
+        files.write(part / component / WEIGHTS, safetensors.torch.save(named, {"format": "pt"}))
+        files.write(part / component / ADAPTER_CONFIG, json.dumps(adapter.config, indent=1) + "\n")
+    moments = optim.state(optimizer, model.trainable())
+    files.write(part / "optimizer.safetensors", safetensors.torch.save(moments))
+    written = {str(path.relative_to(part)): files.sha256_of(path) for path in part.rglob("*.*")}
+    state = {"step": step, "identity": who, "scaler": scaler.state_dict(), "files": written}
+    files.write(part / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def latest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state; says which ones are not."""
+    for path in reversed(folders(run_dir)):
+        try:
+            return path, read_state(path)
+        except ConfigError as problem:
+            log.say(f"{problem}; trying the one before it")
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises ConfigError if one of its files is missing or altered."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        odd = [name for name, sha in state["files"].items() if files.sha256_of(path / name) != sha]
+    except (ValueError, KeyError, FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"checkpoint {path} is damaged: {error}") from error
+    if odd:
+        raise ConfigError(f"checkpoint {path} is damaged: {', '.join(odd)} differs from its sha256")
+    return state
+
+
+def load_latest(
+    run_dir: Path,
+    model: DreamBooth,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    who: Mapping[str, Any],
+) -> int:
+    """Put the newest whole checkpoint into the model and its optimizer; the step it was taken at.
+
+    0 if there is none. Rank 0 chooses. Raises ConfigError that names each setting by which the run
+    differs from the one that is to be continued.
+    """
+    with dist.agreed():
+        found = latest(run_dir) if dist.is_main() else None
+    name = dist.from_main(found and found[0].name)
+    if name is None:
+        return 0
+    path = run_dir / "checkpoints" / name
+    with dist.agreed():
+        state = read_state(path)
+        check_identity(path, state["identity"], who)
+        for component, module in model.trained.items():
+            adapters.restore(module, read_adapter(path / component).tensors)
+        saved = safetensors.torch.load_file(path / "optimizer.safetensors")
+        optim.load_state(optimizer, model.trainable(), saved)
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def read_adapter(folder: Path) -> AdapterState:
+    """The adapter in a PEFT folder. Raises ConfigError if it is none."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{folder} is no PEFT adapter: {error}") from error
+    return AdapterState({name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()}, config)
+
+
+def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError that names every setting in which two identities differ."""
+    odd = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    if odd:
+        changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in odd)
+        raise ConfigError(f"{path} cannot be continued: {changes}; set them back, or use another run_dir")

@@ -1,0 +1,303 @@
+"""One YAML describes one subject: frozen, strict, typed sections, and errors a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dbtrain.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every section: no unknown keys, no silent conversions, no edits."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def _listed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]  # YAML has lists, frozen models want tuples
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Model(Section):
+    path: Text = Field(
+        "tiny",
+        description="base model: a Diffusers folder, a Hub id, or `tiny` (comes with dbtrain)",
+    )
+    family: str = Field("auto", description="model family; `auto` reads it from the base's model_index.json")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
+    variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")
+
+
+class Sampling(Section):
+    steps: Count = Field(25, description="DPM-Solver++ steps for each class image")
+    guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
+    batch: Count = Field(8, description="class images generated at once on each rank")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="precision in which class images are generated"
+    )
+
+
+class Prepare(Section):
+    photos: Text = Field(description="folder with the photos of the subject (jpg, jpeg, png, webp, bmp)")
+    instance_prompt: Text = Field(description="prompt of every photo, e.g. `a photo of sks dog`")
+    captions: bool = Field(False, description="take each photo's prompt from the .txt file beside it instead")
+    class_prompt: Text | None = Field(
+        None, description="prompt of the class images; null: no prior preservation"
+    )
+    class_images: Count = Field(200, description="class images to train with")
+    class_dir: Text | None = Field(
+        None,
+        description="your own class images; missing ones are generated into a subfolder "
+        "(null: into the user's cache folder)",
+    )
+    resolution: Count = Field(512, description="side of the square crops, px")
+    crop: Literal["center", "random"] = Field(
+        "center", description="where a photo is cropped after its short side is resized"
+    )
+    variants: Count = Field(1, description="stored random crops of each photo")
+    flip: bool = Field(False, description="store each crop mirrored as well")
+    vae_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision of the VAE; fp16 overflows and is not offered"
+    )
+    sampling: Sampling = Field(default=Sampling(), description="how class images are generated")
+
+    @model_validator(mode="after")
+    def _one_centre(self) -> Prepare:
+        if self.crop == "center" and self.variants > 1:
+            raise ValueError(
+                f"variants is {self.variants}, but crop is 'center', of which there is one; use crop: random"
+            )
+        return self
+
+
+class Data(Section):
+    shards: Text = Field(description="folder of the prepared shards")
+    cache_gib: Positive = Field(
+        1.0, description="memory for decoded shards on each rank, GiB; less reads them more often"
+    )
+
+
+class Adapter(Section):
+    kind: Literal["lora"] = Field("lora", description="adapter kind")
+    rank: Count = Field(16, description="rank of the update")
+    alpha: Positive | None = Field(
+        None, description="strength: the update is scaled by alpha / rank (null: alpha = rank)"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before the adapter")
+    targets: Literal["auto"] | Names = Field(
+        "auto", description="names of the modules to adapt; `auto`: the family's attention layers"
+    )
+
+
+class Loss(Section):
+    prior_weight: NonNegative = Field(1.0, description="weight of the class images' loss")
+    min_snr_gamma: Positive | None = Field(
+        None, description="min-SNR-gamma loss weighting, usually 5 (null: off)"
+    )
+    noise_offset: NonNegative = Field(
+        0.0, description="strength of a noise that is constant over each channel"
+    )
+
+
+class Optim(Section):
+    lr: Positive = Field(1e-4, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up; linear and cosine end at 0"
+    )
+    warmup_steps: Natural = Field(0, description="steps of linear warm-up")
+    weight_decay: NonNegative = Field(1e-2, description="AdamW's decoupled weight decay")
+    clip: Positive = Field(1.0, description="largest norm of the gradient")
+
+
+class Train(Section):
+    steps: Count = Field(500, description="optimizer steps")
+    global_batch: Count = Field(
+        4, description="instance images in a step, over all ranks; as many class images ride along"
+    )
+    micro_batch: Count = Field(
+        1, description="instance images in one forward pass of one rank; the rest is accumulated"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="precision of the frozen base and of autocast; adapters stay fp32"
+    )
+    compile: bool = Field(False, description="torch.compile the denoiser")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass to save memory"
+    )
+    checkpoint_every: Count = Field(100, description="steps between checkpoints")
+    keep: Count = Field(3, description="checkpoints kept; older ones are removed")
+    log_every: Count = Field(10, description="steps between log lines")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to (null: off)")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Train:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"global_batch is {self.global_batch}, which micro_batch {self.micro_batch} "
+                "does not divide; use a multiple of it"
+            )
+        return self
+
+
+class Sample(Section):
+    prompts: Names = Field((), description="prompts to draw when `run` is done")
+    images: Count = Field(4, description="images for each prompt")
+    seed: Natural = Field(0, description="seed of the first image; the next ones count up")
+    steps: Count = Field(25, description="DPM-Solver++ steps")
+    guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base")
+
+
+class Config(Section):
+    run_dir: Text = Field(description="folder of the run: checkpoints, logs, export, samples")
+    seed: Natural = Field(0, description="root of all randomness of the run")
+    model: Model = Field(default=Model(), description="the base model")
+    prepare: Prepare | None = Field(None, description="how photos become shards")
+    data: Data = Field(description="the shards")
+    adapter: Adapter = Field(default=Adapter(), description="what is trained")
+    loss: Loss = Field(default=Loss(), description="what is minimised")
+    optim: Optim = Field(default=Optim(), description="how it is minimised")
+    train: Train = Field(default=Train(), description="the training loop")
+    sample: Sample = Field(default=Sample(), description="pictures drawn with the result")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Config:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps ({self.train.steps})"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """The config in a YAML file, with `section.key=value` overrides put over it.
+
+        Raises ConfigError that lists every problem at once.
+        """
+        values = read_yaml(Path(path))
+        problems = [problem for item in overrides if (problem := _override(values, item))]
+        try:
+            config = cls.model_validate(values)
+        except ValidationError as error:
+            problems += [_explain(dict(detail)) for detail in error.errors()]
+        if problems:
+            raise ConfigError(*problems)
+        return config
+
+    def dump(self) -> str:
+        """The resolved config as YAML: every key, every value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `1e-4` is a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            keys = [str(key.value) for key, _ in node.value]
+            double = next((key for key in keys if keys.count(key) > 1), "<<")
+            raise ConfigError(f"key '{double}' stands twice, line {node.start_mark.line + 1}")
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",  # YAML 1.1 as PyYAML reads it wants a dot in 1.e-4
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no `key: value` pairs")
+    return values
+
+
+def _override(values: dict[str, Any], item: str) -> str | None:
+    """Put one `a.b=value` into `values`; what is wrong with it, if anything."""
+    name, equals, text = item.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        return f"override '{item}' is not of the form section.key=value"
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ConfigError):
+        return f"override '{item}': the value is not YAML"
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            return f"override '{item}': '{key}' is not a section"
+        values = inner
+    values[keys[-1]] = value
+    return None
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, pydantic field) of every setting, in order."""
+    for name, field in section.model_fields.items():
+        inner = [
+            kind
+            for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
+            if isinstance(kind, type) and issubclass(kind, Section)
+        ]
+        if inner:
+            yield from fields(inner[0], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one pydantic error: what, which value, what to do."""
+    place = ".".join(str(part) for part in error["loc"] if not _is_branch(str(part)))
+    value, context = error.get("input"), error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{place}'{_did_you_mean(place)}"
+    if error["type"] == "missing":
+        return f"'{place}' is missing; add it to the config"
+    if error["type"] == "literal_error":
+        return f"{place} is {value!r}; choose from {context['expected']}"
+    if error["type"] == "value_error":
+        return f"{place}.{context['error']}" if place else str(context["error"])
+    if error["type"] == "model_type":
+        return f"'{place}' is a section of keys, not {value!r}"
+    return f"{place} is {value!r}: {error['msg'].removeprefix('Input ')}"
+
+
+def _is_branch(part: str) -> bool:
+    """Whether pydantic put this into the location to name a branch of a union."""
+    return not re.fullmatch(r"[\w-]+", part)
+
+
+def _did_you_mean(place: str) -> str:
+    """The setting that was meant: the same key in another section, or a near spelling."""
+    known = [name for name, _ in fields()]
+    known += sorted({name.rpartition(".")[0] for name in known} - {""})
+    same = [name for name in known if name.split(".")[-1] == place.split(".")[-1]]
+    near = same or difflib.get_close_matches(place, known, n=1, cutoff=0.7)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,1 @@
+"""Photos to shards, and shards to batches."""

@@ -1,0 +1,73 @@
+"""Images and prompts, encoded once: rows of shards, and the prompt table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from dbtrain import dist, files
+from dbtrain.data import images, shards
+from dbtrain.data.images import Crop
+from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family
+from dbtrain.keys import content_key
+from dbtrain.pretrained import Pretrained
+
+
+def image_encoder(
+    base: Pretrained, family: Family, precision: str, side: int
+) -> Callable[[str, dict[str, Any]], shards.Row]:
+    """A function from (image path, row description) to the encoded row; loads the VAE when first used.
+
+    One image at a time: a row's latents depend on its pixels only, not on its neighbours in a batch.
+    """
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    vae: list[nn.Module] = []
+
+    @torch.no_grad()
+    def encode(path: str, meta: dict[str, Any]) -> shards.Row:
+        photo = images.load(Path(path))
+        top, left = meta["crop"]
+        pixels = images.pixels(photo, Crop(top, left, meta["flip"]), side)
+        if not vae:
+            vae.append(base.load("vae", dtype).to(dist.device()))
+        stored = family.encode_images(vae[0], pixels[None])
+        tensors = {name: tensor[0].cpu().contiguous() for name, tensor in stored.items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ConfigError(
+                f"the VAE of {base.name} gave NaN or infinite latents for {path} in {precision}; "
+                "use prepare.vae_precision: fp32"
+            )
+        return shards.Row(tensors, meta)
+
+    return encode
+
+
+@torch.no_grad()
+def prompt_table(
+    base: Pretrained, family: Family, texts: list[str], folder: Path, old: shards.Prompts | None
+) -> shards.Prompts:
+    """Write the table of these prompts into `folder`, unless it is the one that `old` vouches for.
+
+    Holds `condition.<name>`, (prompts, ...) fp32, and `ids.<text encoder>`, (prompts, L) int64.
+    """
+    parts = [*family.text_encoders, *family.text_encoders.values()]
+    key = content_key([texts, [base.key(part) for part in parts]])
+    path = folder / f"prompts-{key[:12]}.safetensors"
+    kept = old and old.file == path.name and path.exists() and files.sha256_of(path) == old.sha256
+    if not kept:
+        tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
+        encoders = {name: base.load(name).to(dist.device()) for name in family.text_encoders}
+        ids = family.tokenize(tokenizers, texts)
+        moved = {name: tensor.to(dist.device()) for name, tensor in ids.items()}
+        condition = family.embed(encoders, moved)
+        table = {f"condition.{name}": tensor for name, tensor in condition.items()}
+        table |= {f"ids.{name}": tensor for name, tensor in ids.items()}
+        table = {name: tensor.cpu().contiguous() for name, tensor in table.items()}
+        files.write_atomically(path, safetensors.torch.save(table))
+    return shards.Prompts(file=path.name, sha256=files.sha256_of(path), texts=tuple(texts))

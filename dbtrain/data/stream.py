@@ -1,0 +1,164 @@
+"""Shards to batches: the rows of this rank's positions, read ahead by a thread.
+
+All that is random about a row is drawn here, on the CPU, from (seed, role, position): what a step
+trains on does not depend on ranks, micro-batches, restarts or devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbtrain import rng
+from dbtrain.data import shards
+from dbtrain.data.order import Order, Share
+
+AHEAD = 4  # micro-batches read ahead
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: instance rows first, then as many class rows (none without prior preservation)."""
+
+    stored: dict[str, Tensor]  # what the family's `encode_images` gave, (rows, C, H, W) each
+    posterior: Tensor  # (rows, C, H, W) normals for the VAE's posterior
+    noise: Tensor  # (rows, C, H, W)
+    u: Tensor  # (rows,) uniform in [0, 1), becomes the timestep
+    prompt: Tensor  # (rows,) int64, row of the prompt table
+    weight: Tensor  # (rows,) share of the row in the step's loss
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        stored = {name: change(tensor) for name, tensor in values.pop("stored").items()}
+        return Batch(stored=stored, **{name: change(tensor) for name, tensor in values.items()})
+
+
+class ShardCache:
+    """Decoded shards, the least recently used forgotten beyond `limit` bytes."""
+
+    def __init__(self, folder: Path, limit: float) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.kept: OrderedDict[str, list[shards.Row]] = OrderedDict()
+        self.reads: Counter[str] = Counter()
+
+    def rows(self, shard: shards.Shard) -> list[shards.Row]:
+        if shard.file not in self.kept:
+            self.kept[shard.file] = shards.read(self.folder, shard)
+            self.reads[shard.file] += 1
+            while len(self.kept) > 1 and self._nbytes() > self.limit:
+                self.kept.popitem(last=False)
+        self.kept.move_to_end(shard.file)
+        return self.kept[shard.file]
+
+    def _nbytes(self) -> int:
+        return sum(row.nbytes for rows in self.kept.values() for row in rows)
+
+
+class LatentStream:
+    """The endless sequence of this rank's micro-batches, from step `start` on.
+
+    `role_weights`: the roles to draw from and the weight of each role's mean loss. Raises
+    ConfigError out of `next` when a shard is missing or harmed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: shards.Manifest,
+        share: Share,
+        role_weights: dict[str, float],
+        *,
+        seed: int,
+        start: int = 0,
+        noise_offset: float = 0.0,
+        cache_gib: float = 1.0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.share = share
+        self.role_weights = role_weights
+        self.seed = seed
+        self.start = start
+        self.noise_offset = noise_offset
+        self.device = device or torch.device("cpu")
+        self.orders = {
+            role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
+        }
+        self.cache = ShardCache(folder, cache_gib * 2**30)
+        self.wait_s = 0.0  # time that `next` waited, s
+        self.ahead: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._read_ahead, name="latent stream", daemon=True)
+        self.thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        before = time.perf_counter()
+        item = self.ahead.get()
+        self.wait_s += time.perf_counter() - before
+        if isinstance(item, BaseException):
+            raise item
+        return item.to(self.device)
+
+    def close(self) -> None:
+        """End the reading thread."""
+        self.closed.set()
+        while self.thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self.ahead.get(timeout=0.05)  # make room for a thread that waits to put
+
+    def micro_batch(self, step: int, micro: int) -> Batch:
+        """The micro-batch of (step, micro): a pure function of the shards and the seed."""
+        positions = [
+            (role, position) for role in self.role_weights for position in self.share.positions(step, micro)
+        ]
+        places = [self.orders[role].locate(position) for role, position in positions]
+        rows = [
+            self.cache.rows(self.manifest.roles[role][place.shard])[place.row]
+            for (role, _), place in zip(positions, places, strict=True)
+        ]
+        draws = [
+            rng.row_draws(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
+            for role, position in positions
+        ]
+        weights = [self.role_weights[role] / self.share.global_batch for role, _ in positions]
+        return Batch(
+            stored={name: torch.stack([row.tensors[name] for row in rows]) for name in rows[0].tensors},
+            posterior=torch.stack([draw.posterior for draw in draws]),
+            noise=torch.stack([draw.noise for draw in draws]),
+            u=torch.stack([draw.u for draw in draws]),
+            prompt=torch.tensor([row.meta["prompt"] for row in rows]),
+            weight=torch.tensor(weights),
+        )
+
+    def _read_ahead(self) -> None:
+        step = self.start
+        try:
+            while not self.closed.is_set():
+                for micro in range(self.share.micro_batches):
+                    batch = self.micro_batch(step, micro)
+                    self.ahead.put(batch.pinned() if self.device.type == "cuda" else batch)
+                    if self.closed.is_set():
+                        return
+                step += 1
+        except BaseException as error:  # handed to the thread that trains, which raises it
+            self.ahead.put(error)

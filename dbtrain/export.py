@@ -1,0 +1,147 @@
+"""From PEFT's keys to the file that every Diffusers user loads, and a card that says how."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.utils import convert_state_dict_to_diffusers
+from safetensors import SafetensorError
+
+from dbtrain import checkpoint, dist, families, files, log
+from dbtrain.adapters import AdapterState
+from dbtrain.config import Config
+from dbtrain.data.shards import Manifest
+from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family
+from dbtrain.pretrained import Pretrained
+
+FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights(folder)` looks for
+
+
+def export(cfg: Config, step: int | None = None) -> Path:
+    """Export a checkpoint of the run (the newest one, or that of `step`); the path of the file.
+
+    Needs the checkpoint and the base's model_index.json only: no base weights are loaded.
+    """
+    dist.init()
+    run_dir = Path(cfg.run_dir)
+    base = Pretrained.find(cfg.model)
+    with dist.agreed():
+        path = _checkpoint(run_dir, step) if dist.is_main() else None
+    path = Path(dist.from_main(str(path)))
+    with dist.agreed():
+        family = families.detect(base, cfg.model)
+        state = checkpoint.read_state(path)
+        components = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        states = {name: checkpoint.read_adapter(path / name) for name in components}
+    return save(cfg, family, states, state["step"])
+
+
+def save(cfg: Config, family: Family, states: Mapping[str, AdapterState], step: int) -> Path:
+    """Write `export/` of a run on rank 0: the adapter with its metadata, and the model card."""
+    folder = Path(cfg.run_dir) / "export"
+    with dist.agreed():
+        if dist.is_main():
+            write_adapter(folder / FILE, family, states)
+            files.write_atomically(folder / "README.md", _card(cfg, family, states, step))
+            log.say(f"exported step {step} to {folder / FILE}")
+    return folder / FILE
+
+
+def write_adapter(path: Path, family: Family, states: Mapping[str, AdapterState]) -> None:
+    """Write the adapters of a pipeline's components as one LoRA file, through Diffusers' own mixin.
+
+    The metadata carries alpha: without it a loader assumes alpha = rank, another strength.
+    """
+    layers: dict[str, Any] = {}
+    for component, state in states.items():
+        keys = convert_state_dict_to_diffusers(normalised(state.tensors))
+        layers[f"{component}_lora_layers"] = keys
+        layers[f"{component}_lora_adapter_metadata"] = state.config
+    part = path.parent.with_name(f".{path.parent.name}.tmp")
+    try:
+        getattr(diffusers, family.pipeline).save_lora_weights(part, weight_name=path.name, **layers)
+        files.write_atomically(path, (part / path.name).read_bytes())
+    except SafetensorError as error:  # its writer reports a full disk this way
+        raise ConfigError(f"cannot write {part / path.name}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def normalised(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with CLIP's layers under `text_model.`, as every loader and older file has them.
+
+    transformers 5.6 dropped that level from CLIPTextModel (huggingface/diffusers#13984).
+    """
+    return {
+        f"text_model.{name}" if name.startswith("encoder.layers.") else name: tensor
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def is_done(cfg: Config) -> bool:
+    """Whether the run has trained to `train.steps` and exported the result."""
+    marker = Path(cfg.run_dir) / "DONE"
+    exported = Path(cfg.run_dir) / "export" / FILE
+    return marker.is_file() and exported.is_file() and marker.read_text() == _done(cfg.train.steps, exported)
+
+
+def mark_done(cfg: Config) -> None:
+    """Leave the file DONE in the run folder: what batch scripts wait for."""
+    with dist.agreed():
+        if dist.is_main():
+            exported = Path(cfg.run_dir) / "export" / FILE
+            files.write_atomically(Path(cfg.run_dir) / "DONE", _done(cfg.train.steps, exported))
+
+
+def _done(steps: int, exported: Path) -> str:
+    return f"step {steps}\nexport {files.sha256_of(exported)}\n"
+
+
+def _checkpoint(run_dir: Path, step: int | None) -> Path:
+    found = {int(path.name[5:]): path for path in checkpoint.folders(run_dir)}
+    if not found:
+        raise ConfigError(f"{run_dir} has no checkpoint to export; run: dbtrain train")
+    if step is None:
+        newest = checkpoint.latest(run_dir)
+        if newest is None:
+            raise ConfigError(f"every checkpoint in {run_dir} is damaged; run: dbtrain train")
+        return newest[0]
+    if step not in found:
+        raise ConfigError(f"{run_dir} has no checkpoint of step {step}, only of {sorted(found)}")
+    return found[step]
+
+
+def _card(cfg: Config, family: Family, states: Mapping[str, AdapterState], step: int) -> str:
+    """The model card: what this file is, what it was trained on, how to load it."""
+    manifest = Manifest.read(cfg.data.shards) if os.path.isdir(cfg.data.shards) else None
+    prompt = manifest.prompts.texts[0] if manifest else ""
+    adapter = next(iter(states.values())).config
+    base = cfg.model.path
+    return f"""---
+base_model: {base}
+library_name: diffusers
+tags: [text-to-image, diffusers, lora, dreambooth, dbtrain]
+instance_prompt: {prompt!r}
+---
+
+# {Path(cfg.run_dir).name}
+
+A LoRA (rank {adapter["r"]}, alpha {adapter["lora_alpha"]}) for `{base}`, trained by DreamBooth with dbtrain
+for {step} steps of {cfg.train.global_batch} images. Prompt of the subject: **{prompt}**
+
+```python
+from diffusers import {family.pipeline}
+
+pipe = {family.pipeline}.from_pretrained("{base}")
+pipe.load_lora_weights(".", weight_name="{FILE}")
+image = pipe("{prompt}").images[0]
+```
+
+The file carries its alpha, so it loads at the strength it was trained at.
+"""

@@ -1,0 +1,79 @@
+"""Files that are either whole or not there, and their checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hex; read once while size and time of change stay the same."""
+    seen = path.stat()
+    return _sha256(path, seen.st_size, seen.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write a file that is on the disk when this returns, or raise OSError that names it."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write() does not say where
+        raise
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replace a file by new content, in one step: a reader or a kill sees the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(part, data)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder that `fill` writes into; it gets its name only when it is complete."""
+    part = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        fill(part)
+        for file in part.rglob("*"):
+            _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Put a folder's names on the disk: a rename survives a power cut only after this."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,207 @@
+"""What a run says: text and a progress bar on rank 0, metrics.jsonl, TensorBoard, W&B."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dbtrain import dist, files
+from dbtrain.config import Config
+from dbtrain.errors import ConfigError
+
+_logger = logging.getLogger("dbtrain")
+say = _logger.info
+
+
+class _BelowBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def start() -> None:
+    """Show `say` lines on rank 0's terminal, and hush the libraries. Once a process."""
+    if _logger.handlers:
+        return
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    _logger.addHandler(_BelowBar() if dist.is_main() else logging.NullHandler())
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+
+
+def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
+    """A progress bar on rank 0; in a batch log, a line every half minute."""
+    every = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total, desc=what, unit=unit, initial=initial, mininterval=every, dynamic_ncols=True,
+        disable=not dist.is_main(),
+    )  # fmt: skip
+
+
+class Tracker(Protocol):
+    """Where metrics go, besides metrics.jsonl."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WandB:
+    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("train.wandb needs W&B: pip install 'dbtrain[wandb]'") from error
+        name = folder.name
+        self.run = wandb.init(
+            project=project, name=name, id=name, resume="allow", dir=str(folder), config=config
+        )
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log(metrics, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _trackers(folder: Path, cfg: Config, start: int) -> list[Tracker]:
+    trackers: list[Tracker] = []
+    try:
+        trackers.append(_TensorBoard(folder / "tb", start))
+    except ImportError:
+        say("TensorBoard is not installed; metrics go to metrics.jsonl only")
+    if cfg.train.wandb:
+        trackers.append(_WandB(folder, cfg.train.wandb, cfg.model_dump(mode="json")))
+    return trackers
+
+
+class RunLog:
+    """Losses and meters of one run. Sums stay on the device; they are read at log steps only."""
+
+    def __init__(self, folder: Path, cfg: Config, start: int, class_rows: bool) -> None:
+        self.train = cfg.train
+        self.prior_weight = cfg.loss.prior_weight if class_rows else 0.0
+        self.step_samples = cfg.train.global_batch * (2 if class_rows else 1)
+        self.sums = torch.zeros(3, device=dist.device())  # instance loss, prior loss, gradient norm
+        self.first_bad = torch.full((1,), math.inf, device=dist.device())
+        self.steps, self.wait_s = 0, 0.0
+        self.since = time.perf_counter()
+        self.bar = bar(cfg.train.steps, "train", "step", initial=start)
+        self.metrics = folder / "metrics.jsonl"
+        self.trackers: list[Tracker] = []
+        if dist.is_main():
+            self._forget_after(start)
+            self.file = logging.FileHandler(folder / "log.txt")
+            self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            _logger.addHandler(self.file)
+            self.trackers = _trackers(folder, cfg, start)
+
+    def step(self, done: int, losses: Tensor, grad_norm: Tensor, lr: float, wait_s: float) -> None:
+        """Count one step: this rank's (instance, prior) loss shares, (2,), and the norm, ()."""
+        values = torch.cat([losses, grad_norm[None]])
+        self.sums += values
+        # With fp16 an infinite gradient is the scaler's business: it skips the step.
+        watched = values[:2] if self.train.precision == "fp16" else values
+        bad = torch.where(watched.isfinite().all(), math.inf, float(done))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.steps += 1
+        self.wait_s += wait_s
+        self.bar.update()
+        if done % self.train.log_every == 0 or done == self.train.steps:
+            self._report(done, lr)
+
+    def check_finite(self) -> None:
+        """Raise ConfigError on every rank if any loss so far was NaN or infinite."""
+        bad = dist.min_over_ranks(self.first_bad).item()
+        if math.isfinite(bad):
+            raise ConfigError(
+                f"the loss or gradient was NaN or infinite at step {int(bad)}; the last good "
+                "checkpoint is kept; lower optim.lr, or use train.precision: bf16 or fp32",
+                shared=True,
+            )
+
+    def _report(self, done: int, lr: float) -> None:
+        instance, prior = (dist.sum_over_ranks(self.sums[:2]) / self.steps).tolist()
+        self.check_finite()
+        seconds = time.perf_counter() - self.since
+        metrics = {
+            "loss": instance + self.prior_weight * prior,
+            "loss_instance": instance,
+            **({"loss_prior": prior} if self.prior_weight else {}),
+            "grad_norm": self.sums[2].item() / self.steps,
+            "lr": lr,
+            "samples_per_s": self.steps * self.step_samples / seconds,
+            "step_ms": 1000 * seconds / self.steps,
+            "wait_share": self.wait_s / seconds,
+            "peak_gib": _peak_gib(),
+        }
+        if dist.is_main():
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": done, **metrics}) + "\n")
+            for tracker in self.trackers:
+                tracker.write(done, metrics)
+        parts = f"instance {instance:.4f}" + (f", prior {prior:.4f}" if self.prior_weight else "")
+        say(
+            f"step {done}/{self.train.steps}  loss {metrics['loss']:.4f} ({parts})  "
+            f"grad {metrics['grad_norm']:.3g}  lr {lr:.3g}  {metrics['samples_per_s']:.3g} samples/s  "
+            f"step {metrics['step_ms']:.0f} ms  data wait {metrics['wait_share']:.1%}  "
+            f"peak {metrics['peak_gib']:.2f} GiB"
+        )
+        self.sums.zero_()
+        self.steps, self.wait_s = 0, 0.0
+        self.since = time.perf_counter()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Keep the block out of the throughput."""
+        before = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - before
+
+    def close(self) -> None:
+        self.bar.close()
+        for tracker in self.trackers:
+            tracker.close()
+        if dist.is_main():
+            _logger.removeHandler(self.file)
+            self.file.close()
+
+    def _forget_after(self, start: int) -> None:
+        """Drop lines of steps that a resumed run takes again."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+            files.write_atomically(self.metrics, "".join(kept))
+
+
+def _peak_gib() -> float:
+    """Most memory this process held: on its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

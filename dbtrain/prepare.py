@@ -1,0 +1,266 @@
+"""prepare: photos -> class images -> VAE moments and prompt table -> shards.
+
+First a plan, a pure list of what the shards shall hold; then only what the folder lacks is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dbtrain import dist, families, files, log
+from dbtrain.config import Config, Prepare
+from dbtrain.data import class_images, encode, images, shards
+from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family, LatentScale, pixels_per_latent
+from dbtrain.keys import content_key
+from dbtrain.pretrained import Pretrained
+
+SHARD_ROWS = 256  # most rows of a shard
+SHARDS = 64  # most shards while they fit that
+OURS = re.compile(r"(instance|class)-\d{5}-[0-9a-f]{12}\.tar|prompts-[0-9a-f]{12}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A shard as it shall be: its file name, and source and description of each row."""
+
+    file: str
+    sources: list[str]
+    metas: list[dict[str, Any]]
+
+
+def prepare(cfg: Config) -> Path:
+    """Make (or complete) the shards that `cfg` asks for, over all ranks; returns their folder.
+
+    Does nothing, and says so, when they are there already. Raises ConfigError for what a user can fix.
+    """
+    if cfg.prepare is None:
+        raise ConfigError("the config has no 'prepare' section; give prepare.photos and "
+                          "prepare.instance_prompt")  # fmt: skip
+    dist.init()
+    base = Pretrained.find(cfg.model)
+    with dist.agreed():
+        family = families.detect(base, cfg.model)
+        _check_resolution(base, cfg.prepare)
+        photos = images.find(cfg.prepare.photos, ignore=(".txt",) if cfg.prepare.captions else ())
+        if not photos:
+            raise ConfigError(f"prepare.photos is '{cfg.prepare.photos}', where there are no photos "
+                              f"({', '.join(images.SUFFIXES)})")  # fmt: skip
+    pictures = {"instance": photos}
+    if cfg.prepare.class_prompt:
+        pictures["class"] = class_images.ensure(base, family, cfg.prepare)
+
+    folder = Path(cfg.data.shards)
+    old = _old_manifest(folder)
+    with dist.agreed():
+        plan = _plan(cfg, cfg.prepare, base, family, pictures) if dist.is_main() else None
+    texts, components, plans = dist.from_main(plan)
+    planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
+    with dist.agreed():
+        good = _good_files(folder, old, planned) if dist.is_main() else None
+    good = dist.from_main(good)
+
+    with dist.agreed():
+        made = _encode_missing(cfg.prepare, base, family, folder, old, planned, good)
+    vouched = {name: entry for entries in dist.gather_json(made) for name, entry in entries.items()} | good
+    with dist.agreed():
+        if dist.is_main():
+            manifest = _manifest(cfg, cfg.prepare, base, family, old, texts, components, planned, vouched)
+            _publish(folder, manifest, old)
+    dist.barrier()
+    return folder
+
+
+def request(prepare: Prepare) -> dict[str, Any]:
+    """The settings that shape the shards' content, as the manifest remembers them."""
+    return prepare.model_dump(mode="json", exclude={"photos": True, "class_dir": True, "sampling": {"batch"}})
+
+
+def _check_resolution(base: Pretrained, cfg: Prepare) -> None:
+    multiple = pixels_per_latent(base.config("vae"))
+    if cfg.resolution % multiple:
+        near = max(1, round(cfg.resolution / multiple)) * multiple
+        raise ConfigError(f"prepare.resolution is {cfg.resolution}, which the VAE of {base.name} cannot "
+                          f"divide; use a multiple of {multiple}, e.g. {near}")  # fmt: skip
+
+
+def _plan(
+    cfg: Config, prepare: Prepare, base: Pretrained, family: Family, pictures: dict[str, list[Path]]
+) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
+    """(prompts, keys of the base's components, planned shards of each role), JSON-able."""
+    parts = ("vae", *family.text_encoders, *family.text_encoders.values())
+    components = {name: base.key(name) for name in parts}
+    texts: list[str] = []
+    plans = {}
+    for role, paths in pictures.items():
+        rows = []
+        for path in paths:
+            text = prepare.class_prompt or ""
+            if role == "instance":
+                text = images.caption(path) if prepare.captions else prepare.instance_prompt
+            if text not in texts:
+                texts.append(text)
+            rows += _rows(path, texts.index(text), cfg, prepare, components["vae"])
+        count = _shard_count(len(rows))
+        plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
+    return texts, components, plans
+
+
+def _rows(path: Path, prompt: int, cfg: Config, prepare: Prepare, vae: str) -> list[tuple[str, dict]]:
+    """(image path, description) of every stored crop of one image."""
+    photo_key = files.sha256_of(path)
+    height, width = images.size(path)
+    if min(height, width) < prepare.resolution:
+        log.say(f"{path} is {width} x {height} px and will be enlarged to {prepare.resolution} px")
+    rows = []
+    for crop in images.crops(photo_key, height, width, prepare, cfg.seed):
+        where = [prepare.resolution, asdict(crop)]
+        key = content_key([shards.VERSION, vae, prepare.vae_precision, photo_key, where])[:16]
+        meta = {
+            "source": path.name, "original_size": [height, width], "crop": [crop.top, crop.left],
+            "flip": crop.flip, "prompt": prompt, "key": key,
+        }  # fmt: skip
+        rows.append((str(path), meta))
+    return rows
+
+
+def _shard_count(rows: int) -> int:
+    """A power of two, so that columns come out even; about four rows or more each, up to `SHARDS`."""
+    count = 1
+    while count * 2 <= SHARDS and count * 8 <= rows:
+        count *= 2
+    while rows > count * SHARD_ROWS:
+        count *= 2
+    return count
+
+
+def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, Any]:
+    metas = [meta for _, meta in rows]
+    file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
+    return {"file": file, "sources": [source for source, _ in rows], "metas": metas}
+
+
+def _old_manifest(folder: Path) -> shards.Manifest | None:
+    """The manifest that is there, on every rank; None if there is none that can be used."""
+    with dist.agreed():
+        try:
+            old = shards.Manifest.read(folder).text() if dist.is_main() else None
+        except ConfigError:
+            old = None  # missing or damaged: all is made anew, and said so at the end
+    text = dist.from_main(old)
+    return shards.Manifest.model_validate_json(text, strict=False) if text else None
+
+
+def _good_files(
+    folder: Path, old: shards.Manifest | None, planned: dict[str, list[Planned]]
+) -> dict[str, dict[str, Any]]:
+    """Planned shards that are on disk already, unharmed: file name -> manifest entry."""
+    vouched = {shard.file: shard for every in old.roles.values() for shard in every} if old else {}
+    good = {}
+    for plan in (plan for every in planned.values() for plan in every):
+        path = folder / plan.file
+        if not path.is_file():
+            continue
+        entry = _entry(plan, path.read_bytes())
+        shard = vouched.get(plan.file) or shards.Shard(**entry)  # not vouched for: a killed prepare's
+        try:
+            if [row.meta for row in shards.read(folder, shard)] == plan.metas:
+                good[plan.file] = entry
+        except ConfigError as problem:
+            log.say(f"{problem}: making it anew")
+    return good
+
+
+def _encode_missing(
+    cfg: Prepare,
+    base: Pretrained,
+    family: Family,
+    folder: Path,
+    old: shards.Manifest | None,
+    planned: dict[str, list[Planned]],
+    good: dict[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's part of the missing shards; rows that an old shard holds are copied."""
+    missing = [plan for every in planned.values() for plan in every if plan.file not in good]
+    mine = missing[dist.rank() :: dist.world()]
+    if not mine:
+        return {}
+    encoder = encode.image_encoder(base, family, cfg.vae_precision, cfg.resolution)
+    kept = _kept_rows(folder, old, {meta["key"] for plan in mine for meta in plan.metas})
+    encoded = 0
+    made = {}
+    with log.bar(sum(len(plan.metas) for plan in mine), "encode", "image") as bar:
+        for plan in mine:
+            rows = []
+            for source, meta in zip(plan.sources, plan.metas, strict=True):
+                tensors = kept.get(meta["key"])
+                rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
+                encoded += tensors is None
+                bar.update()
+            data = shards.pack(rows)
+            files.write_atomically(folder / plan.file, data)
+            made[plan.file] = _entry(plan, data)
+    log.say(f"encoded {encoded} images and kept {sum(len(p.metas) for p in mine) - encoded} "
+            f"in {len(mine)} shards" + (" on rank 0" if dist.world() > 1 else ""))  # fmt: skip
+    return made
+
+
+def _kept_rows(folder: Path, old: shards.Manifest | None, wanted: set[str]) -> dict[str, Any]:
+    """Tensors of wanted rows that the old shards hold, by content key."""
+    kept: dict[str, Any] = {}
+    for shard in (shard for every in old.roles.values() for shard in every) if old else ():
+        if wanted & set(shard.keys):
+            try:
+                rows = shards.read(folder, shard)
+            except ConfigError:
+                continue  # harmed: `_good_files` or the encoder takes care of its rows
+            kept |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in wanted}
+    return kept
+
+
+def _entry(plan: Planned, data: bytes) -> dict[str, Any]:
+    keys = [meta["key"] for meta in plan.metas]
+    return {"file": plan.file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "keys": keys}
+
+
+def _manifest(
+    cfg: Config,
+    prepare: Prepare,
+    base: Pretrained,
+    family: Family,
+    old: shards.Manifest | None,
+    texts: list[str],
+    components: dict[str, str],
+    planned: dict[str, list[Planned]],
+    vouched: dict[str, dict[str, Any]],
+) -> shards.Manifest:
+    folder = Path(cfg.data.shards)
+    prompts = encode.prompt_table(base, family, texts, folder, old.prompts if old else None)
+    vae = base.config("vae")
+    scale = LatentScale.of(vae)
+    side = prepare.resolution // pixels_per_latent(vae)
+    return shards.Manifest(
+        version=shards.VERSION, family=family.name, base=cfg.model.path, components=components,
+        request=request(prepare), latent_shape=(vae["latent_channels"], side, side),
+        latent_scale=scale.scale, latent_shift=scale.shift, prompts=prompts,
+        roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
+               for role, every in planned.items()},
+    )  # fmt: skip
+
+
+def _publish(folder: Path, manifest: shards.Manifest, old: shards.Manifest | None) -> None:
+    """Put the manifest in place, then remove what it no longer mentions."""
+    counts = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
+    if old and old == manifest:
+        log.say(f"shards in {folder} are up to date ({counts}): nothing to do")
+        return
+    files.write_atomically(folder / shards.MANIFEST, manifest.text())
+    used = {shard.file for every in manifest.roles.values() for shard in every} | {manifest.prompts.file}
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name) and path.name not in used:
+            path.unlink()
+    log.say(f"shards in {folder}: {counts}, prompts: {', '.join(map(repr, manifest.prompts.texts))}")

@@ -1,0 +1,135 @@
+"""A base model on this machine: finding its folder, loading its components, naming its content."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dbtrain import dist, files, tiny
+from dbtrain.config import Model
+from dbtrain.errors import ConfigError
+from dbtrain.keys import content_key
+
+EMBEDDED = {"tiny": tiny.path}
+LIBRARIES = ("diffusers", "transformers")  # a model folder may name classes of these, nothing else
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A Diffusers model folder."""
+
+    name: str  # as in the config: a folder, a Hub id, or "tiny"
+    folder: Path
+    variant: str | None
+
+    @classmethod
+    def find(cls, cfg: Model) -> Pretrained:
+        """The folder of `cfg.path`, downloaded first if it is a Hub id.
+
+        Raises ConfigError if there is no such model.
+        """
+        if cfg.path in EMBEDDED:
+            folder = EMBEDDED[cfg.path]()
+        elif Path(cfg.path).expanduser().exists():
+            folder = Path(cfg.path).expanduser()
+        else:
+            folder = _download(cfg)
+        if not (folder / "model_index.json").is_file():
+            raise ConfigError(
+                f"model.path is '{cfg.path}', but {folder} has no model_index.json; "
+                "give the folder of a Diffusers pipeline"
+            )
+        return cls(cfg.path, folder, cfg.variant)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json: the pipeline's class, and (library, class) of each component."""
+        return self._json(self.folder / "model_index.json")
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's own config file."""
+        folder = self.folder / component
+        names = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+        found = [folder / name for name in names if (folder / name).is_file()]
+        if not found:
+            raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
+        return self._json(found[0])
+
+    def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
+        """One component (model, tokenizer or scheduler), weights in `dtype`, on the CPU, frozen.
+
+        Raises ConfigError if it is missing or broken. Weights come from safetensors only: no
+        pickle is ever loaded.
+        """
+        self.config(component)  # names the missing folder
+        library, name = self.index.get(component) or ("", "")
+        if library not in LIBRARIES:
+            raise ConfigError(f"{self.name}: component '{component}' is a {library}.{name}; "
+                              f"only classes of {' and '.join(LIBRARIES)} are loaded")  # fmt: skip
+        kind = getattr(importlib.import_module(library), name)
+        hush()
+        options: dict[str, Any] = {}
+        if issubclass(kind, torch.nn.Module):
+            options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
+        try:
+            loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise ConfigError(f"cannot load '{component}' of base model {self.name}: {reason}") from error
+        return loaded.requires_grad_(False).eval() if options else loaded
+
+    def key(self, component: str) -> str:
+        """sha256 over a component's config and weights."""
+        folder = self.folder / component
+        weights = [
+            path for path in folder.glob("*.safetensors")
+            if (f".{self.variant}" in path.name) == bool(self.variant)
+        ]  # fmt: skip
+        found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt")])
+        if not found:
+            raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
+        return content_key([[path.name, files.sha256_of(path)] for path in found])
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"base model {self.name}: cannot read {path}: {error}") from error
+
+
+def hush() -> None:
+    """Turn off the libraries' bars over loading: ours show what takes time."""
+    for library in LIBRARIES:
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+
+
+def _download(cfg: Model) -> Path:
+    """The cached folder of a Hub id. One rank a node downloads, the others find it done."""
+    from diffusers import DiffusionPipeline
+
+    def fetch() -> Path:
+        return Path(
+            DiffusionPipeline.download(
+                cfg.path, revision=cfg.revision, variant=cfg.variant, use_safetensors=True,
+                safety_checker=None,
+            )
+        )  # fmt: skip
+
+    with dist.agreed():
+        if dist.local_rank() == 0:
+            try:
+                fetch()
+            except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(
+                    f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
+                    f"could be downloaded from the Hub: {reason}"
+                ) from error
+    return fetch()

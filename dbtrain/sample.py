@@ -1,0 +1,235 @@
+"""Pictures with adapters: the base is loaded once, adapters are added, switched and mixed on it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
+
+from dbtrain import dist, export, families, files, generate, log
+from dbtrain.config import Config, Model
+from dbtrain.errors import ConfigError
+from dbtrain.keys import content_key
+from dbtrain.pretrained import Pretrained
+
+BATCH = 4  # pictures drawn at once
+TEXT_KEY = "dbtrain"  # PNG text chunk that says how a picture was made
+
+
+class AdapterPipeline:
+    """A base model and any number of adapters on it.
+
+    >>> pipe = AdapterPipeline.load(Model(path="tiny"))
+    >>> pipe.add("dog", "runs/dog")
+    >>> pipe.use({"dog": 0.8})
+    >>> pictures = pipe.generate(["a photo of sks dog"], seeds=[0])
+    """
+
+    def __init__(self, pipe: Any, base: Pretrained) -> None:
+        self.pipe = pipe
+        self.base = base
+        self.added: dict[str, str] = {}
+
+    @classmethod
+    def load(
+        cls, model: Model, precision: str = "fp32", device: torch.device | None = None
+    ) -> AdapterPipeline:
+        base = Pretrained.find(model)
+        family = families.detect(base, model)
+        return cls(generate.build(base, family, precision, device or dist.device()), base)
+
+    def add(self, name: str, adapter: str | Path) -> None:
+        """Load an adapter (a run folder or a file) under `name`, not yet in use."""
+        path = adapter_file(adapter)
+        try:
+            self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"adapter {path} does not fit base model {self.base.name}: {reason}") from error
+        self.added[name] = str(path)
+
+    def use(self, scales: Mapping[str, float]) -> None:
+        """Draw with exactly these adapters, each at its scale; with none, the bare base."""
+        if self.added:
+            self.pipe.enable_lora() if scales else self.pipe.disable_lora()
+        if scales:
+            self.pipe.set_adapters(list(scales), list(scales.values()))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int = 25,
+        guidance: float = 7.5,
+        side: int | None = None,
+    ) -> list[Image.Image]:
+        """One picture for each (prompt, seed), `side` px square (None: the base's own size)."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return generate.draw(self.pipe, prompts, generators, steps, guidance, side)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Adapters used together: (run folder or file, scale) each; none is the bare base."""
+
+    label: str
+    parts: tuple[tuple[str, float], ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Mix:
+        """`PATH[:SCALE]`, joined by `+` to mix several; `none` is the bare base."""
+        if text == "none":
+            return cls("no adapter", ())
+        parts = []
+        for item in text.split("+"):
+            path, colon, scale = item.rpartition(":")
+            try:
+                parts.append((path, float(scale)) if colon else (item, 1.0))
+            except ValueError:
+                parts.append((item, 1.0))  # the colon belongs to the path
+        return cls(" + ".join(f"{_short(path)}:{scale:g}" for path, scale in parts), tuple(parts))
+
+
+def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Path | None = None) -> Path:
+    """Draw every prompt with every mix of adapters, split over ranks; the labelled contact sheet's path.
+
+    `adapters` are mixes as `Mix.parse` reads them; `cfg.sample` says how many pictures, from which
+    seed, and how. Does nothing if the sheet was made from the very same adapters and settings.
+    """
+    dist.init()
+    settings = cfg.sample
+    if not prompts:
+        raise ConfigError("there is no prompt to draw; give --prompt or sample.prompts", shared=True)
+    mixes = [Mix.parse(text) for text in adapters]
+    side = cfg.prepare.resolution if cfg.prepare else None
+    with dist.agreed():
+        paths = {path: adapter_file(path) for mix in mixes for path, _ in mix.parts}
+        key = content_key({
+            "model": cfg.model.path, "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
+            "mixes": [[mix.label, [files.sha256_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
+            **settings.model_dump(exclude={"prompts"}),
+        })  # fmt: skip
+    out = out or Path(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
+    sheet = out / "sheet.png"
+    if dist.from_main(_is_made(sheet, key)):
+        log.say(f"{sheet} is up to date: nothing to do")
+        return sheet
+    with dist.agreed():
+        _draw(cfg, mixes, paths, prompts, out, side)
+    with dist.agreed():
+        if dist.is_main():
+            _write_sheet(sheet, key, mixes, prompts, settings.images, settings.seed, out)
+            log.say(f"pictures and contact sheet: {sheet}")
+    return sheet
+
+
+def sample_run(cfg: Config) -> Path | None:
+    """The pictures that `cfg.sample` asks for, without and with the run's adapter; None for none."""
+    if not cfg.sample.prompts:
+        return None
+    out = Path(cfg.run_dir) / "samples" / f"step-{cfg.train.steps:06d}"
+    return sample(cfg, cfg.sample.prompts, ["none", cfg.run_dir], out)
+
+
+def adapter_file(adapter: str | Path) -> Path:
+    """The adapter file of a run folder, an export folder or a file. Raises ConfigError if none."""
+    path = Path(adapter).expanduser()
+    for candidate in (path, path / "export" / export.FILE, path / export.FILE):
+        if candidate.is_file():
+            return candidate
+    raise ConfigError(
+        f"adapter '{adapter}' is neither a file nor a run folder with an export; run: dbtrain export"
+    )
+
+
+def _draw(
+    cfg: Config,
+    mixes: Sequence[Mix],
+    paths: Mapping[str, Path],
+    prompts: Sequence[str],
+    out: Path,
+    side: int | None,
+) -> None:
+    """This rank's pictures: (mix, prompt, image) jobs in fixed batches, dealt to ranks."""
+    settings = cfg.sample
+    jobs = [(m, p, k) for m in range(len(mixes)) for p in range(len(prompts)) for k in range(settings.images)]
+    of_mix = [[job for job in jobs if job[0] == m] for m in range(len(mixes))]
+    batches = [every[i : i + BATCH] for every in of_mix for i in range(0, len(every), BATCH)]
+    mine = batches[dist.rank() :: dist.world()]
+    if not mine:
+        return
+    pipe = AdapterPipeline.load(cfg.model, settings.precision)
+    names = {path: f"adapter{number}" for number, path in enumerate(paths)}
+    for path, name in names.items():
+        pipe.add(name, paths[path])
+    with log.bar(sum(map(len, mine)), "sample", "image") as bar:
+        for batch in mine:
+            mix = mixes[batch[0][0]]
+            pipe.use({names[path]: scale for path, scale in mix.parts})
+            seeds = [settings.seed + k for _, _, k in batch]
+            texts = [prompts[p] for _, p, _ in batch]
+            pictures = pipe.generate(texts, seeds, settings.steps, settings.guidance, side)
+            for (m, p, k), picture in zip(batch, pictures, strict=True):
+                note = {"prompt": prompts[p], "seed": settings.seed + k, "adapters": mix.label,
+                        "model": cfg.model.path, "steps": settings.steps,
+                        "guidance": settings.guidance}  # fmt: skip
+                _save_png(out / _name(m, p, settings.seed + k), picture, json.dumps(note))
+            bar.update(len(batch))
+
+
+def _name(mix: int, prompt: int, seed: int) -> str:
+    return f"{mix:02d}-{prompt:02d}-seed{seed}.png"
+
+
+def _save_png(path: Path, picture: Image.Image, note: str) -> None:
+    text, png = PngInfo(), io.BytesIO()
+    text.add_text(TEXT_KEY, note)
+    picture.save(png, "PNG", pnginfo=text)
+    files.write_atomically(path, png.getvalue())
+
+
+def _is_made(sheet: Path, key: str) -> bool:
+    if not sheet.is_file():
+        return False
+    try:
+        with Image.open(sheet) as picture:
+            return getattr(picture, "text", {}).get(TEXT_KEY) == key
+    except OSError:
+        return False  # a damaged picture is drawn again
+
+
+def _write_sheet(
+    path: Path, key: str, mixes: Sequence[Mix], prompts: Sequence[str], images: int, seed: int, out: Path
+) -> None:
+    """One row for each prompt and mix under its label, one column a seed."""
+    first = Image.open(out / _name(0, 0, seed))
+    cell, gap, line = max(96, min(256, first.width)), 8, 22
+    font = ImageFont.load_default(13)
+    labels = [(f"{prompt}  |  {mix.label}", m, p)
+              for p, prompt in enumerate(prompts) for m, mix in enumerate(mixes)]  # fmt: skip
+    widest = max(int(font.getlength(label)) for label, _, _ in labels)
+    width = max(images * (cell + gap), widest + gap) + gap
+    sheet = Image.new("RGB", (width, len(labels) * (cell + line + gap) + line), "white")
+    pen = ImageDraw.Draw(sheet)
+    for k in range(images):
+        pen.text((gap + k * (cell + gap), 4), f"seed {seed + k}", "gray", font)
+    for row, (label, m, p) in enumerate(labels):
+        top = line + row * (cell + line + gap)
+        pen.text((gap, top + 2), label, "black", font)
+        for k in range(images):
+            with Image.open(out / _name(m, p, seed + k)) as picture:
+                sheet.paste(picture.resize((cell, cell)), (gap + k * (cell + gap), top + line))
+    _save_png(path, sheet, key)
+
+
+def _short(path: str) -> str:
+    """The last two names of a path: enough to tell adapters apart on a sheet."""
+    return "/".join(Path(path).parts[-2:])
