@@ -84,7 +84,8 @@ def collect(module: nn.Module) -> AdapterState:
         for name, tensor in sorted(found.items())
     }
     assert not any("_orig_mod." in name or "module." in name for name in tensors)
-    config = module.peft_config[NAME].to_dict()
+    peft_config: Any = module.peft_config
+    config = peft_config[NAME].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     return AdapterState(tensors, json.loads(json.dumps(config, default=list)))
 

@@ -60,8 +60,7 @@ def write_adapter(path: Path, family: Family, states: Mapping[str, AdapterState]
     """
     layers: dict[str, Any] = {}
     for component, state in states.items():
-        keys = convert_state_dict_to_diffusers(normalised(state.tensors))
-        layers[f"{component}_lora_layers"] = keys
+        layers[f"{component}_lora_layers"] = diffusers_keys(state.tensors)
         layers[f"{component}_lora_adapter_metadata"] = state.config
     part = path.parent.with_name(f".{path.parent.name}.tmp")
     try:
@@ -73,15 +72,22 @@ def write_adapter(path: Path, family: Family, states: Mapping[str, AdapterState]
         shutil.rmtree(part, ignore_errors=True)
 
 
-def normalised(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with CLIP's layers under `text_model.`, as every loader and older file has them.
+def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's adapter under the names that Diffusers' loaders read.
 
-    transformers 5.6 dropped that level from CLIPTextModel (huggingface/diffusers#13984).
+    Diffusers' converter renames attention layers only, and its UNet loader looks at the first key
+    to tell the form of all: half of a mixed file would silently not load. So an adapter with other
+    layers keeps PEFT's names throughout, which loaders read as well.
+
+    CLIP's layers stand under `text_model.`, as every loader and older file has them; transformers
+    5.6 dropped that level from CLIPTextModel (huggingface/diffusers#13984).
     """
-    return {
+    peft_keys = {
         f"text_model.{name}" if name.startswith("encoder.layers.") else name: tensor
         for name, tensor in sorted(tensors.items())
     }
+    converted = convert_state_dict_to_diffusers(peft_keys)
+    return peft_keys if any(".lora_A." in name for name in converted) else converted
 
 
 def is_done(cfg: Config) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ class AdapterPipeline:
         """Load an adapter (a run folder or a file) under `name`, not yet in use."""
         path = adapter_file(adapter)
         try:
-            self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+            with warnings.catch_warnings():  # PEFT finds a second adapter on a model remarkable
+                warnings.simplefilter("ignore", UserWarning)
+                self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"adapter {path} does not fit base model {self.base.name}: {reason}") from error

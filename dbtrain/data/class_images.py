@@ -26,9 +26,7 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
     Raises ConfigError if they cannot be read or written.
     """
     with dist.agreed():
-        own = (
-            images.find(cfg.class_dir)[: cfg.class_images] if cfg.class_dir and _exists(cfg.class_dir) else []
-        )
+        own = _own(cfg)
     count = cfg.class_images - len(own)
     if count == 0:
         return own
@@ -90,5 +88,8 @@ def _root(cfg: Prepare) -> Path:
     return Path(cache) / "dbtrain" / "class-images"
 
 
-def _exists(folder: str) -> bool:
-    return Path(folder).expanduser().is_dir()
+def _own(cfg: Prepare) -> list[Path]:
+    """The user's own class images, at most as many as are asked for."""
+    if not cfg.class_dir or not Path(cfg.class_dir).expanduser().exists():
+        return []
+    return images.find(cfg.class_dir, ignore=(".txt",))[: cfg.class_images]

@@ -140,7 +140,7 @@ def read(folder: Path, shard: Shard) -> list[Row]:
         decoded = [decoder(sample) for sample in samples]
     except (tarfile.TarError, SafetensorError, ValueError) as error:
         raise ConfigError(f"shard {path} cannot be read: {error}; {CURE}") from error
-    return [Row(sample["safetensors"], sample["json"]) for sample in decoded]
+    return [Row(dict(sorted(sample["safetensors"].items())), sample["json"]) for sample in decoded]
 
 
 def read_prompts(folder: Path, prompts: Prompts) -> dict[str, Tensor]:

@@ -1,0 +1,112 @@
+"""Real parts for the tests: pictures, configs, shards and processes; the model is the embedded `tiny`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+from dbtrain.config import Config
+
+ROOT = Path(__file__).parents[1]
+REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checkout has them beside it
+
+torch.set_num_threads(1)
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+
+def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:
+    """A picture that differs from the others in every part: colours, shape, place."""
+    picture = Image.new("RGB", size, (40 * number % 256, 90, 200 - 30 * number % 200))
+    pen = ImageDraw.Draw(picture)
+    pen.ellipse((10 + 5 * number, 12, 50 + 5 * number, 60), fill=(250, 30 * number % 256, 60))
+    pen.line((0, 7 * number, *size), fill="white", width=3)
+    picture.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photos: real ones where there are any, else drawn ones."""
+    if (REAL_PHOTOS / "dog6").is_dir():
+        return REAL_PHOTOS / "dog6"
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(5):
+        draw_photo(folder / f"{number:02d}.jpg", number)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests share their generated class images."""
+    return tmp_path_factory.mktemp("class")
+
+
+def config_in(folder: Path, photos: Path, class_dir: Path, **changes: Any) -> Config:
+    """A small valid config, written to `folder/c.yaml`; keyword `section__key` changes one value."""
+    values: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "prepare": {
+            "photos": str(photos), "instance_prompt": "a photo of sks dog",
+            "class_prompt": "a photo of a dog", "class_images": 8, "class_dir": str(class_dir),
+            "resolution": 64, "sampling": {"steps": 2, "precision": "fp32"},
+        },
+        "data": {"shards": str(folder / "shards")},
+        "adapter": {"rank": 4, "alpha": 8},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 4, "global_batch": 4, "precision": "fp32", "checkpoint_every": 2},
+        "sample": {"images": 2, "steps": 2, "precision": "fp32"},
+    }  # fmt: skip
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[key] = value
+    path = folder / "c.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return Config.load(path)
+
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make(tmp_path: Path, photos: Path, class_dir: Path) -> Make:
+    """`config_in` this test's own folder."""
+    return partial(config_in, tmp_path, photos, class_dir)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, photos: Path, class_dir: Path) -> Path:
+    """Shards of the small config, made once; a test that changes shards copies them."""
+    from dbtrain.prepare import prepare
+
+    return prepare(config_in(tmp_path_factory.mktemp("prepared"), photos, class_dir))
+
+
+def command(*args: object, ranks: int = 1) -> list[str]:
+    """The command line of a verb, in one process or under torchrun."""
+    launcher = [sys.executable, "-m", "dbtrain"]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    f"--nproc-per-node={ranks}", "-m", "dbtrain"]  # fmt: skip
+    return [*launcher, *map(str, args)]
+
+
+def dbtrain(*args: object, ranks: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
+    """A verb run to its end; its output is shown when a test fails."""
+    done = subprocess.run(
+        command(*args, ranks=ranks), capture_output=True, text=True, timeout=300, env={**os.environ, **env}
+    )
+    print(done.stdout, done.stderr, sep="\n")
+    return done
