@@ -60,6 +60,17 @@ class DreamBooth(nn.Module):
         scale = LatentScale(manifest.latent_scale, manifest.latent_shift)
         return cls(family, denoiser.train(), objective, condition, scale)
 
+    def compile_denoiser(self) -> None:
+        """Compile the denoiser in place, before DDP wraps the module: state-dict keys keep their names."""
+        from torch._dynamo import config as dynamo  # a second of imports that eager runs do not need
+        from torch._inductor import config as inductor
+
+        dynamo.optimize_ddp = False  # one graph: it would split at DDP's first bucket
+        # With it, torch 2.13 on CPUs mixes memory formats in convolution_backward: layers below an
+        # upsampler silently get no gradient. On GPUs its heuristics leave UNets alone anyway.
+        inductor.layout_optimization = False
+        self.denoiser.compile()
+
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that carry an adapter, by the name they have in the base's folder."""

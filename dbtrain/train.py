@@ -56,8 +56,7 @@ def train(cfg: Config) -> Path:
     _check_adapter_is_shared(model)
 
     if cfg.train.compile:
-        torch._dynamo.config.optimize_ddp = False  # one graph: it would split at DDP's first bucket
-        model.denoiser.compile()  # in place: state-dict keys keep their names
+        model.compile_denoiser()
     ddp = dist.wrap(model)
     role_weights = _role_weights(cfg, manifest)
     stream = LatentStream(

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Make .venv and install dbtrain into it, unless the same install is there already.
+# Usage: bash launch/venv.sh [EXTRA]    EXTRA: an extra of pyproject.toml, e.g. dev
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extra=${1:-}
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+  echo "dbtrain needs Python 3.10 or newer; set PYTHON to one" >&2
+  exit 2
+}
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+
+# A marker says from which files each install was made; an extra brings the base along.
+want=$(cat pyproject.toml launch/constraints.txt | cksum)
+marker=.venv/installed-${extra:-base}
+if [[ $(cat "$marker" 2>/dev/null) != "$want" ]]; then
+  echo "installing dbtrain into .venv ..."
+  .venv/bin/pip install --quiet --constraint launch/constraints.txt torch
+  .venv/bin/pip install --quiet --constraint launch/constraints.txt --editable ".${extra:+[$extra]}"
+  echo "$want" | tee "$marker" >.venv/installed-base
+fi

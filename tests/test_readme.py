@@ -1,0 +1,134 @@
+"""The README does what it says: its reference is the config's, and its commands run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dbtrain.config import fields
+from tests.conftest import ROOT, draw_photo
+
+README = (ROOT / "README.md").read_text()
+BASH = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.strip().splitlines()
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+# A GPU base and hundreds of steps, made small: the same words, the embedded base.
+SMALL = (
+    "model.path=tiny model.variant=null prepare.resolution=64 prepare.class_images=8 "
+    "prepare.class_dir=class-images prepare.sampling.steps=2 prepare.sampling.precision=fp32 "
+    "adapter.rank=2 adapter.alpha=2 train.precision=fp32 train.checkpoint_every=2 "
+    "sample.images=1 sample.steps=2 sample.precision=fp32"
+).split()
+
+
+def reference() -> str:
+    """The config reference as the README holds it."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, field in fields():
+        default = "**required**" if field.is_required() else f"`{_yaml(field.get_default())}`"
+        lines.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[]"
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def test_the_reference_is_the_config_s() -> None:
+    assert reference() in README, "run: python -m tests.test_readme"
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree with photos in it, as a user has it; installed as this one is."""
+    folder = tmp_path_factory.mktemp("checkout")
+    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "shards", "photos", "*_cache", "__pycache__")
+    copy = Path(shutil.copytree(ROOT, folder / "dbtrain", ignore=skipped))
+    (copy / "photos" / "dog").mkdir(parents=True)
+    for number in range(5):
+        draw_photo(copy / "photos" / "dog" / f"{number}.jpg", number)
+    if (ROOT / ".venv").exists():
+        (copy / ".venv").symlink_to(ROOT / ".venv")
+    return copy
+
+
+def shell(line: str, folder: Path, timeout: int = 300) -> str:
+    bin_dir = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        line, shell=True, executable="/bin/bash", cwd=folder, env=env, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+    print(line, done.stdout, done.stderr, sep="\n")
+    assert done.returncode == 0
+    return done.stdout
+
+
+def small(line: str) -> str:
+    """A README command with the embedded base in place of a large one, on two processes at most."""
+    line = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", line)
+    steps = [] if "train.steps" in line else ["train.steps=2"]
+    return f"{line} {shlex.join([*SMALL, *steps])}"
+
+
+def on_two_nodes(line: str) -> str:
+    """The multi-node command, started twice on this machine, each with one process."""
+    line = line.replace("--nproc-per-node 8", "--nproc-per-node 1").replace("29500", "29517")
+    line = f"{line} {shlex.join([*SMALL, 'train.steps=2', 'run_dir=runs/nodes'])}"
+    return f"HEAD=127.0.0.1; {line} & first=$!; {line} && wait $first"
+
+
+@pytest.mark.parametrize("line", BASH)
+def test_every_command_runs(line: str, checkout: Path) -> None:
+    if line.startswith("pip install"):
+        assert f"{line} --dry-run --no-deps --no-build-isolation"  # the launch scripts install this way
+        assert (checkout / "launch" / "constraints.txt").is_file()
+    elif line.startswith("HEAD="):
+        assert any("$HEAD" in other for other in BASH)
+    elif "$HEAD" in line:
+        shell(on_two_nodes(line), checkout)
+    elif line == "bash launch/test.sh":
+        if not (ROOT / ".venv" / "installed-dev").exists():
+            pytest.skip("needs .venv, which launch/test.sh makes")
+        assert "passed" in shell(f"{line} -q tests/test_config.py", checkout)
+    elif line == "bash launch/quickstart.sh":
+        if not (ROOT / ".venv" / "installed-base").exists():
+            pytest.skip("needs .venv, which launch/test.sh makes")
+        said = shell(line, checkout)
+        for name in ("adapter", "pictures"):
+            path = re.search(rf"^{name}: +(.+)$", said, re.MULTILINE)
+            assert path and Path(path[1]).is_file()
+    else:
+        assert "dbtrain" in line and "configs/sd15.yaml" in line, f"no test for: {line}"
+        shell(small(line), checkout)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=["diffusers", "dbtrain"])
+def test_every_python_example_runs(code: str, checkout: Path) -> None:
+    """After the commands above, whose runs it loads."""
+    path = checkout / "dbtrain" / "tiny" / "model"
+    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(path))
+    code = (
+        code.replace("torch.float16", "torch.float32").replace('"fp16"', '"fp32"').replace('"cuda"', '"cpu"')
+    )
+    (checkout / "example.py").write_text(code)
+    shell("python example.py", checkout)
+
+
+if __name__ == "__main__":
+    table = re.compile(r"\| key \| default \| meaning \|\n(\|.*\n)*\|.*|REFERENCE")
+    (ROOT / "README.md").write_text(table.sub(lambda _: reference(), README, count=1))
