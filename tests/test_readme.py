@@ -81,8 +81,7 @@ def shell(line: str, folder: Path, timeout: int = 300) -> str:
 def small(line: str) -> str:
     """A README command with the embedded base in place of a large one, on two processes at most."""
     line = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", line)
-    steps = [] if "train.steps" in line else ["train.steps=2"]
-    return f"{line} {shlex.join([*SMALL, *steps])}"
+    return f"{line} {shlex.join([*SMALL, 'train.steps=2'])}"  # the last of two overrides counts
 
 
 def on_two_nodes(line: str) -> str:
@@ -95,8 +94,7 @@ def on_two_nodes(line: str) -> str:
 @pytest.mark.parametrize("line", BASH)
 def test_every_command_runs(line: str, checkout: Path) -> None:
     if line.startswith("pip install"):
-        assert f"{line} --dry-run --no-deps --no-build-isolation"  # the launch scripts install this way
-        assert (checkout / "launch" / "constraints.txt").is_file()
+        assert "Would install dbtrain" in shell(f"python -m {line} --dry-run --no-deps", checkout)
     elif line.startswith("HEAD="):
         assert any("$HEAD" in other for other in BASH)
     elif "$HEAD" in line:
