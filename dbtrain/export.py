@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from safetensors import SafetensorError
 from dbtrain import checkpoint, dist, families, files, log
 from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
-from dbtrain.data.shards import Manifest
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.pretrained import Pretrained
@@ -125,8 +123,7 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
 
 def _card(cfg: Config, family: Family, states: Mapping[str, AdapterState], step: int) -> str:
     """The model card: what this file is, what it was trained on, how to load it."""
-    manifest = Manifest.read(cfg.data.shards) if os.path.isdir(cfg.data.shards) else None
-    prompt = manifest.prompts.texts[0] if manifest else ""
+    prompt = cfg.prepare.instance_prompt if cfg.prepare else "..."
     adapter = next(iter(states.values())).config
     base = cfg.model.path
     return f"""---

@@ -42,11 +42,23 @@ def start() -> None:
     _logger.propagate = False
 
 
+class _Lines:
+    """A file for bars where no terminal redraws them: a line each time, instead of returns."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
     """A progress bar on rank 0; in a batch log, a line every half minute."""
-    every = 0.1 if sys.stderr.isatty() else 30.0
+    terminal = sys.stderr.isatty()
     return tqdm(
-        total=total, desc=what, unit=unit, initial=initial, mininterval=every, dynamic_ncols=True,
+        total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=terminal,
+        file=sys.stderr if terminal else _Lines(), mininterval=0.1 if terminal else 30.0,
         disable=not dist.is_main(),
     )  # fmt: skip
 

@@ -47,10 +47,9 @@ def row_draws(seed: int, role: str, position: int, shape: tuple[int, ...], noise
 
 @contextmanager
 def seeded(*key: str | int) -> Iterator[None]:
-    """Seed torch's global generators by `key` for the block, and put them back after it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed_of(*key))
+    """Seed torch's global CPU generator by `key` for the block, and put it back after it."""
+    with torch.random.fork_rng(devices=[]):  # forking GPUs' would open a context on each of them
+        torch.default_generator.manual_seed(seed_of(*key))
         yield
 
 

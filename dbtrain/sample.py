@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from dbtrain import dist, export, families, files, generate, log
 from dbtrain.config import Config, Model
 from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
 
@@ -34,18 +35,20 @@ class AdapterPipeline:
     >>> pictures = pipe.generate(["a photo of sks dog"], seeds=[0])
     """
 
-    def __init__(self, pipe: Any, base: Pretrained) -> None:
-        self.pipe = pipe
+    def __init__(
+        self, base: Pretrained, family: Family, precision: str, device: torch.device | None = None
+    ) -> None:
         self.base = base
-        self.added: dict[str, str] = {}
+        self.pipe = generate.build(base, family, precision, device or dist.device())
+        self.added: dict[str, Path] = {}
 
     @classmethod
     def load(
         cls, model: Model, precision: str = "fp32", device: torch.device | None = None
     ) -> AdapterPipeline:
+        """The base that a config's `model` section names, downloaded first if it is a Hub id."""
         base = Pretrained.find(model)
-        family = families.detect(base, model)
-        return cls(generate.build(base, family, precision, device or dist.device()), base)
+        return cls(base, families.detect(base, model), precision, device)
 
     def add(self, name: str, adapter: str | Path) -> None:
         """Load an adapter (a run folder or a file) under `name`, not yet in use."""
@@ -57,7 +60,7 @@ class AdapterPipeline:
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"adapter {path} does not fit base model {self.base.name}: {reason}") from error
-        self.added[name] = str(path)
+        self.added[name] = path
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Draw with exactly these adapters, each at its scale; with none, the bare base."""
@@ -112,6 +115,7 @@ def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Pa
     if not prompts:
         raise ConfigError("there is no prompt to draw; give --prompt or sample.prompts", shared=True)
     mixes = [Mix.parse(text) for text in adapters]
+    base = Pretrained.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
         paths = {path: adapter_file(path) for mix in mixes for path, _ in mix.parts}
@@ -126,7 +130,7 @@ def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Pa
         log.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
-        _draw(cfg, mixes, paths, prompts, out, side)
+        _draw(cfg, base, mixes, paths, prompts, out, side)
     with dist.agreed():
         if dist.is_main():
             _write_sheet(sheet, key, mixes, prompts, settings.images, settings.seed, out)
@@ -155,6 +159,7 @@ def adapter_file(adapter: str | Path) -> Path:
 
 def _draw(
     cfg: Config,
+    base: Pretrained,
     mixes: Sequence[Mix],
     paths: Mapping[str, Path],
     prompts: Sequence[str],
@@ -169,7 +174,7 @@ def _draw(
     mine = batches[dist.rank() :: dist.world()]
     if not mine:
         return
-    pipe = AdapterPipeline.load(cfg.model, settings.precision)
+    pipe = AdapterPipeline(base, families.detect(base, cfg.model), settings.precision)
     names = {path: f"adapter{number}" for number, path in enumerate(paths)}
     for path, name in names.items():
         pipe.add(name, paths[path])
