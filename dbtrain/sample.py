@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -40,7 +39,7 @@ class AdapterPipeline:
     ) -> None:
         self.base = base
         self.pipe = generate.build(base, family, precision, device or dist.device())
-        self.added: dict[str, Path] = {}
+        self.scales: dict[str, float] = {}  # adapters in use
 
     @classmethod
     def load(
@@ -51,7 +50,7 @@ class AdapterPipeline:
         return cls(base, families.detect(base, model), precision, device)
 
     def add(self, name: str, adapter: str | Path) -> None:
-        """Load an adapter (a run folder or a file) under `name`, not yet in use."""
+        """Load an adapter (a run folder or a file) under `name`; `use` puts it to work."""
         path = adapter_file(adapter)
         try:
             with warnings.catch_warnings():  # PEFT finds a second adapter on a model remarkable
@@ -60,14 +59,16 @@ class AdapterPipeline:
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"adapter {path} does not fit base model {self.base.name}: {reason}") from error
-        self.added[name] = path
+        self.use(self.scales)
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Draw with exactly these adapters, each at its scale; with none, the bare base."""
-        if self.added:
-            self.pipe.enable_lora() if scales else self.pipe.disable_lora()
+        self.scales = dict(scales)
         if scales:
+            self.pipe.enable_lora()
             self.pipe.set_adapters(list(scales), list(scales.values()))
+        elif self.pipe.get_list_adapters():
+            self.pipe.disable_lora()
 
     def generate(
         self,
