@@ -246,13 +246,13 @@ def _place(name: str, rng: np.random.Generator) -> Image.Image:
                     if rng.random() < 0.6:
                         pen.rectangle((wx, wy, wx + 7, wy + 8), fill=(250, 220, 110))
     elif name == "table":
-        for y in range(horizon, CANVAS, 24):
-            pen.line((0, y, CANVAS, y + rng.uniform(-3, 3)), fill=(110, 68, 36), width=4)
+        for top in range(horizon, CANVAS, 24):
+            pen.line((0, top, CANVAS, top + rng.uniform(-3, 3)), fill=(110, 68, 36), width=4)
         x = rng.uniform(20, 180)
         pen.rectangle((x, 20, x + 60, 90), fill=(235, 228, 215), outline=(150, 130, 110), width=4)
     else:
         spots(70, 0, CANVAS, 2.5, (255, 255, 240))
-        x, top, r = rng.uniform(20, 236), rng.uniform(10, 70), rng.uniform(18, 34)
-        pen.ellipse((x - r, top - r, x + r, top + r), fill=(190, 120, 90))
-        pen.ellipse((x - r * 0.5, top - r * 0.8, x + r * 0.9, top + r * 0.5), fill=(210, 145, 110))
+        x, y, r = rng.uniform(20, 236), rng.uniform(10, 70), rng.uniform(18, 34)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=(190, 120, 90))
+        pen.ellipse((x - r * 0.5, y - r * 0.8, x + r * 0.9, y + r * 0.5), fill=(210, 145, 110))
     return picture
