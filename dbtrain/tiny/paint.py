@@ -232,7 +232,7 @@ def _place(name: str, rng: np.random.Generator) -> Image.Image:
             pen.polygon([(x - 22, horizon), (x, horizon - 80), (x + 22, horizon)], fill=(70, 110, 100))
         spots(60, 0, CANVAS, 3, (255, 255, 255))
     elif name == "grass":
-        x, y = rng.uniform(0, CANVAS), horizon + 30
+        x, y = rng.uniform(0, CANVAS), float(horizon + 30)
         pen.ellipse((x - 160, y - 70, x + 160, y + 70), fill=(105, 185, 80))
         for x, y in zip(rng.uniform(0, CANVAS, 50), rng.uniform(horizon, CANVAS, 50), strict=True):
             pen.line((x, y, x + rng.uniform(-4, 4), y - 14), fill=(50, 125, 45), width=3)
