@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import traceback
@@ -11,34 +10,52 @@ from typing import Annotated
 
 import typer
 
-from dbtrain import __version__
+import dbtrain
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError, os_problem
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help=__import__("dbtrain").__doc__)  # fmt: skip
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=dbtrain.__doc__,
+    epilog="Example: torchrun --nproc-per-node 4 -m dbtrain run configs/dog.yaml train.steps=800",
+)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the subject")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings put over the file's")
+    list[str] | None,
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="settings put over the file's, e.g. optim.lr=2e-4"),
 ]
 
+# Verbs are imported when they are called: help and config errors need no torch.
 
-def _call(module: str, name: str, *args: object, **kwargs: object) -> object:
-    """A verb's function, imported only now: help and config errors need no torch."""
-    importlib.import_module("dbtrain.log").start()
-    return getattr(importlib.import_module(f"dbtrain.{module}"), name)(*args, **kwargs)
+
+def _load(config: Path, overrides: list[str] | None) -> Config:
+    """The checked config, and then the terminal log."""
+    cfg = Config.load(config, overrides or ())
+    from dbtrain import log
+
+    log.start()
+    return cfg
 
 
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Photos (and class images) to shards of VAE latents and a prompt table."""
-    _call("prepare", "prepare", Config.load(config, overrides or ()))
+    cfg = _load(config, overrides)
+    from dbtrain import prepare as verb
+
+    verb.prepare(cfg)
 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Shards to an adapter; goes on from the newest checkpoint."""
-    _call("train", "train", Config.load(config, overrides or ()))
+    cfg = _load(config, overrides)
+    from dbtrain import train as verb
+
+    verb.train(cfg)
 
 
 @app.command()
@@ -46,31 +63,39 @@ def export(
     config: ConfigPath,
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="checkpoint to export (default: the newest)")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder (default: export/ in the run folder)")] = None,
 ) -> None:
     """A checkpoint to the file that Diffusers loads."""
-    _call("export", "export", Config.load(config, overrides or ()), step)
+    cfg = _load(config, overrides)
+    from dbtrain import export as verb
+
+    verb.export(cfg, step, out)
 
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """prepare, train, export and sample in one go; what is done already is skipped."""
-    cfg = Config.load(config, overrides or ())
-    _call("prepare", "prepare", cfg)
-    _call("train", "train", cfg)
-    _call("sample", "sample_run", cfg)
+    cfg = _load(config, overrides)
+    from dbtrain import prepare, sample, train
+
+    prepare.prepare(cfg)
+    train.train(cfg)
+    sample.sample_run(cfg)
 
 
 @app.command()
 def sample(
     config: ConfigPath,
     overrides: Overrides = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may stand several times")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to draw; may stand several times (default: sample.prompts)")
+    ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATH[:SCALE]",
             help="run folder or adapter file; several times for a row each, joined by + to mix, "
-            "'none' for the bare base (default: the config's run)",
+            "'none' for the bare base (default: none, and the config's run)",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the first image")] = None,
@@ -80,14 +105,16 @@ def sample(
     """Pictures of prompts with one or more adapters, and a contact sheet."""
     extra = [f"sample.seed={seed}"] if seed is not None else []
     extra += [f"sample.images={images}"] if images is not None else []
-    cfg = Config.load(config, [*(overrides or ()), *extra])
-    _call("sample", "sample", cfg, prompt or cfg.sample.prompts, adapter or [cfg.run_dir], out)
+    cfg = _load(config, [*(overrides or ()), *extra])
+    from dbtrain import sample as verb
+
+    verb.sample(cfg, prompt or cfg.sample.prompts, adapter or ["none", cfg.run_dir], out)
 
 
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
-        print(__version__)
+        print(dbtrain.__version__)
         raise typer.Exit
 
 
@@ -107,12 +134,13 @@ def entry() -> None:
         except OSError:
             traceback.print_exc()
     except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             first = str(error).splitlines()[0]
-            cure = "lower train.micro_batch, or set train.gradient_checkpointing"
-            code = _refuse(ConfigError(f"{first} {cure}"))
+            cure = "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch)"
+            code = _refuse(ConfigError(f"{first} {cure}, or set train.gradient_checkpointing"))
         else:
             traceback.print_exc()
     if "dbtrain.dist" in sys.modules:

@@ -35,7 +35,12 @@ PEFT_PREFIX = "base_model.model."
 def folders(run_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = (run_dir / "checkpoints").glob("step-*")
-    return sorted(path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir())
+    whole = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(whole, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) -> dict[str, Any]:
@@ -49,11 +54,16 @@ def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) 
     return {
         "seed": cfg.seed,
         "model.path": f"content {content_key(base_content)[:12]}",
-        "data.shards": f"content {content_key(manifest.model_dump(mode='json', exclude={'base'}))[:12]}",
+        "data.shards": _shards_identity(manifest),
         **{f"adapter.{key}": value for key, value in adapter.items()},
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
         "train.global_batch": cfg.train.global_batch,
     }
+
+
+def _shards_identity(manifest: Manifest) -> str:
+    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
+    return f"{rows}, content {content_key(manifest.model_dump(mode='json', exclude={'base'}))[:12]}"
 
 
 def save(
@@ -96,12 +106,18 @@ def _fill(
 
 
 def latest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state; says which ones are not."""
+    """The newest checkpoint that is whole, and its state.
+
+    Says which ones are not, and sets them aside: among the newest, they would push out good ones.
+    """
     for path in reversed(folders(run_dir)):
         try:
             return path, read_state(path)
         except ConfigError as problem:
-            log.say(f"{problem}; trying the one before it")
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.say(f"{problem}; set aside as {aside.name}, trying the one before it")
     return None
 
 
@@ -162,4 +178,4 @@ def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -
     odd = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if odd:
         changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in odd)
-        raise ConfigError(f"{path} cannot be continued: {changes}; set them back, or use another run_dir")
+        raise ConfigError(f"{path} cannot be continued: {changes}; set them back, or give another run_dir")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dbtrain import reading
 from dbtrain.errors import ConfigError
 
 
@@ -27,6 +26,7 @@ def _listed(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]  # YAML has lists, frozen models want tuples
+Targets = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else _listed(v))]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -64,7 +64,7 @@ class Prepare(Section):
     class_dir: Text | None = Field(
         None,
         description="your own class images; missing ones are generated into a subfolder "
-        "(null: into the user's cache folder)",
+        "(null: all are, in ~/.cache/dbtrain; on several nodes, give a shared folder)",
     )
     resolution: Count = Field(512, description="side of the square crops, px")
     crop: Literal["center", "random"] = Field(
@@ -99,8 +99,10 @@ class Adapter(Section):
     alpha: Positive | None = Field(
         None, description="strength: the update is scaled by alpha / rank (null: alpha = rank)"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout before the adapter")
-    targets: Literal["auto"] | Names = Field(
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="dropout before the adapter; its masks depend on train.micro_batch"
+    )
+    targets: Literal["auto"] | Targets = Field(
         "auto", description="names of the modules to adapt; `auto`: the family's attention layers"
     )
 
@@ -156,11 +158,12 @@ class Train(Section):
 
 
 class Sample(Section):
-    prompts: Names = Field((), description="prompts to draw when `run` is done")
+    prompts: Names = Field((), description="what to draw: by `run` at its end, by `sample` by default")
     images: Count = Field(4, description="images for each prompt")
     seed: Natural = Field(0, description="seed of the first image; the next ones count up")
     steps: Count = Field(25, description="DPM-Solver++ steps")
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
+    batch: Count = Field(4, description="images drawn at once on each rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base")
 
 
@@ -190,12 +193,12 @@ class Config(Section):
 
         Raises ConfigError that lists every problem at once.
         """
-        values = read_yaml(Path(path))
-        problems = [problem for item in overrides if (problem := _override(values, item))]
+        values = reading.read_yaml(Path(path))
+        problems = [problem for item in overrides if (problem := reading.override(values, item))]
         try:
             config = cls.model_validate(values)
         except ValidationError as error:
-            problems += [_explain(dict(detail)) for detail in error.errors()]
+            problems += reading.problems(error, [name for name, _ in fields()])
         if problems:
             raise ConfigError(*problems)
         return config
@@ -203,59 +206,6 @@ class Config(Section):
     def dump(self) -> str:
         """The resolved config as YAML: every key, every value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number, and a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
-            keys = [str(key.value) for key, _ in node.value]
-            double = next((key for key in keys if keys.count(key) > 1), "<<")
-            raise ConfigError(f"key '{double}' stands twice, line {node.start_mark.line + 1}")
-        return mapping
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",  # YAML 1.1 as PyYAML reads it wants a dot in 1.e-4
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError for anything else."""
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no `key: value` pairs")
-    return values
-
-
-def _override(values: dict[str, Any], item: str) -> str | None:
-    """Put one `a.b=value` into `values`; what is wrong with it, if anything."""
-    name, equals, text = item.partition("=")
-    keys = name.split(".")
-    if not equals or not all(keys):
-        return f"override '{item}' is not of the form section.key=value"
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ConfigError):
-        return f"override '{item}': the value is not YAML"
-    for key in keys[:-1]:
-        inner = values.get(key)
-        if inner is None:
-            inner = values[key] = {}
-        if not isinstance(inner, dict):
-            return f"override '{item}': '{key}' is not a section"
-        values = inner
-    values[keys[-1]] = value
-    return None
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -270,34 +220,3 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield from fields(inner[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
-
-
-def _explain(error: dict[str, Any]) -> str:
-    """One line for one pydantic error: what, which value, what to do."""
-    place = ".".join(str(part) for part in error["loc"] if not _is_branch(str(part)))
-    value, context = error.get("input"), error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{place}'{_did_you_mean(place)}"
-    if error["type"] == "missing":
-        return f"'{place}' is missing; add it to the config"
-    if error["type"] == "literal_error":
-        return f"{place} is {value!r}; choose from {context['expected']}"
-    if error["type"] == "value_error":
-        return f"{place}.{context['error']}" if place else str(context["error"])
-    if error["type"] == "model_type":
-        return f"'{place}' is a section of keys, not {value!r}"
-    return f"{place} is {value!r}: {error['msg'].removeprefix('Input ')}"
-
-
-def _is_branch(part: str) -> bool:
-    """Whether pydantic put this into the location to name a branch of a union."""
-    return not re.fullmatch(r"[\w-]+", part)
-
-
-def _did_you_mean(place: str) -> str:
-    """The setting that was meant: the same key in another section, or a near spelling."""
-    known = [name for name, _ in fields()]
-    known += sorted({name.rpartition(".")[0] for name in known} - {""})
-    same = [name for name in known if name.split(".")[-1] == place.split(".")[-1]]
-    near = same or difflib.get_close_matches(place, known, n=1, cutoff=0.7)
-    return f"; did you mean '{near[0]}'?" if near else ""

@@ -33,3 +33,8 @@ def os_problem(error: OSError) -> str:
     if error.errno not in _USER_ERRNOS:
         raise error
     return f"{error.filename or 'file system'}: {error.strerror}"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another library's error says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

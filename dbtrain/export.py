@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import yaml
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors import SafetensorError
 
@@ -16,15 +17,16 @@ from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
-from dbtrain.pretrained import Pretrained
+from dbtrain.pretrained import EMBEDDED, Pretrained
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights(folder)` looks for
 
 
-def export(cfg: Config, step: int | None = None) -> Path:
-    """Export a checkpoint of the run (the newest one, or that of `step`); the path of the file.
+def export(cfg: Config, step: int | None = None, out: Path | None = None) -> Path:
+    """Export a checkpoint (the newest, or that of `step`) into `out`; the path of the file.
 
-    Needs the checkpoint and the base's model_index.json only: no base weights are loaded.
+    `out` is the run's `export/` by default. Needs the checkpoint and the base's model_index.json
+    only: no base weights are loaded.
     """
     dist.init()
     run_dir = Path(cfg.run_dir)
@@ -37,16 +39,22 @@ def export(cfg: Config, step: int | None = None) -> Path:
         state = checkpoint.read_state(path)
         components = [entry.name for entry in path.iterdir() if entry.is_dir()]
         states = {name: checkpoint.read_adapter(path / name) for name in components}
-    return save(cfg, family, states, state["step"])
+    return save(cfg, base, family, states, state["step"], out or run_dir / "export")
 
 
-def save(cfg: Config, family: Family, states: Mapping[str, AdapterState], step: int) -> Path:
-    """Write `export/` of a run on rank 0: the adapter with its metadata, and the model card."""
-    folder = Path(cfg.run_dir) / "export"
+def save(
+    cfg: Config,
+    base: Pretrained,
+    family: Family,
+    states: Mapping[str, AdapterState],
+    step: int,
+    folder: Path,
+) -> Path:
+    """Write an export folder on rank 0: the adapter with its metadata, and the model card."""
     with dist.agreed():
         if dist.is_main():
             write_adapter(folder / FILE, family, states)
-            files.write_atomically(folder / "README.md", _card(cfg, family, states, step))
+            files.write_atomically(folder / "README.md", _card(cfg, base, family, states, step))
             log.say(f"exported step {step} to {folder / FILE}")
     return folder / FILE
 
@@ -121,29 +129,41 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
     return found[step]
 
 
-def _card(cfg: Config, family: Family, states: Mapping[str, AdapterState], step: int) -> str:
+def _card(
+    cfg: Config, base: Pretrained, family: Family, states: Mapping[str, AdapterState], step: int
+) -> str:
     """The model card: what this file is, what it was trained on, how to load it."""
-    prompt = cfg.prepare.instance_prompt if cfg.prepare else "..."
+    prompt = cfg.prepare.instance_prompt if cfg.prepare else "a photo of the subject"
+    path = str(base.folder) if cfg.model.path in EMBEDDED else cfg.model.path
     adapter = next(iter(states.values())).config
-    base = cfg.model.path
+    facts = {
+        "base_model": path,
+        "library_name": "diffusers",
+        "tags": ["text-to-image", "diffusers", "lora", "dreambooth", "dbtrain"],
+        "instance_prompt": prompt,
+    }
+    prior = cfg.prepare.class_prompt if cfg.prepare else None
     return f"""---
-base_model: {base}
-library_name: diffusers
-tags: [text-to-image, diffusers, lora, dreambooth, dbtrain]
-instance_prompt: {prompt!r}
----
+{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---
 
 # {Path(cfg.run_dir).name}
 
-A LoRA (rank {adapter["r"]}, alpha {adapter["lora_alpha"]}) for `{base}`, trained by DreamBooth with dbtrain
-for {step} steps of {cfg.train.global_batch} images. Prompt of the subject: **{prompt}**
+A LoRA (rank {adapter["r"]}, alpha {adapter["lora_alpha"]}) for `{path}`, trained by DreamBooth with dbtrain.
+
+| | |
+|---|---|
+| prompt of the subject | {prompt} |
+| prior preservation | {prior or "none"} |
+| steps | {step} of {cfg.train.global_batch} images |
+| learning rate | {cfg.optim.lr:g}, {cfg.optim.schedule} |
+| precision | {cfg.train.precision} |
 
 ```python
 from diffusers import {family.pipeline}
 
-pipe = {family.pipeline}.from_pretrained("{base}")
+pipe = {family.pipeline}.from_pretrained({path!r})
 pipe.load_lora_weights(".", weight_name="{FILE}")
-image = pipe("{prompt}").images[0]
+image = pipe({prompt!r}).images[0]
 ```
 
 The file carries its alpha, so it loads at the strength it was trained at.

@@ -51,7 +51,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder that `fill` writes into; it gets its name only when it is complete."""
-    part = path.with_name(f".{path.name}.tmp")
+    part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -59,10 +59,11 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
         for file in part.rglob("*"):
             _sync(file)
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     sync_folder(path.parent)
 
 

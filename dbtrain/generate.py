@@ -9,12 +9,11 @@ import diffusers
 import torch
 from PIL import Image
 
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
-from dbtrain.pretrained import Pretrained, hush
+from dbtrain.pretrained import DTYPES, Pretrained, hush
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(base: Pretrained, family: Family, precision: str, device: torch.device) -> Any:
@@ -26,7 +25,7 @@ def build(base: Pretrained, family: Family, precision: str, device: torch.device
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"cannot load base model {base.name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"cannot load base model {base.name}: {reason(error)}") from error
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
     )

@@ -1,4 +1,4 @@
-"""Names made from content: the same value gives the same key on every machine."""
+"""Digests: names made from content, and the root of all randomness; the same on every machine."""
 
 from __future__ import annotations
 

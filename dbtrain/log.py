@@ -22,6 +22,9 @@ from dbtrain import dist, files
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
 
+for _library in ("TRANSFORMERS", "DIFFUSERS"):  # which remark on what they miss when imported
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")
+
 _logger = logging.getLogger("dbtrain")
 say = _logger.info
 
@@ -32,11 +35,9 @@ class _BelowBar(logging.Handler):
 
 
 def start() -> None:
-    """Show `say` lines on rank 0's terminal, and hush the libraries. Once a process."""
+    """Show `say` lines on rank 0's terminal. Once a process."""
     if _logger.handlers:
         return
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     _logger.addHandler(_BelowBar() if dist.is_main() else logging.NullHandler())
     _logger.setLevel(logging.INFO)
     _logger.propagate = False
@@ -53,8 +54,13 @@ class _Lines:
         sys.stderr.flush()
 
 
-def bar(total: int, what: str, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on rank 0; in a batch log, a line every half minute."""
+def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False) -> tqdm:
+    """A progress bar on rank 0; in a batch log, a line every half minute.
+
+    `share` says that `total` is this rank's part of work that is split over ranks.
+    """
+    if share and dist.world() > 1:
+        what = f"{what} (rank 0 of {dist.world()})"
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=terminal,
@@ -107,7 +113,7 @@ def _trackers(folder: Path, cfg: Config, start: int) -> list[Tracker]:
     try:
         trackers.append(_TensorBoard(folder / "tb", start))
     except ImportError:
-        say("TensorBoard is not installed; metrics go to metrics.jsonl only")
+        say("no TensorBoard log: pip install 'dbtrain[tensorboard]' for one")
     if cfg.train.wandb:
         trackers.append(_WandB(folder, cfg.train.wandb, cfg.model_dump(mode="json")))
     return trackers
@@ -136,11 +142,11 @@ class RunLog:
 
     def step(self, done: int, losses: Tensor, grad_norm: Tensor, lr: float, wait_s: float) -> None:
         """Count one step: this rank's (instance, prior) loss shares, (2,), and the norm, ()."""
+        if self.train.precision == "fp16":  # an infinite gradient is the scaler's business: no step
+            grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)
         values = torch.cat([losses, grad_norm[None]])
         self.sums += values
-        # With fp16 an infinite gradient is the scaler's business: it skips the step.
-        watched = values[:2] if self.train.precision == "fp16" else values
-        bad = torch.where(watched.isfinite().all(), math.inf, float(done))
+        bad = torch.where(values.isfinite().all(), math.inf, float(done))
         self.first_bad = torch.minimum(self.first_bad, bad)
         self.steps += 1
         self.wait_s += wait_s
@@ -182,8 +188,7 @@ class RunLog:
         say(
             f"step {done}/{self.train.steps}  loss {metrics['loss']:.4f} ({parts})  "
             f"grad {metrics['grad_norm']:.3g}  lr {lr:.3g}  {metrics['samples_per_s']:.3g} samples/s  "
-            f"step {metrics['step_ms']:.0f} ms  data wait {metrics['wait_share']:.1%}  "
-            f"peak {metrics['peak_gib']:.2f} GiB"
+            f"{metrics['step_ms']:.0f} ms  wait {metrics['wait_share']:.1%}  {metrics['peak_gib']:.2f} GiB"
         )
         self.sums.zero_()
         self.steps, self.wait_s = 0, 0.0
@@ -195,6 +200,11 @@ class RunLog:
         before = time.perf_counter()
         yield
         self.since += time.perf_counter() - before
+
+    def note(self, text: str) -> None:
+        """Put a line into log.txt only: the terminal is told by the door."""
+        if dist.is_main():
+            self.file.handle(logging.makeLogRecord({"msg": text}))
 
     def close(self) -> None:
         self.bar.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from dbtrain import adapters
@@ -13,10 +12,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.data.stream import Batch
 from dbtrain.families.base import Family, LatentScale
 from dbtrain.objectives import DDPM
-from dbtrain.pretrained import Pretrained
-
-# The frozen base's dtype in each precision; fp16 and bf16 run under autocast.
-BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dbtrain.pretrained import DTYPES, Pretrained
 
 
 class DreamBooth(nn.Module):
@@ -47,7 +43,7 @@ class DreamBooth(nn.Module):
         cls, base: Pretrained, family: Family, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config
     ) -> DreamBooth:
         """The base's denoiser with a new adapter, on the CPU. `table` is the shards' prompt table."""
-        denoiser = base.load(family.denoiser, BASE_DTYPES[cfg.train.precision])
+        denoiser = base.load(family.denoiser, DTYPES[cfg.train.precision])
         adapters.attach(denoiser, cfg.adapter, family.targets, cfg.seed)
         if cfg.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()

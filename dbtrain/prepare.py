@@ -77,7 +77,12 @@ def prepare(cfg: Config) -> Path:
 
 def request(prepare: Prepare) -> dict[str, Any]:
     """The settings that shape the shards' content, as the manifest remembers them."""
-    return prepare.model_dump(mode="json", exclude={"photos": True, "class_dir": True, "sampling": {"batch"}})
+    settings = prepare.model_dump(
+        mode="json", exclude={"photos": True, "class_dir": True, "sampling": {"batch"}}
+    )
+    if prepare.class_prompt is None:  # then nothing depends on how class images would be made
+        del settings["class_images"], settings["sampling"]
+    return settings
 
 
 def _check_resolution(base: Pretrained, cfg: Prepare) -> None:
@@ -98,13 +103,16 @@ def _plan(
     plans = {}
     for role, paths in pictures.items():
         rows = []
+        # Variants and flips make much of few photos; class images are many.
+        once = {"variants": 1, "flip": False} if role == "class" else {}
+        settings = prepare.model_copy(update=once)
         for path in paths:
             text = prepare.class_prompt or ""
             if role == "instance":
                 text = images.caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
-            rows += _rows(path, texts.index(text), cfg, prepare, components["vae"])
+            rows += _rows(path, texts.index(text), cfg, settings, components["vae"])
         count = _shard_count(len(rows))
         plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
     return texts, components, plans
@@ -193,7 +201,7 @@ def _encode_missing(
     kept = _kept_rows(folder, old, {meta["key"] for plan in mine for meta in plan.metas})
     encoded = 0
     made = {}
-    with log.bar(sum(len(plan.metas) for plan in mine), "encode", "image") as bar:
+    with log.bar(sum(len(plan.metas) for plan in mine), "encode", "image", share=True) as bar:
         for plan in mine:
             rows = []
             for source, meta in zip(plan.sources, plan.metas, strict=True):
@@ -254,7 +262,7 @@ def _manifest(
 
 def _publish(folder: Path, manifest: shards.Manifest, old: shards.Manifest | None) -> None:
     """Put the manifest in place, then remove what it no longer mentions."""
-    counts = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
+    counts = ", ".join(f"{sum(manifest.rows(role))} {role} crops" for role in manifest.roles)
     if old and old == manifest:
         log.say(f"shards in {folder} are up to date ({counts}): nothing to do")
         return

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 
 from dbtrain import dist, files, tiny
 from dbtrain.config import Model
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, reason
 from dbtrain.keys import content_key
 
 EMBEDDED = {"tiny": tiny.path}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIBRARIES = ("diffusers", "transformers")  # a model folder may name classes of these, nothing else
 
 
@@ -81,8 +82,9 @@ class Pretrained:
         try:
             loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ConfigError(f"cannot load '{component}' of base model {self.name}: {reason}") from error
+            raise ConfigError(
+                f"cannot load '{component}' of base model {self.name}: {reason(error)}"
+            ) from error
         return loaded.requires_grad_(False).eval() if options else loaded
 
     def key(self, component: str) -> str:
@@ -105,9 +107,11 @@ class Pretrained:
 
 
 def hush() -> None:
-    """Turn off the libraries' bars over loading: ours show what takes time."""
+    """Turn off the libraries' bars over loading and their remarks: ours show what takes time."""
     for library in LIBRARIES:
-        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+        speech = importlib.import_module(f"{library}.utils.logging")
+        speech.disable_progress_bar()
+        speech.set_verbosity_error()
 
 
 def _download(cfg: Model) -> Path:
@@ -127,9 +131,8 @@ def _download(cfg: Model) -> Path:
             try:
                 fetch()
             except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
-                reason = str(error).strip().splitlines()[0]
                 raise ConfigError(
                     f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
-                    f"could be downloaded from the Hub: {reason}"
+                    f"could be downloaded from the Hub: {reason(error)}"
                 ) from error
     return fetch()

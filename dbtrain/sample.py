@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +17,12 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError
 
 from dbtrain import dist, export, families, files, generate, log
-from dbtrain.config import Config, Model
-from dbtrain.errors import ConfigError
+from dbtrain.config import Config, Model, Sample
+from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
 
-BATCH = 4  # pictures drawn at once
 TEXT_KEY = "dbtrain"  # PNG text chunk that says how a picture was made
 
 
@@ -31,7 +32,7 @@ class AdapterPipeline:
     >>> pipe = AdapterPipeline.load(Model(path="tiny"))
     >>> pipe.add("dog", "runs/dog")
     >>> pipe.use({"dog": 0.8})
-    >>> pictures = pipe.generate(["a photo of sks dog"], seeds=[0])
+    >>> pictures = pipe.generate("a photo of sks dog", seeds=[0, 1])
     """
 
     def __init__(
@@ -52,33 +53,44 @@ class AdapterPipeline:
     def add(self, name: str, adapter: str | Path) -> None:
         """Load an adapter (a run folder or a file) under `name`; `use` puts it to work."""
         path = adapter_file(adapter)
+        if name in self.names() or not name.isidentifier():
+            raise ConfigError(f"adapter name '{name}' is taken already, or no plain word")
         try:
             with warnings.catch_warnings():  # PEFT finds a second adapter on a model remarkable
                 warnings.simplefilter("ignore", UserWarning)
                 self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"adapter {path} does not fit base model {self.base.name}: {reason}") from error
+            raise ConfigError(
+                f"adapter {path} does not fit base model {self.base.name}: {reason(error)}"
+            ) from error
         self.use(self.scales)
+
+    def names(self) -> set[str]:
+        """Names of the adapters that were added."""
+        return {name for every in self.pipe.get_list_adapters().values() for name in every}
 
     def use(self, scales: Mapping[str, float]) -> None:
         """Draw with exactly these adapters, each at its scale; with none, the bare base."""
+        if unknown := scales.keys() - self.names():
+            raise ConfigError(f"there is no adapter '{min(unknown)}', only {sorted(self.names())}")
         self.scales = dict(scales)
         if scales:
             self.pipe.enable_lora()
             self.pipe.set_adapters(list(scales), list(scales.values()))
-        elif self.pipe.get_list_adapters():
+        elif self.names():
             self.pipe.disable_lora()
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         seeds: Sequence[int],
         steps: int = 25,
         guidance: float = 7.5,
         side: int | None = None,
     ) -> list[Image.Image]:
-        """One picture for each (prompt, seed), `side` px square (None: the base's own size)."""
+        """One picture a seed, of one prompt or of each its own; `side` px (None: the base's size)."""
+        if isinstance(prompts, str):
+            prompts = [prompts] * len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return generate.draw(self.pipe, prompts, generators, steps, guidance, side)
 
@@ -95,14 +107,24 @@ class Mix:
         """`PATH[:SCALE]`, joined by `+` to mix several; `none` is the bare base."""
         if text == "none":
             return cls("no adapter", ())
-        parts = []
+        parts: dict[str, float] = {}
         for item in text.split("+"):
             path, colon, scale = item.rpartition(":")
+            if not colon or "/" in scale or Path(item).exists():  # the colon belongs to the path
+                path, scale = item, "1"
             try:
-                parts.append((path, float(scale)) if colon else (item, 1.0))
+                strength = float(scale)
             except ValueError:
-                parts.append((item, 1.0))  # the colon belongs to the path
-        return cls(" + ".join(f"{_short(path)}:{scale:g}" for path, scale in parts), tuple(parts))
+                strength = math.nan
+            if not math.isfinite(strength) or not path or path in parts:
+                raise ConfigError(
+                    f"adapter '{text}': '{item}' is not PATH or PATH:SCALE, or stands twice; "
+                    "give e.g. runs/dog:0.8 or runs/dog:0.8+runs/cat:0.5",
+                    shared=True,
+                )
+            parts[path] = strength
+        label = " + ".join(f"{_short(path)}:{scale:g}" for path, scale in parts.items())
+        return cls(label, tuple(parts.items()))
 
 
 def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Path | None = None) -> Path:
@@ -121,19 +143,24 @@ def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Pa
     with dist.agreed():
         paths = {path: adapter_file(path) for mix in mixes for path, _ in mix.parts}
         key = content_key({
-            "model": cfg.model.path, "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
+            "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
+            "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
             "mixes": [[mix.label, [files.sha256_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
             **settings.model_dump(exclude={"prompts"}),
         })  # fmt: skip
     out = out or Path(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
     sheet = out / "sheet.png"
-    if dist.from_main(_is_made(sheet, key)):
+    names = [_name(*job) for job in _jobs(len(mixes), len(prompts), settings)]
+    if dist.from_main(_is_made(sheet, key, names)):
         log.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
         _draw(cfg, base, mixes, paths, prompts, out, side)
     with dist.agreed():
         if dist.is_main():
+            for path in out.glob("??-??-seed*.png"):  # of an earlier sheet
+                if path.name not in names:
+                    path.unlink()
             _write_sheet(sheet, key, mixes, prompts, settings.images, settings.seed, out)
             log.say(f"pictures and contact sheet: {sheet}")
     return sheet
@@ -168,30 +195,41 @@ def _draw(
     side: int | None,
 ) -> None:
     """This rank's pictures: (mix, prompt, image) jobs in fixed batches, dealt to ranks."""
-    settings = cfg.sample
-    jobs = [(m, p, k) for m in range(len(mixes)) for p in range(len(prompts)) for k in range(settings.images)]
+    settings, size = cfg.sample, cfg.sample.batch
+    jobs = _jobs(len(mixes), len(prompts), settings)
     of_mix = [[job for job in jobs if job[0] == m] for m in range(len(mixes))]
-    batches = [every[i : i + BATCH] for every in of_mix for i in range(0, len(every), BATCH)]
+    batches = [every[i : i + size] for every in of_mix for i in range(0, len(every), size)]
     mine = batches[dist.rank() :: dist.world()]
     if not mine:
         return
-    pipe = AdapterPipeline(base, families.detect(base, cfg.model), settings.precision)
+    family = families.detect(base, cfg.model)
+    pipe = AdapterPipeline(base, family, settings.precision)
+    if dist.is_main():  # says which prompts are too long for the base
+        family.tokenize(
+            {name: getattr(pipe.pipe, part) for name, part in family.text_encoders.items()}, prompts
+        )
     names = {path: f"adapter{number}" for number, path in enumerate(paths)}
     for path, name in names.items():
         pipe.add(name, paths[path])
-    with log.bar(sum(map(len, mine)), "sample", "image") as bar:
+    with log.bar(sum(map(len, mine)), "sample", "image", share=True) as bar:
         for batch in mine:
             mix = mixes[batch[0][0]]
             pipe.use({names[path]: scale for path, scale in mix.parts})
-            seeds = [settings.seed + k for _, _, k in batch]
+            seeds = [seed for _, _, seed in batch]
             texts = [prompts[p] for _, p, _ in batch]
             pictures = pipe.generate(texts, seeds, settings.steps, settings.guidance, side)
-            for (m, p, k), picture in zip(batch, pictures, strict=True):
-                note = {"prompt": prompts[p], "seed": settings.seed + k, "adapters": mix.label,
+            for (m, p, seed), picture in zip(batch, pictures, strict=True):
+                note = {"prompt": prompts[p], "seed": seed, "adapters": mix.label,
                         "model": cfg.model.path, "steps": settings.steps,
                         "guidance": settings.guidance}  # fmt: skip
-                _save_png(out / _name(m, p, settings.seed + k), picture, json.dumps(note))
+                _save_png(out / _name(m, p, seed), picture, json.dumps(note))
             bar.update(len(batch))
+
+
+def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, int]]:
+    """(mix, prompt, seed) of every picture."""
+    seeds = range(settings.seed, settings.seed + settings.images)
+    return [(m, p, seed) for m in range(mixes) for p in range(prompts) for seed in seeds]
 
 
 def _name(mix: int, prompt: int, seed: int) -> str:
@@ -205,8 +243,9 @@ def _save_png(path: Path, picture: Image.Image, note: str) -> None:
     files.write_atomically(path, png.getvalue())
 
 
-def _is_made(sheet: Path, key: str) -> bool:
-    if not sheet.is_file():
+def _is_made(sheet: Path, key: str, names: Sequence[str]) -> bool:
+    """Whether the sheet with this key and all its pictures are there."""
+    if not all(path.is_file() for path in (sheet, *(sheet.parent / name for name in names))):
         return False
     try:
         with Image.open(sheet) as picture:
@@ -219,23 +258,27 @@ def _write_sheet(
     path: Path, key: str, mixes: Sequence[Mix], prompts: Sequence[str], images: int, seed: int, out: Path
 ) -> None:
     """One row for each prompt and mix under its label, one column a seed."""
-    first = Image.open(out / _name(0, 0, seed))
-    cell, gap, line = max(96, min(256, first.width)), 8, 22
-    font = ImageFont.load_default(13)
-    labels = [(f"{prompt}  |  {mix.label}", m, p)
-              for p, prompt in enumerate(prompts) for m, mix in enumerate(mixes)]  # fmt: skip
-    widest = max(int(font.getlength(label)) for label, _, _ in labels)
-    width = max(images * (cell + gap), widest + gap) + gap
-    sheet = Image.new("RGB", (width, len(labels) * (cell + line + gap) + line), "white")
+    with Image.open(out / _name(0, 0, seed)) as first:
+        cell = max(96, min(256, first.width))
+    gap, line, font = 8, 18, ImageFont.load_default(13)
+    width = max(images * (cell + gap) + gap, 420)
+    letters = int((width - 2 * gap) / font.getlength("n"))
+    rows = [(textwrap.wrap(prompt, letters) if m == 0 else [], textwrap.wrap(mix.label, letters), m, p)
+            for p, prompt in enumerate(prompts) for m, mix in enumerate(mixes)]  # fmt: skip
+    height = 2 * line + sum((len(head) + len(label)) * line + cell + gap for head, label, _, _ in rows)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for k in range(images):
         pen.text((gap + k * (cell + gap), 4), f"seed {seed + k}", "gray", font)
-    for row, (label, m, p) in enumerate(labels):
-        top = line + row * (cell + line + gap)
-        pen.text((gap, top + 2), label, "black", font)
+    top = line + gap
+    for head, label, m, p in rows:
+        for text, colour in [(text, "black") for text in head] + [(text, "gray") for text in label]:
+            pen.text((gap, top), text, colour, font)
+            top += line
         for k in range(images):
             with Image.open(out / _name(m, p, seed + k)) as picture:
-                sheet.paste(picture.resize((cell, cell)), (gap + k * (cell + gap), top + line))
+                sheet.paste(picture.resize((cell, cell)), (gap + k * (cell + gap), top))
+        top += cell + gap
     _save_png(path, sheet, key)
 
 

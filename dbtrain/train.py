@@ -17,9 +17,7 @@ from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
-from dbtrain.pretrained import Pretrained
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from dbtrain.pretrained import DTYPES, Pretrained
 
 
 def train(cfg: Config) -> Path:
@@ -35,7 +33,7 @@ def train(cfg: Config) -> Path:
     with dist.agreed():
         share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
         manifest = Manifest.read(folder)
-        family = families.get(manifest.family)
+        family = families.detect(base, cfg.model)
         if dist.is_main():
             manifest.check_files(folder)
             _check_made_for(cfg, base, manifest)
@@ -77,12 +75,15 @@ def train(cfg: Config) -> Path:
                 run_log.check_finite()
                 with run_log.untimed():
                     checkpoint.save(run_dir, done, model, optimizer, scaler, who, cfg.train.keep)
+        states = {name: adapters.collect(module) for name, module in model.trained.items()}
+        export.save(cfg, base, family, states, cfg.train.steps, run_dir / "export")
+        export.mark_done(cfg)
+    except ConfigError as problem:
+        run_log.note(f"stopped: {problem}")
+        raise
     finally:
         stream.close()
         run_log.close()
-    states = {name: adapters.collect(module) for name, module in model.trained.items()}
-    export.save(cfg, family, states, cfg.train.steps)
-    export.mark_done(cfg)
     return run_dir
 
 
@@ -100,7 +101,7 @@ def train_step(
     ranks, and the norm of the gradient before clipping, (): both on the device.
     """
     share, device = stream.share, stream.device
-    dtype = AUTOCAST[cfg.train.precision]
+    dtype = DTYPES[cfg.train.precision]
     losses = torch.zeros(2, device=device)
     optimizer.zero_grad()
 
@@ -109,7 +110,7 @@ def train_step(
         if cfg.adapter.dropout:
             rng.seed_dropout(cfg.seed, "dropout", step, share.positions(step, micro).start)
         with dist.accumulating(ddp, last=micro == share.micro_batches - 1):
-            with torch.amp.autocast(device.type, dtype, enabled=dtype is not None):
+            with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 per_image = ddp(batch)  # (rows,): instance rows, then class rows
             # The weights make a sum over all rows of all ranks; DDP gives the mean over ranks.
             loss = (batch.weight * per_image).sum() * share.world
@@ -138,6 +139,10 @@ def _check_made_for(cfg: Config, base: Pretrained, manifest: Manifest) -> None:
         raise ConfigError(
             f"{cfg.data.shards} was made for base model '{manifest.base}', but model.path is "
             f"'{cfg.model.path}', whose {' and '.join(parts)} differ; {shards.CURE}"
+        )
+    if (family := families.detect(base, cfg.model).name) != manifest.family:
+        raise ConfigError(
+            f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
         )
     if cfg.prepare:
         asked, made = prepare.request(cfg.prepare), manifest.request

@@ -133,7 +133,7 @@ def test_every_layer_of_any_target_loads(tmp_path: Path, targets: tuple[str, ...
 
 def test_the_card_says_how_to_load_it(make: Make) -> None:
     card = (train(make()) / "export" / "README.md").read_text()
-    assert "base_model: tiny" in card
+    assert f"base_model: {tiny.path()}" in card
     assert "a photo of sks dog" in card
     assert "rank 4, alpha 8" in card
     assert f'weight_name="{FILE}"' in card

@@ -10,11 +10,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 from dbtrain import dist, files, generate, log, rng
 from dbtrain.config import Prepare
 from dbtrain.data import images
+from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
@@ -33,7 +35,8 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
     with dist.agreed():
         about = _about(base, family, cfg) if dist.is_main() else None
     about = dist.from_main(about)
-    folder = _root(cfg) / content_key(about)[:16]
+    words = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
+    folder = _root(cfg) / f"{words}-{content_key(about)[:16]}"
     with dist.agreed():
         if dist.is_main():
             files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
@@ -46,6 +49,13 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
         log.say(f"class images: {len(own)} of yours, {count - lacking} kept, {lacking} to generate")
         with dist.agreed():
             _generate(base, family, cfg, wanted[dist.rank() :: dist.world()], paths)
+        with dist.agreed():
+            unseen = [path for path in paths if not path.exists()] if dist.is_main() else []
+            if unseen:
+                raise ConfigError(
+                    f"{unseen[0]} was generated on another node and is not seen on this one; "
+                    "set prepare.class_dir to a folder that all nodes share"
+                )
     return own + paths
 
 
@@ -56,7 +66,7 @@ def _generate(
     if not wanted:
         return
     pipe = generate.build(base, family, cfg.sampling.precision, dist.device())
-    with log.bar(sum(len(lacks) for _, lacks in wanted), "class images", "image") as bar:
+    with log.bar(sum(len(lacks) for _, lacks in wanted), "class images", "image", share=True) as bar:
         for batch, lacks in wanted:
             pictures = generate.draw(
                 pipe, [cfg.class_prompt or ""] * len(batch),
@@ -73,9 +83,8 @@ def _generate(
 
 def _about(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
     """Everything a generated picture depends on, but its index."""
-    parts = (family.denoiser, "vae", "scheduler", *family.text_encoders, *family.text_encoders.values())
     return {
-        "base": {part: base.key(part) for part in parts},
+        "base": {part: base.key(part) for part in family.parts},
         "prompt": cfg.class_prompt, "sampler": generate.SAMPLER, "steps": cfg.sampling.steps,
         "guidance": cfg.sampling.guidance, "side_px": cfg.resolution, "precision": cfg.sampling.precision,
     }  # fmt: skip

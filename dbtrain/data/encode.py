@@ -16,7 +16,7 @@ from dbtrain.data.images import Crop
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
-from dbtrain.pretrained import Pretrained
+from dbtrain.pretrained import DTYPES, Pretrained
 
 
 def image_encoder(
@@ -26,7 +26,6 @@ def image_encoder(
 
     One image at a time: a row's latents depend on its pixels only, not on its neighbours in a batch.
     """
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     vae: list[nn.Module] = []
 
     @torch.no_grad()
@@ -35,7 +34,7 @@ def image_encoder(
         top, left = meta["crop"]
         pixels = images.pixels(photo, Crop(top, left, meta["flip"]), side)
         if not vae:
-            vae.append(base.load("vae", dtype).to(dist.device()))
+            vae.append(base.load("vae", DTYPES[precision]).to(dist.device()))
         stored = family.encode_images(vae[0], pixels[None])
         tensors = {name: tensor[0].cpu().contiguous() for name, tensor in stored.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):

@@ -91,7 +91,8 @@ def resized(height: int, width: int, side: int) -> tuple[int, int]:
 def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> list[Crop]:
     """The crops that are stored of one photo: centre or random ones, each mirrored too with `flip`.
 
-    Random crops depend on the photo's content and `seed`, not on the other photos.
+    Random crops depend on the photo's content and `seed`, not on the other photos; the same corner
+    drawn twice is stored once.
     """
     tall, wide = resized(height, width, cfg.resolution)
     down, right = tall - cfg.resolution, wide - cfg.resolution
@@ -102,7 +103,7 @@ def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> l
             u = torch.rand(2, generator=rng.generator(seed, "crop", photo_key, variant)).tolist()
             corners.append((int(u[0] * (down + 1)), int(u[1] * (right + 1))))
     flips = (False, True) if cfg.flip else (False,)
-    return [Crop(top, left, flip) for top, left in corners for flip in flips]
+    return [Crop(top, left, flip) for top, left in dict.fromkeys(corners) for flip in flips]
 
 
 def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:

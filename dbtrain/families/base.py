@@ -35,6 +35,11 @@ class Family:
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     """(denoiser, x_t, t (rows,), condition) -> prediction, shaped like x_t."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The components of a base that its pictures depend on."""
+        return (self.denoiser, "vae", "scheduler", *self.text_encoders, *self.text_encoders.values())
+
 
 @dataclass(frozen=True)
 class LatentScale:
