@@ -12,7 +12,7 @@ import typer
 
 import dbtrain
 from dbtrain.config import Config
-from dbtrain.errors import ConfigError, os_problem
+from dbtrain.errors import ConfigError, os_problem, reason
 
 app = typer.Typer(
     add_completion=False,
@@ -108,7 +108,8 @@ def sample(
     cfg = _load(config, [*(overrides or ()), *extra])
     from dbtrain import sample as verb
 
-    verb.sample(cfg, prompt or cfg.sample.prompts, adapter or ["none", cfg.run_dir], out)
+    mixes = [verb.Mix.parse(text) for text in adapter or ()]
+    verb.sample(cfg, prompt or cfg.sample.prompts, mixes or verb.without_and_with(cfg.run_dir), out)
 
 
 @app.callback(invoke_without_command=True)
@@ -116,6 +117,15 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
     if version:
         print(dbtrain.__version__)
         raise typer.Exit
+
+
+# What torch raises for things that a user can help, by a word of the error's kind or message.
+CURES = {
+    "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
+    "or set train.gradient_checkpointing",
+    "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
+    "gloo": "another rank has ended; its own message says why",
+}
 
 
 def entry() -> None:
@@ -137,10 +147,9 @@ def entry() -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = 130
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            first = str(error).splitlines()[0]
-            cure = "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch)"
-            code = _refuse(ConfigError(f"{first} {cure}, or set train.gradient_checkpointing"))
+        cure = next((cure for kind, cure in CURES.items() if kind in f"{type(error).__name__} {error}"), None)
+        if cure:
+            code = _refuse(ConfigError(f"{reason(error)}: {cure}"))
         else:
             traceback.print_exc()
     if "dbtrain.dist" in sys.modules:

@@ -20,7 +20,7 @@ from dbtrain import adapters, dist, files, log, optim
 from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
 from dbtrain.data.shards import Manifest
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
@@ -63,7 +63,8 @@ def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) 
 
 def _shards_identity(manifest: Manifest) -> str:
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
-    return f"{rows}, content {content_key(manifest.model_dump(mode='json', exclude={'base'}))[:12]}"
+    content = content_key(manifest.model_dump(mode="json", exclude={"base", "request"}))
+    return f"{rows}, content {content[:12]}"
 
 
 def save(
@@ -94,6 +95,11 @@ def _fill(
 ) -> None:
     for component, module in model.trained.items():
         adapter = adapters.collect(module)
+        if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
+            raise ConfigError(
+                f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
+                "lower optim.lr"
+            )
         (part / component).mkdir()
         named = {PEFT_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
         files.write(part / component / WEIGHTS, safetensors.torch.save(named, {"format": "pt"}))
@@ -126,8 +132,10 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE).read_bytes())
         odd = [name for name, sha in state["files"].items() if files.sha256_of(path / name) != sha]
-    except (ValueError, KeyError, FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"checkpoint {path} is damaged: {error}") from error
+        if state["step"] != step_of(path) or not isinstance(state["identity"], dict):
+            odd.append(STATE)
+    except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise ConfigError(f"checkpoint {path} is damaged: {reason(error)}") from error
     if odd:
         raise ConfigError(f"checkpoint {path} is damaged: {', '.join(odd)} differs from its sha256")
     return state

@@ -27,9 +27,11 @@ def _listed(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]  # YAML has lists, frozen models want tuples
 Targets = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else _listed(v))]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+Steps = Annotated[int, Field(ge=1, le=1000)]  # of a sampler: no more than a base was trained with
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -45,7 +47,7 @@ class Model(Section):
 
 
 class Sampling(Section):
-    steps: Count = Field(25, description="DPM-Solver++ steps for each class image")
+    steps: Steps = Field(25, description="DPM-Solver++ steps for each class image")
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
     batch: Count = Field(8, description="class images generated at once on each rank")
     precision: Literal["fp32", "bf16"] = Field(
@@ -160,8 +162,8 @@ class Train(Section):
 class Sample(Section):
     prompts: Names = Field((), description="what to draw: by `run` at its end, by `sample` by default")
     images: Count = Field(4, description="images for each prompt")
-    seed: Natural = Field(0, description="seed of the first image; the next ones count up")
-    steps: Count = Field(25, description="DPM-Solver++ steps")
+    seed: Seed = Field(0, description="seed of the first image; the next ones count up")
+    steps: Steps = Field(25, description="DPM-Solver++ steps")
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
     batch: Count = Field(4, description="images drawn at once on each rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base")
@@ -169,7 +171,7 @@ class Sample(Section):
 
 class Config(Section):
     run_dir: Text = Field(description="folder of the run: checkpoints, logs, export, samples")
-    seed: Natural = Field(0, description="root of all randomness of the run")
+    seed: Seed = Field(0, description="root of all randomness of the run")
     model: Model = Field(default=Model(), description="the base model")
     prepare: Prepare | None = Field(None, description="how photos become shards")
     data: Data = Field(description="the shards")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def export(cfg: Config, step: int | None = None, out: Path | None = None) -> Pat
     only: no base weights are loaded.
     """
     dist.init()
-    run_dir = Path(cfg.run_dir)
+    run_dir = files.expand(cfg.run_dir)
     base = Pretrained.find(cfg.model)
     with dist.agreed():
         path = _checkpoint(run_dir, step) if dist.is_main() else None
@@ -37,7 +38,7 @@ def export(cfg: Config, step: int | None = None, out: Path | None = None) -> Pat
     with dist.agreed():
         family = families.detect(base, cfg.model)
         state = checkpoint.read_state(path)
-        components = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        components = [entry.parent.name for entry in path.glob(f"*/{checkpoint.ADAPTER_CONFIG}")]
         states = {name: checkpoint.read_adapter(path / name) for name in components}
     return save(cfg, base, family, states, state["step"], out or run_dir / "export")
 
@@ -71,11 +72,19 @@ def write_adapter(path: Path, family: Family, states: Mapping[str, AdapterState]
     part = path.parent.with_name(f".{path.parent.name}.tmp")
     try:
         getattr(diffusers, family.pipeline).save_lora_weights(part, weight_name=path.name, **layers)
-        files.write_atomically(path, (part / path.name).read_bytes())
+        files.write_atomically(path, _ordered((part / path.name).read_bytes()))
     except SafetensorError as error:  # its writer reports a full disk this way
         raise ConfigError(f"cannot write {part / path.name}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its header sorted: the library writes metadata in a random order."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,17 +107,21 @@ def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_done(cfg: Config) -> bool:
     """Whether the run has trained to `train.steps` and exported the result."""
-    marker = Path(cfg.run_dir) / "DONE"
-    exported = Path(cfg.run_dir) / "export" / FILE
-    return marker.is_file() and exported.is_file() and marker.read_text() == _done(cfg.train.steps, exported)
+    marker = files.expand(cfg.run_dir) / "DONE"
+    exported = files.expand(cfg.run_dir) / "export" / FILE
+    return (
+        marker.is_file()
+        and exported.is_file()
+        and marker.read_bytes() == _done(cfg.train.steps, exported).encode()
+    )
 
 
 def mark_done(cfg: Config) -> None:
     """Leave the file DONE in the run folder: what batch scripts wait for."""
     with dist.agreed():
         if dist.is_main():
-            exported = Path(cfg.run_dir) / "export" / FILE
-            files.write_atomically(Path(cfg.run_dir) / "DONE", _done(cfg.train.steps, exported))
+            exported = files.expand(cfg.run_dir) / "export" / FILE
+            files.write_atomically(files.expand(cfg.run_dir) / "DONE", _done(cfg.train.steps, exported))
 
 
 def _done(steps: int, exported: Path) -> str:
@@ -146,7 +159,7 @@ def _card(
     return f"""---
 {yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---
 
-# {Path(cfg.run_dir).name}
+# {files.expand(cfg.run_dir).name}
 
 A LoRA (rank {adapter["r"]}, alpha {adapter["lora_alpha"]}) for `{path}`, trained by DreamBooth with dbtrain.
 

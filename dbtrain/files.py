@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+from dbtrain.errors import ConfigError
+
 
 def sha256_of(path: Path) -> str:
     """sha256 of a file's bytes, in hex; read once while size and time of change stay the same."""
@@ -23,6 +25,24 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
         while block := file.read(1 << 20):
             checksum.update(block)
     return checksum.hexdigest()
+
+
+def expand(text: str | Path) -> Path:
+    """A path with `~` resolved. Raises ConfigError if that user has no home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"cannot resolve '{text}': {error}") from error
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a file, or raise OSError that names it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -44,6 +64,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     try:
         write(part, data)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = str(path)  # not the hidden part's name
+        raise
     finally:
         part.unlink(missing_ok=True)
     sync_folder(path.parent)

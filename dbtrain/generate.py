@@ -9,23 +9,18 @@ import diffusers
 import torch
 from PIL import Image
 
-from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
-from dbtrain.pretrained import DTYPES, Pretrained, hush
+from dbtrain.pretrained import DTYPES, Pretrained
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
 
 
 def build(base: Pretrained, family: Family, precision: str, device: torch.device) -> Any:
     """The base's Diffusers pipeline on `device`, without a safety checker, quiet."""
-    hush()
-    try:
-        pipe = getattr(diffusers, family.pipeline).from_pretrained(
-            base.folder, variant=base.variant, dtype=DTYPES[precision], use_safetensors=True,
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"cannot load base model {base.name}: {reason(error)}") from error
+    parts = {part: base.load(part, DTYPES[precision]) for part in family.parts}
+    kind = getattr(diffusers, family.pipeline)
+    # Components that are handed over are not loaded again; the rest of a base is optional.
+    pipe = kind.from_pretrained(base.folder, **parts, **dict.fromkeys(kind._optional_components))
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
     )

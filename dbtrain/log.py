@@ -29,6 +29,18 @@ _logger = logging.getLogger("dbtrain")
 say = _logger.info
 
 
+class _ToFile(logging.Handler):
+    """Lines of log.txt. What goes wrong is raised, not printed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        files.append(self.path, self.format(record) + "\n")
+
+
 class _BelowBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -135,8 +147,7 @@ class RunLog:
         self.trackers: list[Tracker] = []
         if dist.is_main():
             self._forget_after(start)
-            self.file = logging.FileHandler(folder / "log.txt")
-            self.file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            self.file = _ToFile(folder / "log.txt")
             _logger.addHandler(self.file)
             self.trackers = _trackers(folder, cfg, start)
 
@@ -180,8 +191,7 @@ class RunLog:
             "peak_gib": _peak_gib(),
         }
         if dist.is_main():
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": done, **metrics}) + "\n")
+            files.append(self.metrics, json.dumps({"step": done, **metrics}) + "\n")
             for tracker in self.trackers:
                 tracker.write(done, metrics)
         parts = f"instance {instance:.4f}" + (f", prior {prior:.4f}" if self.prior_weight else "")
@@ -212,14 +222,19 @@ class RunLog:
             tracker.close()
         if dist.is_main():
             _logger.removeHandler(self.file)
-            self.file.close()
 
     def _forget_after(self, start: int) -> None:
-        """Drop lines of steps that a resumed run takes again."""
+        """Drop lines of steps that a resumed run takes again, and any that a crash spoilt."""
+
+        def stays(line: str) -> bool:
+            try:
+                return line.endswith("\n") and json.loads(line)["step"] <= start
+            except (ValueError, LookupError, TypeError):
+                return False
+
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-            files.write_atomically(self.metrics, "".join(kept))
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            files.write_atomically(self.metrics, "".join(filter(stays, text.splitlines(keepends=True))))
 
 
 def _peak_gib() -> float:

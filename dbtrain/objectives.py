@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, reason
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -37,7 +37,12 @@ class DDPM(nn.Module):
         """The objective that a base was trained with, from its scheduler's config."""
         from diffusers import DDPMScheduler
 
-        scheduler = DDPMScheduler.from_config(dict(scheduler_config))
+        try:
+            scheduler = DDPMScheduler.from_config(dict(scheduler_config))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(f"the base's scheduler_config.json: {reason(error)}") from error
+        if len(scheduler.alphas_cumprod) == 0:
+            raise ConfigError("the base's scheduler_config.json has no timesteps")
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, min_snr_gamma)
 
     def timesteps(self, u: Tensor) -> Tensor:

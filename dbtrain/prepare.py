@@ -21,7 +21,10 @@ from dbtrain.pretrained import Pretrained
 
 SHARD_ROWS = 256  # most rows of a shard
 SHARDS = 64  # most shards while they fit that
-OURS = re.compile(r"(instance|class)-\d{5}-[0-9a-f]{12}\.tar|prompts-[0-9a-f]{12}\.safetensors")
+OURS = re.compile(
+    r"(instance|class)-\d{5}-[0-9a-f]{12}\.tar|prompts-[0-9a-f]{12}\.safetensors"
+    r"|\.(manifest\.json|(instance|class|prompts)-[0-9a-f-]+\.(tar|safetensors))\.\d+\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,15 @@ def prepare(cfg: Config) -> Path:
                           "prepare.instance_prompt")  # fmt: skip
     dist.init()
     base = Pretrained.find(cfg.model)
+    folder = files.expand(cfg.data.shards)
     with dist.agreed():
         family = families.detect(base, cfg.model)
         _check_resolution(base, cfg.prepare)
-        photos = images.find(cfg.prepare.photos, ignore=(".txt",) if cfg.prepare.captions else ())
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"data.shards is '{cfg.data.shards}', which is no folder")
+        photos = images.find(
+            cfg.prepare.photos, "prepare.photos", ignore=(".txt",) if cfg.prepare.captions else ()
+        )
         if not photos:
             raise ConfigError(f"prepare.photos is '{cfg.prepare.photos}', where there are no photos "
                               f"({', '.join(images.SUFFIXES)})")  # fmt: skip
@@ -54,7 +62,6 @@ def prepare(cfg: Config) -> Path:
     if cfg.prepare.class_prompt:
         pictures["class"] = class_images.ensure(base, family, cfg.prepare)
 
-    folder = Path(cfg.data.shards)
     old = _old_manifest(folder)
     with dist.agreed():
         plan = _plan(cfg, cfg.prepare, base, family, pictures) if dist.is_main() else None
@@ -77,16 +84,15 @@ def prepare(cfg: Config) -> Path:
 
 def request(prepare: Prepare) -> dict[str, Any]:
     """The settings that shape the shards' content, as the manifest remembers them."""
-    settings = prepare.model_dump(
-        mode="json", exclude={"photos": True, "class_dir": True, "sampling": {"batch"}}
-    )
+    settings = prepare.model_dump(mode="json", exclude={"sampling": {"batch"}})
     if prepare.class_prompt is None:  # then nothing depends on how class images would be made
         del settings["class_images"], settings["sampling"]
     return settings
 
 
 def _check_resolution(base: Pretrained, cfg: Prepare) -> None:
-    multiple = pixels_per_latent(base.config("vae"))
+    multiple = pixels_per_latent(base)
+    LatentScale.of(base)  # raises now, not after all the encoding
     if cfg.resolution % multiple:
         near = max(1, round(cfg.resolution / multiple)) * multiple
         raise ConfigError(f"prepare.resolution is {cfg.resolution}, which the VAE of {base.name} cannot "
@@ -246,14 +252,14 @@ def _manifest(
     planned: dict[str, list[Planned]],
     vouched: dict[str, dict[str, Any]],
 ) -> shards.Manifest:
-    folder = Path(cfg.data.shards)
+    folder = files.expand(cfg.data.shards)
     prompts = encode.prompt_table(base, family, texts, folder, old.prompts if old else None)
-    vae = base.config("vae")
-    scale = LatentScale.of(vae)
-    side = prepare.resolution // pixels_per_latent(vae)
+    scale = LatentScale.of(base)
+    side = prepare.resolution // pixels_per_latent(base)
+    channels = base.setting("vae", "latent_channels", int)
     return shards.Manifest(
         version=shards.VERSION, family=family.name, base=cfg.model.path, components=components,
-        request=request(prepare), latent_shape=(vae["latent_channels"], side, side),
+        request=request(prepare), latent_shape=(channels, side, side),
         latent_scale=scale.scale, latent_shift=scale.shift, prompts=prompts,
         roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
                for role, every in planned.items()},
@@ -263,12 +269,13 @@ def _manifest(
 def _publish(folder: Path, manifest: shards.Manifest, old: shards.Manifest | None) -> None:
     """Put the manifest in place, then remove what it no longer mentions."""
     counts = ", ".join(f"{sum(manifest.rows(role))} {role} crops" for role in manifest.roles)
-    if old and old == manifest:
-        log.say(f"shards in {folder} are up to date ({counts}): nothing to do")
-        return
-    files.write_atomically(folder / shards.MANIFEST, manifest.text())
+    if old != manifest:
+        files.write_atomically(folder / shards.MANIFEST, manifest.text())
     used = {shard.file for every in manifest.roles.values() for shard in every} | {manifest.prompts.file}
-    for path in folder.iterdir():
+    for path in folder.iterdir():  # replaced ones, and what a killed run left half-written
         if OURS.fullmatch(path.name) and path.name not in used:
             path.unlink()
+    if old == manifest:
+        log.say(f"shards in {folder} are up to date ({counts}): nothing to do")
+        return
     log.say(f"shards in {folder}: {counts}, prompts: {', '.join(map(repr, manifest.prompts.texts))}")

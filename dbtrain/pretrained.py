@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from dbtrain import dist, files, tiny
 from dbtrain.config import Model
@@ -38,8 +37,8 @@ class Pretrained:
         """
         if cfg.path in EMBEDDED:
             folder = EMBEDDED[cfg.path]()
-        elif Path(cfg.path).expanduser().exists():
-            folder = Path(cfg.path).expanduser()
+        elif files.expand(cfg.path).exists():
+            folder = files.expand(cfg.path)
         else:
             folder = _download(cfg)
         if not (folder / "model_index.json").is_file():
@@ -57,7 +56,7 @@ class Pretrained:
     def config(self, component: str) -> dict[str, Any]:
         """A component's own config file."""
         folder = self.folder / component
-        names = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+        names = ("config.json", "scheduler_config.json", "tokenizer.json", "vocab.json")
         found = [folder / name for name in names if (folder / name).is_file()]
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
@@ -66,26 +65,53 @@ class Pretrained:
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
         """One component (model, tokenizer or scheduler), weights in `dtype`, on the CPU, frozen.
 
-        Raises ConfigError if it is missing or broken. Weights come from safetensors only: no
-        pickle is ever loaded.
+        Raises ConfigError if it is missing, broken or incomplete: the libraries would fill missing
+        weights with random numbers. Weights come from safetensors only: no pickle is ever loaded.
         """
         self.config(component)  # names the missing folder
-        library, name = self.index.get(component) or ("", "")
-        if library not in LIBRARIES:
-            raise ConfigError(f"{self.name}: component '{component}' is a {library}.{name}; "
-                              f"only classes of {' and '.join(LIBRARIES)} are loaded")  # fmt: skip
-        kind = getattr(importlib.import_module(library), name)
+        kind = self._class(component)
         hush()
         options: dict[str, Any] = {}
         if issubclass(kind, torch.nn.Module):
             options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
+            options["output_loading_info"] = True
         try:
             loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # a broken folder makes the libraries raise anything
             raise ConfigError(
                 f"cannot load '{component}' of base model {self.name}: {reason(error)}"
             ) from error
-        return loaded.requires_grad_(False).eval() if options else loaded
+        if not options:
+            if getattr(loaded, "model_max_length", 0) > 10_000:  # what transformers takes for "not given"
+                raise ConfigError(f"'{component}' of base model {self.name} gives no model_max_length")
+            return loaded
+        module, info = loaded
+        if lacking := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
+            raise ConfigError(
+                f"'{component}' of base model {self.name} is incomplete: {len(lacking)} weights are missing "
+                f"or of another shape, e.g. {lacking[0]}"
+            )
+        return module.requires_grad_(False).eval()
+
+    def _class(self, component: str) -> Any:
+        """The class that model_index.json names for a component, of a library that may be loaded."""
+        entry = self.index.get(component)
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES):
+            raise ConfigError(
+                f"{self.name}: component '{component}' is {'.'.join(map(str, entry or ['missing']))}; "
+                f"only classes of {' and '.join(LIBRARIES)} are loaded"
+            )
+        kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+        if not hasattr(kind, "from_pretrained"):
+            raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
+        return kind
+
+    def setting(self, component: str, name: str, kind: type | tuple[type, ...]) -> Any:
+        """One value of a component's config. Raises ConfigError unless it is there, of type `kind`."""
+        value = self.config(component).get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"base model {self.name}: {component}/config.json has {name} = {value!r}")
+        return value
 
     def key(self, component: str) -> str:
         """sha256 over a component's config and weights."""
@@ -101,9 +127,12 @@ class Pretrained:
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise ConfigError(f"base model {self.name}: cannot read {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"base model {self.name}: {path} holds no settings")
+        return values
 
 
 def hush() -> None:

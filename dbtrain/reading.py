@@ -31,12 +31,12 @@ class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e-4` is a number, and a key stands once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
-            keys = [str(key.value) for key, _ in node.value]
-            double = next((key for key in keys if keys.count(key) > 1), "<<")
-            raise ConfigError(f"key '{double}' stands twice, line {node.start_mark.line + 1}")
-        return mapping
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"key '{key.value}' stands twice, line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -49,10 +49,10 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError for anything else."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ConfigError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's constructors raise these
         raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no `key: value` pairs")
@@ -67,7 +67,7 @@ def override(values: dict[str, Any], item: str) -> str | None:
         return f"override '{item}' is not of the form section.key=value"
     try:
         value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ConfigError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return f"override '{item}': the value is not YAML"
     for key in keys[:-1]:
         inner = values.get(key)

@@ -59,6 +59,8 @@ class AdapterPipeline:
             with warnings.catch_warnings():  # PEFT finds a second adapter on a model remarkable
                 warnings.simplefilter("ignore", UserWarning)
                 self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
+            if name not in self.names():
+                raise ValueError("it holds no layer of this base in a form that Diffusers reads")
         except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
             raise ConfigError(
                 f"adapter {path} does not fit base model {self.base.name}: {reason(error)}"
@@ -106,7 +108,7 @@ class Mix:
     def parse(cls, text: str) -> Mix:
         """`PATH[:SCALE]`, joined by `+` to mix several; `none` is the bare base."""
         if text == "none":
-            return cls("no adapter", ())
+            return NO_ADAPTER
         parts: dict[str, float] = {}
         for item in text.split("+"):
             path, colon, scale = item.rpartition(":")
@@ -127,17 +129,19 @@ class Mix:
         return cls(label, tuple(parts.items()))
 
 
-def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Path | None = None) -> Path:
+NO_ADAPTER = Mix("no adapter", ())
+
+
+def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path | None = None) -> Path:
     """Draw every prompt with every mix of adapters, split over ranks; the labelled contact sheet's path.
 
-    `adapters` are mixes as `Mix.parse` reads them; `cfg.sample` says how many pictures, from which
-    seed, and how. Does nothing if the sheet was made from the very same adapters and settings.
+    `cfg.sample` says how many pictures, from which seed, and how. Does nothing if the sheet was made
+    from the very same base, adapters and settings.
     """
     dist.init()
     settings = cfg.sample
     if not prompts:
         raise ConfigError("there is no prompt to draw; give --prompt or sample.prompts", shared=True)
-    mixes = [Mix.parse(text) for text in adapters]
     base = Pretrained.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
@@ -148,7 +152,7 @@ def sample(cfg: Config, prompts: Sequence[str], adapters: Sequence[str], out: Pa
             "mixes": [[mix.label, [files.sha256_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
             **settings.model_dump(exclude={"prompts"}),
         })  # fmt: skip
-    out = out or Path(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
+    out = out or files.expand(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
     sheet = out / "sheet.png"
     names = [_name(*job) for job in _jobs(len(mixes), len(prompts), settings)]
     if dist.from_main(_is_made(sheet, key, names)):
@@ -170,13 +174,18 @@ def sample_run(cfg: Config) -> Path | None:
     """The pictures that `cfg.sample` asks for, without and with the run's adapter; None for none."""
     if not cfg.sample.prompts:
         return None
-    out = Path(cfg.run_dir) / "samples" / f"step-{cfg.train.steps:06d}"
-    return sample(cfg, cfg.sample.prompts, ["none", cfg.run_dir], out)
+    out = files.expand(cfg.run_dir) / "samples" / f"step-{cfg.train.steps:06d}"
+    return sample(cfg, cfg.sample.prompts, without_and_with(cfg.run_dir), out)
+
+
+def without_and_with(run_dir: str) -> list[Mix]:
+    """The bare base, and the adapter of a run."""
+    return [NO_ADAPTER, Mix(_short(run_dir), ((run_dir, 1.0),))]
 
 
 def adapter_file(adapter: str | Path) -> Path:
     """The adapter file of a run folder, an export folder or a file. Raises ConfigError if none."""
-    path = Path(adapter).expanduser()
+    path = files.expand(adapter)
     for candidate in (path, path / "export" / export.FILE, path / export.FILE):
         if candidate.is_file():
             return candidate

@@ -28,7 +28,7 @@ def train(cfg: Config) -> Path:
     """
     dist.init()
     dist.assert_same(content_key(cfg.model_dump(mode="json")), "the config")
-    run_dir, folder = Path(cfg.run_dir), Path(cfg.data.shards)
+    run_dir, folder = files.expand(cfg.run_dir), files.expand(cfg.data.shards)
     base = Pretrained.find(cfg.model)
     with dist.agreed():
         share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
@@ -61,7 +61,8 @@ def train(cfg: Config) -> Path:
         folder, manifest, share, role_weights, seed=cfg.seed, start=start,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
     )  # fmt: skip
-    run_log = log.RunLog(run_dir, cfg, start, class_rows="class" in role_weights)
+    with dist.agreed():
+        run_log = log.RunLog(run_dir, cfg, start, class_rows="class" in role_weights)
     log.say(_greeting(cfg, model, manifest, role_weights, start))
     try:
         for step in range(start, cfg.train.steps):
@@ -158,7 +159,7 @@ def _finished(cfg: Config, family: Family, who: dict) -> bool:
     Raises ConfigError if the newest checkpoint is another run's, or past `train.steps`.
     """
     with dist.agreed():
-        found = checkpoint.latest(Path(cfg.run_dir)) if dist.is_main() else None
+        found = checkpoint.latest(files.expand(cfg.run_dir)) if dist.is_main() else None
         if found:
             path, state = found
             checkpoint.check_identity(path, state["identity"], who)

@@ -77,9 +77,9 @@ def test_a_half_written_checkpoint_is_ignored(make: Make, tmp_path: Path) -> Non
     assert [path.name for path in checkpoint.folders(run)] == ["step-000002", "step-000004"]
 
 
-@pytest.mark.parametrize("harm", ["flipped", "missing", "no state"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    make: Make, tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("harm", ["flipped", "missing", "no state", "another step"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    make: Make, tmp_path: Path, harm: str
 ) -> None:
     whole = train(make(run_dir=str(tmp_path / "whole"), train__steps=6))
     run = train(make(train__steps=4))
@@ -91,10 +91,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     if harm == "missing":
         moments.unlink()
     if harm == "no state":
-        (moments.parent / "state.json").write_text("{")
+        (moments.parent / "state.json").write_text("[]")
+    if harm == "another step":
+        state = moments.parent / "state.json"
+        state.write_text(state.read_text().replace('"step": 4', '"step": 3'))
     train(make(train__steps=6))
     assert same(whole, run)
-    assert "step-000004 is damaged" in (run / "log.txt").read_text() or harm
+    assert (run / "checkpoints" / "step-000004.damaged").is_dir()
 
 
 def test_only_the_newest_are_kept(make: Make) -> None:
@@ -162,3 +165,36 @@ def test_a_checkpoint_s_adapter_is_a_peft_folder(make: Make) -> None:
     loaded = model.get_submodule(f"base_model.model.{layer}").lora_B["default"].weight  # type: ignore[index, union-attr]
     assert torch.equal(loaded, saved[f"unet.{layer}.lora.up.weight"])
     assert model.get_submodule(f"base_model.model.{layer}").scaling == {"default": 2.0}
+
+
+def test_a_damaged_checkpoint_does_not_push_out_good_ones(make: Make) -> None:
+    settings = {"train__checkpoint_every": 1, "train__keep": 1}
+    run = train(make(train__steps=6, **settings))
+    (run / "checkpoints" / "step-000006" / "state.json").write_text("{}")
+    train(make(train__steps=2, **settings))
+    assert [path.name for path in checkpoint.folders(run)] == ["step-000002"]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (999_900, 1_000_000, 500):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path)] == [500, 999_900, 1_000_000]
+
+
+def test_spoilt_metrics_do_not_stop_a_run(make: Make) -> None:
+    run = train(make(train__steps=2, train__log_every=1))
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"\0\0\0\xff\n[1]\nhalf a li")
+    train(make(train__steps=4, train__log_every=1))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_result_that_is_not_finite_is_neither_saved_nor_exported(make: Make) -> None:
+    """The loss of the last step says nothing of the weights after it."""
+    with pytest.raises(ConfigError, match="NaN or infinite by step 1"):
+        train(make(train__steps=1, optim__lr=1e39))
+    run = Path(make().run_dir)
+    assert not checkpoint.folders(run)
+    assert not (run / "export").exists()
+    assert "NaN or infinite" in (run / "log.txt").read_text()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dbtrain.__main__ import entry
 from dbtrain.errors import ConfigError
@@ -168,7 +169,7 @@ def test_empty_photo_folder(refused: Refused, config: Path, tmp_path: Path) -> N
 
 
 def test_no_photo_folder(refused: Refused, config: Path) -> None:
-    refused("prepare", config, "prepare.photos=/nowhere", told="no folder /nowhere")
+    refused("prepare", config, "prepare.photos=/nowhere", told="prepare.photos is '/nowhere'")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 cut short"])
@@ -253,8 +254,6 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(
 def test_non_finite_latents_are_an_error(refused: Refused, config: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_path(), tmp_path / "nan")
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(weights)
     tensors["encoder.conv_in.bias"][:] = float("inf")
     save_file(tensors, weights)
@@ -278,3 +277,101 @@ def test_pictures_that_pillow_refuses_are_named(config: Path, tmp_path: Path) ->
     done = dbtrain("prepare", config, f"prepare.photos={folder}", "prepare.class_prompt=null")
     assert done.returncode == 0
     assert "will be enlarged" in done.stderr
+
+
+HARM: dict[str, Callable[[Path], object]] = {
+    "no tokenizer": lambda model: (model / "tokenizer" / "tokenizer.json").unlink(),
+    "empty tokenizer": lambda model: (model / "tokenizer" / "tokenizer.json").write_text("{}"),
+    "weights of other names": lambda model: rename_weights(model / "text_encoder" / "model.safetensors"),
+    "cut weights": lambda model: cut(model / "text_encoder" / "model.safetensors"),
+    "another class": lambda model: edit(model / "model_index.json", '"CLIPTextModel"', '"T5EncoderModel"'),
+    "an unknown class": lambda model: edit(model / "model_index.json", '"AutoencoderKL"', '"Nonsense"'),
+    "no index": lambda model: (model / "model_index.json").write_text("[]"),
+    "no vae settings": lambda model: (model / "vae" / "config.json").write_text("{}"),
+    "no scale": lambda model: edit(model / "vae" / "config.json", '"scaling_factor": 0.18215', '"x": 1'),
+    "another width": lambda model: edit(
+        model / "unet" / "config.json", '"cross_attention_dim": 64', '"cross_attention_dim": 48'
+    ),
+    "more channels": lambda model: edit(
+        model / "unet" / "config.json", '"in_channels": 4', '"in_channels": 9'
+    ),
+    "null text encoder": lambda model: (model / "text_encoder" / "config.json").write_text("null"),
+    "no token limit": lambda model: (model / "tokenizer" / "tokenizer_config.json").write_text("{}"),
+}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rename_weights(path: Path) -> None:
+    save_file({f"renamed.{name}": tensor for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("class_prompt", ["null", "a photo of a dog"])
+def test_an_incomplete_or_mismatched_base_is_refused(
+    refused: Refused, config: Path, tmp_path: Path, harm: str, class_prompt: str
+) -> None:
+    """With class images the whole pipeline is loaded, without them only what encodes."""
+    model = shutil.copytree(tiny_path(), tmp_path / "base")
+    HARM[harm](model)
+    refused("prepare", config, f"model.path={model}", f"prepare.class_prompt={class_prompt}", told="base")
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+
+
+def test_a_scheduler_that_makes_no_sense_is_refused(
+    refused: Refused, config: Path, shards: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_path(), tmp_path / "base")
+    edit(model / "scheduler" / "scheduler_config.json", '"scaled_linear"', '"foo"')
+    refused("train", config, f"model.path={model}", told="scheduler_config.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("seed=2024-99-99", "the value is not YAML"),
+        ("seed=99999999999999999999", "seed is 99999999999999999999"),
+        ("sample.steps=1500", "sample.steps is 1500"),
+        ("prepare.photos=~nouser/x", "~nouser"),
+        ("data.shards=/etc/passwd", "/etc/passwd"),
+        ("train.learning_rate=1", "did you mean 'optim.lr'?"),
+        ('run_dir="a\\0b"', "run_dir"),
+    ],
+)
+def test_odd_values_are_refused(refused: Refused, config: Path, override: str, told: str) -> None:
+    refused("prepare", config, override, told=told)
+
+
+def test_a_photo_that_links_to_nowhere_is_named(refused: Refused, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    draw_photo(folder / "good.png", 1)
+    (folder / "gone.jpg").symlink_to("/nowhere.jpg")
+    refused("prepare", config, f"prepare.photos={folder}", told="gone.jpg is a link")
+
+
+def test_a_photo_too_thin_to_crop_is_named(refused: Refused, config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (1, 30_000)).save(folder / "thin.png")
+    refused("prepare", config, f"prepare.photos={folder}", told="thin.png is 1 x 30000 px")
+
+
+def test_train_notices_other_photos(refused: Refused, config: Path, shards: Path) -> None:
+    refused("train", config, "prepare.photos=/other", told="prepare.photos")
+
+
+def test_train_notices_another_family(refused: Refused, config: Path, shards: Path) -> None:
+    refused("train", config, "model.family=sdxl", told="model.family is 'sdxl'; choose from auto, sd")
+
+
+@pytest.mark.parametrize("mix", ["x:abc", "x:nan", "x:", "+", "x:1+x:2", ":1"])
+def test_mixes_that_make_no_sense_are_refused(refused: Refused, config: Path, mix: str) -> None:
+    refused("sample", config, "--prompt", "x", "--adapter", mix, told=f"adapter '{mix}'")

@@ -189,10 +189,12 @@ def test_what_a_killed_prepare_left_is_used(make: Make, photo_dir: Path, encoded
     cfg = make(prepare__photos=str(photo_dir), prepare__class_prompt=None)
     folder = prepare(cfg)
     (folder / "manifest.json").unlink()  # it is written last
-    (folder / ".instance-00000.tar.7.tmp").write_bytes(b"half")
+    half = folder / ".instance-00000-0123456789ab.tar.7.tmp"
+    half.write_bytes(b"half")
     encoded.clear()
     prepare(cfg)
     assert not encoded
+    assert not half.exists()
 
 
 def test_other_people_s_files_are_left_alone(make: Make, photo_dir: Path, tmp_path: Path) -> None:
@@ -295,3 +297,15 @@ def test_bf16_encodes_close_to_fp32(make: Make, photo_dir: Path) -> None:
     for row in rows(prepare(half), "instance"):
         assert row.tensors["mean"].dtype == torch.float32
         torch.testing.assert_close(row.tensors["mean"], exact[row.meta["source"]], atol=0.05, rtol=0.05)
+
+
+def test_class_images_and_square_photos_are_stored_once(make: Make, tmp_path: Path) -> None:
+    """Random crops of a square are all the same, and class images are many already."""
+    folder = tmp_path / "square"
+    folder.mkdir()
+    draw_photo(folder / "a.png", 1, size=(80, 80))
+    shards = prepare(
+        make(prepare__photos=str(folder), prepare__crop="random", prepare__variants=5, prepare__flip=True)
+    )
+    assert len(rows(shards, "instance")) == 2
+    assert len(rows(shards, "class")) == 8

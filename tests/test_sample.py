@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbtrain import generate
+from dbtrain import generate, tiny
 from dbtrain.config import Model
 from dbtrain.errors import ConfigError
 from dbtrain.sample import AdapterPipeline, Mix, sample, sample_run
@@ -65,7 +65,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(runs: list[Path]) ->
 
 def test_the_sheet_and_its_pictures(make: Make, runs: list[Path], tmp_path: Path) -> None:
     cfg = make(sample__images=3, sample__seed=5)
-    mixes = ["none", f"{runs[0]}:0.5", f"{runs[0]}:1+{runs[1]}:0.25"]
+    mixes = [Mix.parse(t) for t in ("none", f"{runs[0]}:0.5", f"{runs[0]}:1+{runs[1]}:0.25")]
     sheet = sample(cfg, ["a photo of sks dog", "a dog"], mixes, tmp_path / "out")
     drawn = sorted(path.name for path in (tmp_path / "out").glob("*seed*.png"))
     assert len(drawn) == 3 * 2 * 3
@@ -83,11 +83,11 @@ def test_a_sheet_is_drawn_again_only_when_something_changed(
     make: Make, runs: list[Path], tmp_path: Path
 ) -> None:
     cfg, out = make(run_dir=str(runs[0]), sample__prompts=["a dog"]), tmp_path / "out"
-    sheet = sample(cfg, ["a dog"], [str(runs[0])], out)
+    sheet = sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
     stamp = sheet.stat().st_mtime_ns
-    sample(cfg, ["a dog"], [str(runs[0])], out)
+    sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
     assert sheet.stat().st_mtime_ns == stamp
-    sample(cfg, ["a dog"], [f"{runs[0]}:0.5"], out)
+    sample(cfg, ["a dog"], [Mix.parse(f"{runs[0]}:0.5")], out)
     assert sheet.stat().st_mtime_ns != stamp
 
 
@@ -108,6 +108,7 @@ def test_run_draws_the_config_s_prompts_without_and_with_the_adapter(make: Make,
         ("runs/a:0.5", (("runs/a", 0.5),)),
         ("a:1+b:0.25", (("a", 1.0), ("b", 0.25))),
         ("c:/x/y", (("c:/x/y", 1.0),)),
+        ("a:-0.5", (("a", -0.5),)),
     ],
 )
 def test_mixes_are_read_from_text(text: str, parts: tuple) -> None:
@@ -129,3 +130,38 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_text("nothing")
     with pytest.raises(ConfigError, match="does not fit"):
         pipe.add("b", tmp_path / "b.safetensors")
+
+
+def test_a_run_folder_may_have_any_name(make: Make, tmp_path: Path, prepared: Path) -> None:
+    """`run` takes its folder as it is, where `--adapter` would read a scale or a mix."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    for name in ("none", "a+b", "dog:2"):
+        cfg = make(run_dir=str(tmp_path / name), train__steps=2, optim__lr=1e-2, sample__prompts=["a dog"])
+        sheet = sample_run(cfg.model_copy(update={"run_dir": str(train(cfg))}))
+        assert sheet is not None
+        bare, adapted = (np.asarray(Image.open(sheet.parent / f"0{m}-00-seed0.png")) for m in (0, 1))
+        assert not np.array_equal(bare, adapted)
+
+
+def test_lost_pictures_and_another_base_are_drawn_again(make: Make, runs: list[Path], tmp_path: Path) -> None:
+    cfg, out = make(), tmp_path / "out"
+    sheet = sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
+    (out / "00-00-seed1.png").unlink()
+    sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
+    assert (out / "00-00-seed1.png").is_file()
+    stamp = sheet.stat().st_mtime_ns
+    model = shutil.copytree(tiny.path(), tmp_path / "model")
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        (model / "scheduler" / "scheduler_config.json").read_text().replace("0.012", "0.02")
+    )
+    sample(make(model__path=str(model), sample__images=1), ["a dog"], [Mix.parse(str(runs[0]))], out)
+    assert sheet.stat().st_mtime_ns != stamp
+    assert not (out / "00-00-seed1.png").exists(), "a picture of the earlier sheet"
+
+
+def test_a_checkpoint_s_own_file_is_refused_with_a_reason(runs: list[Path]) -> None:
+    pipe = AdapterPipeline.load(Model(path="tiny"))
+    with pytest.raises(ConfigError, match="does not fit"):
+        pipe.add("a", next((runs[0] / "checkpoints").glob("*/unet/adapter_model.safetensors")))
+    with pytest.raises(ConfigError, match="no adapter 'b'"):
+        pipe.use({"b": 1.0})

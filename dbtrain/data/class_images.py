@@ -92,13 +92,13 @@ def _about(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
 
 def _root(cfg: Prepare) -> Path:
     if cfg.class_dir:
-        return Path(cfg.class_dir).expanduser()
+        return files.expand(cfg.class_dir)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "dbtrain" / "class-images"
 
 
 def _own(cfg: Prepare) -> list[Path]:
     """The user's own class images, at most as many as are asked for."""
-    if not cfg.class_dir or not Path(cfg.class_dir).expanduser().exists():
+    if not cfg.class_dir or not files.expand(cfg.class_dir).exists():
         return []
-    return images.find(cfg.class_dir, ignore=(".txt",))[: cfg.class_images]
+    return images.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]

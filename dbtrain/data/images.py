@@ -12,12 +12,14 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from dbtrain import rng
+from dbtrain import files, rng
 from dbtrain.config import Prepare
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, reason
 from dbtrain.log import say
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the name says
+LONGEST = 50  # most that the long side may be of the short one
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -30,14 +32,18 @@ class Crop:
     flip: bool
 
 
-def find(folder: str, ignore: tuple[str, ...] = ()) -> list[Path]:
-    """Photos in a folder, sorted by name; says what it skips. Raises ConfigError if the folder is none.
+def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
+    """Photos in the folder that setting `key` names, sorted by name; says what it skips.
 
     Hidden files, folders and other kinds of files are skipped; `ignore` suffixes without a word.
+    Raises ConfigError if the folder is none, or if a photo is a link to nowhere.
     """
-    root = Path(folder).expanduser()
+    root = files.expand(folder)
     if not root.is_dir():
-        raise ConfigError(f"there is no folder {folder}")
+        raise ConfigError(f"{key} is '{folder}', which is no folder")
+    for entry in root.iterdir():
+        if entry.is_symlink() and not entry.exists() and entry.suffix.lower() in SUFFIXES:
+            raise ConfigError(f"photo {entry} is a link to {entry.readlink()}, which does not exist")
     entries = sorted(entry for entry in root.iterdir() if entry.is_file())
     photos = [e for e in entries if e.suffix.lower() in SUFFIXES and not e.name.startswith(".")]
     skipped = [e.name for e in entries if e not in photos and e.suffix.lower() not in ignore]
@@ -54,22 +60,23 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except (OSError, SyntaxError, ValueError, IndexError, TypeError, ZeroDivisionError,
-            Image.DecompressionBombError) as error:  # fmt: skip
-        raise ConfigError(f"cannot read photo {path}: {error}; replace or remove it") from error
+    except Exception as error:  # Pillow's plugins raise a dozen kinds on broken files
+        raise ConfigError(f"cannot read photo {path}: {reason(error)}; replace or remove it") from error
 
 
 def size(path: Path) -> tuple[int, int]:
     """(height, width) of a photo as it is seen, px; reads its header only."""
-    with _naming(path), Image.open(path) as photo:
+    with _naming(path), Image.open(path, formats=FORMATS) as photo:
         width, height = photo.size
         sideways = photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-        return (width, height) if sideways else (height, width)
+    if max(height, width) > LONGEST * min(height, width):
+        raise ConfigError(f"photo {path} is {width} x {height} px, too thin to crop; replace or remove it")
+    return (width, height) if sideways else (height, width)
 
 
 def load(path: Path) -> Image.Image:
     """A photo upright and in RGB: EXIF rotation applied, transparency over white, 16 bits to 8."""
-    with _naming(path), Image.open(path) as photo:
+    with _naming(path), Image.open(path, formats=FORMATS) as photo:
         photo.load()
         upright = ImageOps.exif_transpose(photo)
         if upright.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
@@ -121,7 +128,7 @@ def caption(photo: Path) -> str:
     """The text beside a photo: `dog.txt` for `dog.jpg`. Raises ConfigError if there is none."""
     path = photo.with_suffix(".txt")
     try:
-        text = " ".join(path.read_text(encoding="utf-8").split())
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"prepare.captions is on, but photo {photo} has no readable caption {path.name} beside it"

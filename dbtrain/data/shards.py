@@ -12,11 +12,11 @@ import io
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import webdataset as wds
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from dbtrain import files
 from dbtrain.config import Names, Section
 from dbtrain.errors import ConfigError
 
-VERSION = 1
+VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
 
@@ -51,7 +51,7 @@ class Prompts(Section):
 class Manifest(Section):
     """What a shard folder holds and what it was made of; written last, in one step."""
 
-    version: int
+    version: Literal[1]
     family: str
     base: str
     components: dict[str, str]  # sha256 of the base's components that the content depends on
@@ -60,7 +60,14 @@ class Manifest(Section):
     latent_scale: float
     latent_shift: float
     prompts: Prompts
-    roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]  # "instance", "class"
+    roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]
+
+    @field_validator("roles")
+    @classmethod
+    def _has_images(cls, roles: dict[str, tuple[Shard, ...]]) -> dict[str, tuple[Shard, ...]]:
+        if not {"instance"} <= roles.keys() <= {"instance", "class"} or not all(roles.values()):
+            raise ValueError("no images")
+        return roles
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -68,7 +75,7 @@ class Manifest(Section):
 
         Raises ConfigError if there is none, or one that this version cannot read.
         """
-        path = Path(folder) / MANIFEST
+        path = files.expand(folder) / MANIFEST
         if not path.is_file():
             raise ConfigError(f"data.shards is '{folder}', where there is no {MANIFEST}; {CURE}")
         try:

@@ -17,12 +17,16 @@ def get(name: str) -> Family:
 
 
 def detect(base: Pretrained, cfg: Model) -> Family:
-    """The family of a base model, by the pipeline class that its model_index.json names."""
-    if cfg.family != "auto":
-        return get(cfg.family)
+    """The family of a base model, by the pipeline class that its model_index.json names.
+
+    Raises ConfigError if there is none, or if the base's components do not fit together.
+    """
     pipeline = base.index.get("_class_name")
-    for family in FAMILIES.values():
-        if family.pipeline == pipeline:
-            return family
-    known = ", ".join(family.pipeline for family in FAMILIES.values())
-    raise ConfigError(f"base model {base.name} is a {pipeline}; dbtrain trains {known}")
+    fitting = [family for family in FAMILIES.values() if family.pipeline == pipeline]
+    if cfg.family != "auto":
+        fitting = [get(cfg.family)]
+    if not fitting:
+        known = ", ".join(family.pipeline for family in FAMILIES.values())
+        raise ConfigError(f"base model {base.name} is a {pipeline}; dbtrain trains {known}")
+    fitting[0].check(base)
+    return fitting[0]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.log import say
+from dbtrain.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
 class Family:
-    """All that differs between model families: facts, then five functions.
+    """All that differs between model families: facts, then a few functions.
 
     A family is a row, not a class: `train`, `prepare` and `export` ask it and never branch on it.
     """
@@ -32,6 +33,8 @@ class Family:
     """(vae, images (B, 3, H, W) in [-1, 1]) -> what a shard stores, (B, ...) fp32 each."""
     draw: Callable[[Mapping[str, Tensor], Tensor, LatentScale], Tensor]
     """(stored, posterior normals (rows, C, H, W), scale) -> x0, (rows, C, H, W)."""
+    check: Callable[[Pretrained], None]
+    """Raises ConfigError if the components of a base do not fit together; reads configs only."""
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     """(denoiser, x_t, t (rows,), condition) -> prediction, shaped like x_t."""
 
@@ -49,13 +52,14 @@ class LatentScale:
     shift: float
 
     @classmethod
-    def of(cls, vae_config: Mapping[str, Any]) -> LatentScale:
-        return cls(vae_config["scaling_factor"], vae_config.get("shift_factor") or 0.0)
+    def of(cls, base: Pretrained) -> LatentScale:
+        shift = base.config("vae").get("shift_factor")
+        return cls(base.setting("vae", "scaling_factor", (int, float)), shift or 0.0)
 
 
-def pixels_per_latent(vae_config: Mapping[str, Any]) -> int:
+def pixels_per_latent(base: Pretrained) -> int:
     """Side of the square of pixels behind one latent cell; image sides must divide by it."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
 
 
 def tokenize_clip(tokenizer: Any, prompts: Sequence[str]) -> Tensor:

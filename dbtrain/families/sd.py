@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family, draw_latents, encode_moments, tokenize_clip
+from dbtrain.pretrained import Pretrained
 
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -20,6 +22,20 @@ def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str,
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Last hidden state after CLIP's final norm, (prompts, L, D). SD passes no attention mask."""
     return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"])[0]}
+
+
+def check(base: Pretrained) -> None:
+    pairs = [
+        ("unet", "in_channels", "vae", "latent_channels"),
+        ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
+    ]
+    for one, name, other, its_name in pairs:
+        here, there = base.setting(one, name, int), base.setting(other, its_name, int)
+        if here != there:
+            raise ConfigError(
+                f"base model {base.name} does not fit together: {name} of its {one} is {here}, "
+                f"but {its_name} of its {other} is {there}"
+            )
 
 
 def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
@@ -36,5 +52,6 @@ FAMILY = Family(
     embed=embed,
     encode_images=encode_moments,
     draw=draw_latents,
+    check=check,
     denoise=denoise,
 )

@@ -28,7 +28,13 @@ def test_photos_are_found_sorted_and_others_skipped_with_a_note(
     (tmp_path / "folder.png").mkdir()
     caplog.set_level("INFO", logger="dbtrain")
     images.say.__self__.propagate = True  # type: ignore[attr-defined]
-    assert [p.name for p in images.find(str(tmp_path))] == ["a.png", "b.JPG", "c.webp", "d.bmp", "e.jpeg"]
+    assert [p.name for p in images.find(str(tmp_path), "prepare.photos")] == [
+        "a.png",
+        "b.JPG",
+        "c.webp",
+        "d.bmp",
+        "e.jpeg",
+    ]
     assert "skipped 2 files" in caplog.text
     assert "notes.md" in caplog.text
 
