@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dbtrain import dist, files
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
+from dbtrain.keys import content_key
 
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # which remark on what they miss when imported
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
@@ -108,10 +109,10 @@ class _WandB:
             import wandb
         except ImportError as error:
             raise ConfigError("train.wandb needs W&B: pip install 'dbtrain[wandb]'") from error
-        name = folder.name
         self.run = wandb.init(
-            project=project, name=name, id=name, resume="allow", dir=str(folder), config=config
-        )
+            project=project, name=folder.name, id=content_key(str(folder.resolve()))[:16], resume="allow",
+            dir=str(folder), config=config,
+        )  # fmt: skip
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log(metrics, step=step)

@@ -12,12 +12,12 @@ python=${PYTHON:-python3}
 }
 [[ -x .venv/bin/python ]] || "$python" -m venv .venv
 
-# A marker says from which files each install was made; an extra brings the base along.
+# A marker says from which files an install was made; that of `dev` holds everything else too.
 want=$(cat pyproject.toml launch/constraints.txt | cksum)
 marker=.venv/installed-${extra:-base}
-if [[ $(cat "$marker" 2>/dev/null) != "$want" ]]; then
+if [[ $(cat "$marker" 2>/dev/null) != "$want" && $(cat .venv/installed-dev 2>/dev/null) != "$want" ]]; then
   echo "installing dbtrain into .venv ..."
   .venv/bin/pip install --quiet --constraint launch/constraints.txt torch
   .venv/bin/pip install --quiet --constraint launch/constraints.txt --editable ".${extra:+[$extra]}"
-  echo "$want" | tee "$marker" >.venv/installed-base
+  echo "$want" >"$marker"
 fi

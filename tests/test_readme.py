@@ -104,7 +104,7 @@ def test_every_command_runs(line: str, checkout: Path) -> None:
             pytest.skip("needs .venv, which launch/test.sh makes")
         assert "passed" in shell(f"{line} -q tests/test_config.py", checkout)
     elif line == "bash launch/quickstart.sh":
-        if not (ROOT / ".venv" / "installed-base").exists():
+        if not (ROOT / ".venv" / "installed-dev").exists():
             pytest.skip("needs .venv, which launch/test.sh makes")
         said = shell(line, checkout)
         for name in ("adapter", "pictures"):
