@@ -174,10 +174,15 @@ A LoRA (rank {adapter["r"]}, alpha {adapter["lora_alpha"]}) for `{path}`, traine
 ```python
 from diffusers import {family.pipeline}
 
-pipe = {family.pipeline}.from_pretrained({path!r})
+pipe = {family.pipeline}.from_pretrained({_quoted(path)})
 pipe.load_lora_weights(".", weight_name="{FILE}")
-image = pipe({prompt!r}).images[0]
+image = pipe({_quoted(prompt)}).images[0]
 ```
 
 The file carries its alpha, so it loads at the strength it was trained at.
 """
+
+
+def _quoted(text: str) -> str:
+    """A Python string literal."""
+    return json.dumps(text, ensure_ascii=False)

@@ -119,10 +119,11 @@ def test_every_command_runs(line: str, checkout: Path) -> None:
 def test_every_python_example_runs(code: str, checkout: Path) -> None:
     """After the commands above, whose runs it loads."""
     path = checkout / "dbtrain" / "tiny" / "model"
-    code = code.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", str(path))
-    code = (
-        code.replace("torch.float16", "torch.float32").replace('"fp16"', '"fp32"').replace('"cuda"', '"cpu"')
-    )
+    for large, little in (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", str(path)), (', variant="fp16"', ""),
+        ("torch.float16", "torch.float32"), ('"fp16"', '"fp32"'), ('"cuda"', '"cpu"'),
+    ):  # fmt: skip
+        code = code.replace(large, little)
     (checkout / "example.py").write_text(code)
     shell("python example.py", checkout)
 
