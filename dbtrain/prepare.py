@@ -36,6 +36,18 @@ class Planned:
     metas: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is asked for, of which base, and what is there already."""
+
+    cfg: Config
+    settings: Prepare
+    base: Pretrained
+    family: Family
+    folder: Path
+    old: shards.Manifest | None
+
+
 def prepare(cfg: Config) -> Path:
     """Make (or complete) the shards that `cfg` asks for, over all ranks; returns their folder.
 
@@ -62,23 +74,23 @@ def prepare(cfg: Config) -> Path:
     if cfg.prepare.class_prompt:
         pictures["class"] = class_images.ensure(base, family, cfg.prepare)
 
-    old = _old_manifest(folder)
+    task = Task(cfg, cfg.prepare, base, family, folder, _old_manifest(folder))
     with dist.agreed():
-        plan = _plan(cfg, cfg.prepare, base, family, pictures) if dist.is_main() else None
+        plan = _plan(task, pictures) if dist.is_main() else None
     texts, components, plans = dist.from_main(plan)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
+    everything = [plan for every in planned.values() for plan in every]
     with dist.agreed():
-        good = _good_files(folder, old, planned) if dist.is_main() else None
+        good = _good_files(task, everything) if dist.is_main() else None
     good = dist.from_main(good)
 
+    missing = [plan for plan in everything if plan.file not in good]
     with dist.agreed():
-        made = _encode_missing(cfg.prepare, base, family, folder, old, planned, good)
+        made = _encode(task, missing[dist.rank() :: dist.world()])
     vouched = {name: entry for entries in dist.gather_json(made) for name, entry in entries.items()} | good
     with dist.agreed():
         if dist.is_main():
-            manifest = _manifest(cfg, cfg.prepare, base, family, old, texts, components, planned, vouched)
-            _publish(folder, manifest, old)
-    dist.barrier()
+            _publish(task, _manifest(task, texts, components, planned, vouched))
     return folder
 
 
@@ -100,11 +112,11 @@ def _check_resolution(base: Pretrained, cfg: Prepare) -> None:
 
 
 def _plan(
-    cfg: Config, prepare: Prepare, base: Pretrained, family: Family, pictures: dict[str, list[Path]]
+    task: Task, pictures: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
     """(prompts, keys of the base's components, planned shards of each role), JSON-able."""
-    parts = ("vae", *family.text_encoders, *family.text_encoders.values())
-    components = {name: base.key(name) for name in parts}
+    prepare, encoders = task.settings, task.family.text_encoders
+    components = {name: task.base.key(name) for name in ("vae", *encoders, *encoders.values())}
     texts: list[str] = []
     plans = {}
     for role, paths in pictures.items():
@@ -118,20 +130,20 @@ def _plan(
                 text = images.caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
-            rows += _rows(path, texts.index(text), cfg, settings, components["vae"])
+            rows += _rows(path, texts.index(text), settings, task.cfg.seed, components["vae"])
         count = _shard_count(len(rows))
         plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
     return texts, components, plans
 
 
-def _rows(path: Path, prompt: int, cfg: Config, prepare: Prepare, vae: str) -> list[tuple[str, dict]]:
+def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, vae: str) -> list[tuple[str, dict]]:
     """(image path, description) of every stored crop of one image."""
     photo_key = files.sha256_of(path)
     height, width = images.size(path)
     if min(height, width) < prepare.resolution:
         log.say(f"{path} is {width} x {height} px and will be enlarged to {prepare.resolution} px")
     rows = []
-    for crop in images.crops(photo_key, height, width, prepare, cfg.seed):
+    for crop in images.crops(photo_key, height, width, prepare, seed):
         where = [prepare.resolution, asdict(crop)]
         key = content_key([shards.VERSION, vae, prepare.vae_precision, photo_key, where])[:16]
         meta = {
@@ -169,42 +181,31 @@ def _old_manifest(folder: Path) -> shards.Manifest | None:
     return shards.Manifest.model_validate_json(text, strict=False) if text else None
 
 
-def _good_files(
-    folder: Path, old: shards.Manifest | None, planned: dict[str, list[Planned]]
-) -> dict[str, dict[str, Any]]:
+def _good_files(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any]]:
     """Planned shards that are on disk already, unharmed: file name -> manifest entry."""
-    vouched = {shard.file: shard for every in old.roles.values() for shard in every} if old else {}
+    vouched = {shard.file: shard for shard in task.old.shards} if task.old else {}
     good = {}
-    for plan in (plan for every in planned.values() for plan in every):
-        path = folder / plan.file
+    for plan in planned:
+        path = task.folder / plan.file
         if not path.is_file():
             continue
         entry = _entry(plan, path.read_bytes())
         shard = vouched.get(plan.file) or shards.Shard(**entry)  # not vouched for: a killed prepare's
         try:
-            if [row.meta for row in shards.read(folder, shard)] == plan.metas:
+            if [row.meta for row in shards.read(task.folder, shard)] == plan.metas:
                 good[plan.file] = entry
         except ConfigError as problem:
             log.say(f"{problem}: making it anew")
     return good
 
 
-def _encode_missing(
-    cfg: Prepare,
-    base: Pretrained,
-    family: Family,
-    folder: Path,
-    old: shards.Manifest | None,
-    planned: dict[str, list[Planned]],
-    good: dict[str, Any],
-) -> dict[str, dict[str, Any]]:
+def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
     """Write this rank's part of the missing shards; rows that an old shard holds are copied."""
-    missing = [plan for every in planned.values() for plan in every if plan.file not in good]
-    mine = missing[dist.rank() :: dist.world()]
     if not mine:
         return {}
-    encoder = encode.image_encoder(base, family, cfg.vae_precision, cfg.resolution)
-    kept = _kept_rows(folder, old, {meta["key"] for plan in mine for meta in plan.metas})
+    settings = task.settings
+    encoder = encode.image_encoder(task.base, task.family, settings.vae_precision, settings.resolution)
+    kept = _kept_rows(task, {meta["key"] for plan in mine for meta in plan.metas})
     encoded = 0
     made = {}
     with log.bar(sum(len(plan.metas) for plan in mine), "encode", "image", share=True) as bar:
@@ -216,20 +217,20 @@ def _encode_missing(
                 encoded += tensors is None
                 bar.update()
             data = shards.pack(rows)
-            files.write_atomically(folder / plan.file, data)
+            files.write_atomically(task.folder / plan.file, data)
             made[plan.file] = _entry(plan, data)
     log.say(f"encoded {encoded} images and kept {sum(len(p.metas) for p in mine) - encoded} "
             f"in {len(mine)} shards" + (" on rank 0" if dist.world() > 1 else ""))  # fmt: skip
     return made
 
 
-def _kept_rows(folder: Path, old: shards.Manifest | None, wanted: set[str]) -> dict[str, Any]:
+def _kept_rows(task: Task, wanted: set[str]) -> dict[str, Any]:
     """Tensors of wanted rows that the old shards hold, by content key."""
     kept: dict[str, Any] = {}
-    for shard in (shard for every in old.roles.values() for shard in every) if old else ():
+    for shard in task.old.shards if task.old else ():
         if wanted & set(shard.keys):
             try:
-                rows = shards.read(folder, shard)
+                rows = shards.read(task.folder, shard)
             except ConfigError:
                 continue  # harmed: `_good_files` or the encoder takes care of its rows
             kept |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in wanted}
@@ -242,40 +243,36 @@ def _entry(plan: Planned, data: bytes) -> dict[str, Any]:
 
 
 def _manifest(
-    cfg: Config,
-    prepare: Prepare,
-    base: Pretrained,
-    family: Family,
-    old: shards.Manifest | None,
+    task: Task,
     texts: list[str],
     components: dict[str, str],
     planned: dict[str, list[Planned]],
     vouched: dict[str, dict[str, Any]],
 ) -> shards.Manifest:
-    folder = files.expand(cfg.data.shards)
-    prompts = encode.prompt_table(base, family, texts, folder, old.prompts if old else None)
-    scale = LatentScale.of(base)
-    side = prepare.resolution // pixels_per_latent(base)
-    channels = base.setting("vae", "latent_channels", int)
+    old_prompts = task.old.prompts if task.old else None
+    prompts = encode.prompt_table(task.base, task.family, texts, task.folder, old_prompts)
+    scale = LatentScale.of(task.base)
+    side = task.settings.resolution // pixels_per_latent(task.base)
+    channels = task.base.setting("vae", "latent_channels", int)
     return shards.Manifest(
-        version=shards.VERSION, family=family.name, base=cfg.model.path, components=components,
-        request=request(prepare), latent_shape=(channels, side, side),
+        version=shards.VERSION, family=task.family.name, base=task.base.name, components=components,
+        request=request(task.settings), latent_shape=(channels, side, side),
         latent_scale=scale.scale, latent_shift=scale.shift, prompts=prompts,
         roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
                for role, every in planned.items()},
     )  # fmt: skip
 
 
-def _publish(folder: Path, manifest: shards.Manifest, old: shards.Manifest | None) -> None:
+def _publish(task: Task, manifest: shards.Manifest) -> None:
     """Put the manifest in place, then remove what it no longer mentions."""
-    counts = ", ".join(f"{sum(manifest.rows(role))} {role} crops" for role in manifest.roles)
-    if old != manifest:
-        files.write_atomically(folder / shards.MANIFEST, manifest.text())
-    used = {shard.file for every in manifest.roles.values() for shard in every} | {manifest.prompts.file}
-    for path in folder.iterdir():  # replaced ones, and what a killed run left half-written
+    if task.old != manifest:
+        files.write_atomically(task.folder / shards.MANIFEST, manifest.text())
+    used = {shard.file for shard in manifest.shards} | {manifest.prompts.file}
+    for path in task.folder.iterdir():  # replaced ones, and what a killed run left half-written
         if OURS.fullmatch(path.name) and path.name not in used:
             path.unlink()
-    if old == manifest:
-        log.say(f"shards in {folder} are up to date ({counts}): nothing to do")
-        return
-    log.say(f"shards in {folder}: {counts}, prompts: {', '.join(map(repr, manifest.prompts.texts))}")
+    counts = ", ".join(f"{sum(manifest.rows(role))} {role} crops" for role in manifest.roles)
+    if task.old == manifest:
+        log.say(f"shards in {task.folder} are up to date ({counts}): nothing to do")
+    else:
+        log.say(f"shards in {task.folder}: {counts}, prompts: {', '.join(map(repr, manifest.prompts.texts))}")

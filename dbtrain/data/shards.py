@@ -86,6 +86,11 @@ class Manifest(Section):
     def text(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
 
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of all roles."""
+        return [shard for every in self.roles.values() for shard in every]
+
     def rows(self, role: str) -> tuple[int, ...]:
         """Rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
@@ -93,10 +98,7 @@ class Manifest(Section):
     def check_files(self, folder: Path) -> None:
         """Raise ConfigError that lists every shard or table that is missing or of the wrong size."""
         problems = [
-            problem
-            for shards in self.roles.values()
-            for shard in shards
-            if (problem := _size_problem(folder / shard.file, shard.bytes))
+            problem for shard in self.shards if (problem := _size_problem(folder / shard.file, shard.bytes))
         ]
         if not (folder / self.prompts.file).is_file():
             problems.append(f"prompt table {folder / self.prompts.file} is missing; {CURE}")
