@@ -1,94 +1,259 @@
-"""How the embedded base model was made: `python -m dbtrain.tiny.build [FOLDER]`.
+"""How the embedded base model is made: `python -m dbtrain.tiny.build --work FOLDER`.
 
-An ordinary Stable Diffusion in miniature. Its weights are random and untrained: good for seeing
-every part of the system work, not for looking at pictures.
+An ordinary Stable Diffusion in miniature, trained from scratch on the pictures of `world`: a
+tokenizer learnt from the captions, then the VAE, then text encoder and UNet together. Seeded;
+resumed by running the same command again; minutes on a GPU, hours on a CPU.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
+import argparse
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import safetensors.torch
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from dbtrain import rng, tiny
+from dbtrain import files, optim, rng, tiny
+from dbtrain.config import Optim
+from dbtrain.objectives import DDPM
+from dbtrain.tiny import world
+from dbtrain.tiny.paint import SIDE, render
+from dbtrain.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 
-SEED = 0
-SIDE = 64  # px
-TOKENS = 32
-WORDS = """a an the photo picture of in on at with and to by from dog cat mug ball house fish car tree boot
-robot teapot backpack toy flower red green blue yellow white black orange purple pink brown grey beach snow
-grass city night table space water mountain forest garden street bucket basket stripes dots checks big small
-old new wooden sitting standing running sleeping wearing painting drawing close up background""".split()
-
-
-def tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-level BPE with a small vocabulary: all bytes, and merges that make WORDS one token."""
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
-    learner.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=sorted(letters)
-    )
-    learner.train_from_iterator([" ".join(WORDS)] * 3, trainer)
-    merges: Any = [tuple(pair) for pair in _merges(learner)]
-    bases = sorted(letters) + [f"{letter}</w>" for letter in sorted(letters)]
-    names = dict.fromkeys([*bases, *("".join(pair) for pair in merges), start, end])
-    return CLIPTokenizer(
-        vocab={name: number for number, name in enumerate(names)}, merges=merges, model_max_length=TOKENS
-    )
+CAPTIONS = 4  # captions of each picture, of which a step takes one
+DROP = 0.1  # share of captions left empty: classifier-free guidance
+SAVE_S = 120.0  # seconds between checkpoints of a stage
 
 
-def pipeline() -> Any:
-    """The whole pipeline with random weights, a function of SEED."""
-    words = tokenizer()
-    with rng.seeded("tiny", SEED):
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(words), max_position_embeddings=TOKENS, hidden_size=64, intermediate_size=128,
-                num_hidden_layers=2, num_attention_heads=4, projection_dim=64,
-                bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-                pad_token_id=words.pad_token_id,
-            )
-        )  # fmt: skip
-        vae = AutoencoderKL(
-            block_out_channels=(8, 16, 16, 16), latent_channels=4, norm_num_groups=8, sample_size=SIDE,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-        )  # fmt: skip
-        unet = UNet2DConditionModel(
-            block_out_channels=(32, 64), layers_per_block=1, sample_size=SIDE // 8, cross_attention_dim=64,
-            attention_head_dim=4, norm_num_groups=8,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
-    scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-    )
-    return StableDiffusionPipeline(
-        vae, text_encoder, words, unet, scheduler, None, None, requires_safety_checker=False
-    )  # fmt: skip
+def _rendered(numbers: range) -> np.ndarray:
+    return np.stack([np.asarray(render(world.scene(number))) for number in numbers])
 
 
-def main(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    pipeline().to(torch.float16).save_pretrained(folder)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 2**20:.1f} MiB")
+def pictures(work: Path, count: int) -> np.ndarray:
+    """The first `count` training pictures, (count, SIDE, SIDE, 3) uint8, drawn once and kept in `work`."""
+    path = work / "pictures.npy"
+    if not path.exists():
+        work.mkdir(parents=True, exist_ok=True)
+        chunks = [range(first, min(first + 256, count)) for first in range(0, count, 256)]
+        drawn = np.lib.format.open_memmap(work / "pictures.part.npy", "w+", np.uint8, (count, SIDE, SIDE, 3))
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for chunk, part in zip(
+                chunks, tqdm(pool.map(_rendered, chunks), "pictures", len(chunks)), strict=True
+            ):
+                drawn[chunk.start : chunk.stop] = part
+        drawn.flush()
+        (work / "pictures.part.npy").rename(path)
+    return np.load(path, mmap_mode="r")
 
 
-def _merges(learner: Tokenizer) -> list[list[str]]:
+def captions(count: int) -> list[str]:
+    """CAPTIONS captions of each of the first `count` pictures, those of a picture side by side."""
+    scenes = (world.scene(number) for number in range(count))
     return [
-        m.split(" ") if isinstance(m, str) else m for m in json.loads(learner.to_str())["model"]["merges"]
+        world.caption(scene, number * CAPTIONS + k)
+        for number, scene in enumerate(scenes)
+        for k in range(CAPTIONS)
     ]
 
 
+class Stage:
+    """One resumable fit: parameters, their moving average and Adam's moments, saved as it goes on.
+
+    What a step does depends on its number only: a stage that was stopped ends like one that was not.
+    """
+
+    def __init__(self, folder: Path, module: nn.Module, steps: int, lr: float, decay: float) -> None:
+        self.path = folder
+        self.steps = steps
+        self.decay = decay
+        self.module = module
+        self.parameters = dict(module.named_parameters())
+        self.settings = Optim(lr=lr, schedule="cosine", warmup_steps=min(500, steps // 10), weight_decay=0.01)
+        self.optimizer = optim.build(self.parameters, self.settings)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.start = self._load()
+
+    def fit(self, loss_of: Callable[[int], Tensor]) -> None:
+        """Run the steps that are left; then the module holds the moving average."""
+        saved, shown = time.monotonic(), 0.0
+        bar = tqdm(total=self.steps, initial=self.start, desc=self.path.name, unit="step", mininterval=5)
+        for step in range(self.start, self.steps):
+            optim.set_lr(self.optimizer, optim.lr_at(step, self.settings, self.steps))
+            loss = loss_of(step)
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+            self.optimizer.step()
+            with torch.no_grad():
+                decay = min(self.decay, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
+            bar.update()
+            if step % 100 == 99:
+                shown = loss.item()
+                bar.set_postfix(loss=f"{shown:.4f}")
+            if time.monotonic() - saved > SAVE_S or step + 1 == self.steps:
+                self._save(step + 1)
+                saved = time.monotonic()
+        bar.close()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.average[name])
+
+    def _save(self, step: int) -> None:
+        tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in self.parameters.items()}
+        tensors |= {f"average.{name}": p for name, p in self.average.items()}
+        tensors |= optim.state(self.optimizer, self.parameters)
+        data = safetensors.torch.save(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            {"step": str(step)},
+        )
+        files.write_atomically(self.path.with_suffix(".safetensors"), data)
+
+    def _load(self) -> int:
+        path = self.path.with_suffix(".safetensors")
+        if not path.exists():
+            return 0
+        with safetensors.safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors.pop(f"parameter.{name}"))
+                self.average[name].copy_(tensors.pop(f"average.{name}"))
+        optim.load_state(self.optimizer, self.parameters, tensors)
+        return step
+
+
+def fit_vae(work: Path, data: np.ndarray, steps: int, batch: int, device: torch.device) -> Any:
+    """The autoencoder: reconstruction of pixels and edges, and a slight pull towards N(0, 1)."""
+    with rng.seeded("tiny", "vae"):
+        model = vae().to(device)
+    stage = Stage(work / "vae", model, steps, lr=1e-3, decay=0.998)
+
+    def loss_of(step: int) -> Tensor:
+        source = rng.generator("tiny", "vae", step)
+        chosen = torch.randint(len(data), (batch,), generator=source).numpy()
+        images = torch.from_numpy(data[np.sort(chosen)]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = model.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=source).to(device)
+        seen = model.decode(posterior.mean + posterior.std * noise).sample
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        edges = sum(l1_loss(seen.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
+        return l1_loss(seen, images) + mse_loss(seen, images) + edges + 1e-4 * kl
+
+    stage.fit(loss_of)
+    return model.eval()
+
+
+@torch.no_grad()
+def encoded(work: Path, data: np.ndarray, model: Any, device: torch.device) -> dict[str, Tensor]:
+    """Posterior mean and deviation of every training picture, (pictures, C, h, w), kept in `work`."""
+    path = work / "latents.safetensors"
+    if not path.exists():
+        parts: dict[str, list[Tensor]] = {"mean": [], "std": []}
+        for first in tqdm(range(0, len(data), 256), "latents"):
+            images = torch.from_numpy(data[first : first + 256]).to(device).permute(0, 3, 1, 2).float()
+            posterior = model.encode(images / 127.5 - 1).latent_dist
+            parts["mean"].append(posterior.mean.cpu())
+            parts["std"].append(posterior.std.cpu())
+        files.write_atomically(
+            path, safetensors.torch.save({name: torch.cat(part).contiguous() for name, part in parts.items()})
+        )
+    return safetensors.torch.load_file(path)
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet, trained as one."""
+
+    def __init__(self, text: CLIPTextModel, denoiser: Any) -> None:
+        super().__init__()
+        self.text = text
+        self.unet = denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        return self.unet(x_t, t, self.text(ids)[0], return_dict=False)[0]
+
+
+def fit_denoiser(
+    work: Path,
+    latents: Mapping[str, Tensor],
+    scale: float,
+    words: CLIPTokenizer,
+    texts: list[str],
+    steps: int,
+    batch: int,
+    device: torch.device,
+) -> Denoiser:
+    """Text encoder and UNet on all pictures; captions dropped now and then for guidance."""
+    with rng.seeded("tiny", "denoiser"):
+        model = Denoiser(text_encoder(words), unet()).to(device)
+    objective = DDPM.of(dict(scheduler().config), min_snr_gamma=5.0).to(device)
+    ids = words(
+        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+    empty = words("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
+    mean, std, ids = latents["mean"].to(device), latents["std"].to(device), ids.to(device)
+    stage = Stage(work / "denoiser", model, steps, lr=1e-3, decay=0.9995)
+
+    def loss_of(step: int) -> Tensor:
+        source = rng.generator("tiny", "denoiser", step)
+        chosen = torch.randint(len(mean), (batch,), generator=source)
+        which = torch.randint(CAPTIONS, (batch,), generator=source)
+        u, drop = torch.rand(2, batch, generator=source)
+        noise, posterior = torch.randn(2, batch, *mean.shape[1:], generator=source).to(device)
+        rows = chosen.to(device)
+        tokens = torch.where(
+            (drop < DROP).to(device)[:, None], empty.to(device), ids[(chosen * CAPTIONS + which)]
+        )
+        x0 = (mean[rows] + std[rows] * posterior) * scale
+        t = objective.timesteps(u.to(device))
+        error = model(objective.corrupt(x0, noise, t), t, tokens) - objective.target(x0, noise, t)
+        return (objective.weight(t) * error.square().flatten(1).mean(1)).mean()
+
+    stage.fit(loss_of)
+    return model.eval()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.build", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of what is resumed from")
+    parser.add_argument("--out", type=Path, default=tiny.path(), help="folder of the finished model")
+    parser.add_argument("--pictures", type=int, default=65_536)
+    parser.add_argument("--vae-steps", type=int, default=6000)
+    parser.add_argument("--vae-batch", type=int, default=32)
+    parser.add_argument("--unet-steps", type=int, default=12000)
+    parser.add_argument("--unet-batch", type=int, default=128)
+    args = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    data, texts = pictures(args.work, args.pictures), captions(args.pictures)
+    words = tokenizer(texts)
+    autoencoder = fit_vae(args.work, data, args.vae_steps, args.vae_batch, device)
+    latents = encoded(args.work, data, autoencoder, device)
+    scale = 1.0 / (latents["mean"].var() + latents["std"].square().mean()).sqrt().item()
+    autoencoder.register_to_config(scaling_factor=round(scale, 5))
+    model = fit_denoiser(
+        args.work, latents, round(scale, 5), words, texts, args.unet_steps, args.unet_batch, device
+    )
+    parts: Any = (autoencoder, model.text, words, model.unet, scheduler(), None, None)
+    pipe: Any = StableDiffusionPipeline(*parts, requires_safety_checker=False)
+
+    def fill(part: Path) -> None:
+        pipe.to("cpu", torch.float16).save_pretrained(part)
+
+    files.write_folder_atomically(args.out, fill)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else tiny.path())
+    main()

@@ -1,0 +1,65 @@
+"""The base model's own training, in seconds: every stage runs, stops, goes on, and makes a real folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from dbtrain.config import Model
+from dbtrain.families import detect
+from dbtrain.pretrained import Pretrained
+from dbtrain.tiny import build, parts, world
+
+
+def made(work: Path, out: Path, unet_steps: int = 2, vae_steps: int = 2) -> Path:
+    build.main(
+        f"--work {work} --out {out} --pictures 48 --vae-steps {vae_steps} --vae-batch 4 "
+        f"--unet-steps {unet_steps} --unet-batch 8".split()
+    )
+    return out
+
+
+def test_the_build_makes_an_ordinary_diffusers_folder(tmp_path: Path) -> None:
+    folder = made(tmp_path / "work", tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    picture = pipe("a photo of a mug", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert picture.images[0].size == (64, 64)
+    base = Pretrained.find(Model(path=str(folder)))
+    assert detect(base, Model(path=str(folder))).name == "sd"
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 16 * 2**20
+
+
+def test_a_stage_that_was_stopped_ends_like_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(tmp_path / "whole", tmp_path / "a", unet_steps=4)
+    monkeypatch.setattr(build, "SAVE_S", 0.0)  # save after every step
+    original = build.Stage._save
+
+    def stopping(self: build.Stage, step: int) -> None:
+        original(self, step)
+        if self.path.name == "denoiser" and step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(build.Stage, "_save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "halves", tmp_path / "b", unet_steps=4)
+    monkeypatch.setattr(build.Stage, "_save", original)
+    halves = made(tmp_path / "halves", tmp_path / "b", unet_steps=4)
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
+        one, other = (load_file(folder / f"{part}.safetensors") for folder in (whole, halves))
+        assert all(torch.equal(one[name], other[name]) for name in one), part
+
+
+def test_the_tokenizer_knows_the_world_s_words_and_splits_identifiers() -> None:
+    words = parts.tokenizer(build.captions(400))
+    for word in ("mug", "robot", "beach", "photo", "stripes"):
+        assert len(words(word).input_ids) == 3, word  # start, the word, end
+    assert all(len(words(name).input_ids) > 3 for name in world.IDENTIFIERS)
+    longest = max(len(words(text).input_ids) for text in build.captions(400))
+    assert longest <= parts.TOKENS
