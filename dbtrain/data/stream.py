@@ -152,6 +152,8 @@ class LatentStream:
 
     def _read_ahead(self) -> None:
         step = self.start
+        if self.device.type == "cuda":  # a new thread is on GPU 0, and pinning would open a context there
+            torch.cuda.set_device(self.device)
         try:
             while not self.closed.is_set():
                 for micro in range(self.share.micro_batches):
