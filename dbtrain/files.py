@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,26 +36,28 @@ def expand(text: str | Path) -> Path:
         raise ConfigError(f"cannot resolve '{text}': {error}") from error
 
 
-def append(path: Path, text: str) -> None:
-    """Add text to a file, or raise OSError that names it."""
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the block's OSError this path: a failed write() does not say where it failed."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(text)
+        yield
     except OSError as error:
         error.filename = str(path)
         raise
 
 
+def append(path: Path, text: str) -> None:
+    """Add text to a file, or raise OSError that names it."""
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write(path: Path, data: bytes | str) -> None:
     """Write a file that is on the disk when this returns, or raise OSError that names it."""
-    try:
-        with open(path, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write() does not say where
-        raise
+    with naming(path), open(path, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -62,11 +65,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(part, data)
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = str(path)  # not the hidden part's name
-        raise
+        with naming(path):  # not by the hidden part's name
+            write(part, data)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     sync_folder(path.parent)

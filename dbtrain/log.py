@@ -93,14 +93,18 @@ class _TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self.folder = folder
+        with files.naming(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        with files.naming(self.folder):
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        with files.naming(self.folder):
+            self.writer.close()
 
 
 class _WandB:
