@@ -19,7 +19,8 @@ LAYERS = [
     ["pretrained", "families", "families.base", "families.sd", "objectives", "adapters", "optim",
      "generate", "data.images", "data.shards", "data.stream"],
     ["data.encode", "data.class_images", "network", "checkpoint", "export"],
-    ["prepare", "train", "sample", "tiny.build", "tiny.paint", "tiny.parts", "tiny.world"],
+    ["prepare", "train", "sample", "tiny.build", "tiny.fit", "tiny.judge",
+     "tiny.paint", "tiny.parts", "tiny.world"],
     ["__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

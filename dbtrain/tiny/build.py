@@ -8,10 +8,7 @@ resumed by running the same command again; minutes on a GPU, hours on a CPU.
 from __future__ import annotations
 
 import argparse
-import os
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,115 +21,20 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dbtrain import files, optim, rng, tiny
-from dbtrain.config import Optim
+from dbtrain import files, rng, tiny
 from dbtrain.objectives import DDPM
 from dbtrain.tiny import world
-from dbtrain.tiny.paint import SIDE, render
+from dbtrain.tiny.fit import Stage, drawn
+from dbtrain.tiny.paint import Scene
 from dbtrain.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 
 CAPTIONS = 4  # captions of each picture, of which a step takes one
 DROP = 0.1  # share of captions left empty: classifier-free guidance
-SAVE_S = 120.0  # seconds between checkpoints of a stage
 
 
-def _rendered(numbers: range) -> np.ndarray:
-    return np.stack([np.asarray(render(world.scene(number))) for number in numbers])
-
-
-def pictures(work: Path, count: int) -> np.ndarray:
-    """The first `count` training pictures, (count, SIDE, SIDE, 3) uint8, drawn once and kept in `work`."""
-    path = work / "pictures.npy"
-    if not path.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        chunks = [range(first, min(first + 256, count)) for first in range(0, count, 256)]
-        drawn = np.lib.format.open_memmap(work / "pictures.part.npy", "w+", np.uint8, (count, SIDE, SIDE, 3))
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for chunk, part in zip(
-                chunks, tqdm(pool.map(_rendered, chunks), "pictures", len(chunks)), strict=True
-            ):
-                drawn[chunk.start : chunk.stop] = part
-        drawn.flush()
-        (work / "pictures.part.npy").rename(path)
-    return np.load(path, mmap_mode="r")
-
-
-def captions(count: int) -> list[str]:
-    """CAPTIONS captions of each of the first `count` pictures, those of a picture side by side."""
-    scenes = (world.scene(number) for number in range(count))
-    return [
-        world.caption(scene, number * CAPTIONS + k)
-        for number, scene in enumerate(scenes)
-        for k in range(CAPTIONS)
-    ]
-
-
-class Stage:
-    """One resumable fit: parameters, their moving average and Adam's moments, saved as it goes on.
-
-    What a step does depends on its number only: a stage that was stopped ends like one that was not.
-    """
-
-    def __init__(self, folder: Path, module: nn.Module, steps: int, lr: float, decay: float) -> None:
-        self.path = folder
-        self.steps = steps
-        self.decay = decay
-        self.module = module
-        self.parameters = dict(module.named_parameters())
-        self.settings = Optim(lr=lr, schedule="cosine", warmup_steps=min(500, steps // 10), weight_decay=0.01)
-        self.optimizer = optim.build(self.parameters, self.settings)
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.start = self._load()
-
-    def fit(self, loss_of: Callable[[int], Tensor]) -> None:
-        """Run the steps that are left; then the module holds the moving average."""
-        saved, shown = time.monotonic(), 0.0
-        bar = tqdm(total=self.steps, initial=self.start, desc=self.path.name, unit="step", mininterval=5)
-        for step in range(self.start, self.steps):
-            optim.set_lr(self.optimizer, optim.lr_at(step, self.settings, self.steps))
-            loss = loss_of(step)
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-            self.optimizer.step()
-            with torch.no_grad():
-                decay = min(self.decay, (step + 1) / (step + 10))
-                torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
-            bar.update()
-            if step % 100 == 99:
-                shown = loss.item()
-                bar.set_postfix(loss=f"{shown:.4f}")
-            if time.monotonic() - saved > SAVE_S or step + 1 == self.steps:
-                self._save(step + 1)
-                saved = time.monotonic()
-        bar.close()
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.average[name])
-
-    def _save(self, step: int) -> None:
-        tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in self.parameters.items()}
-        tensors |= {f"average.{name}": p for name, p in self.average.items()}
-        tensors |= optim.state(self.optimizer, self.parameters)
-        data = safetensors.torch.save(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            {"step": str(step)},
-        )
-        files.write_atomically(self.path.with_suffix(".safetensors"), data)
-
-    def _load(self) -> int:
-        path = self.path.with_suffix(".safetensors")
-        if not path.exists():
-            return 0
-        with safetensors.safe_open(path, "pt") as file:
-            step = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(tensors.pop(f"parameter.{name}"))
-                self.average[name].copy_(tensors.pop(f"average.{name}"))
-        optim.load_state(self.optimizer, self.parameters, tensors)
-        return step
+def captions(scenes: list[Scene]) -> list[str]:
+    """CAPTIONS captions of each scene, those of a scene side by side."""
+    return [world.caption(scenes[k // CAPTIONS], k) for k in range(len(scenes) * CAPTIONS)]
 
 
 def fit_vae(work: Path, data: np.ndarray, steps: int, batch: int, device: torch.device) -> Any:
@@ -237,7 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    data, texts = pictures(args.work, args.pictures), captions(args.pictures)
+    scenes = [world.scene(number) for number in range(args.pictures)]
+    data, texts = drawn(args.work / "pictures.npy", scenes), captions(scenes)
     words = tokenizer(texts)
     autoencoder = fit_vae(args.work, data, args.vae_steps, args.vae_batch, device)
     latents = encoded(args.work, data, autoencoder, device)

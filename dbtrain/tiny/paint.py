@@ -143,7 +143,7 @@ def render(scene: Scene) -> Image.Image:
     """The scene as a picture, SIDE px square, RGB."""
     picture = _place(scene.place, source("scenery", scene.scenery))
     behind = picture.copy()
-    u, v = _object_coordinates(scene)
+    surface = _surface(scene, *_object_coordinates(scene))
     base = COLOURS[scene.upper.first]
     ink = FIXED | {"first": base, "shade": _mixed(base, (0, 0, 0), 0.45)}
     pen = ImageDraw.Draw(picture)
@@ -152,7 +152,7 @@ def render(scene: Scene) -> Image.Image:
         if paint == "body":
             mask = Image.new("L", picture.size)
             ImageDraw.Draw(mask).polygon(outline, fill=255)
-            picture.paste(_surface(scene, u, v), (0, 0), mask)
+            picture.paste(surface, (0, 0), mask)
         elif paint == "hole":
             mask = Image.new("L", picture.size)
             ImageDraw.Draw(mask).polygon(outline, fill=255)
@@ -192,11 +192,10 @@ def _object_coordinates(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 def _surface(scene: Scene, u: np.ndarray, v: np.ndarray) -> Image.Image:
     """The painted and shaded surface, everywhere on the canvas."""
-    layers = []
-    for look in (scene.upper, scene.lower):
-        pattern = PATTERNS[look.pattern](u + 4, v + 4)[..., None]
-        layers.append(np.where(pattern, COLOURS[look.second], COLOURS[look.first]))
-    paint = np.where(v[..., None] < 0, *layers).astype(np.float32)
+    looks = (scene.upper, scene.lower)
+    palette = np.array([COLOURS[c] for look in looks for c in (look.first, look.second)], np.float32)
+    upper, lower = (PATTERNS[look.pattern](u + 4, v + 4) for look in looks)
+    paint = palette[np.where(v < 0, upper, 2 + lower)]  # (CANVAS, CANVAS, 3)
     light = np.clip(1.05 - 0.22 * (u + 0.35) ** 2 - 0.08 * v, 0.6, 1.1)[..., None]
     return Image.fromarray((paint * light).clip(0, 255).astype(np.uint8))
 

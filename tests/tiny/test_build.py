@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dbtrain.config import Model
 from dbtrain.families import detect
 from dbtrain.pretrained import Pretrained
-from dbtrain.tiny import build, parts, world
+from dbtrain.tiny import build, fit, parts, world
 
 
 def made(work: Path, out: Path, unet_steps: int = 2, vae_steps: int = 2) -> Path:
@@ -38,18 +38,18 @@ def test_a_stage_that_was_stopped_ends_like_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = made(tmp_path / "whole", tmp_path / "a", unet_steps=4)
-    monkeypatch.setattr(build, "SAVE_S", 0.0)  # save after every step
-    original = build.Stage._save
+    monkeypatch.setattr(fit, "SAVE_S", 0.0)  # save after every step
+    original = fit.Stage._save
 
-    def stopping(self: build.Stage, step: int) -> None:
+    def stopping(self: fit.Stage, step: int) -> None:
         original(self, step)
         if self.path.name == "denoiser" and step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(build.Stage, "_save", stopping)
+    monkeypatch.setattr(fit.Stage, "_save", stopping)
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path / "halves", tmp_path / "b", unet_steps=4)
-    monkeypatch.setattr(build.Stage, "_save", original)
+    monkeypatch.setattr(fit.Stage, "_save", original)
     halves = made(tmp_path / "halves", tmp_path / "b", unet_steps=4)
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
         one, other = (load_file(folder / f"{part}.safetensors") for folder in (whole, halves))
@@ -57,9 +57,9 @@ def test_a_stage_that_was_stopped_ends_like_one_that_was_not(
 
 
 def test_the_tokenizer_knows_the_world_s_words_and_splits_identifiers() -> None:
-    words = parts.tokenizer(build.captions(400))
+    words = parts.tokenizer(build.captions([world.scene(n) for n in range(400)]))
     for word in ("mug", "robot", "beach", "photo", "stripes"):
         assert len(words(word).input_ids) == 3, word  # start, the word, end
     assert all(len(words(name).input_ids) > 3 for name in world.IDENTIFIERS)
-    longest = max(len(words(text).input_ids) for text in build.captions(400))
+    longest = max(len(words(text).input_ids) for text in build.captions([world.scene(n) for n in range(400)]))
     assert longest <= parts.TOKENS
