@@ -72,10 +72,6 @@ def finish(code: int) -> None:
         os._exit(code)
 
 
-def barrier() -> None:
-    gather_json(None)
-
-
 def gather_json(value: Any) -> list[Any]:
     """Every rank's JSON-able value, in rank order, on every rank."""
     if world() == 1:

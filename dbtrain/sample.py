@@ -146,12 +146,8 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
         paths = {path: adapter_file(path) for mix in mixes for path, _ in mix.parts}
-        key = content_key({
-            "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
-            "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
-            "mixes": [[mix.label, [files.sha256_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
-            **settings.model_dump(exclude={"prompts"}),
-        })  # fmt: skip
+        key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
+    key = dist.from_main(key)
     out = out or files.expand(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
     sheet = out / "sheet.png"
     names = [_name(*job) for job in _jobs(len(mixes), len(prompts), settings)]
@@ -168,6 +164,23 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
             _write_sheet(sheet, key, mixes, prompts, settings.images, settings.seed, out)
             log.say(f"pictures and contact sheet: {sheet}")
     return sheet
+
+
+def _key(
+    cfg: Config,
+    base: Pretrained,
+    prompts: Sequence[str],
+    mixes: Sequence[Mix],
+    paths: Mapping[str, Path],
+    side: int | None,
+) -> str:
+    """A name for all that the pictures depend on; reads the base and the adapters whole."""
+    return content_key({
+        "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
+        "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
+        "mixes": [[mix.label, [files.sha256_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
+        **cfg.sample.model_dump(exclude={"prompts"}),
+    })  # fmt: skip
 
 
 def sample_run(cfg: Config) -> Path | None:
