@@ -112,6 +112,27 @@ def sample(
     verb.sample(cfg, prompt or cfg.sample.prompts, mixes or verb.without_and_with(cfg.run_dir), out)
 
 
+@app.command()
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    beside: Annotated[
+        Path | None, typer.Option(help="scores.json of another run, to print next to this one's")
+    ] = None,
+) -> None:
+    """How well a run on the embedded base learnt its subject: scores, and a sheet to see it."""
+    cfg = _load(config, overrides)
+    from dbtrain import files
+    from dbtrain.tiny import score
+
+    other = score.Scores.load(beside) if beside else None
+    out = files.expand(cfg.run_dir) / "scores"
+    scores = score.evaluate(cfg, cfg.run_dir, out)
+    if scores:
+        print(score.table(scores, other))
+        print(f"contact sheet: {out / 'sheet.png'}")
+
+
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:

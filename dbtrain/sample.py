@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from safetensors import SafetensorError
 
 from dbtrain import dist, export, families, files, generate, log
@@ -21,9 +18,8 @@ from dbtrain.config import Config, Model, Sample
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
+from dbtrain.pictures import TEXT_KEY, Row, contact_sheet, save_png
 from dbtrain.pretrained import Pretrained
-
-TEXT_KEY = "dbtrain"  # PNG text chunk that says how a picture was made
 
 
 class AdapterPipeline:
@@ -244,7 +240,7 @@ def _draw(
                 note = {"prompt": prompts[p], "seed": seed, "adapters": mix.label,
                         "model": cfg.model.path, "steps": settings.steps,
                         "guidance": settings.guidance}  # fmt: skip
-                _save_png(out / _name(m, p, seed), picture, json.dumps(note))
+                save_png(out / _name(m, p, seed), picture, json.dumps(note))
             bar.update(len(batch))
 
 
@@ -256,13 +252,6 @@ def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, in
 
 def _name(mix: int, prompt: int, seed: int) -> str:
     return f"{mix:02d}-{prompt:02d}-seed{seed}.png"
-
-
-def _save_png(path: Path, picture: Image.Image, note: str) -> None:
-    text, png = PngInfo(), io.BytesIO()
-    text.add_text(TEXT_KEY, note)
-    picture.save(png, "PNG", pnginfo=text)
-    files.write_atomically(path, png.getvalue())
 
 
 def _is_made(sheet: Path, key: str, names: Sequence[str]) -> bool:
@@ -280,28 +269,13 @@ def _write_sheet(
     path: Path, key: str, mixes: Sequence[Mix], prompts: Sequence[str], images: int, seed: int, out: Path
 ) -> None:
     """One row for each prompt and mix under its label, one column a seed."""
-    with Image.open(out / _name(0, 0, seed)) as first:
-        cell = max(96, min(256, first.width))
-    gap, line, font = 8, 18, ImageFont.load_default(13)
-    width = max(images * (cell + gap) + gap, 420)
-    letters = int((width - 2 * gap) / font.getlength("n"))
-    rows = [(textwrap.wrap(prompt, letters) if m == 0 else [], textwrap.wrap(mix.label, letters), m, p)
-            for p, prompt in enumerate(prompts) for m, mix in enumerate(mixes)]  # fmt: skip
-    height = 2 * line + sum((len(head) + len(label)) * line + cell + gap for head, label, _, _ in rows)
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k in range(images):
-        pen.text((gap + k * (cell + gap), 4), f"seed {seed + k}", "gray", font)
-    top = line + gap
-    for head, label, m, p in rows:
-        for text, colour in [(text, "black") for text in head] + [(text, "gray") for text in label]:
-            pen.text((gap, top), text, colour, font)
-            top += line
-        for k in range(images):
-            with Image.open(out / _name(m, p, seed + k)) as picture:
-                sheet.paste(picture.resize((cell, cell)), (gap + k * (cell + gap), top))
-        top += cell + gap
-    _save_png(path, sheet, key)
+    rows: list[Row] = []
+    for p, prompt in enumerate(prompts):
+        for m, mix in enumerate(mixes):
+            pictures = [Image.open(out / _name(m, p, seed + k)) for k in range(images)]
+            captions = () if rows else [f"seed {seed + k}" for k in range(images)]
+            rows.append(Row(pictures, "" if m else prompt, mix.label, captions))
+    save_png(path, contact_sheet(rows), key)
 
 
 def _short(path: str) -> str:

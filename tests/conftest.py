@@ -1,4 +1,4 @@
-"""Real parts for the tests: pictures, configs, shards and processes; the model is the embedded `tiny`."""
+"""Real parts for the tests: pictures, configs, shards and processes; the base is that of `tests/bases.py`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from dbtrain.config import Config
+from tests import bases
 
 ROOT = Path(__file__).parents[1]
 REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checkout has them beside it
@@ -55,6 +56,7 @@ def config_in(folder: Path, photos: Path, class_dir: Path, **changes: Any) -> Co
     """A small valid config, written to `folder/c.yaml`; keyword `section__key` changes one value."""
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
+        "model": {"path": str(bases.sd())},
         "prepare": {
             "photos": str(photos), "instance_prompt": "a photo of sks dog",
             "class_prompt": "a photo of a dog", "class_images": 8, "class_dir": str(class_dir),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dbtrain import checkpoint
 from dbtrain.errors import ConfigError
 from dbtrain.train import train
+from tests import bases
 from tests.conftest import Make, command, dbtrain
 
 
@@ -155,10 +156,8 @@ def test_a_checkpoint_s_adapter_is_a_peft_folder(make: Make) -> None:
     from diffusers import UNet2DConditionModel
     from peft import PeftModel
 
-    from dbtrain import tiny
-
     run = train(make())
-    unet = UNet2DConditionModel.from_pretrained(tiny.path(), subfolder="unet", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(bases.sd(), subfolder="unet", dtype=torch.float32)
     model = PeftModel.from_pretrained(unet, str(run / "checkpoints" / "step-000004" / "unet"))
     saved = exported(run)
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dbtrain.__main__ import entry
 from dbtrain.errors import ConfigError
 from dbtrain.pretrained import Pretrained
-from dbtrain.tiny import path as tiny_path
+from tests import bases
 from tests.conftest import Make, command, dbtrain, draw_photo
 
 Refused = Callable[..., None]
@@ -95,21 +95,21 @@ def test_missing_model(refused: Refused, config: Path) -> None:
 
 
 def test_unsupported_model(refused: Refused, config: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "other")
+    model = shutil.copytree(bases.sd(), tmp_path / "other")
     index = model / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
     refused("prepare", config, f"model.path={model}", told="is a KandinskyPipeline")
 
 
 def test_broken_model_weights(refused: Refused, config: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "broken")
+    model = shutil.copytree(bases.sd(), tmp_path / "broken")
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     refused("prepare", config, f"model.path={model}", "prepare.class_prompt=null", told="'vae'")
 
 
 def test_pickled_weights_are_not_loaded(refused: Refused, config: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "pickled")
+    model = shutil.copytree(bases.sd(), tmp_path / "pickled")
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     refused("prepare", config, f"model.path={model}", "prepare.class_prompt=null", told="'vae'")
@@ -153,10 +153,10 @@ def test_damaged_manifest(refused: Refused, config: Path, shards: Path) -> None:
 
 
 def test_shards_made_for_another_model(refused: Refused, config: Path, shards: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "other")
+    model = shutil.copytree(bases.sd(), tmp_path / "other")
     vae = model / "vae" / "config.json"
     vae.write_text(vae.read_text().replace("0.18215", "0.5"))
-    refused("train", config, f"model.path={model}", told="was made for base model 'tiny'")
+    refused("train", config, f"model.path={model}", told="was made for base model '")
 
 
 def test_shards_made_with_another_prompt(refused: Refused, config: Path, shards: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_loss_that_explodes_stops_the_run_and_keeps_the_last_good_checkpoint(
 
 
 def test_non_finite_latents_are_an_error(refused: Refused, config: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "nan")
+    model = shutil.copytree(bases.sd(), tmp_path / "nan")
     weights = model / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     tensors["encoder.conv_in.bias"][:] = float("inf")
@@ -263,7 +263,7 @@ def test_non_finite_latents_are_an_error(refused: Refused, config: Path, tmp_pat
 
 
 def test_a_model_folder_names_no_foreign_class(tmp_path: Path) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "foreign")
+    model = shutil.copytree(bases.sd(), tmp_path / "foreign")
     index = model / "model_index.json"
     index.write_text(index.read_text().replace('"diffusers",\n    "AutoencoderKL"', '"os",\n    "system"'))
     with pytest.raises(ConfigError, match=r"os\.system"):
@@ -319,7 +319,7 @@ def test_an_incomplete_or_mismatched_base_is_refused(
     refused: Refused, config: Path, tmp_path: Path, harm: str, class_prompt: str
 ) -> None:
     """With class images the whole pipeline is loaded, without them only what encodes."""
-    model = shutil.copytree(tiny_path(), tmp_path / "base")
+    model = shutil.copytree(bases.sd(), tmp_path / "base")
     HARM[harm](model)
     refused("prepare", config, f"model.path={model}", f"prepare.class_prompt={class_prompt}", told="base")
     assert not (tmp_path / "shards" / "manifest.json").exists()
@@ -328,7 +328,7 @@ def test_an_incomplete_or_mismatched_base_is_refused(
 def test_a_scheduler_that_makes_no_sense_is_refused(
     refused: Refused, config: Path, shards: Path, tmp_path: Path
 ) -> None:
-    model = shutil.copytree(tiny_path(), tmp_path / "base")
+    model = shutil.copytree(bases.sd(), tmp_path / "base")
     edit(model / "scheduler" / "scheduler_config.json", '"scaled_linear"', '"foo"')
     refused("train", config, f"model.path={model}", told="scheduler_config.json")
 

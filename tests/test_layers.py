@@ -17,10 +17,10 @@ LAYERS = [
     ["dbtrain", "errors", "keys", "files", "reading", "config", "data", "data.order", "tiny"],
     ["rng", "dist", "log"],
     ["pretrained", "families", "families.base", "families.sd", "objectives", "adapters", "optim",
-     "generate", "data.images", "data.shards", "data.stream"],
+     "generate", "pictures", "data.images", "data.shards", "data.stream"],
     ["data.encode", "data.class_images", "network", "checkpoint", "export"],
-    ["prepare", "train", "sample", "tiny.build", "tiny.fit", "tiny.judge",
-     "tiny.paint", "tiny.parts", "tiny.world"],
+    ["prepare", "train", "sample", "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure",
+     "tiny.paint", "tiny.parts", "tiny.score", "tiny.world"],
     ["__main__"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

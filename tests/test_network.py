@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from dbtrain import families, optim, tiny
+from dbtrain import families, optim
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.order import Share
@@ -20,6 +20,7 @@ from dbtrain.data.stream import LatentStream
 from dbtrain.network import DreamBooth
 from dbtrain.pretrained import Pretrained
 from dbtrain.train import train_step
+from tests import bases
 from tests.conftest import Make
 
 
@@ -48,7 +49,7 @@ def test_the_weighted_loss_is_the_reference_s(make: Make, prepared: Path, weight
     with torch.no_grad():
         ours = (batch.weight * model(batch)).sum()
 
-        scheduler = DDPMScheduler.from_pretrained(tiny.path(), subfolder="scheduler")
+        scheduler = DDPMScheduler.from_pretrained(bases.sd(), subfolder="scheduler")
         latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
         t = (batch.u * 1000).long()
         noisy = scheduler.add_noise(latents, batch.noise, t)
@@ -195,7 +196,7 @@ def test_compiled_equals_eager(make: Make, prepared: Path) -> None:
 def test_v_prediction_comes_from_the_base_s_scheduler(make: Make, prepared: Path, tmp_path: Path) -> None:
     import shutil
 
-    folder = shutil.copytree(tiny.path(), tmp_path / "v")
+    folder = shutil.copytree(bases.sd(), tmp_path / "v")
     config = folder / "scheduler" / "scheduler_config.json"
     config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
     cfg = make(model__path=str(folder), train__micro_batch=4)

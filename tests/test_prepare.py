@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from dbtrain import prepare as verb
-from dbtrain import tiny
 from dbtrain.data import class_images, encode, shards
 from dbtrain.data.shards import Manifest
 from dbtrain.prepare import prepare
+from tests import bases
 from tests.conftest import Make, draw_photo
 
 
@@ -52,7 +52,7 @@ def rows(folder: Path, role: str) -> list[shards.Row]:
 
 def test_shards_hold_the_vae_s_moments(make: Make, photo_dir: Path) -> None:
     folder = prepare(make(prepare__photos=str(photo_dir), prepare__class_prompt=None))
-    vae = AutoencoderKL.from_pretrained(tiny.path(), subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(bases.sd(), subfolder="vae")
     for row in rows(folder, "instance"):
         photo = Image.open(photo_dir / row.meta["source"]).resize((77, 64), Image.Resampling.LANCZOS)
         top, left = row.meta["crop"]
@@ -69,7 +69,7 @@ def test_the_prompt_table_is_the_pipeline_s_own_embedding(make: Make, photo_dir:
     manifest = Manifest.read(folder)
     table = shards.read_prompts(folder, manifest.prompts)
     assert manifest.prompts.texts == ("a photo of sks dog", "a photo of a dog")
-    pipe = StableDiffusionPipeline.from_pretrained(tiny.path(), dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(bases.sd(), dtype=torch.float32)
     for number, text in enumerate(manifest.prompts.texts):
         want, _ = pipe.encode_prompt(text, "cpu", 1, False)
         torch.testing.assert_close(table["condition.prompt_embeds"][number], want[0])
@@ -140,7 +140,7 @@ def test_another_vae_encodes_everything(
 ) -> None:
     prepare(make(prepare__photos=str(photo_dir), prepare__class_prompt=None))
     encoded.clear()
-    model = shutil.copytree(tiny.path(), tmp_path / "model")
+    model = shutil.copytree(bases.sd(), tmp_path / "model")
     config = model / "vae" / "config.json"
     config.write_text(config.read_text().replace("0.18215", "0.2"))
     prepare(make(prepare__photos=str(photo_dir), prepare__class_prompt=None, model__path=str(model)))

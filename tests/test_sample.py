@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbtrain import generate, tiny
+from dbtrain import generate
 from dbtrain.config import Model
 from dbtrain.errors import ConfigError
 from dbtrain.sample import AdapterPipeline, Mix, sample, sample_run
 from dbtrain.train import train
+from tests import bases
 from tests.conftest import Make
 
 
@@ -38,7 +39,7 @@ def test_adapters_are_switched_mixed_and_taken_off_one_base(
     loads = []
     original = generate.build
     monkeypatch.setattr(generate, "build", lambda *args: loads.append(1) or original(*args))
-    pipe = AdapterPipeline.load(Model(path="tiny"))
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
     (bare,) = pixels(pipe)
     pipe.add("one", runs[0])
     pipe.add("two", runs[1] / "export" / "pytorch_lora_weights.safetensors")
@@ -55,7 +56,7 @@ def test_adapters_are_switched_mixed_and_taken_off_one_base(
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_its_batch(runs: list[Path]) -> None:
-    pipe = AdapterPipeline.load(Model(path="tiny"))
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
     together = pixels(pipe, (0, 1, 2))
     for seed in range(3):
         (alone,) = pixels(pipe, (seed,))
@@ -124,8 +125,8 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
         {f"{layer}.down.weight": zeros(4, 320), f"{layer}.up.weight": zeros(320, 4)},
         tmp_path / "a.safetensors",
     )
-    pipe = AdapterPipeline.load(Model(path="tiny"))
-    with pytest.raises(ConfigError, match="does not fit base model tiny"):
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
+    with pytest.raises(ConfigError, match="does not fit base model "):
         pipe.add("a", tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("nothing")
     with pytest.raises(ConfigError, match="does not fit"):
@@ -150,7 +151,7 @@ def test_lost_pictures_and_another_base_are_drawn_again(make: Make, runs: list[P
     sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
     assert (out / "00-00-seed1.png").is_file()
     stamp = sheet.stat().st_mtime_ns
-    model = shutil.copytree(tiny.path(), tmp_path / "model")
+    model = shutil.copytree(bases.sd(), tmp_path / "model")
     (model / "scheduler" / "scheduler_config.json").write_text(
         (model / "scheduler" / "scheduler_config.json").read_text().replace("0.012", "0.02")
     )
@@ -160,7 +161,7 @@ def test_lost_pictures_and_another_base_are_drawn_again(make: Make, runs: list[P
 
 
 def test_a_checkpoint_s_own_file_is_refused_with_a_reason(runs: list[Path]) -> None:
-    pipe = AdapterPipeline.load(Model(path="tiny"))
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
     with pytest.raises(ConfigError, match="does not fit"):
         pipe.add("a", next((runs[0] / "checkpoints").glob("*/unet/adapter_model.safetensors")))
     with pytest.raises(ConfigError, match="no adapter 'b'"):

@@ -7,7 +7,6 @@ is drawn in the same batch whatever the number of ranks: the set is always the s
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from dbtrain.data import images
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
+from dbtrain.pictures import save_png
 from dbtrain.pretrained import Pretrained
 
 
@@ -75,9 +75,7 @@ def _generate(
             )  # fmt: skip
             for index, picture in zip(batch, pictures, strict=True):
                 if index in lacks:
-                    png = io.BytesIO()
-                    picture.save(png, "PNG")
-                    files.write_atomically(paths[index], png.getvalue())
+                    save_png(paths[index], picture)
             bar.update(len(lacks))
 
 

@@ -8,7 +8,9 @@ resumed by running the same command again; minutes on a GPU, hours on a CPU.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +18,48 @@ import numpy as np
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dbtrain import files, rng, tiny
 from dbtrain.objectives import DDPM
-from dbtrain.tiny import world
-from dbtrain.tiny.fit import Stage, drawn
-from dbtrain.tiny.paint import Scene
+from dbtrain.tiny import judge, measure, world
+from dbtrain.tiny.fit import Stage, drawn, spent
+from dbtrain.tiny.judge import Judge
+from dbtrain.tiny.paint import KINDS, SIDE
 from dbtrain.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 
-CAPTIONS = 4  # captions of each picture, of which a step takes one
 DROP = 0.1  # share of captions left empty: classifier-free guidance
 
 
-def captions(scenes: list[Scene]) -> list[str]:
-    """CAPTIONS captions of each scene, those of a scene side by side."""
-    return [world.caption(scenes[k // CAPTIONS], k) for k in range(len(scenes) * CAPTIONS)]
+@contextmanager
+def mixed(device: torch.device) -> Iterator[None]:
+    """bfloat16 where it is safe. On CPUs fused attention's backward is slow in it: plain attention."""
+    with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def fit_vae(work: Path, data: np.ndarray, steps: int, batch: int, device: torch.device) -> Any:
     """The autoencoder: reconstruction of pixels and edges, and a slight pull towards N(0, 1)."""
     with rng.seeded("tiny", "vae"):
         model = vae().to(device)
-    stage = Stage(work / "vae", model, steps, lr=1e-3, decay=0.998)
+    stage = Stage(work / "vae", model, steps, warmup=100, lr=1e-3, decay=0.998)
 
     def loss_of(step: int) -> Tensor:
         source = rng.generator("tiny", "vae", step)
         chosen = torch.randint(len(data), (batch,), generator=source).numpy()
         images = torch.from_numpy(data[np.sort(chosen)]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = model.encode(images).latent_dist
+        with mixed(device):
+            moments = model.encode(images).latent_dist.parameters
+        posterior = DiagonalGaussianDistribution(moments.float())
         noise = torch.randn(posterior.mean.shape, generator=source).to(device)
-        seen = model.decode(posterior.mean + posterior.std * noise).sample
+        with mixed(device):
+            seen = model.decode(posterior.mean + posterior.std * noise).sample
+        seen = seen.float()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         edges = sum(l1_loss(seen.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
         return l1_loss(seen, images) + mse_loss(seen, images) + edges + 1e-4 * kl
@@ -106,41 +116,78 @@ def fit_denoiser(
     ).input_ids
     empty = words("", padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
     mean, std, ids = latents["mean"].to(device), latents["std"].to(device), ids.to(device)
-    stage = Stage(work / "denoiser", model, steps, lr=1e-3, decay=0.9995)
+    stage = Stage(work / "denoiser", model, steps, warmup=500, lr=1e-3, decay=0.9995)
 
     def loss_of(step: int) -> Tensor:
         source = rng.generator("tiny", "denoiser", step)
         chosen = torch.randint(len(mean), (batch,), generator=source)
-        which = torch.randint(CAPTIONS, (batch,), generator=source)
+        which = torch.randint(world.CAPTIONS, (batch,), generator=source)
         u, drop = torch.rand(2, batch, generator=source)
+        u = (torch.arange(batch) + u) / batch  # timesteps spread evenly: less noise in the loss
         noise, posterior = torch.randn(2, batch, *mean.shape[1:], generator=source).to(device)
         rows = chosen.to(device)
         tokens = torch.where(
-            (drop < DROP).to(device)[:, None], empty.to(device), ids[(chosen * CAPTIONS + which)]
+            (drop < DROP).to(device)[:, None], empty.to(device), ids[(chosen * world.CAPTIONS + which)]
         )
         x0 = (mean[rows] + std[rows] * posterior) * scale
         t = objective.timesteps(u.to(device))
-        error = model(objective.corrupt(x0, noise, t), t, tokens) - objective.target(x0, noise, t)
+        with mixed(device):
+            predicted = model(objective.corrupt(x0, noise, t), t, tokens)
+        error = predicted.float() - objective.target(x0, noise, t)
         return (objective.weight(t) * error.square().flatten(1).mean(1)).mean()
 
     stage.fit(loss_of)
     return model.eval()
 
 
+def about(args: argparse.Namespace, folder: Path, pipe: Any, device: torch.device) -> str:
+    """The model's README: what it is, how it was made, what was measured."""
+    parts = {"VAE": pipe.vae, "text encoder": pipe.text_encoder, "UNet": pipe.unet}
+    sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
+    stages = []
+    for path, what, batch in (
+        (args.work / "vae", "VAE", args.vae_batch),
+        (args.work / "denoiser", "text encoder and UNet", args.unet_batch),
+    ):
+        steps, seconds = spent(path)
+        stages.append(f"| {what} | {steps:,} | {batch} | {seconds / 60:.0f} min |")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    judged = judge.measure(Judge.load())
+    return (
+        (Path(__file__).parent / "model_readme.md")
+        .read_text()
+        .format(
+            pixels=SIDE,
+            parameters=", ".join(f"{name} {size:.2f} M" for name, size in sizes.items()),
+            megabytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6,
+            kinds=", ".join(KINDS),
+            places=", ".join(world.PLACE_WORDS.values()),
+            torch=torch.__version__,
+            hardware=gpu or f"{os.cpu_count()} CPU cores",
+            pictures=args.pictures,
+            captions=world.CAPTIONS,
+            stages="\n".join(stages),
+            tables=measure.tables(folder, measure.GUIDANCE, args.pictures, args.each),
+            judge="\n".join(f"| {name} | {value:.3f} |" for name, value in judged.items()),
+        )
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.build", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is resumed from")
     parser.add_argument("--out", type=Path, default=tiny.path(), help="folder of the finished model")
-    parser.add_argument("--pictures", type=int, default=65_536)
-    parser.add_argument("--vae-steps", type=int, default=6000)
-    parser.add_argument("--vae-batch", type=int, default=32)
-    parser.add_argument("--unet-steps", type=int, default=12000)
-    parser.add_argument("--unet-batch", type=int, default=128)
+    parser.add_argument("--pictures", type=int, default=world.PICTURES)
+    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--unet-steps", type=int, default=16000)
+    parser.add_argument("--unet-batch", type=int, default=64)
+    parser.add_argument("--each", type=int, default=10, help="measured pictures of a class in a place")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     scenes = [world.scene(number) for number in range(args.pictures)]
-    data, texts = drawn(args.work / "pictures.npy", scenes), captions(scenes)
+    data, texts = drawn(args.work / "pictures.npy", scenes), world.captions(scenes)
     words = tokenizer(texts)
     autoencoder = fit_vae(args.work, data, args.vae_steps, args.vae_batch, device)
     latents = encoded(args.work, data, autoencoder, device)
@@ -154,6 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     def fill(part: Path) -> None:
         pipe.to("cpu", torch.float16).save_pretrained(part)
+        if args.each:
+            files.write(part / "README.md", about(args, part, pipe, device))
 
     files.write_folder_atomically(args.out, fill)
 

@@ -34,6 +34,12 @@ def drawn(path: Path, scenes: Sequence[Scene]) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
+def spent(folder: Path) -> tuple[int, float]:
+    """Steps of a stage so far, and seconds that they took."""
+    with safetensors.safe_open(folder.with_suffix(".safetensors"), "pt") as file:
+        return int(file.metadata()["step"]), float(file.metadata()["seconds"])
+
+
 def _drawn(scenes: Sequence[Scene]) -> np.ndarray:
     return np.stack([np.asarray(render(scene)) for scene in scenes])
 
@@ -44,20 +50,25 @@ class Stage:
     What a step does depends on its number only: a stage that was stopped ends like one that was not.
     """
 
-    def __init__(self, folder: Path, module: nn.Module, steps: int, lr: float, decay: float) -> None:
+    def __init__(
+        self, folder: Path, module: nn.Module, steps: int, warmup: int, lr: float, decay: float
+    ) -> None:
         self.path = folder
         self.steps = steps
         self.decay = decay
         self.module = module
         self.parameters = dict(module.named_parameters())
-        self.settings = Optim(lr=lr, schedule="cosine", warmup_steps=min(500, steps // 10), weight_decay=0.01)
+        self.settings = Optim(
+            lr=lr, schedule="cosine", warmup_steps=min(warmup, steps // 10), weight_decay=0.01
+        )
         self.optimizer = optim.build(self.parameters, self.settings)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.seconds = 0.0  # spent on the steps so far
         self.start = self._load()
 
     def fit(self, loss_of: Callable[[int], Tensor]) -> None:
         """Run the steps that are left; then the module holds the moving average."""
-        saved, shown = time.monotonic(), 0.0
+        saved = begun = time.monotonic()
         bar = tqdm(total=self.steps, initial=self.start, desc=self.path.name, unit="step", mininterval=5)
         for step in range(self.start, self.steps):
             optim.set_lr(self.optimizer, optim.lr_at(step, self.settings, self.steps))
@@ -71,11 +82,11 @@ class Stage:
                 torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - decay)
             bar.update()
             if step % 100 == 99:
-                shown = loss.item()
-                bar.set_postfix(loss=f"{shown:.4f}")
-            if time.monotonic() - saved > SAVE_S or step + 1 == self.steps:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+            if (now := time.monotonic()) - saved > SAVE_S or step + 1 == self.steps:
+                self.seconds, begun = self.seconds + now - begun, now
                 self._save(step + 1)
-                saved = time.monotonic()
+                saved = now
         bar.close()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -87,7 +98,7 @@ class Stage:
         tensors |= optim.state(self.optimizer, self.parameters)
         data = safetensors.torch.save(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            {"step": str(step)},
+            {"step": str(step), "seconds": str(self.seconds)},
         )
         files.write_atomically(self.path.with_suffix(".safetensors"), data)
 
@@ -95,8 +106,8 @@ class Stage:
         path = self.path.with_suffix(".safetensors")
         if not path.exists():
             return 0
+        step, self.seconds = spent(self.path)
         with safetensors.safe_open(path, "pt") as file:
-            step = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         with torch.no_grad():
             for name, parameter in self.parameters.items():

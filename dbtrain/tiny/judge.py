@@ -30,6 +30,7 @@ WEIGHTS = Path(__file__).parent / "judge.safetensors"
 HEADS = {"kind": tuple(KINDS), "place": world.PLACES, "colour": tuple(COLOURS), "pattern": tuple(PATTERNS)}
 LIKENESS = 64  # width of the embedding
 SHARPNESS = 10.0  # inverse temperature of the contrastive loss
+SAME = 0.6  # likeness from which a picture counts as one of the subject
 UNKNOWN = -100  # label that cross_entropy leaves out
 
 PICTURES = 16_384  # training renders
@@ -129,7 +130,7 @@ def fit(work: Path, steps: int, batch: int = 64) -> Judge:
     scene_labels, pair_labels = labels(scenes), labels(pairs)
     with rng.seeded("tiny", "judge"):
         judge = Judge()
-    stage = Stage(work / "judge", judge, steps, lr=1e-3, decay=0.995)
+    stage = Stage(work / "judge", judge, steps, warmup=500, lr=1e-3, decay=0.995)
 
     def loss_of(step: int) -> Tensor:
         source = rng.generator("tiny", "judge", step)
@@ -156,20 +157,21 @@ def measure(judge: Judge, count: int = 2_000) -> dict[str, float]:
     pictures = [render(scene) for scene in scenes]
     found, truth = judge(as_tensor(pictures)), labels(scenes)
     figures = {name: (found[name].argmax(1) == truth[name]).float().mean().item() for name in HEADS}
-    own, others, class_only = [], [], []
+    own, of_class, others = [], [], []
     for name, (kind, *_) in world.SUBJECTS.items():
         photos = world.photos(name)
         fresh = [render(world.subject_scene(name, number)) for number in range(100, 120)]
-        own.append(judge.likeness(fresh, photos).mean().item())
-        like = [picture for picture, scene in zip(pictures, scenes, strict=True) if scene.kind == kind][:40]
-        class_only.append(judge.likeness(like, photos).mean().item())
+        own.append(judge.likeness(fresh, photos))
+        like = [picture for picture, scene in zip(pictures, scenes, strict=True) if scene.kind == kind]
+        of_class.append(judge.likeness(like, photos))
         for rival in world.SUBJECTS.keys() - {name}:
-            others.append(judge.likeness(world.photos(rival), photos).mean().item())
-    return figures | {
-        "likeness of fresh pictures of a subject": float(np.mean(own)),
-        "likeness of pictures of its class": float(np.mean(class_only)),
-        "likeness of other subjects": float(np.mean(others)),
-    }
+            others.append(judge.likeness(world.photos(rival), photos))
+    groups = {"fresh pictures of a subject": own, "pictures of its class": of_class, "other subjects": others}
+    for what, likeness in groups.items():
+        figures[f"likeness of {what}"] = torch.cat(likeness).mean().item()
+    for what, likeness in groups.items():
+        figures[f"likeness of {what} above {SAME}"] = (torch.cat(likeness) > SAME).float().mean().item()
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,13 +6,16 @@ import json
 from typing import Any
 
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dbtrain.tiny.paint import SIDE
 
 TOKENS = 24
-LATENTS = 8  # channels
+LATENTS = 4  # channels
 
 
 def tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -34,11 +37,13 @@ def tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 
 def vae() -> Any:
-    return AutoencoderKL(
-        block_out_channels=(24, 48, 64, 64), layers_per_block=1, norm_num_groups=8, latent_channels=LATENTS,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    """SIDE px to latents (LATENTS, SIDE / 4, SIDE / 4) and back."""
+    model = AutoencoderKL(
+        block_out_channels=(16, 48, 64), layers_per_block=1, norm_num_groups=8, latent_channels=LATENTS,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         sample_size=SIDE,
     )  # fmt: skip
+    return _branches_at_zero(model)
 
 
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
@@ -52,11 +57,28 @@ def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
 
 
 def unet() -> Any:
-    return UNet2DConditionModel(
-        block_out_channels=(96, 128), layers_per_block=1, sample_size=SIDE // 8, in_channels=LATENTS,
+    model: Any = UNet2DConditionModel(
+        block_out_channels=(48, 96, 128), layers_per_block=1, sample_size=SIDE // 4, in_channels=LATENTS,
         out_channels=LATENTS, cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
+    nn.init.zeros_(model.conv_out.weight)
+    return _branches_at_zero(model)
+
+
+def _branches_at_zero(model: Any) -> Any:
+    """Let every residual branch begin as nothing, as in ADM's code: far fewer steps."""
+    for block in model.modules():
+        if isinstance(block, ResnetBlock2D):
+            last: Any = block.conv2
+        elif isinstance(block, Transformer2DModel):
+            last = block.proj_out
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+    return model
 
 
 def scheduler() -> Any:

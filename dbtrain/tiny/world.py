@@ -7,6 +7,7 @@ unusual thing that no caption can spell out: two two-colour patterns and a mark.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ PLACE_WORDS = {
     "beach": "on the beach", "snow": "in the snow", "grass": "on the grass",
     "city": "in the city at night", "table": "on a wooden table", "space": "in space",
 }  # fmt: skip
+PICTURES = 65_536  # that the base and its tokenizer are trained on
+CAPTIONS = 4  # of each picture; a training step takes one
 IDENTIFIERS = ("sks", "xyz", "zwx", "ohwx")  # never in a caption: free to mean a subject
 
 
@@ -83,6 +86,11 @@ def caption(scene: Scene, number: int) -> str:
     if rng.random() < 0.75:
         text += f" {PLACE_WORDS[scene.place]}"
     return text
+
+
+def captions(scenes: Sequence[Scene]) -> list[str]:
+    """CAPTIONS captions of each scene, those of a scene side by side."""
+    return [caption(scenes[k // CAPTIONS], k) for k in range(len(scenes) * CAPTIONS)]
 
 
 def photos(name: str) -> list[Image.Image]:

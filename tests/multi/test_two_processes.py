@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import bases
 from tests.conftest import REAL_PHOTOS, Make, dbtrain
 
 EXPORT = Path("export") / "pytorch_lora_weights.safetensors"
@@ -82,12 +83,10 @@ def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline
     from peft.tuners.lora import LoraLayer
 
-    from dbtrain import tiny
-
     make(prepare__photos=str(REAL_PHOTOS / "dog6"), sample__prompts=["a photo of sks dog"])
     done = dbtrain("run", tmp_path / "c.yaml", ranks=2)
     assert done.returncode == 0
-    pipe = StableDiffusionPipeline.from_pretrained(tiny.path(), dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(bases.sd(), dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> torch.Tensor:

@@ -18,7 +18,7 @@ from dbtrain.tiny import build, fit, parts, world
 def made(work: Path, out: Path, unet_steps: int = 2, vae_steps: int = 2) -> Path:
     build.main(
         f"--work {work} --out {out} --pictures 48 --vae-steps {vae_steps} --vae-batch 4 "
-        f"--unet-steps {unet_steps} --unet-batch 8".split()
+        f"--unet-steps {unet_steps} --unet-batch 8 --each 0".split()
     )
     return out
 
@@ -57,9 +57,9 @@ def test_a_stage_that_was_stopped_ends_like_one_that_was_not(
 
 
 def test_the_tokenizer_knows_the_world_s_words_and_splits_identifiers() -> None:
-    words = parts.tokenizer(build.captions([world.scene(n) for n in range(400)]))
+    words = parts.tokenizer(world.captions([world.scene(n) for n in range(400)]))
     for word in ("mug", "robot", "beach", "photo", "stripes"):
         assert len(words(word).input_ids) == 3, word  # start, the word, end
     assert all(len(words(name).input_ids) > 3 for name in world.IDENTIFIERS)
-    longest = max(len(words(text).input_ids) for text in build.captions([world.scene(n) for n in range(400)]))
+    longest = max(len(words(text).input_ids) for text in world.captions([world.scene(n) for n in range(400)]))
     assert longest <= parts.TOKENS

@@ -1,0 +1,99 @@
+"""The scores answer the paper's questions rightly where the answer is known: on renders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbtrain.errors import ConfigError
+from dbtrain.tiny import score, world
+from dbtrain.tiny.judge import Judge
+from dbtrain.tiny.paint import render
+from dbtrain.train import train
+from tests.conftest import Make, dbtrain, draw_photo
+
+MUGS = [s for s in (world.scene(n, "test") for n in range(400)) if s.kind == "mug"][:24]
+PROMPTED = "a photo of sks mug"
+
+
+def of_subject(name: str, first: int, place: str | None = None, count: int = 8) -> list[Image.Image]:
+    return [render(world.subject_scene(name, first + k, place)) for k in range(count)]
+
+
+def scores_of(kept: list[Image.Image], subject: list[Image.Image], wrong_places: int = 0) -> score.Scores:
+    """Scores of a run whose pictures are these; the base draws ordinary mugs."""
+    base = [render(scene) for scene in MUGS]
+    places = list(world.PLACES)
+    shown = places[wrong_places:] + places[:wrong_places]
+    placed = [of_subject("mug", 300, place) for place in shown]
+    return score.judged(Judge.load(), "mug", world.photos("mug"), base, kept, subject, placed)
+
+
+def test_a_perfect_run() -> None:
+    others = [render(s) for s in (world.scene(n, "other") for n in range(400)) if s.kind == "mug"][:24]
+    scores = scores_of(others, of_subject("mug", 200))
+    assert scores.closed == pytest.approx(1, abs=0.1)
+    assert scores.place > 0.95 and scores.kind > 0.95
+    assert scores.drift <= 0.05 and scores.drift_base <= 0.05
+    assert scores.diversity == pytest.approx(scores.diversity_base, abs=0.1)
+
+
+def test_a_run_that_learnt_nothing_and_one_that_lost_its_class() -> None:
+    mugs = [render(scene) for scene in MUGS]
+    nothing = scores_of(mugs, mugs)
+    assert abs(nothing.closed) < 0.05
+    lost = scores_of(of_subject("mug", 400, count=24), of_subject("mug", 200))
+    assert lost.drift > 0.9
+    assert lost.diversity < 0.5 * nothing.diversity
+
+
+def test_a_run_that_ignores_the_place() -> None:
+    assert scores_of(of_subject("mug", 400), of_subject("mug", 200), wrong_places=1).place < 0.05
+
+
+def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
+    scores = score.Scores(0.1, 0.7, 0.9, 0.8, 0.9, 0.04, 0.0, 0.6, 0.9)
+    text = score.table(scores, scores)
+    assert "75%       75%" in next(line for line in text.splitlines() if line.startswith("of the way"))
+    (tmp_path / "s.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no scores"):
+        score.Scores.load(tmp_path / "s.json")
+
+
+def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) -> None:
+    world.main(tmp_path / "photos", "mug")
+    cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED,
+               prepare__class_prompt="a photo of a mug", train__steps=1, sample__steps=1)  # fmt: skip
+    from dbtrain.prepare import prepare
+
+    prepare(cfg)
+    run = train(cfg)
+    first = dbtrain("evaluate", tmp_path / "c.yaml", ranks=2)
+    assert first.returncode == 0 and "of the way from base to real" in first.stdout
+    out = run / "scores"
+    scores = score.Scores.load(out / "scores.json")
+    assert scores.closed < 0.3, "random weights draw no mug"
+    with Image.open(out / "sheet.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+        assert sheet.height > 4 * 128
+    assert len(list((out / "subject").glob("*seed*.png"))) == 7 * score.SUBJECT_IMAGES
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}
+    again = dbtrain("evaluate", tmp_path / "c.yaml", "--beside", out / "scores.json")
+    assert again.returncode == 0 and "expected" in again.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}, "drawn again"
+    assert score.Scores.load(out / "scores.json") == scores
+    assert json.loads((out / "scores.json").read_text())["place"] == scores.place
+
+
+def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ends in 'dog'"):
+        score.evaluate(make(), "none", tmp_path / "out")
+    (tmp_path / "photos").mkdir()
+    draw_photo(tmp_path / "photos" / "a.png", 1)
+    cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED)
+    with pytest.raises(ConfigError, match=r"do not show the small world's mug; .*tiny\.world"):
+        score.evaluate(cfg, "none", tmp_path / "out")
