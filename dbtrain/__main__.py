@@ -64,12 +64,15 @@ def export(
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="checkpoint to export (default: the newest)")] = None,
     out: Annotated[Path | None, typer.Option(help="folder (default: export/ in the run folder)")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="adapter file or folder to convert, instead of a checkpoint")
+    ] = None,
 ) -> None:
-    """A checkpoint to the file that Diffusers loads."""
+    """A checkpoint (or an adapter file) to the files that Diffusers, PEFT or A1111 and ComfyUI load."""
     cfg = _load(config, overrides)
     from dbtrain import export as verb
 
-    verb.export(cfg, step, out)
+    verb.export(cfg, step, out, adapter)
 
 
 @app.command()

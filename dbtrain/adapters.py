@@ -3,34 +3,104 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+)
+from peft.tuners.loha import LoHaLayer
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dbtrain import rng
-from dbtrain.config import Adapter
-from dbtrain.errors import ConfigError
+from dbtrain.config import Adapter, AdapterSettings
+from dbtrain.errors import ConfigError, reason
 
 NAME = "default"  # PEFT's name of the one adapter that is trained
 
 
-def _lora(cfg: Adapter, targets: Sequence[str]) -> PeftConfig:
-    """Hu et al. 2021, "LoRA", arXiv:2106.09685; Diffusers' start: A normal with std 1/rank, B zero."""
-    return LoraConfig(
-        r=cfg.rank,
-        lora_alpha=_whole(cfg.alpha or cfg.rank),
-        lora_dropout=cfg.dropout,
-        target_modules=list(targets),
-        init_lora_weights="gaussian",
-    )
+@dataclass(frozen=True)
+class Kind:
+    """An adapter kind: its PEFT config, and the start of one layer's weights."""
+
+    config: Any  # PEFT's class of settings
+    options: Callable[[AdapterSettings], dict[str, Any]]
+    start: Callable[[Any, AdapterSettings], None]
+    """(layer, settings): weights from torch's global generator, the update itself zero."""
+    layer: type
 
 
-KINDS: dict[str, Callable[[Adapter, Sequence[str]], PeftConfig]] = {"lora": _lora}
+def _start_lora(layer: Any, cfg: AdapterSettings) -> None:
+    """Diffusers' start is `gaussian`: the down projection normal with std 1/rank, the up projection zero."""
+    layer.reset_lora_parameters(NAME, True if cfg.init == "kaiming" else cfg.init)
+
+
+def _start_loha(layer: Any, cfg: AdapterSettings) -> None:
+    """LyCORIS's start: PEFT's own makes one factor so small that hundreds of steps are lost."""
+    for name, std in (("w1_a", 0.1), ("w1_b", 1.0), ("w2_a", 0.0), ("w2_b", 1.0), ("t1", 0.1), ("t2", 0.1)):
+        weights = getattr(layer, f"hada_{name}")
+        if NAME in weights:
+            nn.init.normal_(weights[NAME], std=std)
+
+
+def _start_lokr(layer: Any, cfg: AdapterSettings) -> None:
+    """LyCORIS's start: PEFT's own zeroes the left factor, through which all gradients go."""
+    layer.reset_adapter_parameters_lycoris_way(NAME)
+
+
+def _lora_options(cfg: AdapterSettings) -> dict[str, Any]:
+    return {
+        "lora_alpha": alpha_of(cfg), "lora_dropout": cfg.dropout, "use_rslora": cfg.rslora,
+        "use_dora": cfg.dora, "bias": cfg.bias,
+        "init_lora_weights": True if cfg.init == "kaiming" else cfg.init,
+    }  # fmt: skip
+
+
+def _lycoris_options(cfg: AdapterSettings) -> dict[str, Any]:
+    return {
+        "alpha": alpha_of(cfg), "rank_dropout": cfg.rank_dropout, "module_dropout": cfg.module_dropout,
+        "use_effective_conv2d": cfg.effective_conv2d,
+    }  # fmt: skip
+
+
+def _lokr_options(cfg: AdapterSettings) -> dict[str, Any]:
+    decomposition = {"decompose_both": cfg.decompose_both, "decompose_factor": cfg.decompose_factor}
+    return _lycoris_options(cfg) | decomposition
+
+
+# LoRA: Hu et al. 2021, arXiv:2106.09685 (DoRA: arXiv:2402.09353; rsLoRA: arXiv:2312.03732). LoHa:
+# Hyeon-Woo et al. 2021, "FedPara", arXiv:2108.06098. LoKr: Edalati et al. 2022, "KronA", arXiv:2212.10650.
+KINDS = {
+    "lora": Kind(LoraConfig, _lora_options, _start_lora, LoraLayer),
+    "loha": Kind(LoHaConfig, _lycoris_options, _start_loha, LoHaLayer),
+    "lokr": Kind(LoKrConfig, _lokr_options, _start_lokr, LoKrLayer),
+}
+
+# Names by preset, as suffixes of a module's name. A name that a component lacks is passed over.
+_DENOISER = ("to_q", "to_k", "to_v", "to_out.0")
+_CLIP, _T5 = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q", "k", "v", "o")
+PRESETS = {
+    "denoiser": {
+        "attention": (*_DENOISER, "add_k_proj", "add_v_proj"),
+        "minimal": ("to_q", "to_v"),
+        "all": (*_DENOISER, "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut",
+                "time_emb_proj", "ff.net.2"),
+    },
+    "text_encoder": {
+        "attention": (*_CLIP, *_T5),
+        "minimal": ("q_proj", "v_proj", "q", "v"),
+        "all": (*_CLIP, *_T5, "fc1", "fc2", "wi", "wi_0", "wi_1", "wo"),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,32 +110,117 @@ class AdapterState:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """All but the values: what two adapters that can take each other's place have in common."""
+        strength = {
+            key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha", "alpha", "use_rslora")
+        }
+        return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
-def attach(module: nn.Module, cfg: Adapter, targets: Sequence[str], seed: int) -> None:
+    def without_tensors(self) -> AdapterState:
+        """The same, with empty tensors of the same shapes."""
+        empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.tensors.items()}
+        return AdapterState(empty, self.config)
+
+
+def attach(
+    module: nn.Module, cfg: AdapterSettings, part: str, seed: int, without: Sequence[str] = ()
+) -> None:
     """Put a new adapter on `module`, its weights fp32 and a function of `seed` alone.
 
-    Raises ConfigError if a target names no module.
+    `part` is "denoiser" or "text_encoder": the row of PRESETS. Modules below a name in `without`
+    are left alone. Raises ConfigError if a target names no module.
     """
-    wanted = targets if cfg.targets == "auto" else cfg.targets
-    names = [name for name, _ in module.named_modules()]
-    idle = [want for want in wanted if not any(f".{name}".endswith(f".{want}") for name in names)]
-    if idle or not wanted:
-        raise ConfigError(
-            f"adapter.targets: no module of {type(module).__name__} is called "
-            f"{', '.join(map(repr, idle)) or 'nothing (the list is empty)'}; "
-            f"use 'auto' or names such as {', '.join(map(repr, targets))}"
-        )
+    kind = KINDS[cfg.kind]
+    chosen = targets(module, cfg.targets, PRESETS[part], without)
+    config = kind.config(r=cfg.rank, target_modules=list(chosen), **kind.options(cfg))
     try:
-        inject_adapter_in_model(KINDS[cfg.kind](cfg, wanted), module, adapter_name=NAME)
-    except ValueError as error:  # a target of a type that PEFT cannot adapt
-        raise ConfigError(f"adapter.targets is {list(wanted)}: {error}") from error
+        inject_adapter_in_model(config, module, adapter_name=NAME)
+    except (ValueError, TypeError) as error:  # a target of a type that PEFT cannot adapt
+        raise ConfigError(f"adapter.targets is {cfg.targets!r}: {reason(error)}") from error
     # Start in fp32, whatever the base is in: the same start in every precision.
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()
     with rng.seeded(seed, "adapter"):
         for layer in module.modules():
-            if isinstance(layer, LoraLayer):
-                layer.reset_lora_parameters(NAME, "gaussian")
+            if isinstance(layer, kind.layer):
+                kind.start(layer, cfg)
+    train_mode(module, cfg)
+
+
+def targets(
+    module: nn.Module,
+    wanted: str | Sequence[str],
+    presets: Mapping[str, Sequence[str]],
+    without: Sequence[str] = (),
+) -> list[str]:
+    """The names that select the modules to adapt, as PEFT takes them: names, or full names.
+
+    Raises ConfigError, with near misses, if one selects nothing.
+    """
+    names = [
+        name
+        for name, _ in module.named_modules()
+        if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in without)
+    ]
+    listed = wanted if not isinstance(wanted, str) else presets.get(wanted)
+    if listed is None and isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
+        listed = (wanted,)
+    if listed is not None:
+        found = {want: [n for n in names if f".{n}".endswith(f".{want}")] for want in listed}
+        idle = [want for want, hits in found.items() if not hits]
+        if idle and (wanted not in presets or len(idle) == len(listed)):
+            raise ConfigError(
+                f"adapter.targets: no module of {type(module).__name__} is called "
+                f"{', '.join(map(repr, idle))}; use one of {', '.join(map(repr, presets))}, or names such as "
+                + ", ".join(repr(name) for name in presets["attention"] if _ends(names, name))
+            )
+        if not without:
+            return [want for want, hits in found.items() if hits]
+        return sorted({name for hits in found.values() for name in hits})
+    try:
+        pattern = re.compile(str(wanted))
+    except re.error as error:
+        raise ConfigError(
+            f"adapter.targets is '{wanted}', which is no regular expression: {error}"
+        ) from error
+    layers = {name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    full = [name for name in names if pattern.fullmatch(name) and name in layers]
+    if not full:
+        raise ConfigError(
+            f"adapter.targets: no linear or convolution layer of {type(module).__name__} has a whole name "
+            f"that matches '{wanted}'; names look like {next(iter(sorted(layers)), 'nothing')!r}"
+        )
+    return full
+
+
+def _ends(names: Sequence[str], want: str) -> bool:
+    return any(f".{name}".endswith(f".{want}") for name in names)
+
+
+def train_mode(module: nn.Module, cfg: AdapterSettings) -> None:
+    """`module.train()`; LoHa and LoKr layers only where they drop something.
+
+    In train mode PEFT's layers ask a random number whether to take part at all: a graph break.
+    """
+    module.train()
+    if not (cfg.rank_dropout or cfg.module_dropout):
+        for layer in module.modules():
+            if isinstance(layer, (LoHaLayer, LoKrLayer)):
+                layer.eval()
+
+
+def drops(cfg: Adapter) -> bool:
+    """Whether any adapter draws random masks."""
+    every = (cfg, cfg.text_encoder) if cfg.text_encoder else (cfg,)
+    return any(one.dropout or one.rank_dropout or one.module_dropout for one in every)
+
+
+def alpha_of(cfg: AdapterSettings) -> Any:
+    """The alpha that is meant; 8.0 as 8, as most readers write it."""
+    alpha = cfg.alpha or cfg.rank
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -104,8 +259,3 @@ def restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(tensors[name])
-
-
-def _whole(value: float) -> Any:
-    """8.0 as 8: alpha is an integer in most readers' eyes."""
-    return int(value) if value == int(value) else value

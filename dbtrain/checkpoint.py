@@ -14,22 +14,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from dbtrain import adapters, dist, files, log, optim
-from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
 from dbtrain.data.shards import Manifest
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
+from dbtrain.formats import peft_folder
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
 from dbtrain.pretrained import Pretrained
 
 STATE = "state.json"
-WEIGHTS = "adapter_model.safetensors"  # file names and key prefix as PEFT has them
-ADAPTER_CONFIG = "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -49,13 +45,21 @@ def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) 
     Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision and
     ranks may change: the data and the noise of a step do not depend on them.
     """
-    adapter = cfg.adapter.model_dump(mode="json") | {"alpha": cfg.adapter.alpha or cfg.adapter.rank}
-    base_content = [base.key(part) for part in (family.denoiser, "scheduler")]
+    parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
+    trained = family.text_encoders if cfg.adapter.text_encoder else ()
+    settings = {
+        f"{part}.{key}": value
+        for part, one in parts.items()
+        if one
+        for key, value in (one.model_dump(mode="json") | {"alpha": adapters.alpha_of(one)}).items()
+        if key != "text_encoder"
+    }
+    base_content = [base.key(part) for part in (family.denoiser, "scheduler", *trained)]
     return {
         "seed": cfg.seed,
         "model.path": f"content {content_key(base_content)[:12]}",
         "data.shards": _shards_identity(manifest),
-        **{f"adapter.{key}": value for key, value in adapter.items()},
+        **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
         "train.global_batch": cfg.train.global_batch,
     }
@@ -101,9 +105,8 @@ def _fill(
                 "lower optim.lr"
             )
         (part / component).mkdir()
-        named = {PEFT_PREFIX + name: tensor for name, tensor in adapter.tensors.items()}
-        files.write(part / component / WEIGHTS, safetensors.torch.save(named, {"format": "pt"}))
-        files.write(part / component / ADAPTER_CONFIG, json.dumps(adapter.config, indent=1) + "\n")
+        for name, content in peft_folder.contents(adapter).items():
+            files.write(part / component / name, content)
     moments = optim.state(optimizer, model.trainable())
     files.write(part / "optimizer.safetensors", safetensors.torch.save(moments))
     written = {str(path.relative_to(part)): files.sha256_of(path) for path in part.rglob("*.*")}
@@ -163,22 +166,12 @@ def load_latest(
         state = read_state(path)
         check_identity(path, state["identity"], who)
         for component, module in model.trained.items():
-            adapters.restore(module, read_adapter(path / component).tensors)
+            adapters.restore(module, peft_folder.read(path / component).tensors)
         saved = safetensors.torch.load_file(path / "optimizer.safetensors")
         optim.load_state(optimizer, model.trainable(), saved)
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     return state["step"]
-
-
-def read_adapter(folder: Path) -> AdapterState:
-    """The adapter in a PEFT folder. Raises ConfigError if it is none."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is no PEFT adapter: {error}") from error
-    return AdapterState({name.removeprefix(PEFT_PREFIX): t for name, t in tensors.items()}, config)
 
 
 def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dbtrain import reading
 from dbtrain.errors import ConfigError
@@ -26,7 +34,8 @@ def _listed(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]  # YAML has lists, frozen models want tuples
-Targets = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else _listed(v))]
+Targets = Annotated[str | tuple[str, ...], BeforeValidator(_listed)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -44,6 +53,11 @@ class Model(Section):
     family: str = Field("auto", description="model family; `auto` reads it from the base's model_index.json")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")
+    low_res: Literal["image", "itself"] = Field(
+        "image",
+        description="IF stage II: what it enlarges in training; `itself`: the noisy image once more, "
+        "as Diffusers' script has it",
+    )
 
 
 class Sampling(Section):
@@ -95,17 +109,63 @@ class Data(Section):
     )
 
 
-class Adapter(Section):
-    kind: Literal["lora"] = Field("lora", description="adapter kind")
+class AdapterSettings(Section):
+    """An adapter on one kind of component; every kind of adapter has some of the options."""
+
+    kind: Literal["lora", "loha", "lokr"] = Field("lora", description="adapter kind")
     rank: Count = Field(16, description="rank of the update")
     alpha: Positive | None = Field(
         None, description="strength: the update is scaled by alpha / rank (null: alpha = rank)"
     )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="dropout before the adapter; its masks depend on train.micro_batch"
+    targets: Targets = Field(
+        "attention",
+        description="modules to adapt: `attention`, `minimal`, `all`, a list of names, or a regular "
+        "expression for the whole name",
     )
-    targets: Literal["auto"] | Targets = Field(
-        "auto", description="names of the modules to adapt; `auto`: the family's attention layers"
+    dropout: Share = Field(0.0, description="LoRA: dropout before the adapter")
+    init: Literal["gaussian", "kaiming", "orthogonal"] = Field(
+        "gaussian", description="LoRA: start of the down projection"
+    )
+    rslora: bool = Field(False, description="LoRA: scale by alpha / sqrt(rank)")
+    dora: bool = Field(False, description="LoRA: train the weights' magnitudes as well (DoRA)")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="LoRA: biases of the base to train as well; kept by the format peft only"
+    )
+    rank_dropout: Share = Field(0.0, description="LoHa, LoKr: dropout of the update's rows")
+    module_dropout: Share = Field(0.0, description="LoHa, LoKr: how often a whole layer's update is left out")
+    effective_conv2d: bool = Field(False, description="LoHa, LoKr: decompose 3x3 convolutions by CP")
+    decompose_both: bool = Field(False, description="LoKr: decompose the left factor too")
+    decompose_factor: int = Field(-1, description="LoKr: size of the left factor (-1: near the square root)")
+
+    @model_validator(mode="after")
+    def _options_of_the_kind(self) -> AdapterSettings:
+        strange = [
+            name
+            for name, field in AdapterSettings.model_fields.items()
+            if name not in (*COMMON_OPTIONS, *OPTIONS[self.kind]) and getattr(self, name) != field.default
+        ]
+        if strange:
+            raise ValueError(
+                f"{', '.join(strange)} is no option of kind {self.kind}, "
+                f"which has {', '.join(OPTIONS[self.kind])}"
+            )
+        if not self.targets:
+            raise ValueError("targets is empty; use 'attention'")
+        return self
+
+
+COMMON_OPTIONS = ("kind", "rank", "alpha", "targets", "text_encoder")
+_LYCORIS = ("rank_dropout", "module_dropout", "effective_conv2d")
+OPTIONS = {
+    "lora": ("dropout", "init", "rslora", "dora", "bias"),
+    "loha": _LYCORIS,
+    "lokr": (*_LYCORIS, "decompose_both", "decompose_factor"),
+}
+
+
+class Adapter(AdapterSettings):
+    text_encoder: AdapterSettings | None = Field(
+        None, description="train the text encoders too, with an adapter of its own; null: they stay frozen"
     )
 
 
@@ -121,6 +181,12 @@ class Loss(Section):
 
 class Optim(Section):
     lr: Positive = Field(1e-4, description="peak learning rate")
+    text_encoder_lr: Positive | None = Field(
+        None, description="peak learning rate of the text encoders' adapters (null: lr)"
+    )
+    lora_plus_ratio: Positive = Field(
+        1.0, description="LoRA+: learning rate of the up projections, as a multiple of lr"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="learning rate after the warm-up; linear and cosine end at 0"
     )
@@ -159,6 +225,23 @@ class Train(Section):
         return self
 
 
+class Export(Section):
+    formats: tuple[Literal["diffusers", "peft", "kohya"], ...] = Field(
+        (), description="files to write: `diffusers`, `peft`, `kohya`; none: diffusers, or peft for what "
+        "that cannot hold"
+    )  # fmt: skip
+
+    _listed = field_validator("formats", mode="before")(_listed)
+
+
+class Hub(Section):
+    repo: Text | None = Field(
+        None, description="repository to push the export to, `name` or `owner/name` (null: do not push)"
+    )
+    private: bool = Field(True, description="make a new repository private")
+    license: Text | None = Field(None, description="licence that the model card names, e.g. `openrail++`")
+
+
 class Sample(Section):
     prompts: Names = Field((), description="what to draw: by `run` at its end, by `sample` by default")
     images: Count = Field(4, description="images for each prompt")
@@ -179,6 +262,8 @@ class Config(Section):
     loss: Loss = Field(default=Loss(), description="what is minimised")
     optim: Optim = Field(default=Optim(), description="how it is minimised")
     train: Train = Field(default=Train(), description="the training loop")
+    export: Export = Field(default=Export(), description="files of the result")
+    hub: Hub = Field(default=Hub(), description="where the result is published")
     sample: Sample = Field(default=Sample(), description="pictures drawn with the result")
 
     @model_validator(mode="after")

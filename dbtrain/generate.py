@@ -20,9 +20,9 @@ def build(base: Pretrained, family: Family, precision: str, device: torch.device
     parts = {part: base.load(part, DTYPES[precision]) for part in family.parts}
     kind = getattr(diffusers, family.pipeline)
     # Components that are handed over are not loaded again; the rest of a base is optional.
-    pipe = kind.from_pretrained(base.folder, **parts, **dict.fromkeys(kind._optional_components))
+    pipe = kind.from_pretrained(base.folder, **dict.fromkeys(kind._optional_components) | parts)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
+        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **family.sampler
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -35,13 +35,16 @@ def draw(
     steps: int,
     guidance: float,
     side: int | None,
+    images: Sequence[Image.Image] = (),
 ) -> list[Image.Image]:
     """One picture a prompt, `side` px square (None: the base's own size).
 
     Each starts from its own CPU generator, so that it depends on neither the batch nor the device.
+    `images`: what an upscaler enlarges, one a prompt.
     """
+    enlarged = {"image": list(images)} if images else {}
     with torch.no_grad():
         return pipe(
-            list(prompts), generator=list(generators), num_inference_steps=steps,
-            guidance_scale=guidance, height=side, width=side,
+            prompt=list(prompts), generator=list(generators), num_inference_steps=steps,
+            guidance_scale=guidance, height=side, width=side, **enlarged,
         ).images  # fmt: skip

@@ -10,7 +10,7 @@ from dbtrain import adapters
 from dbtrain.config import Config
 from dbtrain.data.shards import Manifest
 from dbtrain.data.stream import Batch
-from dbtrain.families.base import Family, LatentScale
+from dbtrain.families.base import Family, LatentSpace, Sees
 from dbtrain.objectives import DDPM
 from dbtrain.pretrained import DTYPES, Pretrained
 
@@ -25,36 +25,55 @@ class DreamBooth(nn.Module):
         self,
         family: Family,
         denoiser: nn.Module,
+        text_encoders: Mapping[str, nn.Module],
         objective: DDPM,
-        condition: Mapping[str, Tensor],
-        scale: LatentScale,
+        prompts: Mapping[str, Tensor],
+        space: LatentSpace,
+        noising: DDPM | None = None,
+        sees: Sees | None = None,
     ) -> None:
         super().__init__()
         self.family = family
         self.denoiser = denoiser
+        self.text_encoders = nn.ModuleDict(text_encoders)  # none, or all of the family's, trained
         self.objective = objective
-        self.scale = scale
-        self.condition_names = tuple(condition)
-        for name, table in condition.items():  # (prompts, ...), moved along with the module
-            self.register_buffer(f"condition_{name}", table, persistent=False)
+        self.space = space
+        self.noising = noising
+        self.sees = sees
+        self.prompt_names = tuple(prompts)
+        for name, table in prompts.items():  # (prompts, ...), moved along with the module
+            self.register_buffer(f"prompts_{name}", table, persistent=False)
 
     @classmethod
     def build(
         cls, base: Pretrained, family: Family, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config
     ) -> DreamBooth:
-        """The base's denoiser with a new adapter, on the CPU. `table` is the shards' prompt table."""
-        denoiser = base.load(family.denoiser, DTYPES[cfg.train.precision])
-        adapters.attach(denoiser, cfg.adapter, family.targets, cfg.seed)
+        """The base's denoiser (and text encoders) with new adapters, on the CPU.
+
+        `table` is the shards' prompt table: embeddings where the text encoders stay frozen, token
+        ids where they learn.
+        """
+        dtype, settings = DTYPES[cfg.train.precision], cfg.adapter.text_encoder
+        denoiser = base.load(family.denoiser, dtype)
+        adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
+        encoders = {name: base.load(name, dtype) for name in family.text_encoders} if settings else {}
+        for number, (name, encoder) in enumerate(encoders.items()):
+            assert settings is not None
+            idle = family.idle(name, encoder)
+            adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, idle)
         if cfg.train.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
+            for encoder in encoders.values():  # reentrant checkpoints of frozen inputs give no gradient
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
         objective = DDPM.of(base.config("scheduler"), cfg.loss.min_snr_gamma)
-        condition = {
-            name.removeprefix("condition."): tensor
-            for name, tensor in table.items()
-            if name.startswith("condition.")
+        wanted = "ids." if encoders else "condition."
+        prompts = {
+            name.removeprefix(wanted): tensor for name, tensor in table.items() if name.startswith(wanted)
         }
-        scale = LatentScale(manifest.latent_scale, manifest.latent_shift)
-        return cls(family, denoiser.train(), objective, condition, scale)
+        space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
+        noising = DDPM.of(base.config(family.noising), None) if family.noising else None
+        sees = family.sees.get(cfg.model.low_res)
+        return cls(family, denoiser, encoders, objective, prompts, space, noising, sees)
 
     def compile_denoiser(self) -> None:
         """Compile the denoiser in place, before DDP wraps the module: state-dict keys keep their names."""
@@ -70,7 +89,7 @@ class DreamBooth(nn.Module):
     @property
     def trained(self) -> dict[str, nn.Module]:
         """The components that carry an adapter, by the name they have in the base's folder."""
-        return {self.family.denoiser: self.denoiser}
+        return {self.family.denoiser: self.denoiser, **self.text_encoders}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What the optimizer works on, as `<component>.<parameter>`."""
@@ -82,12 +101,22 @@ class DreamBooth(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Denoising loss of each image, (rows,) fp32."""
-        x0 = self.family.draw(batch.stored, batch.posterior, self.scale)  # (rows, C, H, W)
+        x0 = self.family.draw(batch.stored, batch.posterior, self.space)  # (rows, C, H, W)
         t = self.objective.timesteps(batch.u)
-        condition = {
-            name: self.get_buffer(f"condition_{name}")[batch.prompt] for name in self.condition_names
-        }
         x_t = self.objective.corrupt(x0, batch.noise, t)
+        condition = self.condition(batch.prompt) | batch.extra
+        if self.sees:
+            condition |= self.sees(x0, x_t, t, batch, self.noising)
         prediction = self.family.denoise(self.denoiser, x_t, t, condition)
         error = prediction.float() - self.objective.target(x0, batch.noise, t)
         return self.objective.weight(t) * error.square().flatten(1).mean(1)
+
+    def condition(self, prompt: Tensor) -> dict[str, Tensor]:
+        """What the denoiser is told of the prompts with these numbers, (rows,): tensors, (rows, ...) each."""
+        table = {name: self.get_buffer(f"prompts_{name}") for name in self.prompt_names}
+        encoders = dict(self.text_encoders.items())
+        if encoders and len(next(iter(table.values()))) <= len(prompt):
+            table = self.family.embed(encoders, table)  # each prompt once, however many rows have it
+            encoders = {}
+        mine = {name: values[prompt] for name, values in table.items()}
+        return self.family.embed(encoders, mine) if encoders else mine

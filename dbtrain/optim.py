@@ -22,11 +22,26 @@ SCHEDULES = {
 
 
 def build(parameters: Mapping[str, nn.Parameter], cfg: Optim) -> torch.optim.AdamW:
-    """AdamW in one group. Fused: one kernel, and fp16 scaling without a read by the host.
+    """AdamW, one group for each learning rate. Fused: one kernel, and fp16 scaling without a host read.
 
-    Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
+    Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
+    et al. 2024, arXiv:2402.12354.
     """
-    return torch.optim.AdamW(parameters.values(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(_factor(name, cfg), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "factor": factor} for factor, group in groups.items()],
+        lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True,
+    )  # fmt: skip
+
+
+def _factor(name: str, cfg: Optim) -> float:
+    """A parameter's learning rate as a multiple of `cfg.lr`."""
+    factor = 1.0
+    if name.startswith("text_encoder") and cfg.text_encoder_lr:
+        factor = cfg.text_encoder_lr / cfg.lr
+    return factor * (cfg.lora_plus_ratio if ".lora_B." in name else 1.0)
 
 
 def lr_at(step: int, cfg: Optim, steps: int) -> float:
@@ -42,7 +57,7 @@ def lr_at(step: int, cfg: Optim, steps: int) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["factor"]
 
 
 def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

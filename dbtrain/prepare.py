@@ -15,7 +15,7 @@ from dbtrain import dist, families, files, log
 from dbtrain.config import Config, Prepare
 from dbtrain.data import class_images, encode, images, shards
 from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family, LatentScale, pixels_per_latent
+from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
 
@@ -61,7 +61,7 @@ def prepare(cfg: Config) -> Path:
     folder = files.expand(cfg.data.shards)
     with dist.agreed():
         family = families.detect(base, cfg.model)
-        _check_resolution(base, cfg.prepare)
+        family.space(base, cfg.prepare.resolution)  # raises now, not after all the encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards is '{cfg.data.shards}', which is no folder")
         photos = images.find(
@@ -102,21 +102,14 @@ def request(prepare: Prepare) -> dict[str, Any]:
     return settings
 
 
-def _check_resolution(base: Pretrained, cfg: Prepare) -> None:
-    multiple = pixels_per_latent(base)
-    LatentScale.of(base)  # raises now, not after all the encoding
-    if cfg.resolution % multiple:
-        near = max(1, round(cfg.resolution / multiple)) * multiple
-        raise ConfigError(f"prepare.resolution is {cfg.resolution}, which the VAE of {base.name} cannot "
-                          f"divide; use a multiple of {multiple}, e.g. {near}")  # fmt: skip
-
-
 def _plan(
     task: Task, pictures: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
     """(prompts, keys of the base's components, planned shards of each role), JSON-able."""
     prepare, encoders = task.settings, task.family.text_encoders
-    components = {name: task.base.key(name) for name in ("vae", *encoders, *encoders.values())}
+    vae = [task.family.vae] if task.family.vae else []
+    components = {name: task.base.key(name) for name in (*vae, *encoders, *encoders.values())}
+    encoder = f"{components['vae']} {prepare.vae_precision}" if vae else "pixels"
     texts: list[str] = []
     plans = {}
     for role, paths in pictures.items():
@@ -130,13 +123,13 @@ def _plan(
                 text = images.caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
-            rows += _rows(path, texts.index(text), settings, task.cfg.seed, components["vae"])
+            rows += _rows(path, texts.index(text), settings, task.cfg.seed, encoder)
         count = _shard_count(len(rows))
         plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
     return texts, components, plans
 
 
-def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, vae: str) -> list[tuple[str, dict]]:
+def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) -> list[tuple[str, dict]]:
     """(image path, description) of every stored crop of one image."""
     photo_key = files.sha256_of(path)
     height, width = images.size(path)
@@ -145,7 +138,7 @@ def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, vae: str) -> lis
     rows = []
     for crop in images.crops(photo_key, height, width, prepare, seed):
         where = [prepare.resolution, asdict(crop)]
-        key = content_key([shards.VERSION, vae, prepare.vae_precision, photo_key, where])[:16]
+        key = content_key([shards.VERSION, encoder, photo_key, where])[:16]
         meta = {
             "source": path.name, "original_size": [height, width], "crop": [crop.top, crop.left],
             "flip": crop.flip, "prompt": prompt, "key": key,
@@ -251,13 +244,11 @@ def _manifest(
 ) -> shards.Manifest:
     old_prompts = task.old.prompts if task.old else None
     prompts = encode.prompt_table(task.base, task.family, texts, task.folder, old_prompts)
-    scale = LatentScale.of(task.base)
-    side = task.settings.resolution // pixels_per_latent(task.base)
-    channels = task.base.setting("vae", "latent_channels", int)
+    space = task.family.space(task.base, task.settings.resolution)
     return shards.Manifest(
         version=shards.VERSION, family=task.family.name, base=task.base.name, components=components,
-        request=request(task.settings), latent_shape=(channels, side, side),
-        latent_scale=scale.scale, latent_shift=scale.shift, prompts=prompts,
+        request=request(task.settings), latent_shape=space.shape,
+        latent_scale=space.scale, latent_shift=space.shift, prompts=prompts,
         roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
                for role, every in planned.items()},
     )  # fmt: skip

@@ -106,6 +106,23 @@ class Pretrained:
             raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
         return kind
 
+    def skeleton(self, component: str) -> torch.nn.Module:
+        """A component's modules without any weights, from its config alone."""
+        kind, config = self._class(component), self.config(component)
+        try:
+            with torch.device("meta"):
+                if kind.__module__.startswith("diffusers"):
+                    return kind.from_config(config)
+                return kind(kind.config_class.from_dict(config))
+        except Exception as error:  # a broken config makes the libraries raise anything
+            raise ConfigError(
+                f"cannot read '{component}' of base model {self.name}: {reason(error)}"
+            ) from error
+
+    def module_names(self, component: str) -> list[str]:
+        """Names of a component's modules."""
+        return [name for name, _ in self.skeleton(component).named_modules()]
+
     def setting(self, component: str, name: str, kind: type | tuple[type, ...]) -> Any:
         """One value of a component's config. Raises ConfigError unless it is there, of type `kind`."""
         value = self.config(component).get(name)

@@ -28,6 +28,7 @@ class Draws(NamedTuple):
     u: Tensor  # () uniform in [0, 1), becomes the timestep
     noise: Tensor  # shaped like the latent
     posterior: Tensor  # shaped like the latent: latent = mean + std * posterior
+    level: Tensor  # () uniform in [0, 1), for an upscaler: how rough the image is that it is given
 
 
 def row_draws(seed: int, role: str, position: int, shape: tuple[int, ...], noise_offset: float) -> Draws:
@@ -42,7 +43,8 @@ def row_draws(seed: int, role: str, position: int, shape: tuple[int, ...], noise
     posterior = torch.randn(shape, generator=source)
     if noise_offset:  # drawn last: turning it on leaves the other draws as they were
         noise = noise + noise_offset * torch.randn((shape[0], 1, 1), generator=source)
-    return Draws(u, noise, posterior)
+    level = torch.rand((), generator=source)
+    return Draws(u, noise, posterior, level)
 
 
 @contextmanager

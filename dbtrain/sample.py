@@ -4,93 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
-from safetensors import SafetensorError
 
-from dbtrain import dist, export, families, files, generate, log
-from dbtrain.config import Config, Model, Sample
-from dbtrain.errors import ConfigError, reason
-from dbtrain.families.base import Family
+from dbtrain import dist, families, files, generate, log
+from dbtrain.config import Config, Sample
+from dbtrain.errors import ConfigError
 from dbtrain.keys import content_key
 from dbtrain.pictures import TEXT_KEY, Row, contact_sheet, save_png
+from dbtrain.pipeline import AdapterPipeline, content_of, find_adapter
 from dbtrain.pretrained import Pretrained
-
-
-class AdapterPipeline:
-    """A base model and any number of adapters on it.
-
-    >>> pipe = AdapterPipeline.load(Model(path="tiny"))
-    >>> pipe.add("dog", "runs/dog")
-    >>> pipe.use({"dog": 0.8})
-    >>> pictures = pipe.generate("a photo of sks dog", seeds=[0, 1])
-    """
-
-    def __init__(
-        self, base: Pretrained, family: Family, precision: str, device: torch.device | None = None
-    ) -> None:
-        self.base = base
-        self.pipe = generate.build(base, family, precision, device or dist.device())
-        self.scales: dict[str, float] = {}  # adapters in use
-
-    @classmethod
-    def load(
-        cls, model: Model, precision: str = "fp32", device: torch.device | None = None
-    ) -> AdapterPipeline:
-        """The base that a config's `model` section names, downloaded first if it is a Hub id."""
-        base = Pretrained.find(model)
-        return cls(base, families.detect(base, model), precision, device)
-
-    def add(self, name: str, adapter: str | Path) -> None:
-        """Load an adapter (a run folder or a file) under `name`; `use` puts it to work."""
-        path = adapter_file(adapter)
-        if name in self.names() or not name.isidentifier():
-            raise ConfigError(f"adapter name '{name}' is taken already, or no plain word")
-        try:
-            with warnings.catch_warnings():  # PEFT finds a second adapter on a model remarkable
-                warnings.simplefilter("ignore", UserWarning)
-                self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-            if name not in self.names():
-                raise ValueError("it holds no layer of this base in a form that Diffusers reads")
-        except (ValueError, KeyError, RuntimeError, OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"adapter {path} does not fit base model {self.base.name}: {reason(error)}"
-            ) from error
-        self.use(self.scales)
-
-    def names(self) -> set[str]:
-        """Names of the adapters that were added."""
-        return {name for every in self.pipe.get_list_adapters().values() for name in every}
-
-    def use(self, scales: Mapping[str, float]) -> None:
-        """Draw with exactly these adapters, each at its scale; with none, the bare base."""
-        if unknown := scales.keys() - self.names():
-            raise ConfigError(f"there is no adapter '{min(unknown)}', only {sorted(self.names())}")
-        self.scales = dict(scales)
-        if scales:
-            self.pipe.enable_lora()
-            self.pipe.set_adapters(list(scales), list(scales.values()))
-        elif self.names():
-            self.pipe.disable_lora()
-
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        seeds: Sequence[int],
-        steps: int = 25,
-        guidance: float = 7.5,
-        side: int | None = None,
-    ) -> list[Image.Image]:
-        """One picture a seed, of one prompt or of each its own; `side` px (None: the base's size)."""
-        if isinstance(prompts, str):
-            prompts = [prompts] * len(seeds)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return generate.draw(self.pipe, prompts, generators, steps, guidance, side)
 
 
 @dataclass(frozen=True)
@@ -141,7 +67,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     base = Pretrained.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
-        paths = {path: adapter_file(path) for mix in mixes for path, _ in mix.parts}
+        paths = {path: find_adapter(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
     out = out or files.expand(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
@@ -174,7 +100,7 @@ def _key(
     return content_key({
         "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
         "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
-        "mixes": [[mix.label, [files.sha256_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
+        "mixes": [[mix.label, [content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
         **cfg.sample.model_dump(exclude={"prompts"}),
     })  # fmt: skip
 
@@ -190,17 +116,6 @@ def sample_run(cfg: Config) -> Path | None:
 def without_and_with(run_dir: str) -> list[Mix]:
     """The bare base, and the adapter of a run."""
     return [NO_ADAPTER, Mix(_short(run_dir), ((run_dir, 1.0),))]
-
-
-def adapter_file(adapter: str | Path) -> Path:
-    """The adapter file of a run folder, an export folder or a file. Raises ConfigError if none."""
-    path = files.expand(adapter)
-    for candidate in (path, path / "export" / export.FILE, path / export.FILE):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(
-        f"adapter '{adapter}' is neither a file nor a run folder with an export; run: dbtrain export"
-    )
 
 
 def _draw(

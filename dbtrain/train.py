@@ -60,6 +60,7 @@ def train(cfg: Config) -> Path:
     stream = LatentStream(
         folder, manifest, share, role_weights, seed=cfg.seed, start=start,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
+        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     with dist.agreed():
         run_log = log.RunLog(run_dir, cfg, start, class_rows="class" in role_weights)
@@ -108,7 +109,7 @@ def train_step(
 
     for micro in range(share.micro_batches):
         batch = next(stream)
-        if cfg.adapter.dropout:
+        if adapters.drops(cfg.adapter):
             rng.seed_dropout(cfg.seed, "dropout", step, share.positions(step, micro).start)
         with dist.accumulating(ddp, last=micro == share.micro_batches - 1):
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -120,7 +121,7 @@ def train_step(
         losses[: len(by_role)] += by_role
 
     scaler.unscale_(optimizer)
-    parameters = optimizer.param_groups[0]["params"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.optim.clip)
     scaler.step(optimizer)
     scaler.update()
@@ -187,11 +188,13 @@ def _greeting(
     cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: dict[str, float], start: int
 ) -> str:
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in role_weights)
-    trained = sum(p.numel() for p in model.trainable().values())
-    total = sum(p.numel() for p in model.denoiser.parameters())
+    sizes = []
+    for name, module in model.trained.items():
+        trained = sum(p.numel() for p in adapters.trainable(module).values())
+        sizes.append(f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters of {name}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
     go_on = f"going on from step {start}; " if start else ""
     return (
-        f"{go_on}{rows}; training {trained:,} of {total:,} parameters in {cfg.train.precision}, "
+        f"{go_on}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
         f"batches of {cfg.train.global_batch} on {where}"
     )

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from dbtrain import adapters, families, tiny
 from dbtrain.config import Adapter
-from dbtrain.export import FILE, export, write_adapter
+from dbtrain.export import export
+from dbtrain.formats import write
+from dbtrain.formats.diffusers_file import FILE
 from dbtrain.prepare import prepare
 from dbtrain.train import train
 from tests import bases
@@ -58,12 +60,12 @@ def test_the_file_loads_in_a_stock_pipeline_changes_the_image_and_has_its_streng
 def test_images_with_the_file_are_the_images_of_the_trained_module(make: Make, tmp_path: Path) -> None:
     """Export -> load -> the very same picture as the module that was trained gives."""
     unet = stock().unet
-    adapters.attach(unet, Adapter(rank=4, alpha=8), families.get("sd").targets, seed=0)
+    adapters.attach(unet, Adapter(rank=4, alpha=8), "denoiser", seed=0)
     for parameter in adapters.trainable(unet).values():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
     live = stock()
     live.unet = unet.eval()
-    write_adapter(tmp_path / "out" / FILE, families.get("sd"), {"unet": adapters.collect(unet)})
+    write("diffusers", tmp_path / "out", families.get("sd"), {"unet": adapters.collect(unet)})
     loaded = stock()
     bare = picture(loaded)
     loaded.load_lora_weights(tmp_path / "out", weight_name=FILE)
@@ -75,13 +77,13 @@ def test_text_encoder_keys_have_the_form_every_loader_knows(tmp_path: Path) -> N
     """CLIP's layers stand under `text_model.` in the file, with and without that level in the module."""
     pipe = stock()
     cfg = Adapter(rank=4, alpha=8)
-    adapters.attach(pipe.unet, cfg, families.get("sd").targets, seed=0)
-    adapters.attach(pipe.text_encoder, cfg, ("q_proj", "k_proj", "v_proj", "out_proj"), seed=0)
+    adapters.attach(pipe.unet, cfg, "denoiser", seed=0)
+    adapters.attach(pipe.text_encoder, cfg, "text_encoder", seed=0)
     for module in (pipe.unet, pipe.text_encoder):
         for parameter in adapters.trainable(module).values():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
     states = {name: adapters.collect(getattr(pipe, name)) for name in ("unet", "text_encoder")}
-    write_adapter(tmp_path / "out" / FILE, families.get("sd"), states)
+    write("diffusers", tmp_path / "out", families.get("sd"), states)
     names = [n for n in load_file(tmp_path / "out" / FILE) if n.startswith("text_encoder.")]
     assert len(names) == 2 * 4 * 2
     assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
@@ -120,10 +122,10 @@ def test_tensors_are_fp32_and_keys_are_clean(make: Make) -> None:
 def test_every_layer_of_any_target_loads(tmp_path: Path, targets: tuple[str, ...]) -> None:
     """A file whose keys were of two forms would load by half, and say nothing."""
     unet = stock().unet
-    adapters.attach(unet, Adapter(rank=4, alpha=8, targets=targets), (), seed=0)
+    adapters.attach(unet, Adapter(rank=4, alpha=8, targets=targets), "denoiser", seed=0)
     for parameter in adapters.trainable(unet).values():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
-    write_adapter(tmp_path / "out" / FILE, families.get("sd"), {"unet": adapters.collect(unet)})
+    write("diffusers", tmp_path / "out", families.get("sd"), {"unet": adapters.collect(unet)})
     loaded = stock()
     loaded.load_lora_weights(tmp_path / "out", weight_name=FILE, adapter_name="default")
     want = adapters.trainable(unet)

@@ -16,9 +16,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["dbtrain", "errors", "keys", "files", "reading", "config", "data", "data.order", "tiny"],
     ["rng", "dist", "log"],
-    ["pretrained", "families", "families.base", "families.sd", "objectives", "adapters", "optim",
+    ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
+     "objectives", "adapters", "optim",
      "generate", "pictures", "data.images", "data.shards", "data.stream"],
-    ["data.encode", "data.class_images", "network", "checkpoint", "export"],
+    ["data.encode", "data.class_images", "network", "checkpoint", "export", "card", "pipeline",
+     "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
     ["prepare", "train", "sample", "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure",
      "tiny.paint", "tiny.parts", "tiny.score", "tiny.world"],
     ["__main__"],

@@ -33,9 +33,9 @@ def image_encoder(
         photo = images.load(Path(path))
         top, left = meta["crop"]
         pixels = images.pixels(photo, Crop(top, left, meta["flip"]), side)
-        if not vae:
-            vae.append(base.load("vae", DTYPES[precision]).to(dist.device()))
-        stored = family.encode_images(vae[0], pixels[None])
+        if family.vae and not vae:
+            vae.append(base.load(family.vae, DTYPES[precision]).to(dist.device()))
+        stored = family.encode_images(vae[0] if vae else None, pixels[None])
         tensors = {name: tensor[0].cpu().contiguous() for name, tensor in stored.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ConfigError(

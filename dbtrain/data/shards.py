@@ -30,6 +30,8 @@ CURE = "rerun: dbtrain prepare"
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
+Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
+
 
 class Shard(Section):
     """One tar: its file, and the content key of each row."""
@@ -57,8 +59,8 @@ class Manifest(Section):
     components: dict[str, str]  # sha256 of the base's components that the content depends on
     request: dict[str, Any]  # the settings that asked for this content
     latent_shape: Numbers  # (C, H, W)
-    latent_scale: float
-    latent_shift: float
+    latent_scale: Floats  # one, or one a channel
+    latent_shift: Floats
     prompts: Prompts
     roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]
 

@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Batch:
     u: Tensor  # (rows,) uniform in [0, 1), becomes the timestep
     prompt: Tensor  # (rows,) int64, row of the prompt table
     weight: Tensor  # (rows,) share of the row in the step's loss
+    level: Tensor  # (rows,) uniform in [0, 1), for upscalers
+    extra: dict[str, Tensor]  # what the rows' descriptions add to the condition, (rows, ...) each
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, without waiting for the copy."""
@@ -44,9 +47,12 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        stored = {name: change(tensor) for name, tensor in values.pop("stored").items()}
-        return Batch(stored=stored, **{name: change(tensor) for name, tensor in values.items()})
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: change(tensor) for name, tensor in value.items()}
+            return change(value)
+
+        return Batch(**{field.name: changed(getattr(self, field.name)) for field in fields(self)})
 
 
 class ShardCache:
@@ -74,7 +80,8 @@ class ShardCache:
 class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
-    `role_weights`: the roles to draw from and the weight of each role's mean loss. Raises
+    `role_weights`: the roles to draw from and the weight of each role's mean loss. `extra`: what a
+    row's description adds to its condition. Raises
     ConfigError out of `next` when a shard is missing or harmed.
     """
 
@@ -90,6 +97,7 @@ class LatentStream:
         noise_offset: float = 0.0,
         cache_gib: float = 1.0,
         device: torch.device | None = None,
+        extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
     ) -> None:
         self.manifest = manifest
         self.share = share
@@ -98,6 +106,7 @@ class LatentStream:
         self.start = start
         self.noise_offset = noise_offset
         self.device = device or torch.device("cpu")
+        self.extra = extra or (lambda meta: {})
         self.orders = {
             role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
         }
@@ -140,6 +149,7 @@ class LatentStream:
             rng.row_draws(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
             for role, position in positions
         ]
+        extras = [self.extra(row.meta) for row in rows]
         weights = [self.role_weights[role] / self.share.global_batch for role, _ in positions]
         return Batch(
             stored={name: torch.stack([row.tensors[name] for row in rows]) for name in rows[0].tensors},
@@ -148,6 +158,8 @@ class LatentStream:
             u=torch.stack([draw.u for draw in draws]),
             prompt=torch.tensor([row.meta["prompt"] for row in rows]),
             weight=torch.tensor(weights),
+            level=torch.stack([draw.level for draw in draws]),
+            extra={name: torch.stack([extra[name] for extra in extras]) for name in extras[0]},
         )
 
     def _read_ahead(self) -> None:

@@ -2,11 +2,11 @@
 
 from dbtrain.config import Model
 from dbtrain.errors import ConfigError
-from dbtrain.families import sd
+from dbtrain.families import deepfloyd, sd, sdxl
 from dbtrain.families.base import Family
 from dbtrain.pretrained import Pretrained
 
-FAMILIES = {family.name: family for family in (sd.FAMILY,)}
+FAMILIES = {family.name: family for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd.STAGE_1, deepfloyd.STAGE_2)}
 
 
 def get(name: str) -> Family:
@@ -28,5 +28,7 @@ def detect(base: Pretrained, cfg: Model) -> Family:
     if not fitting:
         known = ", ".join(family.pipeline for family in FAMILIES.values())
         raise ConfigError(f"base model {base.name} is a {pipeline}; dbtrain trains {known}")
+    for part in fitting[0].parts:
+        base.config(part)  # names a component that is missing
     fitting[0].check(base)
     return fitting[0]

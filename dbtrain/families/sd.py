@@ -10,8 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family, draw_latents, encode_moments, tokenize_clip
+from dbtrain.families.base import (
+    Family,
+    draw_latents,
+    encode_moments,
+    matching,
+    tokenize_clip,
+    vae_space,
+)
 from dbtrain.pretrained import Pretrained
 
 
@@ -25,17 +31,10 @@ def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[
 
 
 def check(base: Pretrained) -> None:
-    pairs = [
+    matching(base, [
         ("unet", "in_channels", "vae", "latent_channels"),
         ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
-    ]
-    for one, name, other, its_name in pairs:
-        here, there = base.setting(one, name, int), base.setting(other, its_name, int)
-        if here != there:
-            raise ConfigError(
-                f"base model {base.name} does not fit together: {name} of its {one} is {here}, "
-                f"but {its_name} of its {other} is {there}"
-            )
+    ])  # fmt: skip
 
 
 def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
@@ -47,11 +46,12 @@ FAMILY = Family(
     pipeline="StableDiffusionPipeline",
     denoiser="unet",
     text_encoders={"text_encoder": "tokenizer"},
-    targets=("to_q", "to_k", "to_v", "to_out.0"),
     tokenize=tokenize,
     embed=embed,
+    space=vae_space,
     encode_images=encode_moments,
     draw=draw_latents,
     check=check,
     denoise=denoise,
+    kohya={"unet": "lora_unet", "text_encoder": "lora_te"},
 )

@@ -21,7 +21,6 @@ from diffusers import StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -30,7 +29,7 @@ from dbtrain.objectives import DDPM
 from dbtrain.tiny import judge, measure, world
 from dbtrain.tiny.fit import Stage, drawn, spent
 from dbtrain.tiny.judge import Judge
-from dbtrain.tiny.paint import KINDS, SIDE
+from dbtrain.tiny.paint import KINDS, SIDE, Scene
 from dbtrain.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 
 DROP = 0.1  # share of captions left empty: classifier-free guidance
@@ -43,29 +42,52 @@ def mixed(device: torch.device) -> Iterator[None]:
         yield
 
 
-def fit_vae(work: Path, data: np.ndarray, steps: int, batch: int, device: torch.device) -> Any:
-    """The autoencoder: reconstruction of pixels and edges, and a slight pull towards N(0, 1)."""
+def fit_vae(
+    work: Path,
+    data: np.ndarray,
+    scenes: list[Scene],
+    steps: tuple[int, int],
+    batch: int,
+    device: torch.device,
+) -> Any:
+    """The autoencoder, in two stages: shapes first, then the colours of the thing that is shown."""
     with rng.seeded("tiny", "vae"):
         model = vae().to(device)
-    stage = Stage(work / "vae", model, steps, warmup=100, lr=1e-3, decay=0.998)
+    frames = torch.tensor([(scene.x, scene.y, scene.size) for scene in scenes])
+    for name, count, lr, edges, squares, thing in (
+        ("vae", steps[0], 1e-3, 1.0, 1.0, 1.0),
+        ("vae-colours", steps[1], 5e-4, 0.25, 4.0, 4.0),
+    ):
+        stage = Stage(work / name, model, count, warmup=100, lr=lr, decay=0.998)
 
-    def loss_of(step: int) -> Tensor:
-        source = rng.generator("tiny", "vae", step)
-        chosen = torch.randint(len(data), (batch,), generator=source).numpy()
-        images = torch.from_numpy(data[np.sort(chosen)]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        with mixed(device):
-            moments = model.encode(images).latent_dist.parameters
-        posterior = DiagonalGaussianDistribution(moments.float())
-        noise = torch.randn(posterior.mean.shape, generator=source).to(device)
-        with mixed(device):
-            seen = model.decode(posterior.mean + posterior.std * noise).sample
-        seen = seen.float()
-        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        edges = sum(l1_loss(seen.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
-        return l1_loss(seen, images) + mse_loss(seen, images) + edges + 1e-4 * kl
+        def loss_of(
+            step: int, name: str = name, edges: float = edges, squares: float = squares, thing: float = thing
+        ) -> Tensor:
+            source = rng.generator("tiny", name, step)
+            chosen = torch.randint(len(data), (batch,), generator=source).sort().values
+            images = torch.from_numpy(data[chosen.numpy()]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            with mixed(device):
+                moments = model.encode(images).latent_dist.parameters
+            posterior = DiagonalGaussianDistribution(moments.float())
+            noise = torch.randn(posterior.mean.shape, generator=source).to(device)
+            with mixed(device):
+                seen = model.decode(posterior.mean + posterior.std * noise).sample
+            error = seen.float() - images
+            kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+            sharp = sum(error.diff(dim=d).abs().mean() for d in (2, 3))
+            focus = torch.where(_inside(frames[chosen], device), thing, 1.0)
+            focus = focus / focus.mean()
+            return (focus * (error.abs() + squares * error.square())).mean() + edges * sharp + 1e-4 * kl
 
-    stage.fit(loss_of)
+        stage.fit(loss_of)
     return model.eval()
+
+
+def _inside(frames: Tensor, device: torch.device) -> Tensor:
+    """The square around the thing at (x, y), of half the height `size`: (B, 1, SIDE, SIDE) bool."""
+    x, y, size = (column[:, None, None] for column in frames.to(device).unbind(1))
+    pixels = (torch.arange(SIDE, device=device) + 0.5) / SIDE
+    return (((pixels[None, None, :] - x).abs() < size) & ((pixels[None, :, None] - y).abs() < size))[:, None]
 
 
 @torch.no_grad()
@@ -146,7 +168,8 @@ def about(args: argparse.Namespace, folder: Path, pipe: Any, device: torch.devic
     sizes = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in parts.items()}
     stages = []
     for path, what, batch in (
-        (args.work / "vae", "VAE", args.vae_batch),
+        (args.work / "vae", "VAE, shapes", args.vae_batch),
+        (args.work / "vae-colours", "VAE, colours", args.vae_batch),
         (args.work / "denoiser", "text encoder and UNet", args.unet_batch),
     ):
         steps, seconds = spent(path)
@@ -178,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of what is resumed from")
     parser.add_argument("--out", type=Path, default=tiny.path(), help="folder of the finished model")
     parser.add_argument("--pictures", type=int, default=world.PICTURES)
-    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--vae-steps", type=int, nargs=2, default=(5000, 4000), help="of its two stages")
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--unet-steps", type=int, default=16000)
     parser.add_argument("--unet-batch", type=int, default=64)
@@ -189,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
     scenes = [world.scene(number) for number in range(args.pictures)]
     data, texts = drawn(args.work / "pictures.npy", scenes), world.captions(scenes)
     words = tokenizer(texts)
-    autoencoder = fit_vae(args.work, data, args.vae_steps, args.vae_batch, device)
+    autoencoder = fit_vae(args.work, data, scenes, args.vae_steps, args.vae_batch, device)
     latents = encoded(args.work, data, autoencoder, device)
     scale = 1.0 / (latents["mean"].var() + latents["std"].square().mean()).sqrt().item()
     autoencoder.register_to_config(scaling_factor=round(scale, 5))

@@ -17,7 +17,7 @@ from dbtrain.tiny import build, fit, parts, world
 
 def made(work: Path, out: Path, unet_steps: int = 2, vae_steps: int = 2) -> Path:
     build.main(
-        f"--work {work} --out {out} --pictures 48 --vae-steps {vae_steps} --vae-batch 4 "
+        f"--work {work} --out {out} --pictures 48 --vae-steps {vae_steps} 1 --vae-batch 4 "
         f"--unet-steps {unet_steps} --unet-batch 8 --each 0".split()
     )
     return out

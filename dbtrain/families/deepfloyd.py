@@ -1,0 +1,130 @@
+"""DeepFloyd IF: diffusion of pixels, a T5 text encoder, a UNet that predicts its variance as well.
+
+DeepFloyd Lab at StabilityAI 2023, github.com/deep-floyd/IF; after Saharia et al. 2022, "Imagen",
+arXiv:2205.11487. Stage I draws 64 px pictures, stage II enlarges them to 256 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from dbtrain.data.stream import Batch
+from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family, LatentSpace, matching, pixel_space
+from dbtrain.log import say
+from dbtrain.objectives import DDPM
+from dbtrain.pretrained import Pretrained
+
+LENGTH = 77  # tokens, as IFPipeline pads to
+ENLARGES = 4  # stage II: output px per input px
+
+
+def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """T5 ids and mask, (prompts, LENGTH) int64 each; lower case, as IFPipeline has it."""
+    tokenizer = tokenizers["text_encoder"]
+    texts = [prompt.lower().strip() for prompt in prompts]
+    for prompt, ids in zip(prompts, tokenizer(texts).input_ids, strict=True):
+        if len(ids) > LENGTH:
+            say(f"prompt '{prompt}' has {len(ids)} tokens; the model reads the first {LENGTH}")
+    padded = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    return {"text_encoder": padded.input_ids, "mask": padded.attention_mask}
+
+
+def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """T5's last hidden state, (prompts, L, D); padding is masked inside T5, not in the UNet."""
+    return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"], attention_mask=ids["mask"])[0]}
+
+
+def encode_images(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
+    """The pixels themselves, (B, 3, H, W) uint8."""
+    return {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)}
+
+
+def draw(stored: Mapping[str, Tensor], posterior: Tensor, space: LatentSpace) -> Tensor:
+    return stored["pixels"].float() / 127.5 - 1
+
+
+def check(base: Pretrained) -> None:
+    channels = base.setting("unet", "in_channels", int)
+    if channels != 3 or base.setting("unet", "out_channels", int) not in (3, 6):
+        raise ConfigError(f"base model {base.name}: a stage I UNet sees 3 channels, this one {channels}")
+    _check_text(base)
+
+
+def check_2(base: Pretrained) -> None:
+    channels = base.setting("unet", "in_channels", int)
+    if channels != 6 or base.setting("unet", "out_channels", int) not in (3, 6):
+        raise ConfigError(f"base model {base.name}: a stage II UNet sees 6 channels, this one {channels}")
+    _check_text(base)
+
+
+def _check_text(base: Pretrained) -> None:
+    wide = "encoder_hid_dim" if base.config("unet").get("encoder_hid_dim") else "cross_attention_dim"
+    matching(base, [("unet", wide, "text_encoder", "d_model")])
+
+
+def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    """Stage I. A UNet that learnt its variance predicts it too: that half gets no loss."""
+    prediction = unet(x_t, t, condition["prompt_embeds"], return_dict=False)[0]
+    return prediction[:, : x_t.shape[1]]
+
+
+def denoise_2(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    """Stage II: the small image, enlarged and roughened, beside x_t; how rough it is, as class label."""
+    both = torch.cat([x_t, condition["small"].to(x_t.dtype)], dim=1)
+    prediction = unet(
+        both, t, condition["prompt_embeds"], class_labels=condition["level"], return_dict=False
+    )[0]
+    return prediction[:, : x_t.shape[1]]
+
+
+def small_image(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM | None) -> dict[str, Tensor]:
+    """What stage II enlarges: the image itself, made small, enlarged as IFSuperResolutionPipeline does,
+    and roughened to a random timestep, which the UNet is told.
+
+    The row's posterior normals, which pixels have no use for, are its noise.
+    """
+    assert noising is not None
+    side = x0.shape[-1]
+    small = interpolate(x0, size=max(1, side // ENLARGES), mode="bilinear", antialias=True)
+    large = interpolate(small, size=side, mode="bilinear", align_corners=True)
+    level = noising.timesteps(batch.level)
+    return {"small": noising.corrupt(large, batch.posterior, level), "level": level}
+
+
+def itself(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM | None) -> dict[str, Tensor]:
+    """What Diffusers' script gives stage II: the noisy image once more, and its timestep."""
+    return {"small": x_t, "level": t}
+
+
+STAGE_1 = Family(
+    name="deepfloyd",
+    pipeline="IFPipeline",
+    denoiser="unet",
+    text_encoders={"text_encoder": "tokenizer"},
+    tokenize=tokenize,
+    embed=embed,
+    space=pixel_space,
+    encode_images=encode_images,
+    draw=draw,
+    check=check,
+    denoise=denoise,
+    vae=None,
+    sampler={"variance_type": "fixed_small"},  # the adapter never trained the variance half
+)
+STAGE_2 = replace(
+    STAGE_1,
+    name="deepfloyd-2",
+    pipeline="IFSuperResolutionPipeline",
+    check=check_2,
+    denoise=denoise_2,
+    noising="image_noising_scheduler",
+    sees={"image": small_image, "itself": itself},
+    enlarges=ENLARGES,
+)
