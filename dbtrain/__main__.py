@@ -53,9 +53,11 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
+    from dbtrain import hub
     from dbtrain import train as verb
 
     verb.train(cfg)
+    hub.push(cfg)
 
 
 @app.command()
@@ -71,19 +73,22 @@ def export(
     """A checkpoint (or an adapter file) to the files that Diffusers, PEFT or A1111 and ComfyUI load."""
     cfg = _load(config, overrides)
     from dbtrain import export as verb
+    from dbtrain import hub
 
-    verb.export(cfg, step, out, adapter)
+    path = verb.export(cfg, step, out, adapter)
+    hub.push(cfg, path if path.is_dir() else path.parent)
 
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """prepare, train, export and sample in one go; what is done already is skipped."""
+    """prepare, train, export, sample (and push) in one go; what is done already is skipped."""
     cfg = _load(config, overrides)
-    from dbtrain import prepare, sample, train
+    from dbtrain import export, hub, prepare, sample, train
 
     prepare.prepare(cfg)
     train.train(cfg)
-    sample.sample_run(cfg)
+    export.show(cfg, sample.sample_run(cfg))
+    hub.push(cfg)
 
 
 @app.command()

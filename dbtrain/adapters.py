@@ -26,6 +26,7 @@ from dbtrain.config import Adapter, AdapterSettings
 from dbtrain.errors import ConfigError, reason
 
 NAME = "default"  # PEFT's name of the one adapter that is trained
+LAYERS = (nn.Linear, nn.Conv2d)  # what every kind can adapt
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Kind:
 
 def _start_lora(layer: Any, cfg: AdapterSettings) -> None:
     """Diffusers' start is `gaussian`: the down projection normal with std 1/rank, the up projection zero."""
-    layer.reset_lora_parameters(NAME, True if cfg.init == "kaiming" else cfg.init)
+    if cfg.init == "orthogonal":
+        layer.orthogonal_init(NAME)
+    else:
+        layer.reset_lora_parameters(NAME, True if cfg.init == "kaiming" else cfg.init)
 
 
 def _start_loha(layer: Any, cfg: AdapterSettings) -> None:
@@ -164,6 +168,7 @@ def targets(
         for name, _ in module.named_modules()
         if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in without)
     ]
+    layers = {name for name, layer in module.named_modules() if isinstance(layer, LAYERS)}
     listed = wanted if not isinstance(wanted, str) else presets.get(wanted)
     if listed is None and isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
         listed = (wanted,)
@@ -176,16 +181,16 @@ def targets(
                 f"{', '.join(map(repr, idle))}; use one of {', '.join(map(repr, presets))}, or names such as "
                 + ", ".join(repr(name) for name in presets["attention"] if _ends(names, name))
             )
-        if not without:
-            return [want for want, hits in found.items() if hits]
-        return sorted({name for hits in found.values() for name in hits})
+        hit = {name for hits in found.values() for name in hits}
+        if without or (wanted in presets and not hit <= layers):  # a name also stands for something else
+            return sorted(hit & layers)
+        return [want for want, hits in found.items() if hits]
     try:
         pattern = re.compile(str(wanted))
     except re.error as error:
         raise ConfigError(
             f"adapter.targets is '{wanted}', which is no regular expression: {error}"
         ) from error
-    layers = {name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
     full = [name for name in names if pattern.fullmatch(name) and name in layers]
     if not full:
         raise ConfigError(

@@ -27,7 +27,9 @@ def card(
     prompt = cfg.prepare.instance_prompt if cfg.prepare else "a photo of the subject"
     model = str(base.folder) if cfg.model.path in EMBEDDED else cfg.model.path
     kinds = sorted({state.config["peft_type"].lower() for state in states.values()})
-    facts: dict[str, Any] = {"base_model": model, "library_name": "diffusers", "instance_prompt": prompt}
+    facts: dict[str, Any] = {"library_name": "diffusers", "instance_prompt": prompt}
+    if base.folder != files.expand(cfg.model.path) and cfg.model.path not in EMBEDDED:
+        facts["base_model"] = model  # the Hub takes nothing but its own ids here
     if cfg.hub.license:
         facts["license"] = cfg.hub.license
     facts["tags"] = ["text-to-image", "diffusers", *kinds, "dreambooth", "dbtrain"]

@@ -13,6 +13,8 @@ from dbtrain.formats import peft_folder
 from dbtrain.formats.common import States
 from dbtrain.pretrained import Pretrained
 
+PICTURES = "samples.png"  # contact sheet beside the card
+
 
 def export(
     cfg: Config, step: int | None = None, out: Path | None = None, adapter: Path | None = None
@@ -56,8 +58,25 @@ def save(
                 path = formats.write(name, folder, family, states)
                 what = "converted" if step is None else f"exported step {step}"
                 log.say(f"{what} to {path} ({name})")
-            files.write_atomically(folder / "README.md", card(cfg, base, family, states, step, names))
+            pictures = [PICTURES] if (folder / PICTURES).is_file() else []
+            text = card(cfg, base, family, states, step, names, pictures)
+            files.write_atomically(folder / "README.md", text)
     return folder / formats.FORMATS[names[0]].main
+
+
+def show(cfg: Config, sheet: Path | None) -> None:
+    """Put a contact sheet beside the run's export, and into its card."""
+    with dist.agreed():
+        folder = files.expand(cfg.run_dir) / "export"
+        changed = dist.is_main() and sheet is not None and _differs(sheet, folder / PICTURES)
+        if changed and sheet is not None:
+            files.write_atomically(folder / PICTURES, sheet.read_bytes())
+    if dist.from_main(changed):
+        export(cfg)
+
+
+def _differs(one: Path, other: Path) -> bool:
+    return not other.is_file() or files.sha256_of(one) != files.sha256_of(other)
 
 
 def is_done(cfg: Config) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -188,8 +189,7 @@ def _fill(module: nn.Module, state: AdapterState, name: str) -> None:
     places = {}
     for label, parameter in module.named_parameters():
         if f".{name}." in label or label.endswith(f".{name}"):
-            short = label.replace(f".{name}.", ".").removesuffix(f".{name}")
-            places[short.replace(".base_layer.", ".")] = parameter
+            places[_unwrapped(label.replace(f".{name}.", ".").removesuffix(f".{name}"))] = parameter
     with torch.no_grad():
         for label, tensor in state.tensors.items():
             if label not in places and label.endswith("bias"):
@@ -202,11 +202,16 @@ def _fill(module: nn.Module, state: AdapterState, name: str) -> None:
 
 def _biases(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
     """The base's biases that an adapter changes, and by how much."""
-    places = {label.replace(".base_layer.", "."): p for label, p in module.named_parameters()}
+    places = {_unwrapped(label): parameter for label, parameter in module.named_parameters()}
     trained = {
         name.replace(".base_layer.", "."): t for name, t in state.tensors.items() if name.endswith("bias")
     }
     return {places[name]: tensor.to(places[name]) - places[name].detach() for name, tensor in trained.items()}
+
+
+def _unwrapped(label: str) -> str:
+    """A parameter's name without the layers that PEFT wrapped around its module."""
+    return re.sub(r"(\.base_layer)+\.", ".", label)
 
 
 def _tuner_layers(module: nn.Module) -> Iterator[Any]:

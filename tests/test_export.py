@@ -137,7 +137,8 @@ def test_every_layer_of_any_target_loads(tmp_path: Path, targets: tuple[str, ...
 
 def test_the_card_says_how_to_load_it(make: Make) -> None:
     card = (train(make()) / "export" / "README.md").read_text()
-    assert f"base_model: {bases.sd()}" in card
+    assert f'from_pretrained("{bases.sd()}")' in card
+    assert "base_model" not in card, "the Hub takes ids only, no folder of this machine"
     assert "a photo of sks dog" in card
     assert "rank 4, alpha 8" in card
     assert f'weight_name="{FILE}"' in card

@@ -19,7 +19,7 @@ LAYERS = [
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
      "objectives", "adapters", "optim",
      "generate", "pictures", "data.images", "data.shards", "data.stream"],
-    ["data.encode", "data.class_images", "network", "checkpoint", "export", "card", "pipeline",
+    ["data.encode", "data.class_images", "network", "checkpoint", "export", "card", "hub", "pipeline",
      "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
     ["prepare", "train", "sample", "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure",
      "tiny.paint", "tiny.parts", "tiny.score", "tiny.world"],
