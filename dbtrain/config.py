@@ -250,6 +250,7 @@ class Sample(Section):
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
     batch: Count = Field(4, description="images drawn at once on each rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base")
+    low_res: Names = Field((), description="IF stage II: small pictures to enlarge, in turn for each image")
 
 
 class Config(Section):

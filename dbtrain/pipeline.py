@@ -21,7 +21,7 @@ from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.formats import FORMATS, diffusers_file
 from dbtrain.formats.common import States
-from dbtrain.formats.peft_folder import CONFIG
+from dbtrain.formats.peft_folder import CONFIG, WEIGHTS
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
 
@@ -231,7 +231,7 @@ def find_adapter(adapter: str | Path) -> Path:
     """The adapter of a run folder or an export folder, or the file itself. Raises ConfigError if none."""
     path = files.expand(adapter)
     if path.is_file():
-        return path
+        return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).is_file() else path
     for folder in (path / "export", path):
         for main in (form.main for form in FORMATS.values() if form.main):
             if (folder / main).is_file():

@@ -12,7 +12,9 @@ from PIL import Image
 
 from dbtrain import dist, families, files, generate, log
 from dbtrain.config import Config, Sample
+from dbtrain.data import images
 from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pictures import TEXT_KEY, Row, contact_sheet, save_png
 from dbtrain.pipeline import AdapterPipeline, content_of, find_adapter
@@ -67,6 +69,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     base = Pretrained.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
+        small = _small_pictures(cfg, families.detect(base, cfg.model), side)
         paths = {path: find_adapter(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
@@ -77,7 +80,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
         log.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
-        _draw(cfg, base, mixes, paths, prompts, out, side)
+        _draw(cfg, base, mixes, paths, prompts, out, side, small)
     with dist.agreed():
         if dist.is_main():
             for path in out.glob("??-??-seed*.png"):  # of an earlier sheet
@@ -101,7 +104,8 @@ def _key(
         "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
         "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
         "mixes": [[mix.label, [content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
-        **cfg.sample.model_dump(exclude={"prompts"}),
+        **cfg.sample.model_dump(exclude={"prompts", "low_res"}),
+        "low_res": [files.sha256_of(files.expand(name)) for name in cfg.sample.low_res],
     })  # fmt: skip
 
 
@@ -126,6 +130,7 @@ def _draw(
     prompts: Sequence[str],
     out: Path,
     side: int | None,
+    small: Sequence[Image.Image],
 ) -> None:
     """This rank's pictures: (mix, prompt, image) jobs in fixed batches, dealt to ranks."""
     settings, size = cfg.sample, cfg.sample.batch
@@ -150,13 +155,24 @@ def _draw(
             pipe.use({names[path]: scale for path, scale in mix.parts})
             seeds = [seed for _, _, seed in batch]
             texts = [prompts[p] for _, p, _ in batch]
-            pictures = pipe.generate(texts, seeds, settings.steps, settings.guidance, side)
+            enlarged = [small[(seed - settings.seed) % len(small)] for seed in seeds] if small else []
+            pictures = pipe.generate(texts, seeds, settings.steps, settings.guidance, side, enlarged)
             for (m, p, seed), picture in zip(batch, pictures, strict=True):
                 note = {"prompt": prompts[p], "seed": seed, "adapters": mix.label,
                         "model": cfg.model.path, "steps": settings.steps,
                         "guidance": settings.guidance}  # fmt: skip
                 save_png(out / _name(m, p, seed), picture, json.dumps(note))
             bar.update(len(batch))
+
+
+def _small_pictures(cfg: Config, family: Family, side: int | None) -> list[Image.Image]:
+    """What an upscaler enlarges. Raises ConfigError if it has nothing, or if another base is given some."""
+    names = cfg.sample.low_res
+    if (family.enlarges > 1) != bool(names):
+        cure = "enlarges pictures: name some" if family.enlarges > 1 else "draws from prompts alone"
+        raise ConfigError(f"sample.low_res has {len(names)} pictures; a {family.name} model {cure}")
+    size = (side or 256) // family.enlarges
+    return [images.load(files.expand(name)).resize((size, size), Image.Resampling.LANCZOS) for name in names]
 
 
 def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, int]]:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from dbtrain.data import shards
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.stream import Batch, LatentStream
+from dbtrain.errors import ConfigError
 from dbtrain.formats import kohya_file, peft_folder
 from dbtrain.formats.common import scale_of
 from dbtrain.formats.diffusers_file import FILE as DIFFUSERS
@@ -27,6 +29,7 @@ from dbtrain.network import DreamBooth
 from dbtrain.pipeline import AdapterPipeline
 from dbtrain.prepare import prepare
 from dbtrain.pretrained import Pretrained
+from dbtrain.sample import sample_run
 from dbtrain.train import train
 from tests import bases
 from tests.conftest import Make, dbtrain, draw_photo
@@ -311,6 +314,21 @@ def test_if_stage_2_sees_the_small_image_or_as_the_reference_itself(make: Make, 
     assert (clear - x0).abs().mean() < 0.35 * x0.std() and not torch.equal(clear, x0)
     itself = model.family.sees["itself"](x0, x_t, t, batch, model.noising)
     assert torch.equal(itself["small"], x_t) and torch.equal(itself["level"], t)
+
+
+def test_if_stage_2_draws_by_enlarging(make: Make, tmp_path: Path) -> None:
+    small = [draw_photo(tmp_path / f"small{number}.png", number, (8, 8)) for number in range(2)]
+    cfg = configured(make, tmp_path, "if-2", sample__prompts=["a photo of sks dog"], sample__steps=2,
+                     sample__low_res=[str(path) for path in small])  # fmt: skip
+    done = dbtrain("run", tmp_path / "c.yaml")
+    assert done.returncode == 0
+    pictures = [Image.open(path) for path in sorted((tmp_path / "run").glob("samples/*/01-00-seed*.png"))]
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    with pytest.raises(ConfigError, match=r"sample\.low_res has 0 pictures; a deepfloyd-2 model enlarges"):
+        sample_run(make(model=cfg.model.model_dump(), sample__prompts=["a dog"]))
+    with pytest.raises(ConfigError, match="cannot draw class images from a prompt"):
+        prepare(configured(make, tmp_path, "if-2", prepare__class_images=5))
 
 
 def test_the_table_of_families_is_complete() -> None:

@@ -33,6 +33,12 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
     if count == 0:
         return own
     with dist.agreed():
+        if family.enlarges > 1:
+            raise ConfigError(
+                f"{base.name} enlarges pictures, so it cannot draw class images from a prompt: put "
+                f"{cfg.class_images} of your own into prepare.class_dir (it has {len(own)}), or leave "
+                "prepare.class_prompt out"
+            )
         about = _about(base, family, cfg) if dist.is_main() else None
     about = dist.from_main(about)
     words = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]

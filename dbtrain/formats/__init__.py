@@ -93,7 +93,8 @@ def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> Sta
 
 def _read_folder(path: Path, family: Family) -> States:
     if (path / peft_folder.CONFIG).is_file():
-        return {family.denoiser: peft_folder.read(path)}
+        component = path.name if path.name in family.adaptable else family.denoiser
+        return {component: peft_folder.read(path)}
     components = [entry.parent for entry in sorted(path.glob(f"*/{peft_folder.CONFIG}"))]
     if not components:
         raise ConfigError(
