@@ -59,6 +59,7 @@ def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) 
         "seed": cfg.seed,
         "model.path": f"content {content_key(base_content)[:12]}",
         "data.shards": _shards_identity(manifest),
+        **({"model.low_res": cfg.model.low_res} if family.sees else {}),
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
         "train.global_batch": cfg.train.global_batch,

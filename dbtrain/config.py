@@ -48,9 +48,15 @@ NonNegative = Annotated[float, Field(ge=0)]
 class Model(Section):
     path: Text = Field(
         "tiny",
-        description="base model: a Diffusers folder, a Hub id, or `tiny` (comes with dbtrain)",
+        description="base model: a Diffusers folder, a Hub id, a whole SD or SDXL model in one "
+        "`.safetensors` file, or `tiny` (comes with dbtrain)",
     )
     family: str = Field("auto", description="model family; `auto` reads it from the base's model_index.json")
+    config: Text | None = Field(
+        None,
+        description="for a single file: Diffusers folder or Hub id with its configs (null: told from the "
+        "file, and taken from the Hub)",
+    )
     revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
     variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")
     low_res: Literal["image", "itself"] = Field(

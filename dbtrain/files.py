@@ -37,6 +37,11 @@ def expand(text: str | Path) -> Path:
         raise ConfigError(f"cannot resolve '{text}': {error}") from error
 
 
+def cache() -> Path:
+    """Folder of what can be made again, in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbtrain"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Give the block's OSError this path: a failed write() does not say where it failed."""

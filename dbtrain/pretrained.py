@@ -37,6 +37,8 @@ class Pretrained:
         """
         if cfg.path in EMBEDDED:
             folder = EMBEDDED[cfg.path]()
+        elif files.expand(cfg.path).is_file():
+            folder = _from_single_file(cfg, files.expand(cfg.path))
         elif files.expand(cfg.path).exists():
             folder = files.expand(cfg.path)
         else:
@@ -158,6 +160,45 @@ def hush() -> None:
         speech = importlib.import_module(f"{library}.utils.logging")
         speech.disable_progress_bar()
         speech.set_verbosity_error()
+
+
+def _from_single_file(cfg: Model, path: Path) -> Path:
+    """A whole model in one file, as A1111 and ComfyUI have it, as a Diffusers folder in the user's cache."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
+        )
+    folder = files.cache() / "single-files" / content_key([files.sha256_of(path), cfg.config])[:16]
+    with dist.agreed():
+        if dist.local_rank() == 0 and not folder.exists():
+            try:
+                pipe = _single_file_pipeline(cfg, path)
+            except Exception as error:  # a broken file makes the libraries raise anything
+                raise ConfigError(
+                    f"model.path is '{cfg.path}', which holds no model that Diffusers can read: "
+                    f"{reason(error)}; model.config may name a Diffusers folder or Hub id of the same "
+                    "architecture"
+                ) from error
+            files.write_folder_atomically(folder, pipe.save_pretrained)
+    return folder
+
+
+def _single_file_pipeline(cfg: Model, path: Path) -> Any:
+    import diffusers
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors.torch import load_file
+
+    hush()
+    tensors = load_file(path)
+    if cfg.config:
+        name = diffusers.DiffusionPipeline.load_config(cfg.config)["_class_name"]
+    else:
+        xl = infer_diffusers_model_type(tensors).startswith("xl")
+        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    dtype = next(tensor.dtype for key, tensor in tensors.items() if "diffusion_model" in key)
+    return getattr(diffusers, name).from_single_file(
+        str(path), config=cfg.config, torch_dtype=dtype, safety_checker=None
+    )
 
 
 def _download(cfg: Model) -> Path:

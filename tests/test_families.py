@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,35 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     assert torch.equal(off, bare)
 
 
+SWITCHES = [  # one that changes how, not what; few compiled cases, as each costs half a minute
+    ("sdxl", "train__compile", {"adapter__text_encoder": TEXT}),
+    ("sd-v", "train__compile", {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
+    ("sdxl", "train__gradient_checkpointing", {"adapter__text_encoder": TEXT}),
+    ("if-1", "train__gradient_checkpointing", {"adapter__text_encoder": TEXT}),
+    ("sd", "train__gradient_checkpointing", {"adapter__kind": "loha"}),
+]
+
+
+@pytest.mark.parametrize(("base", "switch", "settings"), SWITCHES, ids=str)
+def test_compiling_and_checkpointing_give_the_same_adapter(
+    make: Make, tmp_path: Path, base: str, switch: str, settings: dict[str, Any]
+) -> None:
+    found = []
+    for value in (False, True):
+        cfg = configured(
+            make, tmp_path, base, **settings, **{switch: value}, run_dir=str(tmp_path / f"run-{value}")
+        )
+        prepare(cfg)
+        newest = sorted((train(cfg) / "checkpoints").iterdir())[-1]
+        folders = [path.parent for path in newest.glob("*/adapter_config.json")]
+        found.append({folder.name: peft_folder.read(folder) for folder in folders})
+    assert found[0].keys() == found[1].keys()
+    for component, state in found[0].items():
+        for name, tensor in state.tensors.items():
+            other = found[1][component].tensors[name]
+            assert (tensor - other).abs().max() <= 2e-2 * tensor.abs().max() + 1e-6, (component, name)
+
+
 def test_rows_have_their_own_prompt_size_and_crop(make: Make, tmp_path: Path) -> None:
     """The reference SDXL script gives half of a batch the other half's prompt."""
     cfg = configured(make, tmp_path, "sdxl")
@@ -331,6 +362,33 @@ def test_if_stage_2_draws_by_enlarging(make: Make, tmp_path: Path) -> None:
         prepare(configured(make, tmp_path, "if-2", prepare__class_images=5))
 
 
+def test_an_sdxl_refiner_and_an_unknown_pipeline_are_refused(make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(bases.sdxl(), tmp_path / "refiner")
+    index = json.loads((folder / "model_index.json").read_text())
+    for changes, told in (
+        ({"requires_aesthetics_score": True}, "is an SDXL refiner"),
+        (
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline"},
+            "is a StableDiffusionXLImg2ImgPipeline",
+        ),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | changes))
+        with pytest.raises(ConfigError, match=told):
+            prepare(make(model={"path": str(folder)}))
+
+
+def test_dropout_of_rows_and_layers_is_a_function_of_the_step(make: Make, tmp_path: Path) -> None:
+    def trained(name: str, **changes: Any) -> dict[str, Tensor]:
+        cfg = configured(make, tmp_path, "sd", adapter__kind="loha", run_dir=str(tmp_path / name), **changes)
+        prepare(cfg)
+        return peft_folder.read(train(cfg) / "export" / "unet").tensors
+
+    dropping = {"adapter__rank_dropout": 0.3, "adapter__module_dropout": 0.3}
+    one, again, without = trained("a", **dropping), trained("b", **dropping), trained("c")
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], without[name]) for name in one)
+
+
 def test_the_table_of_families_is_complete() -> None:
     tested = {families.detect(Pretrained.find(m), m).name
               for m in (Model(path=str(make())) for make in BASES.values())}  # fmt: skip
@@ -361,5 +419,7 @@ def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -
         for name, tensor in state.tensors.items():
             difference = (tensor - two[component].tensors[name]).abs().max()
             assert difference <= 2e-2 * tensor.abs().max() + 1e-6, (component, name)
+    for component in two:
+        assert f" parameters of {component}" in done.stderr
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert ("fixed_small" in card) == (base == "if-1")

@@ -37,6 +37,24 @@ def stream(cfg: Config, folder: Path, start: int = 0) -> LatentStream:
     return LatentStream(folder, Manifest.read(folder), share, weights, seed=cfg.seed, start=start)
 
 
+def test_min_snr_weighs_each_row_by_its_own_timestep_with_prior_preservation(
+    make: Make, prepared: Path
+) -> None:
+    """Diffusers' scripts compute weights for the whole batch and apply them to its first half."""
+    plain, weighted = (
+        build(make(train__micro_batch=4, loss__min_snr_gamma=gamma), prepared) for gamma in (None, 5.0)
+    )
+    batches = stream(make(train__micro_batch=4), prepared)
+    batch = next(batches)
+    batches.close()
+    t = (batch.u * 1000).long()
+    scheduler = DDPMScheduler.from_pretrained(bases.sd(), subfolder="scheduler")
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+    with torch.no_grad():
+        torch.testing.assert_close(weighted(batch), plain(batch) * (5.0 / snr).clamp(max=1))
+    assert len(t) == 8 and len(set(t.tolist())) > 4, "instance and class rows have timesteps of their own"
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_weighted_loss_is_the_reference_s(make: Make, prepared: Path, weight: float) -> None:
     """diffusers' train_dreambooth_lora.py: mse(instance half) + prior_loss_weight * mse(class half)."""

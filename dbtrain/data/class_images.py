@@ -8,7 +8,6 @@ is drawn in the same batch whatever the number of ranks: the set is always the s
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -97,8 +96,7 @@ def _about(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
 def _root(cfg: Prepare) -> Path:
     if cfg.class_dir:
         return files.expand(cfg.class_dir)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "dbtrain" / "class-images"
+    return files.cache() / "class-images"
 
 
 def _own(cfg: Prepare) -> list[Path]:
