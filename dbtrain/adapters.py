@@ -89,6 +89,8 @@ KINDS = {
     "lokr": Kind(LoKrConfig, _lokr_options, _start_lokr, LoKrLayer),
 }
 
+SETTINGS = {"denoiser": "adapter", "text_encoder": "adapter.text_encoder"}  # config section of each part
+
 # Names by preset, as suffixes of a module's name. A name that a component lacks is passed over.
 _DENOISER = ("to_q", "to_k", "to_v", "to_out.0")
 _CLIP, _T5 = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q", "k", "v", "o")
@@ -137,12 +139,13 @@ def attach(
     are left alone. Raises ConfigError if a target names no module.
     """
     kind = KINDS[cfg.kind]
-    chosen = targets(module, cfg.targets, PRESETS[part], without)
+    chosen = targets(module, cfg.targets, PRESETS[part], without, SETTINGS[part])
+    _silence_dropout(module)
     config = kind.config(r=cfg.rank, target_modules=list(chosen), **kind.options(cfg))
     try:
         inject_adapter_in_model(config, module, adapter_name=NAME)
     except (ValueError, TypeError) as error:  # a target of a type that PEFT cannot adapt
-        raise ConfigError(f"adapter.targets is {cfg.targets!r}: {reason(error)}") from error
+        raise ConfigError(f"{SETTINGS[part]}.targets is {cfg.targets!r}: {reason(error)}") from error
     # Start in fp32, whatever the base is in: the same start in every precision.
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()
@@ -158,6 +161,7 @@ def targets(
     wanted: str | Sequence[str],
     presets: Mapping[str, Sequence[str]],
     without: Sequence[str] = (),
+    section: str = "adapter",
 ) -> list[str]:
     """The names that select the modules to adapt, as PEFT takes them: names, or full names.
 
@@ -177,7 +181,7 @@ def targets(
         idle = [want for want, hits in found.items() if not hits]
         if idle and (wanted not in presets or len(idle) == len(listed)):
             raise ConfigError(
-                f"adapter.targets: no module of {type(module).__name__} is called "
+                f"{section}.targets: no module of {type(module).__name__} is called "
                 f"{', '.join(map(repr, idle))}; use one of {', '.join(map(repr, presets))}, or names such as "
                 + ", ".join(repr(name) for name in presets["attention"] if _ends(names, name))
             )
@@ -189,12 +193,12 @@ def targets(
         pattern = re.compile(str(wanted))
     except re.error as error:
         raise ConfigError(
-            f"adapter.targets is '{wanted}', which is no regular expression: {error}"
+            f"{section}.targets is '{wanted}', which is no regular expression: {error}"
         ) from error
     full = [name for name in names if pattern.fullmatch(name) and name in layers]
     if not full:
         raise ConfigError(
-            f"adapter.targets: no linear or convolution layer of {type(module).__name__} has a whole name "
+            f"{section}.targets: no linear or convolution layer of {type(module).__name__} has a whole name "
             f"that matches '{wanted}'; names look like {next(iter(sorted(layers)), 'nothing')!r}"
         )
     return full
@@ -202,6 +206,17 @@ def targets(
 
 def _ends(names: Sequence[str], want: str) -> bool:
     return any(f".{name}".endswith(f".{want}") for name in names)
+
+
+def _silence_dropout(module: nn.Module) -> None:
+    """Turn off the base's own dropout (T5 has some): it is frozen, and its masks would be no function
+    of the step."""
+    layer: Any
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+        elif isinstance(getattr(layer, "dropout", None), float):
+            layer.dropout = 0.0
 
 
 def train_mode(module: nn.Module, cfg: AdapterSettings) -> None:

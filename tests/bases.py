@@ -113,7 +113,7 @@ def _t5() -> dict[str, Any]:
     words = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)
     config = T5Config(
         vocab_size=128, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", dropout_rate=0.1,
     )  # fmt: skip
     return {"tokenizer": words, "text_encoder": T5EncoderModel(config)}
 
