@@ -369,7 +369,8 @@ def test_train_notices_other_photos(refused: Refused, config: Path, shards: Path
 
 
 def test_train_notices_another_family(refused: Refused, config: Path, shards: Path) -> None:
-    refused("train", config, "model.family=sdxl", told="model.family is 'sdxl'; choose from auto, sd")
+    refused("train", config, "model.family=flux", told="model.family is 'flux'; choose from auto, sd")
+    refused("train", config, "model.family=sdxl", told="of the family 'sd'; use auto")
 
 
 @pytest.mark.parametrize("mix", ["x:abc", "x:nan", "x:", "+", "x:1+x:2", ":1"])

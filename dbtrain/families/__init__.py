@@ -24,6 +24,11 @@ def detect(base: Pretrained, cfg: Model) -> Family:
     pipeline = base.index.get("_class_name")
     fitting = [family for family in FAMILIES.values() if family.pipeline == pipeline]
     if cfg.family != "auto":
+        if fitting and fitting != [get(cfg.family)]:
+            raise ConfigError(
+                f"model.family is '{cfg.family}', but base model {base.name} is a {pipeline}, of the family "
+                f"'{fitting[0].name}'; use auto"
+            )
         fitting = [get(cfg.family)]
     if not fitting:
         known = ", ".join(family.pipeline for family in FAMILIES.values())
