@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -19,30 +16,20 @@ from pydantic import (
 
 from dbtrain import reading
 from dbtrain.errors import ConfigError
-
-
-class Section(BaseModel):
-    """Base of every section: no unknown keys, no silent conversions, no edits."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-def _listed(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]  # YAML has lists, frozen models want tuples
-Targets = Annotated[str | tuple[str, ...], BeforeValidator(_listed)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**62)]
-Steps = Annotated[int, Field(ge=1, le=1000)]  # of a sampler: no more than a base was trained with
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+from dbtrain.section import (
+    Count,
+    Names,
+    Natural,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Steps,
+    Targets,
+    Text,
+    listed,
+)
 
 
 class Model(Section):
@@ -237,7 +224,7 @@ class Export(Section):
         "that cannot hold"
     )  # fmt: skip
 
-    _listed = field_validator("formats", mode="before")(_listed)
+    _listed = field_validator("formats", mode="before")(listed)
 
 
 class Hub(Section):

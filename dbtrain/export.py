@@ -32,7 +32,7 @@ def export(
             raise ConfigError("a converted adapter needs a folder of its own: give --out", shared=True)
         with dist.agreed():
             family = families.detect(base, cfg.model)
-            states = formats.read(files.expand(adapter), family, base.module_names)
+            states = formats.read(formats.find(adapter), family, base.module_names)
         return save(cfg, base, family, states, None, out)
     with dist.agreed():
         path = _checkpoint(run_dir, step) if dist.is_main() else None

@@ -14,15 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from dbtrain import dist, families, files, formats, generate
+from dbtrain import dist, families, formats, generate
 from dbtrain.adapters import KINDS, AdapterState
 from dbtrain.config import Model
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
-from dbtrain.formats import FORMATS, diffusers_file
 from dbtrain.formats.common import States
-from dbtrain.formats.peft_folder import CONFIG, WEIGHTS
-from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
 
 
@@ -153,7 +150,7 @@ class AdapterPipeline:
         return generate.draw(self.pipe, prompts, generators, steps, guidance, side, images)
 
     def _read(self, adapter: str | Path) -> States:
-        return formats.read(find_adapter(adapter), self.family, self.modules.__getitem__)
+        return formats.read(formats.find(adapter), self.family, self.modules.__getitem__)
 
     def _known(self, names: Sequence[str] | Mapping[str, float]) -> None:
         if unknown := set(names) - self.names():
@@ -225,26 +222,3 @@ def _remove(module: nn.Module, name: str) -> None:
         if name in layer._all_available_adapter_names():
             layer.delete_adapter(name)
     getattr(module, "peft_config", {}).pop(name, None)
-
-
-def find_adapter(adapter: str | Path) -> Path:
-    """The adapter of a run folder or an export folder, or the file itself. Raises ConfigError if none."""
-    path = files.expand(adapter)
-    if path.is_file():
-        return path.parent if path.name == WEIGHTS and (path.parent / CONFIG).is_file() else path
-    for folder in (path / "export", path):
-        for main in (form.main for form in FORMATS.values() if form.main):
-            if (folder / main).is_file():
-                return folder / main
-        if (folder / CONFIG).is_file() or any(folder.glob(f"*/{CONFIG}")):
-            return folder
-    raise ConfigError(
-        f"adapter '{adapter}' is neither a file nor a run folder with an export "
-        f"({diffusers_file.FILE}); run: dbtrain export"
-    )
-
-
-def content_of(path: Path) -> str:
-    """A name for an adapter's content."""
-    found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
-    return content_key([[file.name, files.sha256_of(file)] for file in found])

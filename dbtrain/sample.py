@@ -10,14 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain import dist, families, files, generate, log
+from dbtrain import dist, families, files, formats, generate, log
 from dbtrain.config import Config, Sample
 from dbtrain.data import images
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pictures import TEXT_KEY, Row, contact_sheet, save_png
-from dbtrain.pipeline import AdapterPipeline, content_of, find_adapter
+from dbtrain.pipeline import AdapterPipeline
 from dbtrain.pretrained import Pretrained
 
 
@@ -70,7 +70,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
         small = _small_pictures(cfg, families.detect(base, cfg.model), side)
-        paths = {path: find_adapter(path) for mix in mixes for path, _ in mix.parts}
+        paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
     out = out or files.expand(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
@@ -103,7 +103,7 @@ def _key(
     return content_key({
         "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
         "prompts": list(prompts), "side": side, "sampler": generate.SAMPLER,
-        "mixes": [[mix.label, [content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
+        "mixes": [[mix.label, [formats.content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
         **cfg.sample.model_dump(exclude={"prompts", "low_res"}),
         "low_res": [files.sha256_of(files.expand(name)) for name in cfg.sample.low_res],
     })  # fmt: skip

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from rows above its own, and from its own row where that is no cycle.
 LAYERS = [
-    ["dbtrain", "errors", "keys", "files", "reading", "config", "data", "data.order", "tiny"],
+    ["dbtrain", "errors", "keys", "files", "reading", "section", "config", "data", "data.order", "tiny"],
     ["rng", "dist", "log"],
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
      "objectives", "adapters", "optim",

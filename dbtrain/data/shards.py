@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dbtrain import files
-from dbtrain.config import Names, Section
 from dbtrain.errors import ConfigError
+from dbtrain.section import Names, Section
 
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"

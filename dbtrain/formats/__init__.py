@@ -16,10 +16,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from dbtrain import files
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.formats import diffusers_file, kohya_file, peft_folder
 from dbtrain.formats.common import Modules, States, by_module, one_rank
+from dbtrain.keys import content_key
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -72,6 +74,33 @@ def write(name: str, folder: Path, family: Family, states: States) -> Path:
     except SafetensorError as error:  # its writer reports a full disk this way
         raise ConfigError(f"cannot write into {folder}: {error}") from error
     return folder / FORMATS[name].main
+
+
+def find(adapter: str | Path) -> Path:
+    """The adapter of a run folder or an export folder, or the file itself. Raises ConfigError if none."""
+    path = files.expand(adapter)
+    if path.is_file():
+        return (
+            path.parent
+            if path.name == peft_folder.WEIGHTS and (path.parent / peft_folder.CONFIG).is_file()
+            else path
+        )
+    for folder in (path / "export", path):
+        for main in (form.main for form in FORMATS.values() if form.main):
+            if (folder / main).is_file():
+                return folder / main
+        if (folder / peft_folder.CONFIG).is_file() or any(folder.glob(f"*/{peft_folder.CONFIG}")):
+            return folder
+    raise ConfigError(
+        f"adapter '{adapter}' is neither a file nor a run folder with an export "
+        f"({diffusers_file.FILE}); run: dbtrain export"
+    )
+
+
+def content_of(path: Path) -> str:
+    """A name for an adapter's content."""
+    found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
+    return content_key([[file.name, files.sha256_of(file)] for file in found])
 
 
 def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> States:
