@@ -35,11 +35,14 @@ def card(
     facts["tags"] = ["text-to-image", "diffusers", *kinds, "dreambooth", "dbtrain"]
     if pictures:
         facts["widget"] = [{"text": prompt, "output": {"url": name}} for name in pictures]
+    changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in family.sampler.items())
+    sampler = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {changes})\n"
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=family,
+        sampler=sampler if changes else "",
         name=files.expand(cfg.run_dir).name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
         model=model, prompt=prompt, step=step, formats=formats, pictures=pictures,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=_last_metrics(cfg),

@@ -256,7 +256,7 @@ def test_an_adapter_for_another_family_is_refused(
     for path in (folder, tmp_path / "k" / kohya_file.FILE):
         with pytest.raises(ConfigError, match="adapter"):
             pipe.add("dog", path)
-    with pytest.raises(ConfigError, match="kohya cannot hold an adapter of a deepfloyd model"):
+    with pytest.raises(ConfigError, match="kohya cannot hold an adapter of the unet of a deepfloyd model"):
         formats.check("kohya", families.get("deepfloyd"), states)
 
 

@@ -116,6 +116,7 @@ STAGE_1 = Family(
     check=check,
     denoise=denoise,
     vae=None,
+    lora_loads=("unet",),  # IFPipeline's loader knows CLIP's layers only
     sampler={"variance_type": "fixed_small"},  # the adapter never trained the variance half
 )
 STAGE_2 = replace(

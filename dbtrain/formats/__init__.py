@@ -44,8 +44,8 @@ class Format:
                 return f"a {kind} adapter"
             if not self.biases and any(name.endswith(".bias") for name in state.tensors):
                 return "trained biases"
-        if not set(states) <= set(self.components(family)):
-            return f"an adapter of a {family.name} model"
+        if strange := set(states) - set(self.components(family)):
+            return f"an adapter of the {min(strange)} of a {family.name} model"
         return None
 
 
@@ -167,7 +167,12 @@ def _check(states: States, modules: Modules) -> None:
 
 
 FORMATS = {
-    "diffusers": Format(diffusers_file.FILE, diffusers_file.write, ("lora",)),
+    "diffusers": Format(
+        diffusers_file.FILE,
+        diffusers_file.write,
+        ("lora",),
+        components=lambda family: family.lora_loads or family.adaptable,
+    ),
     "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), biases=True),
     "kohya": Format(
         kohya_file.FILE, kohya_file.write, ("lora", "loha", "lokr"), components=lambda family: family.kohya
