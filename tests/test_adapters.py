@@ -208,6 +208,30 @@ def test_adapters_of_different_kinds_and_formats_mix_merge_swap_and_leave(make: 
     torch.testing.assert_close(seen(lora=1.0), alone["lokr"], atol=1e-5, rtol=1e-4)
 
 
+def test_a_swap_compiles_nothing_anew(make: Make, tmp_path: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    runs = []
+    for seed in (0, 1):
+        cfg = make(run_dir=str(tmp_path / f"run{seed}"), seed=seed, train__steps=1, optim__lr=0.02,
+                   adapter__targets=r"mid_block.*to_q")  # fmt: skip
+        prepare(cfg)
+        runs.append(train(cfg))
+    pipe = AdapterPipeline.load(cfg.model)
+    pipe.add("dog", runs[0])
+    pipe.use({"dog": 1.0})
+    pipe.pipe.unet.compile()
+    x, t, c = torch.randn(1, 4, 8, 8), torch.tensor([400]), torch.randn(1, 32, 64)
+    with torch.no_grad():
+        first = pipe.pipe.unet(x, t, c).sample
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs
+        pipe.swap("dog", runs[1])
+        second = pipe.pipe.unet(x, t, c).sample
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert (first - second).abs().max() > 1e-6
+
+
 class Harm:
     """Pickles that would write a file if they were loaded."""
 
