@@ -56,6 +56,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from dbtrain import hub
     from dbtrain import train as verb
 
+    hub.check(cfg)
     verb.train(cfg)
     hub.push(cfg)
 
@@ -85,6 +86,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     cfg = _load(config, overrides)
     from dbtrain import export, hub, prepare, sample, train
 
+    hub.check(cfg)
     prepare.prepare(cfg)
     train.train(cfg)
     export.show(cfg, sample.sample_run(cfg))

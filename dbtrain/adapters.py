@@ -124,11 +124,6 @@ class AdapterState:
         }
         return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
-    def without_tensors(self) -> AdapterState:
-        """The same, with empty tensors of the same shapes."""
-        empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.tensors.items()}
-        return AdapterState(empty, self.config)
-
 
 def attach(
     module: nn.Module, cfg: AdapterSettings, part: str, seed: int, without: Sequence[str] = ()
@@ -153,7 +148,7 @@ def attach(
         for layer in module.modules():
             if isinstance(layer, kind.layer):
                 kind.start(layer, cfg)
-    train_mode(module, cfg)
+    _train_mode(module, cfg)
 
 
 def targets(
@@ -172,40 +167,49 @@ def targets(
         for name, _ in module.named_modules()
         if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in without)
     ]
-    layers = {name for name, layer in module.named_modules() if isinstance(layer, LAYERS)}
-    listed = wanted if not isinstance(wanted, str) else presets.get(wanted)
-    if listed is None and isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
-        listed = (wanted,)
-    if listed is not None:
-        found = {want: [n for n in names if f".{n}".endswith(f".{want}")] for want in listed}
-        idle = [want for want, hits in found.items() if not hits]
-        if idle and (wanted not in presets or len(idle) == len(listed)):
-            raise ConfigError(
-                f"{section}.targets: no module of {type(module).__name__} is called "
-                f"{', '.join(map(repr, idle))}; use one of {', '.join(map(repr, presets))}, or names such as "
-                + ", ".join(repr(name) for name in presets["attention"] if _ends(names, name))
-            )
+    layers = {name for name, layer in module.named_modules() if isinstance(layer, LAYERS)} & set(names)
+    if isinstance(wanted, str) and wanted in presets:
+        found = _ending(names, presets[wanted])
+        if not found:
+            raise ConfigError(f"{section}.targets is '{wanted}', which names no module of a {_kind(module)}")
         hit = {name for hits in found.values() for name in hits}
-        if without or (wanted in presets and not hit <= layers):  # a name also stands for something else
-            return sorted(hit & layers)
-        return [want for want, hits in found.items() if hits]
-    try:
-        pattern = re.compile(str(wanted))
-    except re.error as error:
+        # By full name where a suffix also stands for something else, or for a layer to leave alone.
+        return list(found) if hit <= layers and not without else sorted(hit & layers)
+    if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+", wanted):
+        return _matching(layers, wanted, section, _kind(module))
+    listed = (wanted,) if isinstance(wanted, str) else wanted
+    found = _ending(names, listed)
+    if idle := [want for want in listed if want not in found]:
+        usual = _ending(names, presets["attention"])
         raise ConfigError(
-            f"{section}.targets is '{wanted}', which is no regular expression: {error}"
-        ) from error
-    full = [name for name in names if pattern.fullmatch(name) and name in layers]
-    if not full:
-        raise ConfigError(
-            f"{section}.targets: no linear or convolution layer of {type(module).__name__} has a whole name "
-            f"that matches '{wanted}'; names look like {next(iter(sorted(layers)), 'nothing')!r}"
+            f"{section}.targets: no module of a {_kind(module)} is called {', '.join(map(repr, idle))}; "
+            f"use one of {', '.join(map(repr, presets))}, or names such as {', '.join(map(repr, usual))}"
         )
-    return full
+    return sorted({name for hits in found.values() for name in hits}) if without else list(found)
 
 
-def _ends(names: Sequence[str], want: str) -> bool:
-    return any(f".{name}".endswith(f".{want}") for name in names)
+def _ending(names: Sequence[str], wanted: Sequence[str]) -> dict[str, list[str]]:
+    """The wanted suffixes that some names end in, and those names."""
+    found = {want: [name for name in names if f".{name}".endswith(f".{want}")] for want in wanted}
+    return {want: hits for want, hits in found.items() if hits}
+
+
+def _matching(layers: set[str], pattern: str, section: str, kind: str) -> list[str]:
+    """The layers whose whole name a regular expression matches."""
+    try:
+        found = sorted(name for name in layers if re.fullmatch(pattern, name))
+    except re.error as error:
+        raise ConfigError(f"{section}.targets is '{pattern}', no regular expression: {error}") from error
+    if not found:
+        raise ConfigError(
+            f"{section}.targets: no linear or convolution layer of a {kind} has a whole name that matches "
+            f"'{pattern}'; names look like {min(layers, default='')!r}"
+        )
+    return found
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def _silence_dropout(module: nn.Module) -> None:
@@ -219,7 +223,7 @@ def _silence_dropout(module: nn.Module) -> None:
             layer.dropout = 0.0
 
 
-def train_mode(module: nn.Module, cfg: AdapterSettings) -> None:
+def _train_mode(module: nn.Module, cfg: AdapterSettings) -> None:
     """`module.train()`; LoHa and LoKr layers only where they drop something.
 
     In train mode PEFT's layers ask a random number whether to take part at all: a graph break.

@@ -98,8 +98,7 @@ def _fill(
     scaler: torch.amp.GradScaler,
     who: Mapping[str, Any],
 ) -> None:
-    for component, module in model.trained.items():
-        adapter = adapters.collect(module)
+    for component, adapter in model.states().items():
         if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
             raise ConfigError(
                 f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "

@@ -51,9 +51,9 @@ def save(
     """Write an export folder on rank 0: the adapter in every format asked for, and the model card."""
     names = cfg.export.formats or formats.natural(family, states)
     with dist.agreed():
+        for name in names:
+            formats.check(name, family, states)  # all of them, before any is written
         if dist.is_main():
-            for name in names:
-                formats.check(name, family, states)  # all of them, before any is written
             for name in names:
                 path = formats.write(name, folder, family, states)
                 what = "converted" if step is None else f"exported step {step}"

@@ -27,6 +27,21 @@ def push(cfg: Config, folder: Path | None = None) -> str | None:
     return dist.from_main(address)
 
 
+def check(cfg: Config) -> None:
+    """Raise ConfigError if the result is to be pushed and there is no token: before hours of training."""
+    if cfg.hub.repo:
+        _token()
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if not token:
+        raise ConfigError("hub.repo is set, but there is no Hub token; run: hf auth login, or set HF_TOKEN")
+    return token
+
+
 def uploaded(folder: Path) -> list[Path]:
     """The files of an export folder that are published, relative to it."""
     mains = [form.main for form in FORMATS.values() if form.main]
@@ -36,11 +51,9 @@ def uploaded(folder: Path) -> list[Path]:
 
 
 def _push(cfg: Config, repo: str, folder: Path) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    token = get_token()
-    if not token:
-        raise ConfigError("hub.repo is set, but there is no Hub token; run: hf auth login, or set HF_TOKEN")
+    token = _token()
     names = uploaded(folder)
     if not any(name.suffix == ".safetensors" for name in names):
         raise ConfigError(f"{folder} holds no export to push; run: dbtrain export")

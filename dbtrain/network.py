@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from dbtrain import adapters
+from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
 from dbtrain.data.shards import Manifest
 from dbtrain.data.stream import Batch
@@ -37,7 +39,8 @@ class DreamBooth(nn.Module):
         self.denoiser = denoiser
         self.text_encoders = nn.ModuleDict(text_encoders)  # none, or all of the family's, trained
         self.objective = objective
-        self.space = space
+        for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.noising = noising
         self.sees = sees
         self.prompt_names = tuple(prompts)
@@ -99,9 +102,13 @@ class DreamBooth(nn.Module):
             for name, parameter in adapters.trainable(module).items()
         }
 
+    def states(self) -> dict[str, AdapterState]:
+        """The adapters' weights, by component."""
+        return {name: adapters.collect(module) for name, module in self.trained.items()}
+
     def forward(self, batch: Batch) -> Tensor:
         """Denoising loss of each image, (rows,) fp32."""
-        x0 = self.family.draw(batch.stored, batch.posterior, self.space)  # (rows, C, H, W)
+        x0 = self.x0(batch)
         t = self.objective.timesteps(batch.u)
         x_t = self.objective.corrupt(x0, batch.noise, t)
         condition = self.condition(batch.prompt) | batch.extra
@@ -110,6 +117,11 @@ class DreamBooth(nn.Module):
         prediction = self.family.denoise(self.denoiser, x_t, t, condition)
         error = prediction.float() - self.objective.target(x0, batch.noise, t)
         return self.objective.weight(t) * error.square().flatten(1).mean(1)
+
+    def x0(self, batch: Batch) -> Tensor:
+        """What the denoiser learns to recover, (rows, C, H, W) fp32."""
+        drawn = self.family.draw(batch.stored, batch.posterior)
+        return (drawn - self.get_buffer("latent_shift")) * self.get_buffer("latent_scale")
 
     def condition(self, prompt: Tensor) -> dict[str, Tensor]:
         """What the denoiser is told of the prompts with these numbers, (rows,): tensors, (rows, ...) each."""

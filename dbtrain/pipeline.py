@@ -40,7 +40,7 @@ class AdapterPipeline:
         self.pipe = generate.build(base, family, precision, device or dist.device())
         self.components: dict[str, nn.Module] = {name: getattr(self.pipe, name) for name in family.adaptable}
         self.modules = {name: [n for n, _ in m.named_modules()] for name, m in self.components.items()}
-        self.added: dict[str, dict[str, AdapterState]] = {}  # without their tensors
+        self.added: dict[str, dict[str, Any]] = {}  # layout of each adapter, by component
         self.biases: dict[str, dict[nn.Parameter, Tensor]] = {}  # changes to the base's, by adapter
         self.plain: dict[nn.Parameter, Tensor] = {}  # those biases as the base has them
         self.scales: dict[str, float] = {}  # adapters in use
@@ -67,10 +67,11 @@ class AdapterPipeline:
         try:
             for component, state in states.items():
                 self.biases[name] |= _biases(self.components[component], state)
-                self.added[name] |= {component: state.without_tensors()}
+                self.added[name] |= {component: state.layout}
                 _load(self.components[component], state, name)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             self.remove(name)
+            self.use(scales)
             raise ConfigError(
                 f"adapter '{adapter}' does not fit base model {self.base.name}: {reason(error)}"
             ) from error
@@ -83,15 +84,15 @@ class AdapterPipeline:
         In place where both have the same layers, rank and strength, so that nothing is compiled anew;
         else the old one is removed and the new one added.
         """
-        states, old = self._read(adapter), self.added.get(name, {})
-        alike = not self.biases.get(name) and {c: s.layout for c, s in states.items()} == {
-            c: s.layout for c, s in old.items()
-        }
-        if alike:
+        self._known([name])
+        states, scales = self._read(adapter), self.scales
+        if any(layer.merged for layer in self._layers()):
+            self.use(scales)  # takes the old weights out of the base's, while they are known
+        layouts = {component: state.layout for component, state in states.items()}
+        if layouts == self.added[name] and not self.biases[name]:
             for component, state in states.items():
                 _fill(self.components[component], state, name)
         else:
-            scales = dict(self.scales)
             self.remove(name)
             self.add(name, adapter)
             self.use(scales)
@@ -200,10 +201,8 @@ def _fill(module: nn.Module, state: AdapterState, name: str) -> None:
 def _biases(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
     """The base's biases that an adapter changes, and by how much."""
     places = {_unwrapped(label): parameter for label, parameter in module.named_parameters()}
-    trained = {
-        name.replace(".base_layer.", "."): t for name, t in state.tensors.items() if name.endswith("bias")
-    }
-    return {places[name]: tensor.to(places[name]) - places[name].detach() for name, tensor in trained.items()}
+    trained = {places[_unwrapped(n)]: tensor for n, tensor in state.tensors.items() if n.endswith("bias")}
+    return {bias: tensor.to(bias) - bias.detach() for bias, tensor in trained.items()}
 
 
 def _unwrapped(label: str) -> str:

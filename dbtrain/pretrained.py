@@ -58,7 +58,8 @@ class Pretrained:
     def config(self, component: str) -> dict[str, Any]:
         """A component's own config file."""
         folder = self.folder / component
-        names = ("config.json", "scheduler_config.json", "tokenizer.json", "vocab.json")
+        names = ("config.json", "scheduler_config.json", "tokenizer.json", "vocab.json",
+                 "tokenizer_config.json")  # fmt: skip
         found = [folder / name for name in names if (folder / name).is_file()]
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
@@ -139,7 +140,7 @@ class Pretrained:
             path for path in folder.glob("*.safetensors")
             if (f".{self.variant}" in path.name) == bool(self.variant)
         ]  # fmt: skip
-        found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt")])
+        found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
         return content_key([[path.name, files.sha256_of(path)] for path in found])

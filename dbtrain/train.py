@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dbtrain import adapters, checkpoint, dist, export, families, files, log, optim, prepare, rng
+from dbtrain import adapters, checkpoint, dist, export, families, files, formats, log, optim, prepare, rng
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.order import Share
@@ -45,6 +45,8 @@ def train(cfg: Config) -> Path:
     with dist.agreed():
         table = shards.read_prompts(folder, manifest.prompts)
         model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+        for name in cfg.export.formats:  # now, not after the last step
+            formats.check(name, family, model.states())
         if dist.is_main():
             files.write_atomically(run_dir / "config.yaml", cfg.dump())
             (run_dir / "DONE").unlink(missing_ok=True)
@@ -77,8 +79,7 @@ def train(cfg: Config) -> Path:
                 run_log.check_finite()
                 with run_log.untimed():
                     checkpoint.save(run_dir, done, model, optimizer, scaler, who, cfg.train.keep)
-        states = {name: adapters.collect(module) for name, module in model.trained.items()}
-        export.save(cfg, base, family, states, cfg.train.steps, run_dir / "export")
+        export.save(cfg, base, family, model.states(), cfg.train.steps, run_dir / "export")
         export.mark_done(cfg)
     except ConfigError as problem:
         run_log.note(f"stopped: {problem}")

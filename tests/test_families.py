@@ -90,19 +90,15 @@ def network(cfg: Config) -> DreamBooth:
     return model.eval()
 
 
-def prediction(
-    family: families.Family, model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module], batch: Batch
-) -> Tensor:
-    """What a pipeline's modules predict for a batch, embeddings included."""
-    x0 = family.draw(batch.stored, batch.posterior, model.space)
+def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module], batch: Batch) -> Tensor:
+    """What these modules predict for a batch, embeddings included."""
+    family, x0 = model.family, model.x0(batch)
     t = model.objective.timesteps(batch.u)
     x_t = model.objective.corrupt(x0, batch.noise, t)
-    folder_ids = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names}
+    table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names}
     if model.text_encoders:
-        condition = {k: v[batch.prompt] for k, v in family.embed(encoders, folder_ids).items()}
-    else:
-        condition = {k: v[batch.prompt] for k, v in folder_ids.items()}
-    condition |= batch.extra
+        table = family.embed(encoders, table)
+    condition = {name: values[batch.prompt] for name, values in table.items()} | batch.extra
     if model.sees:
         condition |= model.sees(x0, x_t, t, batch, model.noising)
     return family.denoise(unet, x_t, t, condition)
@@ -151,20 +147,13 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     batch = first_batch(cfg, family)
     pipe = stock(cfg, folder, form)
     encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+    base_model = Pretrained.find(cfg.model)
+    plain = {name: base_model.load(name) for name in family.text_encoders}
     with torch.no_grad():
-        x0 = family.draw(batch.stored, batch.posterior, model.space)
-        t = model.objective.timesteps(batch.u)
-        x_t = model.objective.corrupt(x0, batch.noise, t)
-        condition = model.condition(batch.prompt) | batch.extra
-        if model.sees:
-            condition |= model.sees(x0, x_t, t, batch, model.noising)
-        ours = family.denoise(model.denoiser, x_t, t, condition)
-        theirs = prediction(family, model, pipe.unet, encoders, batch)
-        bare = prediction(
-            family, model, Pretrained.find(cfg.model).load("unet"),
-            {name: Pretrained.find(cfg.model).load(name) for name in family.text_encoders}, batch,
-        )  # fmt: skip
-    assert ours.shape == x0.shape
+        ours = prediction(model, model.denoiser, dict(model.text_encoders.items()), batch)
+        theirs = prediction(model, pipe.unet, encoders, batch)
+        bare = prediction(model, base_model.load("unet"), plain, batch)
+    assert ours.shape == batch.noise.shape
     assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()
     assert (bare - ours).abs().max() > 1e-3 * ours.abs().max(), "the adapter changes nothing"
 
@@ -173,9 +162,9 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     again.use({"mine": 1.0})
     mine = {name: getattr(again.pipe, name) for name in family.text_encoders}
     with torch.no_grad():
-        loaded = prediction(family, model, again.pipe.unet, mine, batch)
+        loaded = prediction(model, again.pipe.unet, mine, batch)
         again.remove("mine")
-        off = prediction(family, model, again.pipe.unet, mine, batch)
+        off = prediction(model, again.pipe.unet, mine, batch)
     assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
     assert torch.equal(off, bare)
 
@@ -310,8 +299,8 @@ def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets
     pipe.add("kohya", out / kohya_file.FILE)
     with torch.no_grad():
         pipe.use({"kohya": 1.0})
-        loaded = prediction(family, model, pipe.pipe.unet, {}, batch)
-        ours = prediction(family, model, model.denoiser, {}, batch)
+        loaded = prediction(model, pipe.pipe.unet, {}, batch)
+        ours = prediction(model, model.denoiser, {}, batch)
     assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
     # Another trainer's file has no settings in its header: they are told from its tensors.
     with safe_open(out / kohya_file.FILE, "pt") as file:
@@ -321,7 +310,7 @@ def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets
     assert states["unet"].config["peft_type"] == kind.upper()
     pipe.swap("kohya", tmp_path / "foreign.safetensors")
     with torch.no_grad():
-        loaded = prediction(family, model, pipe.pipe.unet, {}, batch)
+        loaded = prediction(model, pipe.pipe.unet, {}, batch)
     assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
 
 
@@ -331,7 +320,7 @@ def test_if_stage_2_sees_the_small_image_or_as_the_reference_itself(make: Make, 
     train(cfg)
     model = network(cfg)
     batch = first_batch(cfg, model.family)
-    x0 = model.family.draw(batch.stored, batch.posterior, model.space)
+    x0 = model.x0(batch)
     assert x0.shape == (4, 3, 32, 32) and x0.min() >= -1 and x0.max() <= 1
     t = model.objective.timesteps(batch.u)
     x_t = model.objective.corrupt(x0, batch.noise, t)

@@ -157,3 +157,7 @@ def test_a_refused_push_says_so_without_the_token_and_keeps_the_export(
     nobody = dbtrain("export", tmp_path / "c.yaml", "train.steps=1", "hub.repo=me/dog",
                      **environment(hub, tmp_path, token=""))  # fmt: skip
     assert nobody.returncode == 2 and "there is no Hub token" in nobody.stderr
+    early = dbtrain("train", tmp_path / "c.yaml", f"run_dir={tmp_path / 'new'}", "hub.repo=me/dog",
+                    **environment(hub, tmp_path, token=""))  # fmt: skip
+    assert early.returncode == 2 and "there is no Hub token" in early.stderr
+    assert not (tmp_path / "new").exists(), "it says so before it trains"

@@ -41,8 +41,8 @@ class Family:
     """(base, side in px) -> what the denoiser works on. Raises ConfigError if the side does not divide."""
     encode_images: Callable[[nn.Module | None, Tensor], dict[str, Tensor]]
     """(vae, images (B, 3, H, W) in [-1, 1]) -> what a shard stores, (B, C, H, W) each."""
-    draw: Callable[[Mapping[str, Tensor], Tensor, LatentSpace], Tensor]
-    """(stored, posterior normals (rows, C, H, W), space) -> x0, (rows, C, H, W) fp32."""
+    draw: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    """(stored, posterior normals (rows, C, H, W)) -> x0 before its scale, (rows, C, H, W) fp32."""
     check: Callable[[Pretrained], None]
     """Raises ConfigError if the components of a base do not fit together; reads configs only."""
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -79,11 +79,6 @@ class LatentSpace:
     scale: tuple[float, ...] = (1.0,)  # one, or one a channel
     shift: tuple[float, ...] = (0.0,)
 
-    def normed(self, latents: Tensor) -> Tensor:
-        """Latents (rows, C, H, W) as the denoiser wants them."""
-        scale, shift = (latents.new_tensor(v)[:, None, None] for v in (self.scale, self.shift))
-        return (latents - shift) * scale
-
 
 def vae_space(base: Pretrained, side: int) -> LatentSpace:
     """The latents of a base's VAE for square images of `side` px."""
@@ -119,16 +114,19 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
             )
 
 
-def tokenize_clip(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """CLIP token ids, (prompts, L) int64, padded to the tokenizer's length; says what it cuts."""
-    longest = tokenizer.model_max_length
+def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """Token ids and masks, (prompts, length) int64, as a tokenizer gives them; says what it cuts."""
     for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
-        if len(ids) > longest:
-            say(f"prompt '{prompt}' has {len(ids)} tokens; the model reads the first {longest}")
-    padded = tokenizer(
-        list(prompts), padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+        if len(ids) > length:
+            say(f"prompt '{prompt}' has {len(ids)} tokens; the model reads the first {length}")
+    return tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return padded.input_ids
+
+
+def tokenize_clip(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """CLIP token ids, (prompts, L) int64, padded to the tokenizer's length."""
+    return padded(tokenizer, prompts, tokenizer.model_max_length).input_ids
 
 
 def encode_moments(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
@@ -144,6 +142,6 @@ def encode_moments(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
     return {"mean": posterior.mean.float(), "std": torch.exp(0.5 * logvar)}
 
 
-def draw_latents(stored: Mapping[str, Tensor], posterior: Tensor, space: LatentSpace) -> Tensor:
-    """A sample of the VAE's posterior, as the denoiser wants it, (rows, C, h, w)."""
-    return space.normed(stored["mean"] + stored["std"] * posterior)
+def draw_latents(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
+    """A sample of the VAE's posterior, unscaled, (rows, C, h, w)."""
+    return stored["mean"] + stored["std"] * posterior

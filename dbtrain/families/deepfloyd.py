@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from torch.nn.functional import interpolate
 
 from dbtrain.data.stream import Batch
 from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family, LatentSpace, matching, pixel_space
-from dbtrain.log import say
+from dbtrain.families.base import Family, matching, padded, pixel_space
 from dbtrain.objectives import DDPM
 from dbtrain.pretrained import Pretrained
 
@@ -27,13 +27,8 @@ ENLARGES = 4  # stage II: output px per input px
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
     """T5 ids and mask, (prompts, LENGTH) int64 each; lower case, as IFPipeline has it."""
-    tokenizer = tokenizers["text_encoder"]
-    texts = [prompt.lower().strip() for prompt in prompts]
-    for prompt, ids in zip(prompts, tokenizer(texts).input_ids, strict=True):
-        if len(ids) > LENGTH:
-            say(f"prompt '{prompt}' has {len(ids)} tokens; the model reads the first {LENGTH}")
-    padded = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
-    return {"text_encoder": padded.input_ids, "mask": padded.attention_mask}
+    found = padded(tokenizers["text_encoder"], [prompt.lower().strip() for prompt in prompts], LENGTH)
+    return {"text_encoder": found.input_ids, "mask": found.attention_mask}
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,25 +41,15 @@ def encode_images(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
     return {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)}
 
 
-def draw(stored: Mapping[str, Tensor], posterior: Tensor, space: LatentSpace) -> Tensor:
+def draw(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
     return stored["pixels"].float() / 127.5 - 1
 
 
-def check(base: Pretrained) -> None:
-    channels = base.setting("unet", "in_channels", int)
-    if channels != 3 or base.setting("unet", "out_channels", int) not in (3, 6):
-        raise ConfigError(f"base model {base.name}: a stage I UNet sees 3 channels, this one {channels}")
-    _check_text(base)
-
-
-def check_2(base: Pretrained) -> None:
-    channels = base.setting("unet", "in_channels", int)
-    if channels != 6 or base.setting("unet", "out_channels", int) not in (3, 6):
-        raise ConfigError(f"base model {base.name}: a stage II UNet sees 6 channels, this one {channels}")
-    _check_text(base)
-
-
-def _check_text(base: Pretrained) -> None:
+def check(base: Pretrained, channels: int) -> None:
+    """The UNet sees pixels (stage II: and those of the small image), and gives pixels and maybe variances."""
+    for name, right in (("in_channels", (channels,)), ("out_channels", (3, 6))):
+        if (found := base.setting("unet", name, int)) not in right:
+            raise ConfigError(f"base model {base.name}: {name} of its unet is {found}, not {right[0]}")
     wide = "encoder_hid_dim" if base.config("unet").get("encoder_hid_dim") else "cross_attention_dim"
     matching(base, [("unet", wide, "text_encoder", "d_model")])
 
@@ -113,7 +98,7 @@ STAGE_1 = Family(
     space=pixel_space,
     encode_images=encode_images,
     draw=draw,
-    check=check,
+    check=partial(check, channels=3),
     denoise=denoise,
     vae=None,
     lora_loads=("unet",),  # IFPipeline's loader knows CLIP's layers only
@@ -123,7 +108,7 @@ STAGE_2 = replace(
     STAGE_1,
     name="deepfloyd-2",
     pipeline="IFSuperResolutionPipeline",
-    check=check_2,
+    check=partial(check, channels=6),
     denoise=denoise_2,
     noising="image_noising_scheduler",
     sees={"image": small_image, "itself": itself},

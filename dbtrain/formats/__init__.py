@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from dbtrain import files
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.formats import diffusers_file, kohya_file, peft_folder
-from dbtrain.formats.common import Modules, States, by_module, one_rank
+from dbtrain.formats.common import Modules, States, by_module, one_rank, scale_of
 from dbtrain.keys import content_key
 
+KINDS = ("LORA", "LOHA", "LOKR")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -66,9 +68,8 @@ def check(name: str, family: Family, states: States) -> None:
 def write(name: str, folder: Path, family: Family, states: States) -> Path:
     """Write an adapter into `folder` in one format; the path that its loader takes.
 
-    Raises ConfigError if the format cannot hold it, or if the disk is full.
+    For what the format can hold: see `check`. Raises ConfigError if the disk is full.
     """
-    check(name, family, states)
     try:
         FORMATS[name].write(folder, family, states)
     except SafetensorError as error:  # its writer reports a full disk this way
@@ -79,12 +80,10 @@ def write(name: str, folder: Path, family: Family, states: States) -> Path:
 def find(adapter: str | Path) -> Path:
     """The adapter of a run folder or an export folder, or the file itself. Raises ConfigError if none."""
     path = files.expand(adapter)
+    if path.name == peft_folder.WEIGHTS and (path.parent / peft_folder.CONFIG).is_file():
+        return path.parent
     if path.is_file():
-        return (
-            path.parent
-            if path.name == peft_folder.WEIGHTS and (path.parent / peft_folder.CONFIG).is_file()
-            else path
-        )
+        return path
     for folder in (path / "export", path):
         for main in (form.main for form in FORMATS.values() if form.main):
             if (folder / main).is_file():
@@ -117,6 +116,8 @@ def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> Sta
         _check(states, found)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # settings that are none
+        raise ConfigError(f"adapter {path}: its settings are damaged: {reason(error)}") from error
     return states
 
 
@@ -162,8 +163,12 @@ def _check(states: States, modules: Modules) -> None:
         strange = [layer for layer in by_module(state) if layer not in names]
         if strange:
             raise ConfigError(f"the base's {component} has no module '{strange[0]}'")
-        if state.config["peft_type"] == "LORA":
-            one_rank(state.tensors, ("lora_A.weight",), axis=0)
+        if (kind := state.config["peft_type"]) not in KINDS:
+            raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
+        if not 0 < scale_of(state.config) < math.inf:
+            raise ConfigError(f"its strength is {scale_of(state.config)}")
+        if kind == "LORA":
+            one_rank(state.tensors, ("lora_A.weight",))
 
 
 FORMATS = {

@@ -16,6 +16,7 @@ MAGNITUDE = "lora_magnitude_vector"  # DoRA's, (out,)
 
 
 def nested(name: str) -> str:
+    """A CLIP layer's name below `text_model.`, where files have it; other names as they are."""
     return f"text_model.{name}" if name.startswith("encoder.layers.") else name
 
 
@@ -47,9 +48,9 @@ def scale_of(config: Mapping[str, Any]) -> float:
     return alpha_in(config) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def one_rank(tensors: Mapping[str, Tensor], parts: tuple[str, ...], axis: int) -> int:
+def one_rank(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> int:
     """The one rank of all layers. Raises ConfigError if they differ, or if it cannot be told."""
-    ranks = {tensor.shape[axis] for name, tensor in tensors.items() if name.endswith(parts)}
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(parts)}
     if len(ranks) != 1:
         raise ConfigError(f"its layers have {'different' if ranks else 'no'} ranks {sorted(ranks) or ''}")
     return ranks.pop()
@@ -57,7 +58,7 @@ def one_rank(tensors: Mapping[str, Tensor], parts: tuple[str, ...], axis: int) -
 
 def lora_config(tensors: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Any]:
     """PEFT's settings of a LoRA that came without them."""
-    rank = one_rank(tensors, ("lora_A.weight",), axis=0)
+    rank = one_rank(tensors, ("lora_A.weight",))
     layers = {name.rpartition(".lora_A.")[0] for name in tensors if ".lora_A." in name}
     strength = float(rank if alpha is None else alpha)
     return {

@@ -69,5 +69,5 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], modules: Mo
             mine = convert_unet_state_dict_to_peft(mine) if any(".lora." in name for name in mine) else mine
         config = {key.removeprefix(f"{component}."): value for key, value in metadata.items()
                   if key.startswith(f"{component}.")}  # fmt: skip
-        states[component] = AdapterState(mine, config or lora_config(mine))
+        states[component] = AdapterState(mine, lora_config(mine) | config)
     return states

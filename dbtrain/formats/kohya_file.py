@@ -122,7 +122,7 @@ def _inferred(tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, A
         return lora_config(tensors, alpha)
     parts = ("hada_w1_b",) if kind == "hada" else ("lokr_w2_b", "lokr_w1_b")
     if any(name.endswith(parts) for name in tensors):
-        rank = one_rank(tensors, parts, axis=0)
+        rank = one_rank(tensors, parts)
     else:  # nothing is decomposed: any rank from which PEFT does not decompose
         rank = max(max(tensor.shape[:2]) for tensor in tensors.values())
     return {

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from dbtrain import generate, tiny
 from dbtrain.config import Model
-from dbtrain.sample import AdapterPipeline
+from dbtrain.pipeline import AdapterPipeline
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge, as_tensor, labels
 from dbtrain.tiny.paint import KINDS, Scene, render
@@ -105,8 +106,8 @@ def measure_pictures(folder: Path, guidance: float, pictures: int, each: int) ->
     }
 
 
-def _share(hits: object) -> float:
-    values = [bool(hit) for hit in hits]  # type: ignore[attr-defined]
+def _share(hits: Iterable[bool]) -> float:
+    values = list(hits)
     return sum(values) / len(values)
 
 

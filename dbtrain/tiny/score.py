@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -127,7 +128,6 @@ def judged(
     placed: Sequence[Sequence[Image.Image]],
 ) -> Scores:
     """Scores of pictures: of the class without and with the adapter, of the subject, and in each place."""
-    real = [render(world.subject_scene(kind, number)) for number in HELD_OUT]
     readings = [judge.read(pictures) for pictures in placed]
     wanted = list(zip(world.PLACE_WORDS, readings, strict=True))
     count = sum(map(len, placed))
@@ -135,7 +135,7 @@ def judged(
     return Scores(
         likeness_base=like_base.mean().item(),
         likeness=judge.likeness(plain, photos).mean().item(),
-        likeness_real=judge.likeness(real, photos).mean().item(),
+        likeness_real=judge.likeness(_held_out(kind), photos).mean().item(),
         place=sum(reading.places.count(place) for place, reading in wanted) / count,
         kind=sum(reading.kinds.count(kind) for _, reading in wanted) / count,
         drift=(like_kept > SAME).float().mean().item(),
@@ -172,14 +172,19 @@ def _subject(cfg: Config) -> tuple[str, list[Image.Image]]:
             f"evaluate judges pictures of the embedded base's small world: {', '.join(KINDS)}; "
             f"prepare.instance_prompt ends in '{kind}'"
         )
-    photos = [Image.open(path).convert("RGB") for path in images.find(cfg.prepare.photos, "prepare.photos")]
-    real = [render(world.subject_scene(kind, number)) for number in HELD_OUT]
-    if Judge.load().likeness(real, photos).mean().item() < SAME:
+    photos = [images.load(path) for path in images.find(cfg.prepare.photos, "prepare.photos")]
+    if not photos or Judge.load().likeness(_held_out(kind), photos).mean().item() < SAME:
         raise ConfigError(
             f"the photos in {cfg.prepare.photos} do not show the small world's {kind}; "
             f"draw its photos: python -m dbtrain.tiny.world {cfg.prepare.photos} {kind}"
         )
     return kind, photos
+
+
+@cache
+def _held_out(kind: str) -> list[Image.Image]:
+    """Renders of the subject that no photo shows."""
+    return [render(world.subject_scene(kind, number)) for number in HELD_OUT]
 
 
 def _sampling(cfg: Config, count: int) -> Config:
