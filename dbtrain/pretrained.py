@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from dbtrain.keys import content_key
 
 EMBEDDED = {"tiny": tiny.path}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SENTENCEPIECE = "spiece.model"  # T5's vocabulary, where nobody made a tokenizer.json of it
 LIBRARIES = ("diffusers", "transformers")  # a model folder may name classes of these, nothing else
 
 
@@ -75,6 +76,8 @@ class Pretrained:
         kind = self._class(component)
         hush()
         options: dict[str, Any] = {}
+        if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
+            self._check_vocabulary(self.folder / component)
         if issubclass(kind, torch.nn.Module):
             options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
@@ -108,6 +111,19 @@ class Pretrained:
         if not hasattr(kind, "from_pretrained"):
             raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
         return kind
+
+    def _check_vocabulary(self, folder: Path) -> None:
+        """Raise ConfigError where transformers would make up a tokenizer, or not say what it lacks."""
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            return
+        if not (folder / SENTENCEPIECE).is_file():
+            raise ConfigError(f"base model {self.name}: {folder} holds no vocabulary")
+        lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+        if lacking:
+            raise ConfigError(
+                f"'{folder.name}' of base model {self.name} is a SentencePiece model, which takes "
+                "two more packages to read; run: pip install sentencepiece protobuf"
+            )
 
     def skeleton(self, component: str) -> torch.nn.Module:
         """A component's modules without any weights, from its config alone."""
@@ -153,6 +169,13 @@ class Pretrained:
         if not isinstance(values, dict):
             raise ConfigError(f"base model {self.name}: {path} holds no settings")
         return values
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
 
 
 def hush() -> None:

@@ -366,6 +366,35 @@ def test_an_sdxl_refiner_and_an_unknown_pipeline_are_refused(make: Make, tmp_pat
             prepare(make(model={"path": str(folder)}))
 
 
+def test_t5_s_vocabulary_as_deepfloyd_publishes_it(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """A SentencePiece model and no tokenizer.json; without either, transformers would make one up."""
+    import sentencepiece
+
+    folder = shutil.copytree(bases.if_1(), tmp_path / "if")
+    words = folder / "tokenizer"
+    (words / "tokenizer.json").unlink()
+    base = Pretrained.find(Model(path=str(folder)))
+    with pytest.raises(ConfigError, match="holds no vocabulary"):
+        base.load("tokenizer")
+    lines = [
+        f"a photo of a {colour} {thing}" for colour in ("red", "green") for thing in ("dog", "cat", "mug")
+    ]
+    with (words / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=30, pad_id=0, eos_id=1, unk_id=2,
+            bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    ids = base.load("tokenizer")("a photo of a red dog").input_ids
+    model = sentencepiece.SentencePieceProcessor(model_file=str(words / "spiece.model"))
+    assert ids == [*model.encode("a photo of a red dog"), 1] and 2 not in ids
+    before = base.key("tokenizer")
+    (words / "spiece.model").write_bytes((words / "spiece.model").read_bytes() + b" ")
+    assert base.key("tokenizer") != before, "another vocabulary gives other embeddings"
+    monkeypatch.setattr("dbtrain.pretrained._installed", lambda package: package != "sentencepiece")
+    with pytest.raises(ConfigError, match="pip install sentencepiece protobuf"):
+        base.load("tokenizer")
+
+
 def test_dropout_of_rows_and_layers_is_a_function_of_the_step(make: Make, tmp_path: Path) -> None:
     def trained(name: str, **changes: Any) -> dict[str, Tensor]:
         cfg = configured(make, tmp_path, "sd", adapter__kind="loha", run_dir=str(tmp_path / name), **changes)
