@@ -6,13 +6,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import dbtrain
+from dbtrain import files, preempt
 from dbtrain.config import Config
-from dbtrain.errors import ConfigError, os_problem, reason
+from dbtrain.errors import ConfigError, Lost, Preempted, os_problem, reason
 
 app = typer.Typer(
     add_completion=False,
@@ -32,11 +33,15 @@ Overrides = Annotated[
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
-    """The checked config, and then the terminal log."""
+    """The checked config; from here on, signals ask for an orderly stop, and the terminal is told."""
     cfg = Config.load(config, overrides or ())
-    from dbtrain import log
+    preempt.listen(files.expand(cfg.run_dir), cfg.faults.stop_before_s)
+    from dbtrain import dist, log
 
+    dist.adopt_slurm()
     log.start()
+    if dist.is_main():
+        preempt.unmark()
     return cfg
 
 
@@ -50,14 +55,20 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    until: Annotated[
+        int | None, typer.Option(help="stop at this step, as if preempted there; run again to go on")
+    ] = None,
+) -> None:
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
     from dbtrain import hub
     from dbtrain import train as verb
 
     hub.check(cfg)
-    verb.train(cfg)
+    verb.train(cfg, until)
     hub.push(cfg)
 
 
@@ -132,7 +143,6 @@ def evaluate(
 ) -> None:
     """How well a run on the embedded base learnt its subject: scores, and a sheet to see it."""
     cfg = _load(config, overrides)
-    from dbtrain import files
     from dbtrain.tiny import score
 
     other = score.Scores.load(beside) if beside else None
@@ -141,6 +151,48 @@ def evaluate(
     if scores:
         print(score.table(scores, other))
         print(f"contact sheet: {out / 'sheet.png'}")
+
+
+@app.command()
+def doctor(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="a few steps: straight, interrupted, on 2 processes; the gaps")
+    ] = False,
+) -> None:
+    """Checks of a config on this machine."""
+    cfg = _load(config, overrides)
+    from dbtrain import doctor as verb
+
+    if not exact:
+        raise ConfigError("tell doctor what to check: --exact")
+    print(verb.HEAD)
+    gaps = []
+    for gap in verb.exact(cfg):
+        print(gap, flush=True)
+        gaps.append(gap)
+    if bad := [gap.way.name for gap in gaps if not gap.fine]:
+        raise ConfigError(f"not the same run as the straight one: {', '.join(bad)}")
+
+
+@app.command()
+def config(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    key: Annotated[str | None, typer.Option(help="print this setting's value only, e.g. run_dir")] = None,
+) -> None:
+    """The config as every verb would read it, overrides and defaults included."""
+    cfg = Config.load(config, overrides or ())
+    if key is None:
+        print(cfg.dump(), end="")
+        return
+    value: Any = cfg
+    for part in key.split("."):
+        if part not in getattr(type(value), "model_fields", {}):
+            raise ConfigError(f"there is no setting '{key}'")
+        value = getattr(value, part)
+    print(value)
 
 
 @app.callback(invoke_without_command=True)
@@ -155,18 +207,20 @@ CURES = {
     "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
     "or set train.gradient_checkpointing",
     "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
-    "gloo": "another rank has ended; its own message says why",
 }
+PREEMPTED, LOST, INTERRUPTED = 75, 3, 130
 
 
 def entry() -> None:
-    """Run a verb and end with its exit code: 0 done, 2 the user can fix it, 1 a bug."""
+    """Run a verb and end with its exit code: 0 done, 2 the user can fix it, 1 a bug, and see above."""
     code = 1
     try:
         app(standalone_mode=True)
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
+        if code == INTERRUPTED:  # click's word for a KeyboardInterrupt
+            print("interrupted; run the same command again to go on", file=sys.stderr)
     except ConfigError as error:
         code = _refuse(error)
     except OSError as error:
@@ -174,18 +228,45 @@ def entry() -> None:
             code = _refuse(ConfigError(os_problem(error)))
         except OSError:
             traceback.print_exc()
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        code = 130
+    except Preempted as stop:
+        code = _stopped(stop)
     except Exception as error:
+        lost = sys.modules["dbtrain.dist"].lost(error) if "dbtrain.dist" in sys.modules else None
         cure = next((cure for kind, cure in CURES.items() if kind in f"{type(error).__name__} {error}"), None)
-        if cure:
+        if lost:
+            code = _alone(lost)
+        elif cure:
             code = _refuse(ConfigError(f"{reason(error)}: {cure}"))
         else:
             traceback.print_exc()
     if "dbtrain.dist" in sys.modules:
         sys.modules["dbtrain.dist"].finish(code)
     sys.exit(code)
+
+
+def _stopped(stop: Preempted) -> int:
+    """Say so once, and leave the marker. Under torchrun 0, as its agent takes all else for a failure."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"stopped: {stop}; run the same command again to go on", file=sys.stderr)
+        if not preempt.interrupted():
+            preempt.mark(str(stop))
+    if preempt.interrupted():
+        return INTERRUPTED
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+
+
+def _alone(lost: Lost) -> int:
+    """Every survivor speaks and leaves the marker: any of them may be the only one."""
+    text = f"rank {os.environ['RANK']}: {lost}"
+    if lost.ended:
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    print(f"error: {text}; run the same command again to go on from the last checkpoint", file=sys.stderr)
+    try:
+        preempt.mark(text)
+    except OSError as error:
+        print(f"error: {os_problem(error)}", file=sys.stderr)
+    return LOST
 
 
 def _refuse(error: ConfigError) -> int:

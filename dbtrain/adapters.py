@@ -22,8 +22,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dbtrain import rng
-from dbtrain.config import Adapter, AdapterSettings
 from dbtrain.errors import ConfigError, reason
+from dbtrain.settings import Adapter, AdapterSettings
 
 NAME = "default"  # PEFT's name of the one adapter that is trained
 LAYERS = (nn.Linear, nn.Conv2d)  # what every kind can adapt
@@ -219,7 +219,7 @@ def _silence_dropout(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-        elif isinstance(getattr(layer, "dropout", None), float):
+        elif isinstance(vars(layer).get("dropout"), float):  # its own, not its config's
             layer.dropout = 0.0
 
 

@@ -5,10 +5,12 @@ Data order, randomness and learning rate are functions of the step, so nothing e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,26 @@ from dbtrain.network import DreamBooth
 from dbtrain.pretrained import Pretrained
 
 STATE = "state.json"
+
+
+@dataclass
+class Progress:
+    """What changes while training, and so what a checkpoint holds; beside it only the step."""
+
+    model: DreamBooth
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    skipped: torch.Tensor  # () int64, on the device: steps left out, as something was not finite
+
+    @classmethod
+    def begin(cls, model: DreamBooth, cfg: Config) -> Progress:
+        """Nothing done yet."""
+        device = dist.device()
+        return cls(
+            model, optim.build(model.trainable(), cfg.optim),
+            torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16"),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )  # fmt: skip
 
 
 def folders(run_dir: Path) -> list[Path]:
@@ -72,33 +94,31 @@ def _shards_identity(manifest: Manifest) -> str:
     return f"{rows}, content {content[:12]}"
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    model: DreamBooth,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    who: Mapping[str, Any],
-    keep: int,
-) -> None:
-    """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`."""
+def save(run_dir: Path, step: int, progress: Progress, who: Mapping[str, Any], keep: int) -> None:
+    """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`.
+
+    Raises ConfigError if the ranks' adapters differ, which nothing else would show.
+    """
+    check_ranks(progress.model)
     with dist.agreed():
         if dist.is_main():
             path = run_dir / "checkpoints" / f"step-{step:06d}"
-            files.write_folder_atomically(path, lambda part: _fill(part, step, model, optimizer, scaler, who))
+            files.write_folder_atomically(path, lambda part: _fill(part, step, progress, who))
             for old in folders(run_dir)[:-keep]:
                 shutil.rmtree(old)
 
 
-def _fill(
-    part: Path,
-    step: int,
-    model: DreamBooth,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    who: Mapping[str, Any],
-) -> None:
-    for component, adapter in model.states().items():
+def check_ranks(model: DreamBooth) -> None:
+    """Raise ConfigError unless all ranks hold the same adapter: DDP only ever adds equal gradients to it."""
+    if dist.world() > 1:
+        weights = hashlib.sha256()
+        for parameter in model.trainable().values():
+            weights.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+        dist.assert_same(weights.hexdigest(), "the adapter")
+
+
+def _fill(part: Path, step: int, progress: Progress, who: Mapping[str, Any]) -> None:
+    for component, adapter in progress.model.states().items():
         if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
             raise ConfigError(
                 f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
@@ -107,10 +127,13 @@ def _fill(
         (part / component).mkdir()
         for name, content in peft_folder.contents(adapter).items():
             files.write(part / component / name, content)
-    moments = optim.state(optimizer, model.trainable())
+    moments = optim.state(progress.optimizer, progress.model.trainable())
     files.write(part / "optimizer.safetensors", safetensors.torch.save(moments))
     written = {str(path.relative_to(part)): files.sha256_of(path) for path in part.rglob("*.*")}
-    state = {"step": step, "identity": who, "scaler": scaler.state_dict(), "files": written}
+    state = {
+        "step": step, "skipped": progress.skipped.item(), "scaler": progress.scaler.state_dict(),
+        "identity": who, "files": written,
+    }  # fmt: skip
     files.write(part / STATE, json.dumps(state, indent=1) + "\n")
 
 
@@ -144,14 +167,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_latest(
-    run_dir: Path,
-    model: DreamBooth,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    who: Mapping[str, Any],
-) -> int:
-    """Put the newest whole checkpoint into the model and its optimizer; the step it was taken at.
+def load_latest(run_dir: Path, progress: Progress, who: Mapping[str, Any]) -> int:
+    """Put the newest whole checkpoint into `progress`; the step it was taken at.
 
     0 if there is none. Rank 0 chooses. Raises ConfigError that names each setting by which the run
     differs from the one that is to be continued.
@@ -165,12 +182,13 @@ def load_latest(
     with dist.agreed():
         state = read_state(path)
         check_identity(path, state["identity"], who)
-        for component, module in model.trained.items():
+        for component, module in progress.model.trained.items():
             adapters.restore(module, peft_folder.read(path / component).tensors)
         saved = safetensors.torch.load_file(path / "optimizer.safetensors")
-        optim.load_state(optimizer, model.trainable(), saved)
+        optim.load_state(progress.optimizer, progress.model.trainable(), saved)
+        progress.skipped.fill_(state["skipped"])
         if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+            progress.scaler.load_state_dict(state["scaler"])
     return state["step"]
 
 

@@ -17,6 +17,21 @@ class ConfigError(ValueError):
         self.shared = shared
 
 
+class Preempted(Exception):
+    """Work that stopped early and in order: all is saved, and the same command goes on from there."""
+
+
+class Lost(Exception):
+    """Another rank is gone or does not answer; what was saved last is where a rerun goes on.
+
+    `ended`: it ended of itself, having said why, so that a rerun would end alike.
+    """
+
+    def __init__(self, text: str, ended: bool) -> None:
+        super().__init__(text)
+        self.ended = ended
+
+
 # What an operating system refuses for reasons outside this program.
 _USER_ERRNOS = {
     getattr(errno, name)

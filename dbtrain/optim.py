@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dbtrain.config import Optim
 from dbtrain.errors import ConfigError
+from dbtrain.settings import Optim
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 

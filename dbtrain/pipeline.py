@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dbtrain import dist, families, formats, generate
 from dbtrain.adapters import KINDS, AdapterState
-from dbtrain.config import Model
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.formats.common import States
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Model
 
 
 class AdapterPipeline:

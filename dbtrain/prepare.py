@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbtrain import dist, families, files, log
-from dbtrain.config import Config, Prepare
+from dbtrain import dist, families, files, lock, log, preempt
+from dbtrain.config import Config
 from dbtrain.data import class_images, encode, images, shards
+from dbtrain.data.storage import Storage
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Prepare
 
 SHARD_ROWS = 256  # most rows of a shard
 SHARDS = 64  # most shards while they fit that
@@ -45,6 +47,7 @@ class Task:
     base: Pretrained
     family: Family
     folder: Path
+    place: Storage  # the same folder
     old: shards.Manifest | None
 
 
@@ -58,8 +61,14 @@ def prepare(cfg: Config) -> Path:
                           "prepare.instance_prompt")  # fmt: skip
     dist.init()
     base = Pretrained.find(cfg.model)
-    folder = files.expand(cfg.data.shards)
     with dist.agreed():
+        place = Storage(cfg.data.shards)
+        folder = place.folder
+        if folder is None:
+            raise ConfigError(
+                f"data.shards is '{cfg.data.shards}'; prepare writes to a folder on this machine, "
+                "which can then be copied there"
+            )
         family = families.detect(base, cfg.model)
         family.space(base, cfg.prepare.resolution)  # raises now, not after all the encoding
         if folder.exists() and not folder.is_dir():
@@ -74,7 +83,12 @@ def prepare(cfg: Config) -> Path:
     if cfg.prepare.class_prompt:
         pictures["class"] = class_images.ensure(base, family, cfg.prepare)
 
-    task = Task(cfg, cfg.prepare, base, family, folder, _old_manifest(folder))
+    with lock.held(folder, "data.shards"):
+        return _fill(Task(cfg, cfg.prepare, base, family, folder, place, _old_manifest(place)), pictures)
+
+
+def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
+    """Make what the folder lacks of the planned shards, and publish the manifest."""
     with dist.agreed():
         plan = _plan(task, pictures) if dist.is_main() else None
     texts, components, plans = dist.from_main(plan)
@@ -91,7 +105,7 @@ def prepare(cfg: Config) -> Path:
     with dist.agreed():
         if dist.is_main():
             _publish(task, _manifest(task, texts, components, planned, vouched))
-    return folder
+    return task.folder
 
 
 def request(prepare: Prepare) -> dict[str, Any]:
@@ -163,11 +177,11 @@ def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, 
     return {"file": file, "sources": [source for source, _ in rows], "metas": metas}
 
 
-def _old_manifest(folder: Path) -> shards.Manifest | None:
+def _old_manifest(place: Storage) -> shards.Manifest | None:
     """The manifest that is there, on every rank; None if there is none that can be used."""
     with dist.agreed():
         try:
-            old = shards.Manifest.read(folder).text() if dist.is_main() else None
+            old = shards.Manifest.read(place).text() if dist.is_main() else None
         except ConfigError:
             old = None  # missing or damaged: all is made anew, and said so at the end
     text = dist.from_main(old)
@@ -185,7 +199,7 @@ def _good_files(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any]]
         entry = _entry(plan, path.read_bytes())
         shard = vouched.get(plan.file) or shards.Shard(**entry)  # not vouched for: a killed prepare's
         try:
-            if [row.meta for row in shards.read(task.folder, shard)] == plan.metas:
+            if [row.meta for row in shards.read(task.place, shard)] == plan.metas:
                 good[plan.file] = entry
         except ConfigError as problem:
             log.say(f"{problem}: making it anew")
@@ -205,6 +219,7 @@ def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
         for plan in mine:
             rows = []
             for source, meta in zip(plan.sources, plan.metas, strict=True):
+                preempt.check()
                 tensors = kept.get(meta["key"])
                 rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
                 encoded += tensors is None
@@ -223,7 +238,7 @@ def _kept_rows(task: Task, wanted: set[str]) -> dict[str, Any]:
     for shard in task.old.shards if task.old else ():
         if wanted & set(shard.keys):
             try:
-                rows = shards.read(task.folder, shard)
+                rows = shards.read(task.place, shard)
             except ConfigError:
                 continue  # harmed: `_good_files` or the encoder takes care of its rows
             kept |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in wanted}

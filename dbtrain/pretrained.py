@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from dbtrain import dist, files, tiny
-from dbtrain.config import Model
 from dbtrain.errors import ConfigError, reason
 from dbtrain.keys import content_key
+from dbtrain.settings import Model
 
 EMBEDDED = {"tiny": tiny.path}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain import dist, families, files, formats, generate, log
-from dbtrain.config import Config, Sample
+from dbtrain import dist, families, files, formats, generate, log, preempt
+from dbtrain.config import Config
 from dbtrain.data import images
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
@@ -19,6 +19,7 @@ from dbtrain.keys import content_key
 from dbtrain.pictures import TEXT_KEY, Row, contact_sheet, save_png
 from dbtrain.pipeline import AdapterPipeline
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Sample
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
         log.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
-        _draw(cfg, base, mixes, paths, prompts, out, side, small)
+        _draw(cfg, base, mixes, paths, prompts, out, side, small, key)
     with dist.agreed():
         if dist.is_main():
             for path in out.glob("??-??-seed*.png"):  # of an earlier sheet
@@ -131,13 +132,18 @@ def _draw(
     out: Path,
     side: int | None,
     small: Sequence[Image.Image],
+    key: str,
 ) -> None:
-    """This rank's pictures: (mix, prompt, image) jobs in fixed batches, dealt to ranks."""
+    """This rank's pictures: (mix, prompt, image) jobs in fixed batches, dealt to ranks.
+
+    Those that an interrupted call with the same `key` made are kept.
+    """
     settings, size = cfg.sample, cfg.sample.batch
     jobs = _jobs(len(mixes), len(prompts), settings)
     of_mix = [[job for job in jobs if job[0] == m] for m in range(len(mixes))]
     batches = [every[i : i + size] for every in of_mix for i in range(0, len(every), size)]
-    mine = batches[dist.rank() :: dist.world()]
+    kept = {job for job in jobs if _key_in(out / _name(*job)) == key}
+    mine = [batch for batch in batches[dist.rank() :: dist.world()] if not kept.issuperset(batch)]
     if not mine:
         return
     family = families.detect(base, cfg.model)
@@ -151,6 +157,7 @@ def _draw(
         pipe.add(name, paths[path])
     with log.bar(sum(map(len, mine)), "sample", "image", share=True) as bar:
         for batch in mine:
+            preempt.check()
             mix = mixes[batch[0][0]]
             pipe.use({names[path]: scale for path, scale in mix.parts})
             seeds = [seed for _, _, seed in batch]
@@ -160,7 +167,7 @@ def _draw(
             for (m, p, seed), picture in zip(batch, pictures, strict=True):
                 note = {"prompt": prompts[p], "seed": seed, "adapters": mix.label,
                         "model": cfg.model.path, "steps": settings.steps,
-                        "guidance": settings.guidance}  # fmt: skip
+                        "guidance": settings.guidance, "key": key}  # fmt: skip
                 save_png(out / _name(m, p, seed), picture, json.dumps(note))
             bar.update(len(batch))
 
@@ -183,6 +190,16 @@ def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, in
 
 def _name(mix: int, prompt: int, seed: int) -> str:
     return f"{mix:02d}-{prompt:02d}-seed{seed}.png"
+
+
+def _key_in(path: Path) -> str:
+    """The key of the call that drew a picture; none if it is not there, or damaged."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return json.loads(getattr(picture, "text", {}).get(TEXT_KEY, "{}")).get("key", "")
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def _is_made(sheet: Path, key: str, names: Sequence[str]) -> bool:

@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dbtrain import adapters, checkpoint, dist, export, families, files, formats, log, optim, prepare, rng
+from dbtrain import (
+    adapters,
+    checkpoint,
+    dist,
+    export,
+    families,
+    files,
+    formats,
+    lock,
+    log,
+    optim,
+    preempt,
+    prepare,
+    rng,
+    run_log,
+)
+from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
+from dbtrain.data.storage import Storage
 from dbtrain.data.stream import LatentStream
-from dbtrain.errors import ConfigError
+from dbtrain.errors import ConfigError, Preempted
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
 from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.run_log import Outcome
 
 
-def train(cfg: Config) -> Path:
+def train(cfg: Config, until: int | None = None) -> Path:
     """Fit one adapter for `cfg.train.steps` optimizer steps and export it; returns the run folder.
 
-    Run again, it goes on from the newest checkpoint, or does nothing if it is done. Raises
-    ConfigError for what a user can fix, on every rank.
+    Run again, it goes on from the newest checkpoint, or does nothing if it is done. Raises ConfigError
+    for what a user can fix, and Preempted (with a checkpoint) if it is to stop early: on every rank, at
+    the same step. `until`: a step to stop at, as if preempted there.
     """
     dist.init()
     dist.assert_same(content_key(cfg.model_dump(mode="json")), "the config")
-    run_dir, folder = files.expand(cfg.run_dir), files.expand(cfg.data.shards)
+    with lock.held(files.expand(cfg.run_dir), "run_dir"):
+        return _train(cfg, until)
+
+
+def _train(cfg: Config, until: int | None) -> Path:
+    run_dir, place = files.expand(cfg.run_dir), Storage(cfg.data.shards, cfg.faults.retries)
     base = Pretrained.find(cfg.model)
     with dist.agreed():
         share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
-        manifest = Manifest.read(folder)
+        manifest = Manifest.read(place)
         family = families.detect(base, cfg.model)
         if dist.is_main():
-            manifest.check_files(folder)
+            manifest.check_files(place)
             _check_made_for(cfg, base, manifest)
         who = checkpoint.identity(cfg, base, family, manifest) if dist.is_main() else None
     who = dist.from_main(who)
@@ -43,90 +68,90 @@ def train(cfg: Config) -> Path:
         return run_dir
 
     with dist.agreed():
-        table = shards.read_prompts(folder, manifest.prompts)
+        table = shards.read_prompts(place, manifest.prompts)
         model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
         for name in cfg.export.formats:  # now, not after the last step
             formats.check(name, family, model.states())
         if dist.is_main():
             files.write_atomically(run_dir / "config.yaml", cfg.dump())
             (run_dir / "DONE").unlink(missing_ok=True)
-    optimizer = optim.build(model.trainable(), cfg.optim)
-    scaler = torch.amp.GradScaler(dist.device().type, enabled=cfg.train.precision == "fp16")
-    start = checkpoint.load_latest(run_dir, model, optimizer, scaler, who)
-    _check_adapter_is_shared(model)
+    progress = Progress.begin(model, cfg)
+    start = checkpoint.load_latest(run_dir, progress, who)
+    checkpoint.check_ranks(model)
 
     if cfg.train.compile:
         model.compile_denoiser()
-    ddp = dist.wrap(model)
     role_weights = _role_weights(cfg, manifest)
     stream = LatentStream(
-        folder, manifest, share, role_weights, seed=cfg.seed, start=start,
+        place, manifest, share, role_weights, seed=cfg.seed, start=start,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     with dist.agreed():
-        run_log = log.RunLog(run_dir, cfg, start, class_rows="class" in role_weights)
+        meters = run_log.RunLog(run_dir, cfg, start, list(role_weights), stream.source)
     log.say(_greeting(cfg, model, manifest, role_weights, start))
-    try:
+    with dist.training(cfg.faults.timeout_s), closing(stream), meters:
+        ddp, votes = dist.wrap(model), dist.Vote()
         for step in range(start, cfg.train.steps):
+            dist.at(step + 1)
             lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
-            optim.set_lr(optimizer, lr)
+            optim.set_lr(progress.optimizer, lr)
             waited = stream.wait_s
-            losses, grad_norm = train_step(ddp, optimizer, scaler, stream, step, cfg)
+            outcome = train_step(ddp, progress, stream, step, cfg)
             done = step + 1
-            run_log.step(done, losses, grad_norm, lr, stream.wait_s - waited)
-            if done == cfg.train.steps or done % cfg.train.checkpoint_every == 0:
-                run_log.check_finite()
-                with run_log.untimed():
-                    checkpoint.save(run_dir, done, model, optimizer, scaler, who, cfg.train.keep)
+            meters.step(done, outcome, progress.skipped, lr, stream.wait_s - waited)
+            stop = votes.cast(preempt.wish())
+            last = done == cfg.train.steps
+            if last or stop or done == until or done % cfg.train.checkpoint_every == 0:
+                meters.report()  # so that no line is lost by a kill after the save
+                with meters.untimed():
+                    checkpoint.save(run_dir, done, progress, who, cfg.train.keep)
+            if (stop or done == until) and not last:
+                raise Preempted(f"{preempt.REASONS[stop] or 'as asked'}, at step {done}, which is saved")
         export.save(cfg, base, family, model.states(), cfg.train.steps, run_dir / "export")
         export.mark_done(cfg)
-    except ConfigError as problem:
-        run_log.note(f"stopped: {problem}")
-        raise
-    finally:
-        stream.close()
-        run_log.close()
     return run_dir
 
 
-def train_step(
-    ddp: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    stream: LatentStream,
-    step: int,
-    cfg: Config,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step; nothing in it reads a tensor back to the host.
-
-    Gives this rank's shares of the mean instance and class loss, (2,), which sum to the means over
-    ranks, and the norm of the gradient before clipping, (): both on the device.
-    """
+def train_step(ddp: nn.Module, progress: Progress, stream: LatentStream, step: int, cfg: Config) -> Outcome:
+    """One optimizer step; nothing in it reads a tensor back to the host."""
+    optimizer, scaler = progress.optimizer, progress.scaler
     share, device = stream.share, stream.device
     dtype = DTYPES[cfg.train.precision]
     losses = torch.zeros(2, device=device)
+    bad = torch.full((2,), torch.inf, dtype=torch.float64, device=device)
+    seen = 0
     optimizer.zero_grad()
 
     for micro in range(share.micro_batches):
         batch = next(stream)
         if adapters.drops(cfg.adapter):
             rng.seed_dropout(cfg.seed, "dropout", step, share.positions(step, micro).start)
+        seen += batch.seen
         with dist.accumulating(ddp, last=micro == share.micro_batches - 1):
             with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 per_image = ddp(batch)  # (rows,): instance rows, then class rows
             # The weights make a sum over all rows of all ranks; DDP gives the mean over ranks.
             loss = (batch.weight * per_image).sum() * share.world
             scaler.scale(loss).backward()
-        by_role = per_image.detach().view(-1, share.micro_batch).sum(1) / share.global_batch
-        losses[: len(by_role)] += by_role
+        by_role = per_image.detach().view(-1, share.micro_batch)  # (roles, micro_batch)
+        roles = len(by_role)
+        losses[:roles] += by_role.sum(1) / share.global_batch
+        positions = torch.arange(share.micro_batch, dtype=torch.float64, device=device)
+        positions += share.positions(step, micro).start
+        first = torch.where(by_role.isfinite(), torch.inf, positions).amin(1)
+        bad[:roles] = torch.minimum(bad[:roles], first)
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.optim.clip)
+    if cfg.faults.nonfinite == "skip" and not scaler.is_enabled():
+        leave_out = ~grad_norm.isfinite()
+        optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]  # as the scaler tells AdamW
+        progress.skipped += leave_out
     scaler.step(optimizer)
     scaler.update()
-    return losses, grad_norm
+    return Outcome(losses, grad_norm, bad, seen)
 
 
 def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
@@ -177,12 +202,6 @@ def _finished(cfg: Config, family: Family, who: dict) -> bool:
             export.export(cfg)
             export.mark_done(cfg)
     return finished
-
-
-def _check_adapter_is_shared(model: DreamBooth) -> None:
-    """Every rank must start from the same weights: DDP only ever adds the same gradient to them."""
-    total = [p.detach().double().sum().item() for p in model.trainable().values()]
-    dist.assert_same(content_key([float(value).hex() for value in total]), "the adapter's start")
 
 
 def _greeting(

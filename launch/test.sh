@@ -10,4 +10,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# A file's tests stay together: some share what they made.
+python -m pytest --numprocesses="${TEST_PROCESSES:-2}" --dist=loadfile "$@"

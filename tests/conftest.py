@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +20,10 @@ import yaml
 from PIL import Image, ImageDraw
 
 from dbtrain.config import Config
+from dbtrain.data.storage import Storage
 from tests import bases
+
+pytest_plugins = ["tests.cluster.machines"]
 
 ROOT = Path(__file__).parents[1]
 REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checkout has them beside it
@@ -96,6 +103,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, photos: Path, class_dir: 
     return prepare(config_in(tmp_path_factory.mktemp("prepared"), photos, class_dir))
 
 
+def at(folder: Path) -> Storage:
+    """A folder of shards, as the package reads it."""
+    return Storage(str(folder))
+
+
 def command(*args: object, ranks: int = 1) -> list[str]:
     """The command line of a verb, in one process or under torchrun."""
     launcher = [sys.executable, "-m", "dbtrain"]
@@ -103,6 +115,59 @@ def command(*args: object, ranks: int = 1) -> list[str]:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                     f"--nproc-per-node={ranks}", "-m", "dbtrain"]  # fmt: skip
     return [*launcher, *map(str, args)]
+
+
+class Started:
+    """A verb that is running, with all its processes."""
+
+    def __init__(self, *args: object, ranks: int = 1, **env: str) -> None:
+        self.tag = f"TEST_RUN={uuid.uuid4()}"
+        name, value = self.tag.split("=")
+        self.process = subprocess.Popen(
+            command(*args, ranks=ranks), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **env, name: value}, start_new_session=True,
+        )  # fmt: skip
+
+    def pids(self, rank: int | None = None) -> list[int]:
+        """The processes of all ranks, or of one of them, the agent's not."""
+        wanted = {self.tag, f"RANK={rank}"} if rank is not None else {self.tag}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                names = set((folder / "environ").read_text().split("\0"))
+                if wanted <= names and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(int(folder.name))
+        return found
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to the started process, or to one rank."""
+        for pid in [self.process.pid] if rank is None else self.pids(rank):
+            os.kill(pid, number)
+
+    def kill(self) -> None:
+        """End every process of it, at once."""
+        while pids := self.pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait_for(self, there: Callable[[], Any], seconds: float = 120) -> None:
+        """Wait until something is there; fails if the verb ends before."""
+        until = time.monotonic() + seconds
+        while not there():
+            assert self.process.poll() is None, f"it ended before: {self.end()}"
+            assert time.monotonic() < until, "it did not come"
+            time.sleep(0.01)
+
+    def end(self, seconds: float = 120) -> tuple[int, str]:
+        """Exit code and output, once it has ended."""
+        try:
+            output, _ = self.process.communicate(timeout=seconds)
+        finally:
+            self.kill()
+        print(output)
+        return self.process.returncode, output
 
 
 def dbtrain(*args: object, ranks: int = 1, **env: str) -> subprocess.CompletedProcess[str]:

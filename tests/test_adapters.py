@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dbtrain import adapters, families, formats, optim
-from dbtrain.config import Adapter, AdapterSettings, Config, Model, Optim
+from dbtrain.config import Config
 from dbtrain.errors import ConfigError
 from dbtrain.formats import kohya_file, peft_folder
 from dbtrain.formats.diffusers_file import FILE
 from dbtrain.pipeline import AdapterPipeline
 from dbtrain.prepare import prepare
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Adapter, AdapterSettings, Model, Optim
 from dbtrain.train import train
 from tests import bases
 from tests.conftest import Make

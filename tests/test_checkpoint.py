@@ -65,8 +65,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_adapter(make: Make, t
     assert done.returncode == 0
     assert "going on from step" in done.stderr
     assert same(whole, killed)
-    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [10, 20, 30, 40]
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_a_half_written_checkpoint_is_ignored(make: Make, tmp_path: Path) -> None:

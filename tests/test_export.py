@@ -14,11 +14,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from dbtrain import adapters, families, tiny
-from dbtrain.config import Adapter
 from dbtrain.export import export
 from dbtrain.formats import write
 from dbtrain.formats.diffusers_file import FILE
 from dbtrain.prepare import prepare
+from dbtrain.settings import Adapter
 from dbtrain.train import train
 from tests import bases
 from tests.conftest import Make

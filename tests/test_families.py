@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dbtrain import families, formats
-from dbtrain.config import Config, Model
+from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
@@ -32,9 +32,10 @@ from dbtrain.pipeline import AdapterPipeline
 from dbtrain.prepare import prepare
 from dbtrain.pretrained import Pretrained
 from dbtrain.sample import sample_run
+from dbtrain.settings import Model
 from dbtrain.train import train
 from tests import bases
-from tests.conftest import Make, dbtrain, draw_photo
+from tests.conftest import Make, at, dbtrain, draw_photo
 
 BASES: dict[str, Callable[[], Path]] = {
     "sd": bases.sd, "sd-v": lambda: bases.sd("v_prediction"), "sdxl": bases.sdxl, "if-1": bases.if_1,
@@ -64,7 +65,7 @@ def configured(make: Make, tmp_path: Path, base: str, **changes: Any) -> Config:
 
 def first_batch(cfg: Config, family: families.Family) -> Batch:
     folder = Path(cfg.data.shards)
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(at(folder))
     stream = LatentStream(
         folder, manifest, Share(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
@@ -80,9 +81,9 @@ def network(cfg: Config) -> DreamBooth:
 
     base = Pretrained.find(cfg.model)
     folder = Path(cfg.data.shards)
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(at(folder))
     family = families.detect(base, cfg.model)
-    table = shards.read_prompts(folder, manifest.prompts)
+    table = shards.read_prompts(at(folder), manifest.prompts)
     model = DreamBooth.build(base, family, manifest, table, cfg)
     newest = checkpoint.folders(Path(cfg.run_dir))[-1]
     for component, module in model.trained.items():
@@ -201,11 +202,11 @@ def test_compiling_and_checkpointing_give_the_same_adapter(
 def test_rows_have_their_own_prompt_size_and_crop(make: Make, tmp_path: Path) -> None:
     """The reference SDXL script gives half of a batch the other half's prompt."""
     cfg = configured(make, tmp_path, "sdxl")
-    manifest = Manifest.read(prepare(cfg))
+    manifest = Manifest.read(at(prepare(cfg)))
     family = families.get("sdxl")
     batch = first_batch(cfg, family)
     assert batch.prompt.tolist() == [0, 0, 1, 1]
-    table = shards.read_prompts(Path(cfg.data.shards), manifest.prompts)
+    table = shards.read_prompts(at(Path(cfg.data.shards)), manifest.prompts)
     base = Pretrained.find(cfg.model)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(cfg.model.path, dtype=torch.float32)
     for number, text in enumerate(["a photo of sks dog", "a photo of a dog"]):

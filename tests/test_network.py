@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from dbtrain import families, optim
+from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.order import Share
@@ -21,20 +22,20 @@ from dbtrain.network import DreamBooth
 from dbtrain.pretrained import Pretrained
 from dbtrain.train import train_step
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, at
 
 
 def build(cfg: Config, folder: Path) -> DreamBooth:
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(at(folder))
     base = Pretrained.find(cfg.model)
-    table = shards.read_prompts(folder, manifest.prompts)
+    table = shards.read_prompts(at(folder), manifest.prompts)
     return DreamBooth.build(base, families.get("sd"), manifest, table, cfg)
 
 
 def stream(cfg: Config, folder: Path, start: int = 0) -> LatentStream:
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
     share = Share(cfg.train.global_batch, cfg.train.micro_batch)
-    return LatentStream(folder, Manifest.read(folder), share, weights, seed=cfg.seed, start=start)
+    return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, start=start)
 
 
 def test_min_snr_weighs_each_row_by_its_own_timestep_with_prior_preservation(
@@ -71,7 +72,9 @@ def test_the_weighted_loss_is_the_reference_s(make: Make, prepared: Path, weight
         latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
         t = (batch.u * 1000).long()
         noisy = scheduler.add_noise(latents, batch.noise, t)
-        table = shards.read_prompts(prepared, Manifest.read(prepared).prompts)["condition.prompt_embeds"]
+        table = shards.read_prompts(at(prepared), Manifest.read(at(prepared)).prompts)[
+            "condition.prompt_embeds"
+        ]
         prediction = model.denoiser(noisy, t, table[batch.prompt]).sample
         instance, prior = prediction.chunk(2)
         noise, prior_noise = batch.noise.chunk(2)
@@ -85,16 +88,11 @@ def test_micro_batches_sum_to_the_loss_and_gradient_of_the_whole(make: Make, pre
     for micro_batch in (4, 2, 1):
         cfg = make(train__micro_batch=micro_batch, loss__prior_weight=0.7, optim__clip=1e9)
         model, batches = build(cfg, prepared), stream(cfg, prepared)
-        optimizer = optim.build(model.trainable(), cfg.optim)
-        losses, norm = train_step(model, optimizer, scaler(cfg), batches, 0, cfg)
+        outcome = train_step(model, Progress.begin(model, cfg), batches, 0, cfg)
         batches.close()
-        results.append(torch.cat([losses, norm[None]]))
+        results.append(torch.cat([outcome.losses, outcome.grad_norm[None]]))
     torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(results[2], results[0])
-
-
-def scaler(cfg: Config) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler("cpu", enabled=cfg.train.precision == "fp16")
 
 
 @contextmanager
@@ -114,16 +112,17 @@ def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_reads_no_tensor_back_to_the_host(
-    make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch, precision: str, nonfinite: str
 ) -> None:
     cfg = make(
-        train__precision=precision, train__micro_batch=2, loss__min_snr_gamma=5.0, adapter__dropout=0.1
-    )
+        train__precision=precision, train__micro_batch=2, loss__min_snr_gamma=5.0, adapter__dropout=0.1,
+        faults__nonfinite=nonfinite,
+    )  # fmt: skip
     model, batches = build(cfg, prepared), stream(cfg, prepared)
-    optimizer = optim.build(model.trainable(), cfg.optim)
-    scale = scaler(cfg)
+    progress = Progress.begin(model, cfg)
     ready = [next(batches) for _ in range(4)]  # the thread reads rows, which is not the step's doing
     batches.close()
     fake = iter(ready)
@@ -134,8 +133,9 @@ def test_a_step_reads_no_tensor_back_to_the_host(
 
     for step in range(2):
         with no_host_reads(monkeypatch):
-            losses, norm = train_step(model, optimizer, scale, Ready(), step, cfg)  # type: ignore[arg-type]
-        assert losses.isfinite().all() and norm.isfinite()
+            outcome = train_step(model, progress, Ready(), step, cfg)  # type: ignore[arg-type]
+        assert outcome.losses.isfinite().all() and outcome.grad_norm.isfinite()
+        assert outcome.bad.isinf().all() and progress.skipped == 0
 
 
 def test_the_guard_catches_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,15 +151,15 @@ def test_adapters_moments_and_tables_are_fp32_in_every_precision(
 ) -> None:
     cfg = make(train__precision=precision)
     model, batches = build(cfg, prepared), stream(cfg, prepared)
-    optimizer = optim.build(model.trainable(), cfg.optim)
+    progress = Progress.begin(model, cfg)
     before = {name: p.detach().clone() for name, p in model.trainable().items()}
-    train_step(model, optimizer, scaler(cfg), batches, 0, cfg)
+    train_step(model, progress, batches, 0, cfg)
     batches.close()
     base = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert model.denoiser.conv_in.weight.dtype == base  # type: ignore[union-attr]
     assert model.objective.alphas_cumprod.dtype == torch.float32
     assert {p.dtype for p in model.trainable().values()} == {torch.float32}
-    assert {t.dtype for t in optim.state(optimizer, model.trainable()).values()} == {torch.float32}
+    assert {t.dtype for t in optim.state(progress.optimizer, model.trainable()).values()} == {torch.float32}
     moved = [name for name, p in model.trainable().items() if not torch.equal(p, before[name])]
     assert {name.split(".lora_")[1] for name in moved} == {"A.default.weight", "B.default.weight"}
     assert all(not p.requires_grad for name, p in model.denoiser.named_parameters() if "lora" not in name)
@@ -178,7 +178,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make: Make, prepared: P
         cfg = make(train__gradient_checkpointing=on, adapter__dropout=0.2, optim__clip=1e9)
         model, batches = build(cfg, prepared), stream(cfg, prepared)
         assert model.denoiser.is_gradient_checkpointing is on
-        train_step(model, optim.build(model.trainable(), cfg.optim), scaler(cfg), batches, 0, cfg)
+        train_step(model, Progress.begin(model, cfg), batches, 0, cfg)
         batches.close()
         grads.append([p.grad for p in model.trainable().values()])
     for one, other in zip(*grads, strict=True):
@@ -197,9 +197,7 @@ def test_compiled_equals_eager(make: Make, prepared: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
         if compiled:
             model.compile_denoiser()
-        losses, norm = train_step(
-            model, optim.build(model.trainable(), cfg.optim), scaler(cfg), batches, 0, cfg
-        )
+        losses, norm, *_ = train_step(model, Progress.begin(model, cfg), batches, 0, cfg)
         batches.close()
         assert set(model.state_dict()) == names, "compiling renames nothing"
         results.append((losses, norm, {name: p.grad for name, p in model.trainable().items()}))
@@ -227,7 +225,9 @@ def test_v_prediction_comes_from_the_base_s_scheduler(make: Make, prepared: Path
     with torch.no_grad():
         latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
         t = (batch.u * 1000).long()
-        table = shards.read_prompts(prepared, Manifest.read(prepared).prompts)["condition.prompt_embeds"]
+        table = shards.read_prompts(at(prepared), Manifest.read(at(prepared)).prompts)[
+            "condition.prompt_embeds"
+        ]
         prediction = unet(scheduler.add_noise(latents, batch.noise, t), t, table[batch.prompt]).sample
         want = (prediction - scheduler.get_velocity(latents, batch.noise, t)).square().mean((1, 2, 3))
         torch.testing.assert_close(model(batch), want, rtol=1e-5, atol=1e-6)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dbtrain import optim
-from dbtrain.config import Optim
 from dbtrain.errors import ConfigError
+from dbtrain.settings import Optim
 
 
 def rates(steps: int, **settings: object) -> list[float]:

@@ -16,7 +16,7 @@ from dbtrain.data import class_images, encode, shards
 from dbtrain.data.shards import Manifest
 from dbtrain.prepare import prepare
 from tests import bases
-from tests.conftest import Make, draw_photo
+from tests.conftest import Make, at, draw_photo
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def rows(folder: Path, role: str) -> list[shards.Row]:
-    return [row for shard in Manifest.read(folder).roles[role] for row in shards.read(folder, shard)]
+    return [row for shard in Manifest.read(at(folder)).roles[role] for row in shards.read(at(folder), shard)]
 
 
 def test_shards_hold_the_vae_s_moments(make: Make, photo_dir: Path) -> None:
@@ -66,8 +66,8 @@ def test_shards_hold_the_vae_s_moments(make: Make, photo_dir: Path) -> None:
 
 def test_the_prompt_table_is_the_pipeline_s_own_embedding(make: Make, photo_dir: Path) -> None:
     folder = prepare(make(prepare__photos=str(photo_dir)))
-    manifest = Manifest.read(folder)
-    table = shards.read_prompts(folder, manifest.prompts)
+    manifest = Manifest.read(at(folder))
+    table = shards.read_prompts(at(folder), manifest.prompts)
     assert manifest.prompts.texts == ("a photo of sks dog", "a photo of a dog")
     pipe = StableDiffusionPipeline.from_pretrained(bases.sd(), dtype=torch.float32)
     for number, text in enumerate(manifest.prompts.texts):
@@ -122,7 +122,7 @@ def test_a_changed_prompt_encodes_no_image(make: Make, photo_dir: Path, encoded:
     encoded.clear()
     prepare(make(prepare__photos=str(photo_dir), prepare__instance_prompt="a picture of xyz dog"))
     assert not encoded
-    assert Manifest.read(folder).prompts.texts[0] == "a picture of xyz dog"
+    assert Manifest.read(at(folder)).prompts.texts[0] == "a picture of xyz dog"
     assert {name: stat for name, stat in snapshot(folder).items() if name.endswith(".tar")} == before
     assert len(list(folder.glob("prompts-*"))) == 1
 
@@ -154,7 +154,7 @@ def test_turning_the_prior_off_drops_the_class_shards(
     encoded.clear()
     prepare(make(prepare__photos=str(photo_dir), prepare__class_prompt=None))
     assert not encoded
-    assert list(Manifest.read(folder).roles) == ["instance"]
+    assert list(Manifest.read(at(folder)).roles) == ["instance"]
     assert not list(folder.glob("class-*"))
 
 
@@ -211,7 +211,7 @@ def test_captions_give_each_photo_its_prompt(make: Make, photo_dir: Path) -> Non
     for number in range(4):
         (photo_dir / f"{number}.txt").write_text(f"a photo of sks dog, number {number % 2}\n")
     folder = prepare(make(prepare__photos=str(photo_dir), prepare__class_prompt=None, prepare__captions=True))
-    texts = Manifest.read(folder).prompts.texts
+    texts = Manifest.read(at(folder)).prompts.texts
     assert texts == ("a photo of sks dog, number 0", "a photo of sks dog, number 1")
     for row in rows(folder, "instance"):
         assert row.meta["prompt"] == int(row.meta["source"][0]) % 2

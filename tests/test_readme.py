@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dbtrain.config import fields
+from tests.cluster.machines import Cluster
 from tests.conftest import ROOT, draw_photo
 
 README = (ROOT / "README.md").read_text()
@@ -86,19 +87,27 @@ def small(line: str) -> str:
 
 def on_two_nodes(line: str) -> str:
     """The multi-node command, started twice on this machine, each with one process."""
-    line = line.replace("--nproc-per-node 8", "--nproc-per-node 1").replace("29500", "29517")
+    line = line.replace("HEAD=node1", "HEAD=127.0.0.1 RANKS=1 PORT=29517")
     line = f"{line} {shlex.join([*SMALL, 'train.steps=2', 'run_dir=runs/nodes'])}"
-    return f"HEAD=127.0.0.1; {line} & first=$!; {line} && wait $first"
+    return f"{line} & first=$!; {line} && wait $first"
+
+
+def as_a_job(line: str, slurm: Cluster, folder: Path) -> None:
+    """The batch job on a cluster of two nodes without GPUs."""
+    words = shlex.split(line.replace(" --gpus-per-node=8", ""))
+    job = slurm.call("exec", *words[:1], "--parsable", *words[1:], *SMALL, "train.steps=2",
+                     "run_dir=runs/job", cwd=folder, DBTRAIN_HOME=str(folder))  # fmt: skip
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
 
 
 @pytest.mark.parametrize("line", BASH)
-def test_every_command_runs(line: str, checkout: Path) -> None:
+def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRequest) -> None:
     if line.startswith("pip install"):
         assert "Would install dbtrain" in shell(f"python -m {line} --dry-run --no-deps", checkout)
     elif line.startswith("HEAD="):
-        assert any("$HEAD" in other for other in BASH)
-    elif "$HEAD" in line:
         shell(on_two_nodes(line), checkout)
+    elif line.startswith("sbatch"):
+        as_a_job(line, request.getfixturevalue("slurm"), checkout)
     elif line == "bash launch/test.sh":
         if not (ROOT / ".venv" / "installed-dev").exists():
             pytest.skip("needs .venv, which launch/test.sh makes")
@@ -110,6 +119,9 @@ def test_every_command_runs(line: str, checkout: Path) -> None:
         for name in ("adapter", "pictures"):
             path = re.search(rf"^{name}: +(.+)$", said, re.MULTILINE)
             assert path and Path(path[1]).is_file()
+        rows = dict(re.findall(r"^(of the .*?)  +(\d+)% +\d+%$", said, re.MULTILINE))
+        assert int(rows["of the way from base to real"]) >= 70, "what the README promises"
+        assert int(rows["of the subject's pictures in the place asked for"]) >= 75
     else:
         assert "dbtrain" in line and "configs/sd15.yaml" in line, f"no test for: {line}"
         shell(small(line), checkout)

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from dbtrain import generate
-from dbtrain.config import Model
 from dbtrain.errors import ConfigError
 from dbtrain.sample import AdapterPipeline, Mix, sample, sample_run
+from dbtrain.settings import Model
 from dbtrain.train import train
 from tests import bases
 from tests.conftest import Make

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dbtrain.config import Model
 from dbtrain.errors import ConfigError
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Model
 from tests import bases
 from tests.conftest import Make, dbtrain
 

@@ -11,14 +11,14 @@ import json
 import re
 from pathlib import Path
 
-from dbtrain import dist, files, generate, log, rng
-from dbtrain.config import Prepare
+from dbtrain import dist, files, generate, lock, log, preempt, rng
 from dbtrain.data import images
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pictures import save_png
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Prepare
 
 
 def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
@@ -46,12 +46,21 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
         if dist.is_main():
             files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
     paths = [folder / f"{index:05d}.png" for index in range(count)]
+    if not dist.from_main(all(path.exists() for path in paths)):
+        with lock.held(folder, "class images in", wait=True):  # by another subject's run, it may be
+            _complete(base, family, cfg, len(own), paths)
+    return own + paths
+
+
+def _complete(base: Pretrained, family: Family, cfg: Prepare, own: int, paths: list[Path]) -> None:
+    """Generate what is not there of `paths`, over all ranks."""
+    count = len(paths)
     batches = [range(i, min(i + cfg.sampling.batch, count)) for i in range(0, count, cfg.sampling.batch)]
     missing = dist.from_main([[i for i in batch if not paths[i].exists()] for batch in batches])
     wanted = [(batch, lacks) for batch, lacks in zip(batches, missing, strict=True) if lacks]
     if wanted:
         lacking = sum(len(lacks) for _, lacks in wanted)
-        log.say(f"class images: {len(own)} of yours, {count - lacking} kept, {lacking} to generate")
+        log.say(f"class images: {own} of yours, {count - lacking} kept, {lacking} to generate")
         with dist.agreed():
             _generate(base, family, cfg, wanted[dist.rank() :: dist.world()], paths)
         with dist.agreed():
@@ -61,7 +70,6 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
                     f"{unseen[0]} was generated on another node and is not seen on this one; "
                     "set prepare.class_dir to a folder that all nodes share"
                 )
-    return own + paths
 
 
 def _generate(
@@ -73,6 +81,7 @@ def _generate(
     pipe = generate.build(base, family, cfg.sampling.precision, dist.device())
     with log.bar(sum(len(lacks) for _, lacks in wanted), "class images", "image", share=True) as bar:
         for batch, lacks in wanted:
+            preempt.check()
             pictures = generate.draw(
                 pipe, [cfg.class_prompt or ""] * len(batch),
                 [rng.generator("class image", index) for index in batch],

@@ -13,9 +13,9 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from dbtrain import files, rng
-from dbtrain.config import Prepare
 from dbtrain.errors import ConfigError, reason
 from dbtrain.log import say
+from dbtrain.settings import Prepare
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the name says

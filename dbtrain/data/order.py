@@ -94,7 +94,7 @@ class Order:
         return Place(epoch, *_shuffled_window(self, windows[window], epoch)[index - starts[window]])
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)  # more than the columns of a large batch, each of which comes back every step
 def _windows(order: Order, shards: range, epoch: int) -> tuple[list[tuple[int, ...]], list[int]]:
     """This epoch's windows, as shard numbers, and the index of the first row of each."""
     turns = shuffled(len(shards), order.seed, order.role, "shards", shards.start, epoch)
@@ -105,7 +105,7 @@ def _windows(order: Order, shards: range, epoch: int) -> tuple[list[tuple[int, .
     return windows, [0, *accumulate(rows)][:-1]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _shuffled_window(order: Order, window: tuple[int, ...], epoch: int) -> list[tuple[int, int]]:
     rows = [(shard, row) for shard in window for row in range(order.shard_rows[shard])]
     turns = shuffled(len(rows), order.seed, order.role, "rows", window[0], epoch)

@@ -7,21 +7,20 @@ their content, so a new manifest never points into a file that an old one points
 
 from __future__ import annotations
 
-import hashlib
 import io
+import json
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
 import webdataset as wds
-from pydantic import BeforeValidator, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dbtrain import files
-from dbtrain.errors import ConfigError
+from dbtrain.data.storage import Storage
+from dbtrain.errors import ConfigError, reason
 from dbtrain.section import Names, Section
 
 VERSION: Literal[1] = 1
@@ -33,10 +32,13 @@ Numbers = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isins
 Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
 
+File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # a name in the folder: no way out of it
+
+
 class Shard(Section):
     """One tar: its file, and the content key of each row."""
 
-    file: str
+    file: File
     bytes: int
     sha256: str
     keys: Names
@@ -45,7 +47,7 @@ class Shard(Section):
 class Prompts(Section):
     """The prompt table: one file with ids and embeddings of every prompt, in the order of `texts`."""
 
-    file: str
+    file: File
     sha256: str
     texts: Names
 
@@ -72,18 +74,19 @@ class Manifest(Section):
         return roles
 
     @classmethod
-    def read(cls, folder: str | Path) -> Manifest:
-        """The manifest of a shard folder.
+    def read(cls, place: Storage) -> Manifest:
+        """The manifest of a place of shards.
 
         Raises ConfigError if there is none, or one that this version cannot read.
         """
-        path = files.expand(folder) / MANIFEST
-        if not path.is_file():
-            raise ConfigError(f"data.shards is '{folder}', where there is no {MANIFEST}; {CURE}")
         try:
-            return cls.model_validate_json(path.read_bytes(), strict=False)
+            return cls.model_validate_json(place.read(MANIFEST), strict=False)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ConfigError(
+                f"data.shards is '{place.location}', where there is no {MANIFEST}; {CURE}"
+            ) from error
         except ValidationError as error:
-            raise ConfigError(f"{path} is damaged or of another version; {CURE}") from error
+            raise ConfigError(f"{place.where(MANIFEST)} is damaged or of another version; {CURE}") from error
 
     def text(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
@@ -97,13 +100,14 @@ class Manifest(Section):
         """Rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
 
-    def check_files(self, folder: Path) -> None:
-        """Raise ConfigError that lists every shard or table that is missing or of the wrong size."""
-        problems = [
-            problem for shard in self.shards if (problem := _size_problem(folder / shard.file, shard.bytes))
-        ]
-        if not (folder / self.prompts.file).is_file():
-            problems.append(f"prompt table {folder / self.prompts.file} is missing; {CURE}")
+    def check_files(self, place: Storage) -> None:
+        """Raise ConfigError that lists every shard or table that is missing or of the wrong size.
+
+        What lies on another machine is looked at when it is read.
+        """
+        problems = [problem for shard in self.shards if (problem := _size_problem(place, shard))]
+        if not place.has(self.prompts.file):
+            problems.append(f"prompt table {place.where(self.prompts.file)} is missing; {CURE}")
         if problems:
             raise ConfigError(*problems)
 
@@ -133,40 +137,53 @@ def pack(rows: list[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def read(folder: Path, shard: Shard) -> list[Row]:
+def read(place: Storage, shard: Shard) -> list[Row]:
     """All rows of a shard, in order.
 
-    Raises ConfigError if the file is missing, truncated or not the one the manifest vouches for.
+    Raises ConfigError if the file is missing, truncated or not the one the manifest vouches for. Only
+    the two kinds of members that `pack` writes are looked at: webdataset's own decoder would unpickle.
     """
-    path = folder / shard.file
-    if problem := _size_problem(path, shard.bytes):
+    if problem := _size_problem(place, shard):
         raise ConfigError(problem)
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        raise ConfigError(f"shard {path} was altered: its sha256 is not the manifest's; {CURE}")
-    opened = [{"url": str(path), "stream": io.BytesIO(data)}]
+    path = place.where(shard.file)
+    opened = [{"url": path, "stream": io.BytesIO(_vouched(place, "shard", shard.file, shard.sha256))}]
     try:
-        samples = list(wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(opened)))
-        decoder = wds.autodecode.Decoder([wds.handle_extension("safetensors", safetensors.torch.load)])
-        decoded = [decoder(sample) for sample in samples]
-    except (tarfile.TarError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"shard {path} cannot be read: {error}; {CURE}") from error
-    return [Row(dict(sorted(sample["safetensors"].items())), sample["json"]) for sample in decoded]
+        samples = wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(opened))
+        rows = [
+            Row(
+                dict(sorted(safetensors.torch.load(sample["safetensors"]).items())),
+                json.loads(sample["json"]),
+            )
+            for sample in samples
+        ]
+    except (tarfile.TarError, SafetensorError, ValueError, LookupError) as error:
+        raise ConfigError(f"shard {path} cannot be read: {reason(error)}; {CURE}") from error
+    if [row.meta.get("key") for row in rows] != list(shard.keys):
+        raise ConfigError(f"shard {path} does not hold the manifest's rows; {CURE}")
+    return rows
 
 
-def read_prompts(folder: Path, prompts: Prompts) -> dict[str, Tensor]:
+def read_prompts(place: Storage, prompts: Prompts) -> dict[str, Tensor]:
     """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row a prompt."""
-    path = folder / prompts.file
-    if not path.is_file():
-        raise ConfigError(f"prompt table {path} is missing; {CURE}")
-    if files.sha256_of(path) != prompts.sha256:
-        raise ConfigError(f"prompt table {path} was altered: its sha256 is not the manifest's; {CURE}")
-    return safetensors.torch.load_file(path)
+    return safetensors.torch.load(_vouched(place, "prompt table", prompts.file, prompts.sha256))
 
 
-def _size_problem(path: Path, size: int) -> str | None:
+def _vouched(place: Storage, what: str, file: str, sha256: str) -> bytes:
+    try:
+        return place.read(file, sha256)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{what} {place.where(file)} is missing; {CURE}") from error
+    except ConfigError as problem:
+        raise ConfigError(f"{what} {problem}; {CURE}") from problem
+
+
+def _size_problem(place: Storage, shard: Shard) -> str | None:
+    if place.folder is None:
+        return None
+    path = place.folder / shard.file
     if not path.is_file():
         return f"shard {path} is missing; {CURE}"
-    if path.stat().st_size != size:
-        return f"shard {path} has {path.stat().st_size} bytes, not {size}: truncated or altered; {CURE}"
+    if path.stat().st_size != shard.bytes:
+        size = path.stat().st_size
+        return f"shard {path} has {size} bytes, not {shard.bytes}: truncated or altered; {CURE}"
     return None

@@ -13,7 +13,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from dbtrain import rng
 from dbtrain.data import shards
 from dbtrain.data.order import Order, Share
+from dbtrain.data.storage import Storage
 
 AHEAD = 4  # micro-batches read ahead
 
@@ -38,6 +38,7 @@ class Batch:
     weight: Tensor  # (rows,) share of the row in the step's loss
     level: Tensor  # (rows,) uniform in [0, 1), for upscalers
     extra: dict[str, Tensor]  # what the rows' descriptions add to the condition, (rows, ...) each
+    seen: int  # sum of numbers made of each row's role, position and content: to compare runs by
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, without waiting for the copy."""
@@ -50,7 +51,7 @@ class Batch:
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: change(tensor) for name, tensor in value.items()}
-            return change(value)
+            return change(value) if isinstance(value, Tensor) else value
 
         return Batch(**{field.name: changed(getattr(self, field.name)) for field in fields(self)})
 
@@ -58,15 +59,15 @@ class Batch:
 class ShardCache:
     """Decoded shards, the least recently used forgotten beyond `limit` bytes."""
 
-    def __init__(self, folder: Path, limit: float) -> None:
-        self.folder = folder
+    def __init__(self, place: Storage, limit: float) -> None:
+        self.place = place
         self.limit = limit
         self.kept: OrderedDict[str, list[shards.Row]] = OrderedDict()
         self.reads: Counter[str] = Counter()
 
     def rows(self, shard: shards.Shard) -> list[shards.Row]:
         if shard.file not in self.kept:
-            self.kept[shard.file] = shards.read(self.folder, shard)
+            self.kept[shard.file] = shards.read(self.place, shard)
             self.reads[shard.file] += 1
             while len(self.kept) > 1 and self._nbytes() > self.limit:
                 self.kept.popitem(last=False)
@@ -87,7 +88,7 @@ class LatentStream:
 
     def __init__(
         self,
-        folder: Path,
+        place: Storage,
         manifest: shards.Manifest,
         share: Share,
         role_weights: dict[str, float],
@@ -110,7 +111,7 @@ class LatentStream:
         self.orders = {
             role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
         }
-        self.cache = ShardCache(folder, cache_gib * 2**30)
+        self.cache = ShardCache(place, cache_gib * 2**30)
         self.wait_s = 0.0  # time that `next` waited, s
         self.ahead: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self.closed = threading.Event()
@@ -127,6 +128,11 @@ class LatentStream:
         if isinstance(item, BaseException):
             raise item
         return item.to(self.device)
+
+    def source(self, role: str, position: int) -> str:
+        """The picture that the row at a position was made of; reads its shard."""
+        place = self.orders[role].locate(position)
+        return self.cache.rows(self.manifest.roles[role][place.shard])[place.row].meta["source"]
 
     def close(self) -> None:
         """End the reading thread."""
@@ -160,6 +166,10 @@ class LatentStream:
             weight=torch.tensor(weights),
             level=torch.stack([draw.level for draw in draws]),
             extra={name: torch.stack([extra[name] for extra in extras]) for name in extras[0]},
+            seen=sum(
+                rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits: sums of 2^23 rows fit in 63
+                for (role, position), row in zip(positions, rows, strict=True)
+            ),
         )
 
     def _read_ahead(self) -> None:

@@ -1,10 +1,10 @@
 """Model families by name. A new family is one file and one line here."""
 
-from dbtrain.config import Model
 from dbtrain.errors import ConfigError
 from dbtrain.families import deepfloyd, sd, sdxl
 from dbtrain.families.base import Family
 from dbtrain.pretrained import Pretrained
+from dbtrain.settings import Model
 
 FAMILIES = {family.name: family for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd.STAGE_1, deepfloyd.STAGE_2)}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dbtrain import files, optim
-from dbtrain.config import Optim
+from dbtrain.settings import Optim
 from dbtrain.tiny.paint import Scene, render
 
 SAVE_S = 120.0  # seconds between checkpoints

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dbtrain import generate, tiny
-from dbtrain.config import Model
 from dbtrain.pipeline import AdapterPipeline
+from dbtrain.settings import Model
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge, as_tensor, labels
 from dbtrain.tiny.paint import KINDS, Scene, render

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbtrain.config import Prepare
 from dbtrain.data import images
 from dbtrain.data.images import Crop
 from dbtrain.errors import ConfigError
+from dbtrain.settings import Prepare
 from tests.conftest import REAL_PHOTOS, draw_photo
 
 

@@ -88,3 +88,35 @@ def test_ranks_and_micro_batches_share_out_the_same_positions(world: int, micro_
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"global_batch is 6, .* 4 ranks .* use a multiple of 8"):
         Share(6, 2, rank=0, world=4)
+
+
+SHARDS = (1, 2, 4, 32, 100, 512, 1000, 4096)
+RANKS = (1, 2, 8, 64, 512)
+
+
+@pytest.mark.parametrize("count", SHARDS)
+def test_at_scale(count: int) -> None:
+    """Up to 512 simulated ranks and 4,096 shards: every row once, each rank reads its share."""
+    each, batch = 4, 512
+    order = Order((each,) * count, batch, seed=1, role="class")
+    steps = -(-each * count // batch) * 2
+    found = [order.locate(position) for position in range(steps * batch)]
+    first = [(place.shard, place.row) for place in found if place.epoch == 0]
+    assert sorted(first) == [(shard, row) for shard in range(count) for row in range(each)]
+    for ranks in RANKS:
+        shares = [Share(batch, batch // ranks, rank, ranks) for rank in range(ranks)]
+        taken = [[p for step in range(steps) for p in share.positions(step, 0)] for share in shares]
+        assert sorted(p for positions in taken for p in positions) == list(range(steps * batch))
+        if count >= ranks and not count & (count - 1):  # `prepare` makes powers of two
+            read = [len({found[p].shard for p in positions if found[p].epoch == 0}) for positions in taken]
+            assert max(read) <= 1.1 * max(1, count / ranks)
+
+
+def test_prepare_s_uneven_shards_stay_within_a_rank_s_share() -> None:
+    """A hundred thousand images over 512 shards: some hold one row more."""
+    rows = tuple(100_000 // 512 + (shard < 100_000 % 512) for shard in range(512))
+    order = Order(rows, 512, seed=0, role="class")
+    assert order.columns == 512
+    for rank in (0, 255, 511):
+        positions = [p for step in range(196) for p in Share(512, 1, rank, 512).positions(step, 0)]
+        assert {order.locate(position).shard for position in positions} == {rank}

@@ -14,6 +14,7 @@ import webdataset as wds
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest, Row
 from dbtrain.errors import ConfigError
+from tests.conftest import at
 
 
 def rows(count: int) -> list[Row]:
@@ -36,7 +37,7 @@ def stored(folder: Path, data: bytes) -> shards.Shard:
 
 def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
     written = rows(3)
-    read = shards.read(tmp_path, stored(tmp_path, shards.pack(written)))
+    read = shards.read(at(tmp_path), stored(tmp_path, shards.pack(written)))
     assert [row.meta for row in read] == [row.meta for row in written]
     for one, other in zip(read, written, strict=True):
         assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in other.tensors)
@@ -68,20 +69,20 @@ def test_harm_is_named_with_its_cure(tmp_path: Path, harm: str) -> None:
     if harm == "flipped":
         path.write_bytes(data[:600] + bytes([data[600] ^ 1]) + data[601:])
     with pytest.raises(ConfigError, match=r"s\.tar .*rerun: dbtrain prepare"):
-        shards.read(tmp_path, shard)
+        shards.read(at(tmp_path), shard)
 
 
 def test_a_manifest_of_another_version_is_refused(prepared: Path, tmp_path: Path) -> None:
     text = json.loads((prepared / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(text | {"flavour": "new"}))
     with pytest.raises(ConfigError, match="another version"):
-        Manifest.read(tmp_path)
+        Manifest.read(at(tmp_path))
 
 
 def test_every_missing_file_is_listed_at_once(prepared: Path, tmp_path: Path) -> None:
-    manifest = Manifest.read(prepared)
+    manifest = Manifest.read(at(prepared))
     with pytest.raises(ConfigError) as caught:
-        manifest.check_files(tmp_path)
+        manifest.check_files(at(tmp_path))
     assert len(caught.value.problems) == sum(len(every) for every in manifest.roles.values()) + 1
 
 

@@ -13,12 +13,13 @@ from dbtrain import rng
 from dbtrain.data.order import Order, Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.stream import Batch, LatentStream
+from tests.conftest import at
 
 WEIGHTS = {"instance": 1.0, "class": 0.5}
 
 
 def stream(folder: Path, share: Share, **options: object) -> LatentStream:
-    return LatentStream(folder, Manifest.read(folder), share, WEIGHTS, seed=7, **options)  # type: ignore[arg-type]
+    return LatentStream(at(folder), Manifest.read(at(folder)), share, WEIGHTS, seed=7, **options)  # type: ignore[arg-type]
 
 
 def tensors(batch: Batch) -> list[Tensor]:
@@ -93,7 +94,7 @@ def test_a_small_cache_gives_the_same_batches_and_reads_more(prepared: Path) -> 
 
 
 def test_a_rank_reads_only_what_its_positions_need(prepared: Path) -> None:
-    manifest = Manifest.read(prepared)
+    manifest = Manifest.read(at(prepared))
     order = Order(manifest.rows("class"), 2, 7, "class")
     assert order.columns == 2
     ranks = [stream(prepared, Share(2, 1, rank, 2)) for rank in range(2)]

@@ -1,0 +1,89 @@
+"""Signs of life: each rank tells a store that it lives and where it is, for others to name who is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+PERIOD_S = 1.0
+PATIENCE_S = 3.5 * PERIOD_S  # without a beat for so long, a rank is gone
+GAVE_UP = "gave up on another"  # the end of a rank that is not to blame
+
+
+class Sign(NamedTuple):
+    """The last that was heard of a rank."""
+
+    beats: int
+    step: int  # that it was taking; 0 before the first
+    end: str  # how it ended, if it could say so
+
+
+class Pulse:
+    """Beats once a period, from a thread of its own: also while its rank computes or waits.
+
+    `store` has `set(key, text)` and `multi_get(keys)`, and raises once its host is gone.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int) -> None:
+        self.store = store
+        self.rank, self.world = rank, world
+        self.step = 0
+        self.beats = 0
+        self.closed = threading.Event()
+        self._beat()
+        self.thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self.thread.start()
+
+    def _beat(self, end: str = "") -> None:
+        self.beats += 1
+        self.store.set(str(self.rank), json.dumps(Sign(self.beats, self.step, end)))
+
+    def _run(self) -> None:
+        while not self.closed.wait(PERIOD_S):
+            try:
+                self._beat()
+            except Exception:  # the store's host is gone: those who ask will see it
+                return
+
+    def close(self, end: str) -> None:
+        """Tell the others how this rank ends."""
+        self.closed.set()
+        self.thread.join(PERIOD_S)  # or its last beat could come after this one
+        with contextlib.suppress(Exception):  # the store's host is gone: there is nobody to tell
+            self._beat(end)
+
+    def absent(self, sleep: Callable[[float], None] = time.sleep) -> tuple[str, bool]:
+        """Who is gone, or stuck, in words, and whether it ended of itself, having said why.
+
+        Takes a few seconds, to see whose beats go on.
+        """
+        try:
+            before = self._everyone()
+            sleep(PATIENCE_S)
+            after = self._everyone()
+        except Exception:  # DistStoreError, DistNetworkError, RuntimeError: the libraries' kinds vary
+            return "rank 0's node is gone, or cut off from this one", False
+        others = [rank for rank in after if rank != self.rank and after[rank].end != GAVE_UP]
+        ended = [rank for rank in others if after[rank].end]
+        gone = [rank for rank in others if after[rank].beats == before[rank].beats]
+        late = [rank for rank in others if after[rank].step < self.step]
+        if ended:
+            return f"{_listed(ended, after)} ended with {after[ended[0]].end}", True
+        if gone:
+            return f"{_listed(gone, after)} is gone", False
+        if late:
+            return f"{_listed(late, after)} is stuck", False
+        return "no rank is gone, but one is stuck, or cut off from another", False
+
+    def _everyone(self) -> dict[int, Sign]:
+        texts = self.store.multi_get([str(rank) for rank in range(self.world)])
+        return {rank: Sign(*json.loads(text)) for rank, text in enumerate(texts)}
+
+
+def _listed(ranks: list[int], last: dict[int, Sign]) -> str:
+    shown = ", ".join(f"rank {rank} (last heard of at step {last[rank].step})" for rank in ranks[:4])
+    return shown + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")

@@ -1,0 +1,73 @@
+# shellcheck shell=bash
+# What the batch scripts share. From the environment (sbatch passes it on), with sbatch's own options beside it
+# (--partition, --account, --nodes, --gpus-per-node, --time, ...):
+#   DBTRAIN_HOME    the checkout (default: the folder in which sbatch was called)
+#   VENV            virtual environment (default: the checkout's .venv, if it has one)
+#   CONTAINER       image for srun --container-image, with pyxis and enroot (default: none)
+#   RANKS_PER_NODE  processes on each node (default: one a GPU of the job, or one)
+#   STARTER         torchrun: one agent a node, which starts its ranks (default)
+#                   srun: one task a rank; submit with --ntasks-per-node=RANKS_PER_NODE
+#   INTERFACE       network interface for NCCL and gloo, e.g. ib0 (default: their own choice)
+#   MAX_REQUEUES    how often a preempted job queues itself again (default 20)
+#   HF_HUB_OFFLINE  default 1: models come from the cache; download them on a login node
+: "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}" "${STARTER:=torchrun}" "${MAX_REQUEUES:=20}"
+: "${VENV:=$DBTRAIN_HOME/.venv}" "${CONTAINER:=}" "${INTERFACE:=}"
+[[ -d $VENV ]] && PATH=$VENV/bin:$PATH
+[[ -n $INTERFACE ]] && export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
+export PATH RANKS_PER_NODE HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# When SLURM will end the job, for dbtrain to stop in time; newer versions of SLURM set this themselves.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+  ends=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p')
+  SLURM_JOB_END_TIME=$(date -d "$ends" +%s 2>/dev/null || true)
+  export SLURM_JOB_END_TIME
+fi
+
+options=(--kill-on-bad-exit=1)
+[[ -n $CONTAINER ]] && options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+
+# setting KEY CONFIG [SECTION.KEY=VALUE ...]: a setting's value.
+setting() {
+  local key=$1 && shift
+  srun "${options[@]}" --nodes=1 --ntasks=1 python -m dbtrain config "$@" --key "$key"
+}
+
+# ranks ARGUMENT...: `dbtrain ARGUMENT...` on every rank of the job; one log a rank beside the job's own.
+ranks() {
+  local head attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=$(scontrol show node -o "$head" | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p') # needs no DNS
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+  LOGS=$PWD/logs/${SLURM_JOB_NAME}-$attempt
+  mkdir -p "$LOGS"
+  export MASTER_ADDR MASTER_PORT LOGS RDZV_ID=$attempt
+  # SLURM signals every process of a step, ranks included: the agent must stay out of it, as it would die
+  # of USR1 and fail on TERM. Signals ignored here stay ignored until dbtrain sets its own handlers.
+  # shellcheck disable=SC2016 # expanded on the nodes
+  case $STARTER in
+    torchrun)
+      srun "${options[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c 'trap "" USR1 TERM
+        exec torchrun --signals-to-handle=SIGINT --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$RANKS_PER_NODE" \
+          --rdzv-id="$RDZV_ID" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+          --rdzv-conf=is_host=$((SLURM_NODEID == 0)) --log-dir="$LOGS/node$SLURM_NODEID" --tee=3 \
+          -m dbtrain "$@"' sh "$@"
+      ;;
+    srun)
+      srun "${options[@]}" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$RANKS_PER_NODE" \
+        --ntasks="$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))" bash -c 'trap "" USR1 TERM
+        exec > >(exec tee -a "$LOGS/rank$SLURM_PROCID.log") 2>&1
+        exec python -m dbtrain "$@"' sh "$@"
+      ;;
+    *) echo "STARTER is '$STARTER'; choose torchrun or srun" >&2; return 2 ;;
+  esac
+}
+
+# requeue_if_preempted RUN_DIR: put the job back into the queue if dbtrain stopped early and in order.
+requeue_if_preempted() {
+  [[ -e $1/PREEMPTED ]] || return 0
+  if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
+    echo "preempted $MAX_REQUEUES times (MAX_REQUEUES): not queued again; submit it again to go on" >&2
+    exit 75
+  fi
+  scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this shell; to exit first would end the job
+}

@@ -1,0 +1,161 @@
+"""Batch jobs on a real SLURM: many nodes, preemption of every kind, requeue, arrays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbtrain.tiny import world
+from tests.cluster.machines import Cluster
+from tests.conftest import ROOT, Make, dbtrain
+from tests.multi.test_two_processes import EXPORT, relative, tree
+
+TRAIN, PREPARE, ARRAY = (ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array"))
+TWO = ("--nodes=2", "--ntasks-per-node=1")
+
+
+@pytest.fixture
+def config(make: Make, tmp_path: Path) -> Path:
+    """The quickstart's subject."""
+    world.main(tmp_path / "photos", "mug")
+    make(
+        prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt="a photo of sks mug",
+        prepare__class_prompt="a photo of a mug", train__steps=80, train__checkpoint_every=80,
+        train__log_every=1, faults__stop_before_s=10.0,
+    )  # fmt: skip
+    return tmp_path / "c.yaml"
+
+
+def until(there: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.1)
+
+
+def steps_done(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["torchrun", "srun"])
+def test_two_nodes_train_what_one_does(slurm: Cluster, config: Path, tmp_path: Path, starter: str) -> None:
+    job = slurm.submit(*TWO, TRAIN, config, cwd=tmp_path, STARTER=starter)
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    one = ["run", config, f"run_dir={tmp_path / 'one'}"]
+    assert dbtrain(*one, ranks=2).returncode == 0
+    assert (tmp_path / "run" / EXPORT).read_bytes() == (tmp_path / "one" / EXPORT).read_bytes()
+    assert dbtrain(*one[:2], f"run_dir={tmp_path / 'alone'}").returncode == 0
+    assert relative(tmp_path / "alone", tmp_path / "run") < 1e-3
+    logs = [path for path in (tmp_path / "logs").rglob("*") if path.is_file()]
+    assert sum("stderr" in path.name or path.name.startswith("rank") for path in logs) == 2, "one a rank"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("starter", "time", "hows"), [
+    ("torchrun", "1:00:00", ("priority", "requeue", "signal")), ("srun", "1", ("time limit", "signal"))
+])  # fmt: skip
+def test_a_preempted_job_goes_on_by_itself(
+    slurm: Cluster, config: Path, tmp_path: Path, starter: str, time: str, hows: tuple[str, ...]
+) -> None:
+    """By a more important job, by hand, by a signal, and by its time limit: to the very same adapter."""
+    settings = ["train.steps=600", "train.checkpoint_every=600"]
+    if "time limit" in hows:
+        settings.append("faults.stop_before_s=40")  # of the minute that the job has
+    job = slurm.submit(*TWO, f"--time={time}", TRAIN, config, *settings, cwd=tmp_path, STARTER=starter)
+    run = tmp_path / "run"
+    for how in hows:
+        before = steps_done(run)
+        until(lambda before=before: steps_done(run) >= before + 5)  # type: ignore[misc]
+        restarts = int(slurm.job(job)["Restarts"])
+        if how == "priority":
+            urgent = slurm.submit(
+                "--partition=urgent", "--exclusive", *TWO, "--wrap", "sleep 1", cwd=tmp_path
+            )
+            assert slurm.wait(urgent)["JobState"] == "COMPLETED"
+        elif how == "requeue":
+            slurm.call("exec", "scontrol", "requeue", job)
+        elif how == "signal":
+            slurm.call("exec", "scancel", "--signal=USR1", job)
+        until(lambda restarts=restarts: int(slurm.job(job)["Restarts"]) > restarts)  # type: ignore[misc]
+    ended = slurm.wait(job, 400)
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= len(hows)
+    said = (tmp_path / f"dbtrain-{job}.out").read_text()
+    reasons = {
+        "priority": "SIGTERM",
+        "requeue": "SIGTERM",
+        "signal": "SIGUSR1",
+        "time limit": "the job's time",
+    }
+    for how in hows:
+        assert f"{reasons[how]}, at step" in said
+    assert said.count("which is saved") >= len(hows) <= said.count("going on from step")
+    assert not (run / "PREEMPTED").exists()
+    whole = ["train", config, f"run_dir={tmp_path / 'whole'}", *settings]
+    assert dbtrain(*whole, ranks=2).returncode == 0
+    assert (run / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
+    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Path, tmp_path: Path) -> None:
+    job = slurm.submit(*TWO, TRAIN, config, "train.steps=200", "train.checkpoint_every=10",
+                       "faults.timeout_s=20", cwd=tmp_path)  # fmt: skip
+    run = tmp_path / "run"
+    until(lambda: (run / "checkpoints" / "step-000010").exists())
+    slurm.call("node-down", "n2")
+    until(lambda: slurm.job(job)["JobState"] in ("PENDING", "REQUEUED", "COMPLETING"), 90)
+    slurm.call("node-up", "n2")
+    ended = slurm.wait(job, 400)
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1
+    assert "going on from step" in (tmp_path / f"dbtrain-{job}.out").read_text()
+    whole = ["train", config, f"run_dir={tmp_path / 'whole'}", "train.steps=200"]
+    assert dbtrain(*whole, ranks=2).returncode == 0
+    assert (run / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
+
+
+@pytest.mark.slow
+def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Path, tmp_path: Path) -> None:
+    names = ("mug", "ball", "boot")
+    lines = []
+    for name in names:
+        world.main(tmp_path / "photos" / name, name)
+        lines.append(f"{name}\t{tmp_path / 'photos' / name}\ta photo of sks {name}\ta photo of a thing\n")
+    (tmp_path / "subjects.tsv").write_text("".join(lines))
+    array = slurm.submit(
+        "--array=1-3", ARRAY, "subjects.tsv", config, f"prepare.class_dir={tmp_path / 'class'}",
+        "prepare.class_images=10", "prepare.sampling.batch=1", "train.steps=6", cwd=tmp_path,
+    )  # fmt: skip
+    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "", 300)
+    said = [(tmp_path / f"subjects-{array}_{k}.out").read_text() for k in (1, 2, 3)]
+    print(*said, sep="\n\n")
+    assert all((tmp_path / "runs" / name / "DONE").exists() for name in names)
+    assert sum("10 to generate" in text for text in said) == 1, "one task makes them, the others wait"
+    made = [key for key in tree(tmp_path / "class") if key.endswith(".png")]
+    assert len(made) == 10
+    exports = {(tmp_path / "runs" / name / EXPORT).read_bytes() for name in names}
+    assert len(exports) == 3
+
+
+@pytest.mark.slow
+def test_shards_are_prepared_by_a_job_of_their_own(slurm: Cluster, config: Path, tmp_path: Path) -> None:
+    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path)
+    assert slurm.wait(job)["JobState"] == "COMPLETED"
+    assert dbtrain("prepare", config, f"data.shards={tmp_path / 'here'}").returncode == 0
+    assert tars(tmp_path / "shards") == tars(tmp_path / "here")
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(folder).items() if name.endswith(".tar")}
+
+
+def test_a_mistake_in_the_config_fails_the_job_and_says_why(slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run_dir: runs/x\ndata: {shards: nowhere}\n")
+    job = slurm.submit(TRAIN, "c.yaml", "optim.lrr=1", cwd=tmp_path)
+    assert slurm.wait(job)["JobState"] == "FAILED"
+    assert "did you mean 'optim.lr'?" in (tmp_path / f"dbtrain-{job}.out").read_text()

@@ -1,0 +1,189 @@
+"""Ranks that die, hang or see NaN: the others end with one clear line, and a rerun is exact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dbtrain.data import shards
+from dbtrain.data.shards import MANIFEST, Manifest
+from dbtrain.errors import ConfigError
+from dbtrain.pulse import GAVE_UP, Pulse
+from dbtrain.train import train
+from tests.conftest import Make, Started, at, dbtrain
+from tests.multi.test_two_processes import EXPORT, relative
+
+LONG = {"train__steps": 200, "train__checkpoint_every": 5, "train__log_every": 1, "faults__timeout_s": 6.0}
+
+
+def begin(make: Make, tmp_path: Path, prepared: Path, ranks: int = 2, **env: str) -> Started:
+    os.symlink(prepared, tmp_path / "shards")
+    make(**LONG)
+    begun = Started("train", tmp_path / "c.yaml", ranks=ranks, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5", **env)
+    begun.wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000005").exists())
+    return begun
+
+
+@pytest.mark.parametrize(("victim", "number", "told"), [
+    (1, signal.SIGKILL, "rank 0: rank 1 (last heard of at step"),
+    (0, signal.SIGKILL, "rank 1: rank 0 (last heard of at step"),
+    (1, signal.SIGSTOP, "rank 0: rank 1 (last heard of at step"),
+])  # fmt: skip
+def test_survivors_name_who_is_gone_and_end(
+    make: Make, tmp_path: Path, prepared: Path, victim: int, number: int, told: str
+) -> None:
+    begun = begin(make, tmp_path, prepared)
+    begun.signal(number, rank=victim)
+    since = time.monotonic()
+    code, said = begun.end(60)
+    assert code == 1 and told in said and "is gone; this rank gives up at step" in said
+    assert "the same command again to go on from the last checkpoint" in said
+    assert time.monotonic() - since < 60  # torchrun gives a stopped process half a minute
+    assert "gone" in (tmp_path / "run" / "PREEMPTED").read_text(), "a batch script queues it again"
+
+
+def test_a_rank_that_stops_over_its_own_error_is_no_reason_to_run_again(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    shutil.copytree(prepared, tmp_path / "shards")
+    make(**LONG | {"data__cache_gib": 1e-9})
+    begun = Started("train", tmp_path / "c.yaml", ranks=2)
+    begun.wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000005").exists())
+    for path in (tmp_path / "shards").glob("class-00001-*.tar"):
+        path.write_bytes(b"")
+    code, said = begun.end(60)
+    assert code == 1 and "truncated or altered; rerun: dbtrain prepare" in said
+    assert not (tmp_path / "run" / "PREEMPTED").exists()
+
+
+def test_torchrun_starts_lost_ranks_again_from_the_last_checkpoint(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    os.symlink(prepared, tmp_path / "shards")
+    make(**LONG | {"train__steps": 40})
+    whole = dbtrain("train", tmp_path / "c.yaml", f"run_dir={tmp_path / 'whole'}", ranks=2)
+    assert whole.returncode == 0
+    begun = Started("train", tmp_path / "c.yaml", ranks=2, PET_MAX_RESTARTS="1")
+    begun.wait_for(lambda: (tmp_path / "run" / "checkpoints" / "step-000005").exists())
+    begun.signal(signal.SIGKILL, rank=1)
+    code, said = begun.end()
+    assert code == 0 and "going on from step" in said
+    assert (tmp_path / "run" / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
+    assert not (tmp_path / "run" / "PREEMPTED").exists()
+
+
+def test_one_two_and_four_ranks_and_a_run_moved_between_them(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    os.symlink(prepared, tmp_path / "shards")
+    make(train__steps=20, train__global_batch=8, train__log_every=1)
+    for ranks in (1, 2, 4):
+        assert (
+            dbtrain("train", tmp_path / "c.yaml", f"run_dir={tmp_path / str(ranks)}", ranks=ranks).returncode
+            == 0
+        )
+    for ranks, until in ((4, 7), (1, 13), (2, 20)):
+        run = ["train", tmp_path / "c.yaml", f"run_dir={tmp_path / 'moved'}", "--until", until]
+        assert dbtrain(*run, ranks=ranks).returncode in (0, 75)
+    for other in ("2", "4", "moved"):
+        assert relative(tmp_path / "1", tmp_path / other) < 1e-5
+        assert rows_seen(tmp_path / "1") == rows_seen(tmp_path / other)
+
+
+def rows_seen(run: Path) -> list[str]:
+    return [json.loads(line)["rows"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def poisoned(prepared: Path, folder: Path) -> str:
+    """Shards in which one photo's latents are NaN; the photo's name."""
+    shutil.copytree(prepared, folder)
+    manifest = Manifest.read(at(folder))
+    shard = manifest.roles["instance"][0]
+    rows = shards.read(at(folder), shard)
+    rows[2].tensors["mean"].fill_(torch.nan)
+    data = shards.pack(rows)
+    (folder / shard.file).write_bytes(data)
+    text = json.loads((folder / MANIFEST).read_text())
+    text["roles"]["instance"][0] |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(text))
+    return rows[2].meta["source"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_picture(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    photo = poisoned(prepared, tmp_path / "shards")
+    cfg = make(train__steps=40, train__global_batch=1, train__checkpoint_every=40)
+    with pytest.raises(ConfigError, match=rf"at step (\d+), instance position \d+ \({photo}\)") as caught:
+        train(cfg)
+    named = str(caught.value).split("at step ")[1]
+    step, position = int(named.split(",")[0]), int(named.split("position ")[1].split()[0])
+    assert position == step - 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert next(line["step"] for line in lines if line["loss"] is None) == step
+
+
+def test_steps_that_are_not_finite_can_be_left_out(make: Make, tmp_path: Path, prepared: Path) -> None:
+    poisoned(prepared, tmp_path / "shards")
+    settings = {"train__steps": 20, "train__global_batch": 1, "faults__nonfinite": "skip"}
+    run = train(make(**settings))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    bad = [line["step"] for line in lines if line["loss"] is None]
+    assert len(bad) == 4, "one of five photos, twenty steps"
+    state = json.loads((run / "checkpoints" / "step-000020" / "state.json").read_text())
+    assert state["skipped"] == 4
+    assert all(tensor.isfinite().all() for tensor in load_file(run / EXPORT).values())
+    moments = load_file(run / "checkpoints" / "step-000020" / "optimizer.safetensors")
+    assert {int(t) for name, t in moments.items() if name.startswith("step.")} == {16}
+    make(run_dir=str(tmp_path / "halves"), **settings)
+    for until in (7, 20):
+        assert dbtrain("train", tmp_path / "c.yaml", "--until", until).returncode in (0, 75)
+    assert (tmp_path / "halves" / EXPORT).read_bytes() == (run / EXPORT).read_bytes()
+    with pytest.raises(ConfigError, match=r"3 steps by step \d+ were left out.*faults.skips \(2\)"):
+        train(
+            make(
+                **settings | {"run_dir": str(tmp_path / "limited"), "faults__skips": 2, "train__log_every": 1}
+            )
+        )
+
+
+class Store(dict):
+    """What Pulse asks of torch's store."""
+
+    set = dict.__setitem__
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        return [self[key] for key in keys]
+
+
+def test_the_pulse_tells_the_dead_from_the_late_and_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbtrain.pulse.PERIOD_S", 0.02)
+    store = Store()
+    mine, other = Pulse(store, 0, 2), Pulse(store, 1, 2)
+    mine.step, other.step = 5, 4
+
+    def ask() -> tuple[str, bool]:
+        return mine.absent(lambda _: time.sleep(0.2))
+
+    assert ask() == ("rank 1 (last heard of at step 4) is stuck", False)
+    other.step = 5
+    time.sleep(0.1)
+    assert ask()[0].startswith("no rank is gone")
+    other.closed.set()
+    assert ask() == ("rank 1 (last heard of at step 5) is gone", False)
+    other.close("exit code 2")
+    assert ask() == ("rank 1 (last heard of at step 5) ended with exit code 2", True)
+    other.close(GAVE_UP)
+    assert ask()[0].startswith("no rank is gone"), "who gave up is not to blame"
+    store.clear()
+    assert ask() == ("rank 0's node is gone, or cut off from this one", False)
+    mine.close("")

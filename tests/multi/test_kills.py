@@ -1,0 +1,75 @@
+"""kill -9 at random moments of a whole run, then again until it is done: the files are as if undisturbed.
+
+DBTRAIN_KILLS says how many moments are tried (30 before a release, fewer here).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Make, Started, dbtrain
+from tests.multi.test_two_processes import EXPORT, tree
+
+KILLS = int(os.environ.get("DBTRAIN_KILLS", "6"))
+SETTINGS = {
+    "prepare__class_images": 6, "prepare__sampling__batch": 2, "prepare__sampling__steps": 4,
+    "prepare__crop": "random", "prepare__variants": 8, "train__steps": 24, "train__checkpoint_every": 1,
+    "train__log_every": 3, "train__keep": 2, "export__formats": ["diffusers", "peft", "kohya"],
+}  # fmt: skip
+
+
+def begin(path: Path, home: Path, ranks: int) -> Started:
+    names = ("run_dir", "data.shards", "prepare.class_dir")
+    return Started("run", path, *(f"{name}={home / name}" for name in names), ranks=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment(make: Make, tmp_path: Path, ranks: int) -> None:
+    make(**SETTINGS)
+    path, whole = tmp_path / "c.yaml", tmp_path / "whole"
+    start = time.monotonic()
+    undisturbed = begin(path, whole, ranks)
+    undisturbed.wait_for(lambda: (whole / "data.shards").exists() or (whole / "prepare.class_dir").exists())
+    imported = time.monotonic() - start
+    assert undisturbed.end()[0] == 0
+    took = time.monotonic() - start
+    moments = random.Random(f"kills {ranks}")
+    for number in range((KILLS + 1) // 2):
+        home = tmp_path / f"killed{number}"
+        running = begin(path, home, ranks)
+        time.sleep(moments.uniform(0.9 * imported, took))
+        running.kill()
+        done = begin(path, home, ranks)
+        assert done.end()[0] == 0
+        assert (home / "run_dir" / "DONE").read_bytes() == (whole / "run_dir" / "DONE").read_bytes()
+        assert (home / "run_dir" / EXPORT).read_bytes() == (whole / "run_dir" / EXPORT).read_bytes()
+        for folder in ("data.shards", "prepare.class_dir", "run_dir/export"):
+            ours, theirs = (
+                {k: v for k, v in tree(root / folder).items() if k.endswith((".tar", ".png", ".safetensors"))}
+                for root in (home, whole)
+            )
+            assert ours == theirs
+        hidden = [p.name for p in (home / "run_dir" / "checkpoints").iterdir() if p.name.startswith(".")]
+        assert not hidden, "what a kill left is gone after the rerun"
+        shutil.rmtree(home)
+
+
+def test_two_runs_in_one_folder(make: Make, tmp_path: Path, prepared: Path) -> None:
+    os.symlink(prepared, tmp_path / "shards")
+    make(train__steps=120, train__checkpoint_every=20)
+    first = Started("train", tmp_path / "c.yaml")
+    first.wait_for(lambda: (tmp_path / "run" / "checkpoints").exists())
+    second = dbtrain("train", tmp_path / "c.yaml")
+    assert second.returncode == 2 and "is in use by another run (process" in second.stderr
+    assert first.process.poll() is None, "the first one is not disturbed"
+    first.kill()
+    again = Started("train", tmp_path / "c.yaml")
+    assert again.end()[0] == 0, "the lock of a killed run is no obstacle"
+    assert not (tmp_path / "run" / ".lock").exists()

@@ -1,0 +1,98 @@
+"""Signals and time limits: every phase stops in order, and goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Make, Started, config_in, dbtrain
+from tests.multi.test_two_processes import EXPORT, tree
+
+SETTINGS = {
+    "prepare__class_images": 8, "prepare__sampling__steps": 12, "prepare__sampling__batch": 1,
+    "prepare__crop": "random", "prepare__variants": 24, "train__steps": 40, "train__checkpoint_every": 30,
+    "train__log_every": 1, "sample__prompts": ["a dog"], "sample__images": 6, "sample__steps": 12,
+    "sample__batch": 1,
+}  # fmt: skip
+SIGNS = {  # that a phase is on
+    "class images": "class/**/00001.png",
+    "encoding": "shards/instance-*.tar",
+    "training": "run/metrics.jsonl",
+    "pictures": "run/samples/*/00-00-seed0.png",
+}
+
+
+def config(home: Path, photos: Path) -> Path:
+    config_in(home, photos, home / "class", **SETTINGS)
+    return home / "c.yaml"
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[int, Path]:
+    """Runs that nothing happened to, by number of ranks."""
+    found = {}
+    for ranks in (1, 2):
+        found[ranks] = tmp_path_factory.mktemp("whole")
+        assert dbtrain("run", config(found[ranks], photos), ranks=ranks).returncode == 0
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "ranks", "number"), [
+    ("class images", 2, signal.SIGTERM), ("encoding", 1, signal.SIGUSR1), ("training", 1, signal.SIGINT),
+    ("training", 2, signal.SIGTERM), ("pictures", 1, signal.SIGUSR1),
+])  # fmt: skip
+def test_every_phase_stops_in_order_and_goes_on(
+    tmp_path: Path, photos: Path, wholes: dict[int, Path], phase: str, ranks: int, number: int
+) -> None:
+    path, whole = config(tmp_path, photos), wholes[ranks]
+    begun = Started("run", path, ranks=ranks)
+    begun.wait_for(lambda: list(tmp_path.glob(SIGNS[phase])))
+    begun.signal(number)
+    code, said = begun.end(60)
+    marker = tmp_path / "run" / "PREEMPTED"
+    assert "run the same command again" in said
+    assert ranks > 1 or "Traceback" not in said  # torchrun's agent reports the signal with one
+    if ranks == 1:
+        assert code == (130 if number == signal.SIGINT else 75)
+    assert marker.exists() == (number != signal.SIGINT), "a person who presses Ctrl-C wants no requeue"
+    assert phase != "training" or "which is saved" in said
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+
+    assert dbtrain("run", path, ranks=ranks).returncode == 0
+    assert not marker.exists() and (tmp_path / "run" / "DONE").exists()
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "pictures were drawn twice"
+    for file in (EXPORT, "metrics.jsonl"):  # a line a step, the same as without the stop
+        assert (tmp_path / "run" / file).read_bytes() == (whole / "run" / file).read_bytes()
+    for folder in ("shards", "class"):
+        ours, theirs = (
+            {k: v for k, v in tree(home / folder).items() if k.endswith((".tar", ".png"))}
+            for home in (tmp_path, whole)
+        )
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_a_run_stops_before_the_job_s_time_is_over(make: Make, tmp_path: Path, prepared: Path) -> None:
+    os.symlink(prepared, tmp_path / "shards")
+    make(train__steps=2000, train__checkpoint_every=2000, faults__stop_before_s=2.0)
+    ends = time.time() + 25
+    begun = Started("train", tmp_path / "c.yaml", SLURM_JOB_END_TIME=str(int(ends)))
+    code, said = begun.end(60)
+    assert code == 75 and "the end of the job's time, at step" in said
+    assert time.time() < ends + 1
+    assert (tmp_path / "run" / "PREEMPTED").read_text().startswith("the end of the job's time")
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, photos: Path) -> None:
+    begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=200")
+    begun.wait_for(lambda: list(tmp_path.glob(SIGNS["class images"])))
+    begun.signal(signal.SIGINT)
+    time.sleep(0.3)
+    begun.signal(signal.SIGINT)
+    code, said = begun.end(20)
+    assert code == 130 and "interrupted; run the same command again" in said and "Traceback" not in said
