@@ -67,7 +67,7 @@ def first_batch(cfg: Config, family: families.Family) -> Batch:
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
     stream = LatentStream(
-        folder, manifest, Share(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
+        at(folder), manifest, Share(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     batch = next(stream)
