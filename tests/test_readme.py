@@ -85,11 +85,14 @@ def small(line: str) -> str:
     return f"{line} {shlex.join([*SMALL, 'train.steps=2'])}"  # the last of two overrides counts
 
 
-def on_two_nodes(line: str) -> str:
-    """The multi-node command, started twice on this machine, each with one process."""
-    line = line.replace("HEAD=node1", "HEAD=127.0.0.1 RANKS=1 PORT=29517")
+def on_two_hosts(line: str, hosts: dict[str, str], folder: Path) -> None:
+    """The multi-node command on each of two hosts, with one process."""
+    line = line.replace("HEAD=node1", "HEAD=a1 RANKS=1")
     line = f"{line} {shlex.join([*SMALL, 'train.steps=2', 'run_dir=runs/nodes'])}"
-    return f"{line} & first=$!; {line} && wait $first"
+    script = shlex.quote(str(ROOT / "tests" / "cluster" / "netns2.sh"))
+    both = [f"bash {script} on {number} bash -c {shlex.quote(line)}" for number in (1, 2)]
+    exports = "; ".join(f"export {k}={shlex.quote(hosts[k])}" for k in ("NETNS_PREFIX", "NETNS_HOSTS"))
+    shell(f"{exports}; {both[0]} & first=$!; {both[1]} && wait $first", folder)
 
 
 def as_a_job(line: str, slurm: Cluster, folder: Path) -> None:
@@ -105,7 +108,7 @@ def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRe
     if line.startswith("pip install"):
         assert "Would install dbtrain" in shell(f"python -m {line} --dry-run --no-deps", checkout)
     elif line.startswith("HEAD="):
-        shell(on_two_nodes(line), checkout)
+        on_two_hosts(line, request.getfixturevalue("hosts"), checkout)
     elif line.startswith("sbatch"):
         as_a_job(line, request.getfixturevalue("slurm"), checkout)
     elif line == "bash launch/test.sh":
