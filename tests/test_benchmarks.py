@@ -39,7 +39,7 @@ def subject_fidelity_run(*arguments: str | Path, ranks: int = 2) -> subprocess.C
 def test_dreambooth_works(tmp_path: Path) -> None:
     """Photos to scores with the quickstart's settings, on the embedded base."""
     done = subject_fidelity_run("--work", tmp_path, "--smoke")
-    assert done.returncode == 0 and "of the way from base to real" in done.stdout
+    assert done.returncode == 0 and "of the way from base to real" in done.stderr
 
 
 def test_the_short_version_notices_a_dreambooth_that_does_not_work(tmp_path: Path) -> None:
