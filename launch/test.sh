@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 mypy
 # A file's tests stay together: some share what they made.
-python -m pytest --numprocesses="${TEST_PROCESSES:-2}" --dist=loadfile "$@"
+python -m pytest --numprocesses="${TEST_PROCESSES:-0}" --dist=loadfile "$@"

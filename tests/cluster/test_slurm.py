@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.conftest import ROOT, Make, dbtrain
 from tests.multi.test_two_processes import EXPORT, relative, tree
 
 TRAIN, PREPARE, ARRAY = (ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array"))
+minutes = pytest.mark.skipif("DBTRAIN_CLUSTER" not in os.environ, reason="minutes: DBTRAIN_CLUSTER=1 runs it")
 TWO = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -56,6 +58,7 @@ def test_two_nodes_train_what_one_does(slurm: Cluster, config: Path, tmp_path: P
     assert sum("stderr" in path.name or path.name.startswith("rank") for path in logs) == 2, "one a rank"
 
 
+@minutes
 @pytest.mark.slow
 @pytest.mark.parametrize(("starter", "time", "hows"), [
     ("torchrun", "1:00:00", ("priority", "requeue", "signal")), ("srun", "1", ("time limit", "signal"))
@@ -102,6 +105,7 @@ def test_a_preempted_job_goes_on_by_itself(
     assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+@minutes
 @pytest.mark.slow
 def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Path, tmp_path: Path) -> None:
     job = slurm.submit(*TWO, TRAIN, config, "train.steps=200", "train.checkpoint_every=10",
@@ -119,6 +123,7 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Pat
     assert (run / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
 
 
+@minutes
 @pytest.mark.slow
 def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Path, tmp_path: Path) -> None:
     names = ("mug", "ball", "boot")
@@ -142,6 +147,7 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     assert len(exports) == 3
 
 
+@minutes
 @pytest.mark.slow
 def test_shards_are_prepared_by_a_job_of_their_own(slurm: Cluster, config: Path, tmp_path: Path) -> None:
     job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path)
