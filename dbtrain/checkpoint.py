@@ -186,7 +186,7 @@ def load_latest(run_dir: Path, progress: Progress, who: Mapping[str, Any]) -> in
             adapters.restore(module, peft_folder.read(path / component).tensors)
         saved = safetensors.torch.load_file(path / "optimizer.safetensors")
         optim.load_state(progress.optimizer, progress.model.trainable(), saved)
-        progress.skipped.fill_(state["skipped"])
+        progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints
         if state["scaler"]:
             progress.scaler.load_state_dict(state["scaler"])
     return state["step"]
