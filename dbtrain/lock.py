@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,14 @@ class Lock:
         part = folder / f"{NAME}.{token}"
         try:
             files.write(part, json.dumps(_me() | {"token": token}))
-            for _ in range(3):
+            while True:
                 try:
                     os.link(part, path)
                     return cls(path, token)
                 except FileExistsError:
-                    if not _clear_if_dead(path):
-                        return None
+                    heir = _inherit(path, part)
+                    if heir is not None:
+                        return cls(path, token) if heir else None
                 except OSError as error:
                     if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                         raise
@@ -90,12 +92,11 @@ class Lock:
                     return cls(path, token)
         finally:
             part.unlink(missing_ok=True)
-        return None
 
     def release(self) -> None:
         self.closed.set()
         self.thread.join()
-        if (_read(self.path) or {}).get("token") == self.token:
+        if _read(self.path).get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
@@ -108,7 +109,7 @@ class Lock:
 
 def owner_of(folder: Path) -> str:
     """Who holds a folder's lock, in words."""
-    owner = _read(folder / NAME) or {}
+    owner = _read(folder / NAME)
     job = f", job {owner['job']}" if owner.get("job") else ""
     return f"another run (process {owner.get('pid', '?')} on {owner.get('host', '?')}{job})"
 
@@ -121,27 +122,40 @@ def _me() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _clear_if_dead(path: Path) -> bool:
-    """Remove the lock if its owner is gone; whether the way is free now."""
-    owner = _read(path)
-    if owner is not None and _lives(path, owner):
-        return False
-    aside = path.with_name(f"{NAME}.{secrets.token_hex(8)}")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return True
-    try:
-        if _read(aside) != owner:  # another took it over in between: give it back
-            os.link(aside, path)
+def _inherit(path: Path, part: Path) -> bool | None:
+    """Put `part` in the place of a lock whose owner is gone.
+
+    False if it is alive; None if the lock changed meanwhile, so that all is to be asked again.
+    Only one may replace a given lock: who makes the file named by that lock's hash, its heir, and
+    should that one die before it did so, its heir in turn. A lock once replaced never comes back.
+    """
+    dead = before = _text(path)
+    heirs: list[Path] = []
+    while True:
+        if before is None:
+            return None
+        if _lives(heirs[-1] if heirs else path, _parsed(before)):
             return False
+        heirs.append(path.with_name(f"{NAME}.{sha256(before.encode()).hexdigest()[:16]}"))
+        try:
+            os.link(part, heirs[-1])
+            break
+        except FileExistsError:
+            before = _text(heirs[-1])
+    try:
+        if _text(path) != dead:
+            return None
+        part.replace(path)
+        return True
     finally:
-        aside.unlink(missing_ok=True)
-    return True
+        for heir in heirs:
+            heir.unlink(missing_ok=True)
 
 
 def _lives(path: Path, owner: dict[str, Any]) -> bool:
     """Whether a lock's owner is there still; for one on another machine, waits for a sign of life."""
+    if not owner:  # spoilt
+        return False
     me = _me()
     if owner.get("machine") == me["machine"]:
         return _started(owner.get("pid", 0)) == owner.get("started") is not None
@@ -188,10 +202,21 @@ def _started_elsewhere(pid: int) -> str | None:
     return "some time"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None if it is not there, or empty after a power cut."""
+def _text(path: Path) -> str | None:
     try:
-        found = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """What a lock says; nothing if it was spoilt, as by a power cut."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return _parsed(_text(path) or "")

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -34,16 +35,29 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_one_of_many_gets_it(tmp_path: Path) -> None:
-    written(tmp_path, pid=2**22 + 1)  # stale: all of them try to take it over
-    taken: list[Lock | None] = []
-    threads = [threading.Thread(target=lambda: taken.append(Lock.take(tmp_path))) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [one for one in taken if one]
-    assert len(winners) == 1
-    winners[0].release()
+    """A stale lock that all try to take over; now and then the one who was to have it died too."""
+    for number in range(60):
+        folder = tmp_path / str(number)
+        written(folder, pid=2**22 + 1)
+        if number % 3 == 0:
+            heir = folder / f"{NAME}.{sha256((folder / NAME).read_bytes()).hexdigest()[:16]}"
+            heir.write_text(json.dumps(lock._me() | {"pid": 2**22 + 2}))
+        taken: list[Lock | None] = []
+        start = threading.Barrier(8)
+
+        def one(folder: Path = folder, taken: list = taken, start: threading.Barrier = start) -> None:
+            start.wait()
+            taken.append(Lock.take(folder))
+
+        threads = [threading.Thread(target=one) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(taken) == 8
+        (winner,) = [held for held in taken if held]
+        winner.release()
+        assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("left", [
