@@ -48,7 +48,13 @@ def test_two_hosts_train_what_one_does_and_a_cut_cable_ends_it(
     hosts: dict[str, str], make: Make, tmp_path: Path, prepared: Path
 ) -> None:
     os.symlink(prepared, tmp_path / "shards")
-    make(train__steps=150, train__checkpoint_every=10, train__log_every=1, faults__timeout_s=8.0)
+    make(
+        train__steps=100,
+        train__checkpoint_every=10,
+        train__keep=20,
+        train__log_every=50,
+        faults__timeout_s=15.0,
+    )
     path, run = tmp_path / "c.yaml", tmp_path / "run"
     assert dbtrain("train", path, f"run_dir={tmp_path / 'whole'}", ranks=2).returncode == 0
     both = on_both(hosts, "train", path)
@@ -58,11 +64,11 @@ def test_two_hosts_train_what_one_does_and_a_cut_cable_ends_it(
         time.sleep(0.05)
     subprocess.run(["bash", str(HERE / "netns2.sh"), "unplug", "1"], env=hosts, check=True)
     since = time.monotonic()
-    code, said = ends(both[:1], 60)[0]
-    assert time.monotonic() - since < 40
+    code, said = ends(both[:1], 120)[0]
+    assert time.monotonic() - since < 60
     assert code == 1 and "gives up at step" in said and "go on from the last checkpoint" in said
     subprocess.run(["pkill", "-9", "-f", str(path)], check=False)  # the host that was cut off
-    ends(both[1:], 30)
+    ends(both[1:], 60)
     subprocess.run(["bash", str(HERE / "netns2.sh"), "plug", "1"], env=hosts, check=True)
     assert [code for code, _ in ends(on_both(hosts, "train", path))] == [0, 0]
     assert (run / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
