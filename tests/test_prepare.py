@@ -228,15 +228,20 @@ def test_random_variants_are_stored_with_their_crops(make: Make, photo_dir: Path
 
 
 def test_class_images_are_kept_and_shared(
-    make: Make, photo_dir: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, photo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(make(prepare__photos=str(photo_dir)))
+    """Once complete, they are only read: others' may be read-only."""
+    settings = {"prepare__photos": str(photo_dir), "prepare__class_dir": str(tmp_path / "mine")}
+    prepare(make(**settings))
+    (folder,) = (tmp_path / "mine").iterdir()
+    made = snapshot(folder)
 
     def never(*args: object) -> None:
         raise AssertionError("the class images are there already")
 
     monkeypatch.setattr(class_images.generate, "build", never)
-    prepare(make(prepare__photos=str(photo_dir), data__shards=str(photo_dir / "others")))
+    prepare(make(**settings, data__shards=str(photo_dir / "others")))
+    assert snapshot(folder) == made and len(made) == 9
 
 
 def test_generation_goes_on_after_a_kill_and_gives_the_same_set(

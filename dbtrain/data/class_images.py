@@ -42,12 +42,12 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
     about = dist.from_main(about)
     words = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
     folder = _root(cfg) / f"{words}-{content_key(about)[:16]}"
-    with dist.agreed():
-        if dist.is_main():
-            files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
     paths = [folder / f"{index:05d}.png" for index in range(count)]
     if not dist.from_main(all(path.exists() for path in paths)):
         with lock.held(folder, "class images in", wait=True):  # by another subject's run, it may be
+            with dist.agreed():
+                if dist.is_main():
+                    files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
             _complete(base, family, cfg, len(own), paths)
     return own + paths
 
