@@ -123,7 +123,6 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Pat
     assert (run / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
 
 
-@minutes
 @pytest.mark.slow
 def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Path, tmp_path: Path) -> None:
     names = ("mug", "ball", "boot")
@@ -147,7 +146,6 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     assert len(exports) == 3
 
 
-@minutes
 @pytest.mark.slow
 def test_shards_are_prepared_by_a_job_of_their_own(slurm: Cluster, config: Path, tmp_path: Path) -> None:
     job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path)
