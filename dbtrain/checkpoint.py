@@ -25,6 +25,7 @@ from dbtrain.families.base import Family
 from dbtrain.formats import peft_folder
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
+from dbtrain.precision import PRECISIONS
 from dbtrain.pretrained import Pretrained
 
 STATE = "state.json"
@@ -44,8 +45,8 @@ class Progress:
         """Nothing done yet."""
         device = dist.device()
         return cls(
-            model, optim.build(model.trainable(), cfg.optim),
-            torch.amp.GradScaler(device.type, enabled=cfg.train.precision == "fp16"),
+            model, optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph),
+            torch.amp.GradScaler(device.type, enabled=PRECISIONS[cfg.train.precision].scaled),
             torch.zeros((), dtype=torch.int64, device=device),
         )  # fmt: skip
 

@@ -38,6 +38,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_masks_in_a_graph(self) -> Config:
+        every = [part for part in (self.adapter, self.adapter.text_encoder) if part]
+        if self.train.cuda_graph and any(p.dropout or p.rank_dropout or p.module_dropout for p in every):
+            raise ValueError(
+                "train.cuda_graph is true, but a recorded step cannot draw an adapter's dropout anew; "
+                "turn one of them off"
+            )
+        return self
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
         """The config in a YAML file, with `section.key=value` overrides put over it.

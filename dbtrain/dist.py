@@ -197,6 +197,16 @@ def agreed() -> Iterator[None]:
         raise Preempted(stops[0])
 
 
+@contextmanager
+def leaders_first() -> Iterator[None]:
+    """Run the block on one rank of each node, then on its others. It must hold no collective."""
+    if local_rank():
+        gather_json(None)
+    yield
+    if not local_rank():
+        gather_json(None)
+
+
 class Vote:
     """One number a step from every rank, and the largest of them: known one step later, to all at once.
 
@@ -262,6 +272,7 @@ def wrap(module: nn.Module) -> nn.Module:
             init_sync=False,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            bucket_cap_mb=1 << 20,  # one bucket: an adapter is small, and each all-reduce has its latency
         )
 
 

@@ -20,7 +20,7 @@ from dbtrain.errors import ConfigError
 
 STEPS = 6
 # Largest gap between two runs, relative to the size of the adapter's change, that rounding explains.
-ROUNDING = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
+ROUNDING = {"fp32": 1e-3, "bf16": 0.1, "pure-bf16": 0.1, "fp16": 0.05}
 
 
 @dataclass(frozen=True)

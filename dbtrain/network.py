@@ -14,7 +14,8 @@ from dbtrain.data.shards import Manifest
 from dbtrain.data.stream import Batch
 from dbtrain.families.base import Family, LatentSpace, Sees
 from dbtrain.objectives import DDPM
-from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.precision import PRECISIONS, WorkingCopies
+from dbtrain.pretrained import Pretrained
 
 
 class DreamBooth(nn.Module):
@@ -33,6 +34,7 @@ class DreamBooth(nn.Module):
         space: LatentSpace,
         noising: DDPM | None = None,
         sees: Sees | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.family = family
@@ -46,6 +48,9 @@ class DreamBooth(nn.Module):
         self.prompt_names = tuple(prompts)
         for name, table in prompts.items():  # (prompts, ...), moved along with the module
             self.register_buffer(f"prompts_{name}", table, persistent=False)
+        self.dtype = dtype  # of the base, and of what the denoiser is given
+        learnt = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self.working_copies = WorkingCopies(self, learnt, dtype)
 
     @classmethod
     def build(
@@ -56,8 +61,10 @@ class DreamBooth(nn.Module):
         `table` is the shards' prompt table: embeddings where the text encoders stay frozen, token
         ids where they learn.
         """
-        dtype, settings = DTYPES[cfg.train.precision], cfg.adapter.text_encoder
+        dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
         denoiser = base.load(family.denoiser, dtype)
+        if cfg.train.channels_last:
+            denoiser.to(memory_format=torch.channels_last)
         adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
         encoders = {name: base.load(name, dtype) for name in family.text_encoders} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
@@ -76,18 +83,7 @@ class DreamBooth(nn.Module):
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
         noising = DDPM.of(base.config(family.noising), None) if family.noising else None
         sees = family.sees.get(cfg.model.low_res)
-        return cls(family, denoiser, encoders, objective, prompts, space, noising, sees)
-
-    def compile_denoiser(self) -> None:
-        """Compile the denoiser in place, before DDP wraps the module: state-dict keys keep their names."""
-        from torch._dynamo import config as dynamo  # a second of imports that eager runs do not need
-        from torch._inductor import config as inductor
-
-        dynamo.optimize_ddp = False  # one graph: it would split at DDP's first bucket
-        # With it, torch 2.13 on CPUs mixes memory formats in convolution_backward: layers below an
-        # upsampler silently get no gradient. On GPUs its heuristics leave UNets alone anyway.
-        inductor.layout_optimization = False
-        self.denoiser.compile()
+        return cls(family, denoiser, encoders, objective, prompts, space, noising, sees, dtype)
 
     @property
     def trained(self) -> dict[str, nn.Module]:
@@ -114,7 +110,7 @@ class DreamBooth(nn.Module):
         condition = self.condition(batch.prompt) | batch.extra
         if self.sees:
             condition |= self.sees(x0, x_t, t, batch, self.noising)
-        prediction = self.family.denoise(self.denoiser, x_t, t, condition)
+        prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, condition)
         error = prediction.float() - self.objective.target(x0, batch.noise, t)
         return self.objective.weight(t) * error.square().flatten(1).mean(1)
 

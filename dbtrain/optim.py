@@ -21,19 +21,24 @@ SCHEDULES = {
 }
 
 
-def build(parameters: Mapping[str, nn.Parameter], cfg: Optim) -> torch.optim.AdamW:
+def build(parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool = False) -> torch.optim.AdamW:
     """AdamW, one group for each learning rate. Fused: one kernel, and fp16 scaling without a host read.
 
     Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
-    et al. 2024, arXiv:2402.12354.
+    et al. 2024, arXiv:2402.12354. `capturable`: a CUDA graph may hold its step; learning rates are then
+    tensors, which later changes reach.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         groups.setdefault(_factor(name, cfg), []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [{"params": group, "factor": factor} for factor, group in groups.items()],
-        lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True,
+        lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True, capturable=capturable,
     )  # fmt: skip
+    if capturable:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(cfg.lr, device=group["params"][0].device)
+    return optimizer
 
 
 def _factor(name: str, cfg: Optim) -> float:
@@ -57,7 +62,10 @@ def lr_at(step: int, cfg: Optim, steps: int) -> float:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["factor"])
+        else:
+            group["lr"] = lr * group["factor"]
 
 
 def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -90,6 +90,9 @@ class Data(Section):
     cache_gib: Positive = Field(
         1.0, description="memory for decoded shards on each rank, GiB; less reads them more often"
     )
+    resident_gib: NonNegative = Field(
+        1.0, description="GPU memory for the rows of a rank, GiB: if all fit, they are sent there once"
+    )
 
 
 class AdapterSettings(Section):
@@ -186,10 +189,21 @@ class Train(Section):
     micro_batch: Count = Field(
         1, description="instance images in one forward pass of one rank; the rest is accumulated"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="precision of the frozen base and of autocast; adapters stay fp32"
+    precision: Literal["fp32", "bf16", "fp16", "pure-bf16"] = Field(
+        "bf16",
+        description="precision of the frozen base and of autocast (`pure-bf16`: without autocast, faster); "
+        "adapters stay fp32",
     )
-    compile: bool = Field(False, description="torch.compile the denoiser")
+    compile: Literal[False, True, "regional"] = Field(
+        False, description="torch.compile the denoiser; `regional`: its repeated blocks only, sooner ready"
+    )
+    cuda_graph: bool = Field(
+        False, description="record the whole step as a CUDA graph: small batches no longer wait for the CPU"
+    )
+    channels_last: bool = Field(False, description="keep the denoiser's convolutions in NHWC")
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(
+        "auto", description="attention kernels to prefer on GPUs; `auto` goes by the GPU's generation"
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )

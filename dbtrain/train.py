@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dbtrain import (
     families,
     files,
     formats,
+    kernels,
     lock,
     log,
     optim,
@@ -30,13 +32,16 @@ from dbtrain.data import shards
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.data.stream import LatentStream
+from dbtrain.data.stream import Batch, LatentStream
 from dbtrain.errors import ConfigError, Preempted
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
-from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.precision import PRECISIONS
+from dbtrain.pretrained import Pretrained
 from dbtrain.run_log import Outcome
+
+Compute = Callable[[nn.Module, Progress, Sequence[Batch], Config], Outcome]
 
 
 def train(cfg: Config, until: int | None = None) -> Path:
@@ -59,6 +64,8 @@ def _train(cfg: Config, until: int | None) -> Path:
         share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
         manifest = Manifest.read(place)
         family = families.detect(base, cfg.model)
+        if cfg.train.cuda_graph and dist.device().type != "cuda":
+            raise ConfigError("train.cuda_graph is true, but there is no CUDA GPU here; set it to false")
         if dist.is_main():
             manifest.check_files(place)
             _check_made_for(cfg, base, manifest)
@@ -79,68 +86,110 @@ def _train(cfg: Config, until: int | None) -> Path:
     start = checkpoint.load_latest(run_dir, progress, who)
     checkpoint.check_ranks(model)
 
-    if cfg.train.compile:
-        model.compile_denoiser()
     role_weights = _role_weights(cfg, manifest)
+    resident_gib = cfg.data.resident_gib if dist.device().type == "cuda" else 0.0
     stream = LatentStream(
         place, manifest, share, role_weights, seed=cfg.seed, start=start,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
+        resident_gib=resident_gib,
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     with dist.agreed():
         meters = run_log.RunLog(run_dir, cfg, start, list(role_weights), stream.source)
     log.say(_greeting(cfg, model, manifest, role_weights, start))
-    with dist.training(cfg.faults.timeout_s), closing(stream), meters:
-        ddp, votes = dist.wrap(model), dist.Vote()
-        for step in range(start, cfg.train.steps):
-            dist.at(step + 1)
-            lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
-            optim.set_lr(progress.optimizer, lr)
-            waited = stream.wait_s
-            outcome = train_step(ddp, progress, stream, step, cfg)
-            done = step + 1
-            meters.step(done, outcome, progress.skipped, lr, stream.wait_s - waited)
-            stop = votes.cast(preempt.wish())
-            last = done == cfg.train.steps
-            if last or stop or done == until or done % cfg.train.checkpoint_every == 0:
-                meters.report()  # so that no line is lost by a kill after the save
-                with meters.untimed():
-                    checkpoint.save(run_dir, done, progress, who, cfg.train.keep)
-            if (stop or done == until) and not last:
-                raise Preempted(f"{preempt.REASONS[stop] or 'as asked'}, at step {done}, which is saved")
+    with (
+        closing(stream), meters,
+        kernels.attention(cfg.train.attention, dist.device()), kernels.on_side_stream(cfg.train.cuda_graph),
+    ):  # fmt: skip
+        if cfg.train.compile:
+            _compile(progress, stream, cfg)
+        with dist.training(cfg.faults.timeout_s):
+            _take_steps(progress, stream, meters, who, range(start, cfg.train.steps), cfg, until)
         export.save(cfg, base, family, model.states(), cfg.train.steps, run_dir / "export")
         export.mark_done(cfg)
     return run_dir
 
 
-def train_step(ddp: nn.Module, progress: Progress, stream: LatentStream, step: int, cfg: Config) -> Outcome:
-    """One optimizer step; nothing in it reads a tensor back to the host."""
-    optimizer, scaler = progress.optimizer, progress.scaler
-    share, device = stream.share, stream.device
-    dtype = DTYPES[cfg.train.precision]
+def _take_steps(
+    progress: Progress,
+    stream: LatentStream,
+    meters: run_log.RunLog,
+    who: dict,
+    steps: range,
+    cfg: Config,
+    until: int | None,
+) -> None:
+    """All steps that are left, with their checkpoints. Raises Preempted if it is to stop before the last."""
+    ddp, votes = dist.wrap(progress.model), dist.Vote()
+    compute = kernels.Recorded(compute_step, dist.world() > 1) if cfg.train.cuda_graph else compute_step
+    for step in steps:
+        dist.at(step + 1)
+        waited = stream.wait_s
+        outcome = train_step(ddp, progress, stream, step, cfg, compute)
+        done = step + 1
+        lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
+        meters.step(done, outcome, progress.skipped, lr, stream.wait_s - waited)
+        stop = votes.cast(preempt.wish())
+        last = done == cfg.train.steps
+        if last or stop or done == until or done % cfg.train.checkpoint_every == 0:
+            meters.report()  # so that no line is lost by a kill after the save
+            with meters.untimed():
+                checkpoint.save(files.expand(cfg.run_dir), done, progress, who, cfg.train.keep)
+        if (stop or done == until) and not last:
+            raise Preempted(f"{preempt.REASONS[stop] or 'as asked'}, at step {done}, which is saved")
+
+
+def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
+    """Compile the denoiser; of several ranks on a node one does it, the others find it in the cache."""
+    model, device = progress.model, dist.device()
+    kernels.compile_module(model.denoiser, cfg.train.compile)
+    if dist.world() == 1:
+        return
+    with dist.leaders_first(), model.working_copies.in_place():
+        with PRECISIONS[cfg.train.precision].forward(device):
+            loss = model(stream.peek()).sum()
+        loss.backward()
+    progress.optimizer.zero_grad()
+
+
+def train_step(
+    ddp: nn.Module,
+    progress: Progress,
+    stream: LatentStream,
+    step: int,
+    cfg: Config,
+    compute: Compute | None = None,
+) -> Outcome:
+    """Optimizer step number `step`, counted from 0, on the stream's next micro-batches."""
+    optim.set_lr(progress.optimizer, optim.lr_at(step, cfg.optim, cfg.train.steps))
+    batches = [next(stream) for _ in range(stream.share.micro_batches)]
+    return (compute or compute_step)(ddp, progress, batches, cfg)
+
+
+def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
+    """The step's work on the device; nothing in it reads a tensor back to the host."""
+    model, optimizer, scaler = progress.model, progress.optimizer, progress.scaler
+    precision, device = PRECISIONS[cfg.train.precision], batches[0].weight.device
     losses = torch.zeros(2, device=device)
     bad = torch.full((2,), torch.inf, dtype=torch.float64, device=device)
-    seen = 0
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not cfg.train.cuda_graph)
 
-    for micro in range(share.micro_batches):
-        batch = next(stream)
-        if adapters.drops(cfg.adapter):
-            rng.seed_dropout(cfg.seed, "dropout", step, share.positions(step, micro).start)
-        seen += batch.seen
-        with dist.accumulating(ddp, last=micro == share.micro_batches - 1):
-            with torch.amp.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                per_image = ddp(batch)  # (rows,): instance rows, then class rows
-            # The weights make a sum over all rows of all ranks; DDP gives the mean over ranks.
-            loss = (batch.weight * per_image).sum() * share.world
-            scaler.scale(loss).backward()
-        by_role = per_image.detach().view(-1, share.micro_batch)  # (roles, micro_batch)
-        roles = len(by_role)
-        losses[:roles] += by_role.sum(1) / share.global_batch
-        positions = torch.arange(share.micro_batch, dtype=torch.float64, device=device)
-        positions += share.positions(step, micro).start
-        first = torch.where(by_role.isfinite(), torch.inf, positions).amin(1)
-        bad[:roles] = torch.minimum(bad[:roles], first)
+    with model.working_copies.in_place():
+        for number, batch in enumerate(batches):
+            if adapters.drops(cfg.adapter):
+                step = batch.first // cfg.train.global_batch
+                rng.seed_dropout(cfg.seed, "dropout", step, batch.first)
+            with dist.accumulating(ddp, last=number == len(batches) - 1):
+                with precision.forward(device):
+                    per_image = ddp(batch)  # (rows,): instance rows, then class rows
+                # The weights make a sum over all rows of all ranks; DDP gives the mean over ranks.
+                loss = (batch.weight * per_image).sum() * dist.world()
+                scaler.scale(loss).backward()
+            by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
+            roles = len(by_role)
+            losses[:roles] += by_role.sum(1) / cfg.train.global_batch
+            first = torch.where(by_role.isfinite(), torch.inf, batch.position.view_as(by_role)).amin(1)
+            bad[:roles] = torch.minimum(bad[:roles], first)
 
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -151,7 +200,7 @@ def train_step(ddp: nn.Module, progress: Progress, stream: LatentStream, step: i
         progress.skipped += leave_out
     scaler.step(optimizer)
     scaler.update()
-    return Outcome(losses, grad_norm, bad, seen)
+    return Outcome(losses, grad_norm, bad, sum(batch.seen for batch in batches))
 
 
 def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:

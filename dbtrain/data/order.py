@@ -81,6 +81,16 @@ class Order:
                 return count
         return 1
 
+    def shards_of(self, share: Share) -> list[int]:
+        """The shards that a rank reads: those of the columns that own its slots."""
+        slots = self.global_batch // self.columns
+        mine = {
+            share_slot // slots
+            for micro in range(share.micro_batches)
+            for share_slot in share.positions(0, micro)
+        }
+        return [shard for shard in range(len(self.shard_rows)) if shard % self.columns in mine]
+
     def locate(self, position: int) -> Place:
         """The place of one position. Every rank that asks gets the same answer."""
         slots = self.global_batch // self.columns

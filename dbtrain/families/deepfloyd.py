@@ -56,7 +56,7 @@ def check(base: Pretrained, channels: int) -> None:
 
 def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     """Stage I. A UNet that learnt its variance predicts it too: that half gets no loss."""
-    prediction = unet(x_t, t, condition["prompt_embeds"], return_dict=False)[0]
+    prediction = unet(x_t, t, condition["prompt_embeds"].to(x_t.dtype), return_dict=False)[0]
     return prediction[:, : x_t.shape[1]]
 
 
@@ -64,7 +64,7 @@ def denoise_2(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, T
     """Stage II: the small image, enlarged and roughened, beside x_t; how rough it is, as class label."""
     both = torch.cat([x_t, condition["small"].to(x_t.dtype)], dim=1)
     prediction = unet(
-        both, t, condition["prompt_embeds"], class_labels=condition["level"], return_dict=False
+        both, t, condition["prompt_embeds"].to(x_t.dtype), class_labels=condition["level"], return_dict=False
     )[0]
     return prediction[:, : x_t.shape[1]]
 

@@ -38,7 +38,7 @@ def check(base: Pretrained) -> None:
 
 
 def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-    return unet(x_t, t, condition["prompt_embeds"], return_dict=False)[0]
+    return unet(x_t, t, condition["prompt_embeds"].to(x_t.dtype), return_dict=False)[0]
 
 
 FAMILY = Family(

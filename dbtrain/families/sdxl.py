@@ -70,7 +70,7 @@ def check(base: Pretrained) -> None:
 
 def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
-    hidden = condition["prompt_embeds"]
+    hidden = condition["prompt_embeds"].to(x_t.dtype)
     return unet(x_t, t, hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 

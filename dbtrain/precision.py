@@ -1,0 +1,96 @@
+"""What `train.precision` means: what the base is kept in, and what computes in it.
+
+Adapters, their gradients and moments are fp32 in every precision. They compute in the base's
+precision on copies, which one kernel makes for all of them once a step: left to autocast, that would
+be two small kernels for each of their hundreds of weights in every forward and backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a step computes."""
+
+    dtype: torch.dtype  # of the frozen base, and of what the adapters compute in
+    autocast: bool = False  # torch.amp.autocast chooses what computes in fp32
+    scaled: bool = False  # gradients are scaled, so that small ones do not vanish
+
+    def forward(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Context of a forward pass."""
+        return torch.amp.autocast(device.type, self.dtype) if self.autocast else nullcontext()
+
+
+PRECISIONS = {
+    "fp32": Precision(torch.float32),
+    "bf16": Precision(torch.bfloat16, autocast=True),
+    "fp16": Precision(torch.float16, autocast=True, scaled=True),
+    "pure-bf16": Precision(torch.bfloat16),
+}
+
+
+class WorkingCopies:
+    """Copies of fp32 parameters in another precision, which stand in for them while a step computes."""
+
+    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
+        """`parameters` are those of `module`, by name.
+
+        Layers with DoRA have none: it divides norms that are nearly equal, and takes 1 off.
+        """
+        self.dtype = dtype
+        self.originals: dict[str, nn.Parameter] = {}
+        self.places: list[tuple[nn.Module, str]] = []
+        dora = {name.split(".lora_")[0] for name in parameters if "lora_magnitude_vector" in name}
+        for name, parameter in parameters.items():
+            if dtype != torch.float32 and name.split(".lora_")[0] not in dora:
+                owner, _, last = name.rpartition(".")
+                self.originals[name] = parameter
+                self.places.append((module.get_submodule(owner), last))
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In the block, forward and backward passes, recomputed ones too, see the copies.
+
+        Gradients reach the fp32 originals, where they add up.
+        """
+        if not self.places:
+            yield
+            return
+        self._put(_Cast.apply(self.dtype, *self.originals.values()))
+        try:
+            yield
+        finally:
+            self._put(self.originals.values())
+
+    def _put(self, values: Any) -> None:
+        for (owner, name), value in zip(self.places, values, strict=True):
+            owner._parameters[name] = value  # as torch.func.functional_call does
+
+
+class _Cast(torch.autograd.Function):
+    """All tensors in another dtype, and their gradients back, in one kernel (or few) each."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _cast(tensors, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *_cast(grads, ctx.dtype))
+
+
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    space = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype)
+    parts = space.split([tensor.numel() for tensor in tensors])
+    casts = tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
+    torch._foreach_copy_(casts, tensors)
+    return casts
