@@ -41,7 +41,7 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
     cfg = Config.load(config, overrides or ())
     preempt.listen(files.expand(cfg.run_dir), cfg.faults.stop_before_s)
-    with importing():
+    with importing(at_start=True):
         from dbtrain import dist, log
 
     dist.adopt_slurm()
@@ -55,7 +55,7 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Photos (and class images) to shards of VAE latents and a prompt table."""
     cfg = _load(config, overrides)
-    with importing():
+    with importing(at_start=True):
         from dbtrain import prepare as verb
 
     verb.prepare(cfg)
@@ -71,7 +71,7 @@ def train(
 ) -> None:
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
-    with importing():
+    with importing(at_start=True):
         from dbtrain import hub
         from dbtrain import train as verb
 
@@ -92,7 +92,7 @@ def export(
 ) -> None:
     """A checkpoint (or an adapter file) to the files that Diffusers, PEFT or A1111 and ComfyUI load."""
     cfg = _load(config, overrides)
-    with importing():
+    with importing(at_start=True):
         from dbtrain import export as verb
         from dbtrain import hub
 
@@ -104,7 +104,7 @@ def export(
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """prepare, train, export, sample (and push) in one go; what is done already is skipped."""
     cfg = _load(config, overrides)
-    with importing():
+    with importing(at_start=True):
         from dbtrain import export, hub, prepare, sample, train
 
     hub.check(cfg)
@@ -137,7 +137,7 @@ def sample(
     extra = [f"sample.seed={seed}"] if seed is not None else []
     extra += [f"sample.images={images}"] if images is not None else []
     cfg = _load(config, [*(overrides or ()), *extra])
-    with importing():
+    with importing(at_start=True):
         from dbtrain import sample as verb
 
     mixes = [verb.Mix.parse(text) for text in adapter or ()]
@@ -154,7 +154,7 @@ def evaluate(
 ) -> None:
     """How well a run on the embedded base learnt its subject: scores, and a sheet to see it."""
     cfg = _load(config, overrides)
-    with importing():
+    with importing(at_start=True):
         from dbtrain.tiny import score
 
     other = score.Scores.load(beside) if beside else None
@@ -175,7 +175,7 @@ def doctor(
 ) -> None:
     """Checks of a config on this machine."""
     cfg = _load(config, overrides)
-    with importing():
+    with importing(at_start=True):
         from dbtrain import doctor as verb
 
     if not exact:
