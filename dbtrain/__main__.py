@@ -6,14 +6,17 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import dbtrain
 from dbtrain import files, preempt
-from dbtrain.config import Config
 from dbtrain.errors import ConfigError, Lost, Preempted, os_problem, reason
+from dbtrain.importing import importing
+
+if TYPE_CHECKING:
+    from dbtrain.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -29,14 +32,17 @@ Overrides = Annotated[
     typer.Argument(metavar="SECTION.KEY=VALUE", help="settings put over the file's, e.g. optim.lr=2e-4"),
 ]
 
-# Verbs are imported when they are called: help and config errors need no torch.
+# Verbs are imported when they are called: help needs no pydantic, config errors need no torch.
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
     """The checked config; from here on, signals ask for an orderly stop, and the terminal is told."""
+    from dbtrain.config import Config
+
     cfg = Config.load(config, overrides or ())
     preempt.listen(files.expand(cfg.run_dir), cfg.faults.stop_before_s)
-    from dbtrain import dist, log
+    with importing(at_start=True):
+        from dbtrain import dist, log
 
     dist.adopt_slurm()
     log.start()
@@ -49,7 +55,8 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Photos (and class images) to shards of VAE latents and a prompt table."""
     cfg = _load(config, overrides)
-    from dbtrain import prepare as verb
+    with importing(at_start=True):
+        from dbtrain import prepare as verb
 
     verb.prepare(cfg)
 
@@ -64,8 +71,9 @@ def train(
 ) -> None:
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
-    from dbtrain import hub
-    from dbtrain import train as verb
+    with importing(at_start=True):
+        from dbtrain import hub
+        from dbtrain import train as verb
 
     hub.check(cfg)
     verb.train(cfg, until)
@@ -84,8 +92,9 @@ def export(
 ) -> None:
     """A checkpoint (or an adapter file) to the files that Diffusers, PEFT or A1111 and ComfyUI load."""
     cfg = _load(config, overrides)
-    from dbtrain import export as verb
-    from dbtrain import hub
+    with importing(at_start=True):
+        from dbtrain import export as verb
+        from dbtrain import hub
 
     path = verb.export(cfg, step, out, adapter)
     hub.push(cfg, path if path.is_dir() else path.parent)
@@ -95,7 +104,8 @@ def export(
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """prepare, train, export, sample (and push) in one go; what is done already is skipped."""
     cfg = _load(config, overrides)
-    from dbtrain import export, hub, prepare, sample, train
+    with importing(at_start=True):
+        from dbtrain import export, hub, prepare, sample, train
 
     hub.check(cfg)
     prepare.prepare(cfg)
@@ -127,7 +137,8 @@ def sample(
     extra = [f"sample.seed={seed}"] if seed is not None else []
     extra += [f"sample.images={images}"] if images is not None else []
     cfg = _load(config, [*(overrides or ()), *extra])
-    from dbtrain import sample as verb
+    with importing(at_start=True):
+        from dbtrain import sample as verb
 
     mixes = [verb.Mix.parse(text) for text in adapter or ()]
     verb.sample(cfg, prompt or cfg.sample.prompts, mixes or verb.without_and_with(cfg.run_dir), out)
@@ -143,7 +154,8 @@ def evaluate(
 ) -> None:
     """How well a run on the embedded base learnt its subject: scores, and a sheet to see it."""
     cfg = _load(config, overrides)
-    from dbtrain.tiny import score
+    with importing(at_start=True):
+        from dbtrain.tiny import score
 
     other = score.Scores.load(beside) if beside else None
     out = files.expand(cfg.run_dir) / "scores"
@@ -163,7 +175,8 @@ def doctor(
 ) -> None:
     """Checks of a config on this machine."""
     cfg = _load(config, overrides)
-    from dbtrain import doctor as verb
+    with importing(at_start=True):
+        from dbtrain import doctor as verb
 
     if not exact:
         raise ConfigError("tell doctor what to check: --exact")
@@ -183,6 +196,8 @@ def config(
     key: Annotated[str | None, typer.Option(help="print this setting's value only, e.g. run_dir")] = None,
 ) -> None:
     """The config as every verb would read it, overrides and defaults included."""
+    from dbtrain.config import Config
+
     cfg = Config.load(config, overrides or ())
     if key is None:
         print(cfg.dump(), end="")

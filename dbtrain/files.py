@@ -15,13 +15,13 @@ from dbtrain.errors import ConfigError
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; read once while size and time of change stay the same."""
+    """sha256 of a file's bytes, in hex; read once while its size and times of change stay the same."""
     seen = path.stat()
-    return _sha256(path, seen.st_size, seen.st_mtime_ns)
+    return _sha256(path, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+def _sha256(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
     checksum = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

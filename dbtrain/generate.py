@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import diffusers
 import torch
 from PIL import Image
 
 from dbtrain.families.base import Family
+from dbtrain.importing import importing
 from dbtrain.pretrained import DTYPES, Pretrained
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
@@ -17,8 +17,12 @@ SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
 
 def build(base: Pretrained, family: Family, precision: str, device: torch.device) -> Any:
     """The base's Diffusers pipeline on `device`, without a safety checker, quiet."""
+    with importing():  # here, as most calls of `prepare` draw nothing
+        import diffusers
+
     parts = {part: base.load(part, DTYPES[precision]) for part in family.parts}
-    kind = getattr(diffusers, family.pipeline)
+    with importing():
+        kind = getattr(diffusers, family.pipeline)
     # Components that are handed over are not loaded again; the rest of a base is optional.
     pipe = kind.from_pretrained(base.folder, **dict.fromkeys(kind._optional_components) | parts)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(

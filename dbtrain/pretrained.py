@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from dbtrain import dist, files, tiny
+from dbtrain import dist, files, hashes, tiny
 from dbtrain.errors import ConfigError, reason
+from dbtrain.importing import importing
 from dbtrain.keys import content_key
 from dbtrain.settings import Model
 
@@ -107,7 +108,8 @@ class Pretrained:
                 f"{self.name}: component '{component}' is {'.'.join(map(str, entry or ['missing']))}; "
                 f"only classes of {' and '.join(LIBRARIES)} are loaded"
             )
-        kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+        with importing():  # the libraries import a class's module when it is first asked for
+            kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
         if not hasattr(kind, "from_pretrained"):
             raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
         return kind
@@ -159,7 +161,7 @@ class Pretrained:
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
-        return content_key([[path.name, files.sha256_of(path)] for path in found])
+        return content_key([[path.name, hashes.sha256_of(path)] for path in found])
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
@@ -192,7 +194,7 @@ def _from_single_file(cfg: Model, path: Path) -> Path:
         raise ConfigError(
             f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
         )
-    folder = files.cache() / "single-files" / content_key([files.sha256_of(path), cfg.config])[:16]
+    folder = files.cache() / "single-files" / content_key([hashes.sha256_of(path), cfg.config])[:16]
     with dist.agreed():
         if dist.local_rank() == 0 and not folder.exists():
             try:

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from rows above its own, and from its own row where that is no cycle.
 LAYERS = [
     ["dbtrain", "errors", "keys", "files", "reading", "section", "settings", "config", "data",
-     "data.order", "tiny", "preempt"],
+     "data.order", "tiny", "preempt", "importing", "hashes"],
     ["rng", "dist", "pulse", "lock", "log", "run_log"],
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
      "objectives", "adapters", "optim",

@@ -54,6 +54,7 @@ class Family:
     sees: Mapping[str, Sees] = field(default_factory=dict)  # what an upscaler is given, by model.low_res
     enlarges: int = 1  # output side per side of the image that an upscaler is given
     lora_loads: tuple[str, ...] | None = None  # components whose LoRA the pipeline loads; None: all
+    lora_mixin: str = "StableDiffusionLoraLoaderMixin"  # the base of the pipeline's class that writes LoRA
     kohya: Mapping[str, str] = field(default_factory=dict)  # component -> its prefix in kohya's files
     sampler: Mapping[str, Any] = field(default_factory=dict)  # settings put over the base's scheduler
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, encoder: ()

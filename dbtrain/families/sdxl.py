@@ -88,5 +88,6 @@ FAMILY = Family(
     denoise=denoise,
     row=row,
     idle=idle,
+    lora_mixin="StableDiffusionXLLoraLoaderMixin",
     kohya={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import diffusers.loaders
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor
@@ -22,14 +22,17 @@ METADATA = "lora_adapter_metadata"  # Diffusers' key in the file's header
 
 
 def write(folder: Path, family: Family, states: States) -> None:
-    """Through Diffusers' own mixin. The metadata carries alpha: without it a loader assumes alpha = rank."""
+    """Through Diffusers' own mixin, without importing the pipeline that inherits it.
+
+    The metadata carries alpha: without it a loader assumes alpha = rank.
+    """
     layers: dict[str, Any] = {}
     for component, state in states.items():
         layers[f"{component}_lora_layers"] = diffusers_keys(state.tensors)
         layers[f"{component}_lora_adapter_metadata"] = state.config
     part = folder.with_name(f".{folder.name}.tmp")
     try:
-        getattr(diffusers, family.pipeline).save_lora_weights(part, weight_name=FILE, **layers)
+        getattr(diffusers.loaders, family.lora_mixin).save_lora_weights(part, weight_name=FILE, **layers)
         files.write_atomically(folder / FILE, files.sorted_header((part / FILE).read_bytes()))
     finally:
         shutil.rmtree(part, ignore_errors=True)

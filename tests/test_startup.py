@@ -1,0 +1,109 @@
+"""What a start costs, in things that can be counted: modules imported, components loaded, bytes hashed."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbtrain.importing import importing
+from tests import bases
+from tests.conftest import Make
+
+WEIGHTS = "*.safetensors"
+
+
+def watched(tmp_path: Path, *args: object, code: int = 0) -> dict[str, Any]:
+    """What a verb imported, loaded and hashed, in a process of its own with a cache of the test's own."""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.probe", str(report), *map(str, args)], capture_output=True, text=True,
+        timeout=300, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    print(done.stdout, done.stderr, sep="\n")
+    assert done.returncode == code
+    return json.loads(report.read_text())
+
+
+def among(modules: list[str], *names: str) -> list[str]:
+    """The modules of these packages."""
+    return [module for module in modules if any(f"{module}.".startswith(f"{name}.") for name in names)]
+
+
+def as_in_the_hubs_cache(folder: Path, base: Path) -> Path:
+    """A base as the Hub's client keeps it: links to blobs, those of weights named by their sha256."""
+    blobs = folder / "models--someone--base" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot = blobs.with_name("snapshots") / "main"
+    for path in base.rglob("*"):
+        if path.is_file():
+            kind = hashlib.sha256 if path.match(WEIGHTS) else hashlib.sha1
+            blob = blobs / kind(path.read_bytes()).hexdigest()
+            shutil.copy(path, blob)
+            link = snapshot / path.relative_to(base)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_help_imports_none_of_the_big_libraries(tmp_path: Path) -> None:
+    found = watched(tmp_path, "--help")
+    big = ("torch", "numpy", "pydantic", "yaml", "diffusers", "transformers", "peft", "huggingface_hub")
+    assert among(found["modules"], *big) == []
+
+
+def test_shards_that_are_up_to_date_take_no_model_library(make: Make, prepared: Path, tmp_path: Path) -> None:
+    make(data__shards=str(prepared))
+    found = watched(tmp_path, "prepare", tmp_path / "c.yaml")
+    assert found["loaded"] == []
+    assert among(found["modules"], "diffusers", "transformers", "peft", "tensorboard") == []
+
+
+def test_training_needs_no_weights_but_the_denoisers(make: Make, prepared: Path, tmp_path: Path) -> None:
+    base = as_in_the_hubs_cache(tmp_path, bases.sd())
+    for part in ("vae", "text_encoder"):
+        for path in (base / part).glob(WEIGHTS):
+            path.resolve().unlink()
+    make(data__shards=str(prepared), model__path=str(base), train__steps=1)
+    found = watched(tmp_path, "train", tmp_path / "c.yaml")
+    assert found["loaded"] == ["unet"]
+    assert found["hashed"] == {}
+    assert among(found["modules"], "diffusers.pipelines", "transformers.models.clip", "matplotlib") == []
+    vaes = [name for name in found["modules"] if "autoencoder" in name]
+    assert vaes == []
+
+
+def test_trained_text_encoders_are_loaded_and_no_more(make: Make, prepared: Path, tmp_path: Path) -> None:
+    make(data__shards=str(prepared), adapter__text_encoder={"rank": 2}, train__steps=1)
+    assert watched(tmp_path, "train", tmp_path / "c.yaml")["loaded"] == ["unet", "text_encoder"]
+
+
+def test_the_second_start_hashes_no_weights(make: Make, prepared: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(bases.sd(), tmp_path / "base")
+    make(data__shards=str(prepared), model__path=str(base))
+    first = watched(tmp_path, "train", tmp_path / "c.yaml", "--until", 1, code=75)
+    parts = {str(path.relative_to(base)): path.stat().st_size for path in base.rglob(WEIGHTS)}
+    assert {str(Path(name).relative_to(base)): size for name, size in first["hashed"].items()} == parts
+    second = watched(tmp_path, "train", tmp_path / "c.yaml")
+    assert sum(second["hashed"].values()) == 0
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_imports_leave_garbage_collection_as_it_was(on: bool) -> None:
+    was = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if was else gc.disable)()
