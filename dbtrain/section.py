@@ -19,6 +19,11 @@ def listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def no_number(value: Any) -> Any:
+    """1 equals True, and would pass for it."""
+    return str(value) if type(value) is int else value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]  # YAML has lists, frozen models want tuples
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(listed)]
 Share = Annotated[float, Field(ge=0, lt=1)]

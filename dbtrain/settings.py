@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dbtrain.section import (
     Count,
@@ -19,6 +19,7 @@ from dbtrain.section import (
     Targets,
     Text,
     listed,
+    no_number,
 )
 
 
@@ -194,7 +195,7 @@ class Train(Section):
         description="precision of the frozen base and of autocast (`pure-bf16`: without autocast, faster); "
         "adapters stay fp32",
     )
-    compile: Literal[False, True, "regional"] = Field(
+    compile: Annotated[Literal[False, True, "regional"], BeforeValidator(no_number)] = Field(
         False, description="torch.compile the denoiser; `regional`: its repeated blocks only, sooner ready"
     )
     cuda_graph: bool = Field(

@@ -59,7 +59,7 @@ def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tmp_path: Path) -> Non
     [
         ("train.global_batch=0", "train.global_batch is 0"),
         ("train.steps=2.5", "train.steps is 2.5"),
-        ("train.compile=1", "train.compile is 1"),
+        ("train.compile=1", "train.compile is '1'; choose from False, True or 'regional'"),
         ("optim.lr=-1", "optim.lr is -1"),
         ("optim.lr=.nan", "optim.lr is nan"),
         ("adapter.rank=big", "adapter.rank is 'big'"),
