@@ -50,7 +50,7 @@ class Sampling(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="precision in which class images are generated"
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Literal[False, True, "auto"] = Field(
         False,
         description="torch.compile the denoiser for them; `auto`: on GPUs, for sets of 1,000 images or more",
     )
