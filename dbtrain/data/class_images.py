@@ -134,7 +134,8 @@ def _sampler(
 
     if not without:
         return pictures, save_png
-    pipe.vae_scale_factor = cfg.resolution // family.space(base, cfg.resolution).shape[-1]  # the VAE's
+    # What the pipeline would have read from its VAE: it guesses 8 without one.
+    pipe.vae_scale_factor = cfg.resolution // family.space(base, cfg.resolution).shape[-1]
     encoded = generate.encode_once(pipe, family, prompt, cfg.sampling.guidance)
     return lambda seeds: generate.draw_latents(pipe, encoded, seeds, *how), latents.save
 

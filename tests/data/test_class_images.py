@@ -23,7 +23,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import LatentSpace
 from dbtrain.network import DreamBooth
-from dbtrain.prepare import prepare
+from dbtrain.prepare import prepare, request
 from dbtrain.pretrained import Pretrained
 from dbtrain.train import train
 from tests import bases
@@ -253,6 +253,11 @@ def test_when_the_denoiser_is_compiled(
 ) -> None:
     cfg = make(prepare__sampling__compile=asked).prepare
     assert cfg and class_images.compiles(cfg, count, device) is compiled
+
+
+def test_how_fast_they_are_drawn_is_not_what_shards_were_asked_for(make: Make) -> None:
+    plain, fast = (make(prepare__sampling=how).prepare for how in ({}, {"compile": True, "batch": 3}))
+    assert plain and fast and request(plain, families.get("sd")) == request(fast, families.get("sd"))
 
 
 @pytest.mark.slow
