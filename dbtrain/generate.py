@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dbtrain.families.base import Family
 from dbtrain.importing import importing
 from dbtrain.pretrained import DTYPES, Pretrained
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
+# Arguments of a pipeline's call, in the order in which its `encode_prompt` gives them (SD the first two).
+ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def build(base: Pretrained, family: Family, precision: str, device: torch.device) -> Any:
-    """The base's Diffusers pipeline on `device`, without a safety checker, quiet."""
+def build(
+    base: Pretrained, family: Family, precision: str, device: torch.device, without: Collection[str] = ()
+) -> Any:
+    """The base's Diffusers pipeline on `device`, without a safety checker, quiet.
+
+    `without`: components that are not loaded.
+    """
     with importing():  # here, as most calls of `prepare` draw nothing
         import diffusers
 
-    parts = {part: base.load(part, DTYPES[precision]) for part in family.parts}
+    parts = {part: None if part in without else base.load(part, DTYPES[precision]) for part in family.parts}
     with importing():
         kind = getattr(diffusers, family.pipeline)
     # Components that are handed over are not loaded again; the rest of a base is optional.
@@ -52,3 +60,36 @@ def draw(
             prompt=list(prompts), generator=list(generators), num_inference_steps=steps,
             guidance_scale=guidance, height=side, width=side, **enlarged,
         ).images  # fmt: skip
+
+
+def encode_once(pipe: Any, family: Family, prompt: str, guidance: float) -> dict[str, Tensor]:
+    """What a latent pipeline's call takes in place of `prompt`, (1, ...) each; frees its text encoders."""
+    with torch.no_grad():
+        found = pipe.encode_prompt(
+            prompt=prompt, device=pipe.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=guidance > 1,
+        )  # fmt: skip
+    for name in family.text_encoders:
+        setattr(pipe, name, None)
+    return {name: tensor for name, tensor in zip(ENCODED, found, strict=False) if tensor is not None}
+
+
+def draw_latents(
+    pipe: Any,
+    encoded: Mapping[str, Tensor],
+    generators: Sequence[torch.Generator],
+    steps: int,
+    guidance: float,
+    side: int,
+) -> list[Tensor]:
+    """x0 of one picture a generator, (C, h, w) each, as the denoiser has it; all of one prompt.
+
+    Like `draw`, but nothing is decoded: the pipeline needs no VAE.
+    """
+    rows = {name: tensor.expand(len(generators), *tensor.shape[1:]) for name, tensor in encoded.items()}
+    with torch.no_grad():
+        found = pipe(
+            **rows, generator=list(generators), num_inference_steps=steps, guidance_scale=guidance,
+            height=side, width=side, output_type="latent",
+        ).images  # fmt: skip
+    return list(found)

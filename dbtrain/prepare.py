@@ -13,10 +13,10 @@ from typing import Any
 
 from dbtrain import dist, families, files, lock, log, preempt
 from dbtrain.config import Config
-from dbtrain.data import class_images, encode, images, shards
+from dbtrain.data import class_images, encode, images, latents, shards
 from dbtrain.data.storage import Storage
 from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family
+from dbtrain.families.base import Family, LatentSpace
 from dbtrain.keys import content_key
 from dbtrain.pretrained import Pretrained
 from dbtrain.settings import Prepare
@@ -108,11 +108,12 @@ def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
     return task.folder
 
 
-def request(prepare: Prepare) -> dict[str, Any]:
+def request(prepare: Prepare, family: Family) -> dict[str, Any]:
     """The settings that shape the shards' content, as the manifest remembers them."""
-    settings = prepare.model_dump(mode="json", exclude={"sampling": {"batch"}})
+    settings = prepare.model_dump(mode="json", exclude={"sampling": {"batch", "compile"}})
+    settings["class_pictures"] = not class_images.as_latents(family, prepare)
     if prepare.class_prompt is None:  # then nothing depends on how class images would be made
-        del settings["class_images"], settings["sampling"]
+        del settings["class_images"], settings["class_pictures"], settings["sampling"]
     return settings
 
 
@@ -124,6 +125,7 @@ def _plan(
     vae = [task.family.vae] if task.family.vae else []
     components = {name: task.base.key(name) for name in (*vae, *encoders, *encoders.values())}
     encoder = f"{components['vae']} {prepare.vae_precision}" if vae else "pixels"
+    space = task.family.space(task.base, prepare.resolution)
     texts: list[str] = []
     plans = {}
     for role, paths in pictures.items():
@@ -137,7 +139,10 @@ def _plan(
                 text = images.caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
-            rows += _rows(path, texts.index(text), settings, task.cfg.seed, encoder)
+            if path.suffix == latents.SUFFIX:
+                rows.append(_latent_row(path, texts.index(text), prepare.resolution, space))
+            else:
+                rows += _rows(path, texts.index(text), settings, task.cfg.seed, encoder)
         count = _shard_count(len(rows))
         plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
     return texts, components, plans
@@ -159,6 +164,16 @@ def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) ->
         }  # fmt: skip
         rows.append((str(path), meta))
     return rows
+
+
+def _latent_row(path: Path, prompt: int, side: int, space: LatentSpace) -> tuple[str, dict]:
+    """(path, description) of a class image that was kept as a latent: whole, and of its own size."""
+    key = content_key([shards.VERSION, latents.NAME, space.scale, space.shift, files.sha256_of(path)])
+    meta = {
+        "source": path.name, "original_size": [side, side], "crop": [0, 0], "flip": False,
+        "prompt": prompt, "key": key[:16],
+    }  # fmt: skip
+    return str(path), meta
 
 
 def _shard_count(rows: int) -> int:
@@ -222,7 +237,7 @@ def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
                 preempt.check()
                 tensors = kept.get(meta["key"])
                 rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
-                encoded += tensors is None
+                encoded += tensors is None and not source.endswith(latents.SUFFIX)
                 bar.update()
             data = shards.pack(rows)
             files.write_atomically(task.folder / plan.file, data)
@@ -262,7 +277,7 @@ def _manifest(
     space = task.family.space(task.base, task.settings.resolution)
     return shards.Manifest(
         version=shards.VERSION, family=task.family.name, base=task.base.name, components=components,
-        request=request(task.settings), latent_shape=space.shape,
+        request=request(task.settings, task.family), latent_shape=space.shape,
         latent_scale=space.scale, latent_shift=space.shift, prompts=prompts,
         roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
                for role, every in planned.items()},

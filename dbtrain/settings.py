@@ -51,6 +51,10 @@ class Sampling(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="precision in which class images are generated"
     )
+    compile: Literal[False, True, "auto"] = Field(
+        False,
+        description="torch.compile the denoiser for them; `auto`: on GPUs, for sets of 1,000 images or more",
+    )
 
 
 class Prepare(Section):
@@ -65,6 +69,11 @@ class Prepare(Section):
         None,
         description="your own class images; missing ones are generated into a subfolder "
         "(null: all are, in ~/.cache/dbtrain; on several nodes, give a shared folder)",
+    )
+    class_pictures: bool = Field(
+        False,
+        description="decode generated class images and keep them as PNG, to be looked at, then encode "
+        "those (false: their latents are kept, which saves both; models of pixels always have pictures)",
     )
     resolution: Count = Field(512, description="side of the square crops, px")
     crop: Literal["center", "random"] = Field(

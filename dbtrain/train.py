@@ -222,7 +222,9 @@ def _check_made_for(cfg: Config, base: Pretrained, manifest: Manifest) -> None:
             f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
         )
     if cfg.prepare:
-        asked, made = prepare.request(cfg.prepare), manifest.request
+        # Shards from before there was a choice have class images that were pictures.
+        asked = prepare.request(cfg.prepare, families.get(family))
+        made = {"class_pictures": True} | manifest.request
         odd = [key for key in asked if asked[key] != made.get(key)]
         if odd:
             changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {asked[key]!r}" for key in odd)

@@ -67,6 +67,11 @@ def test_table_plot_and_going_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "subject_fidelity.json").read_text()) == rows
 
 
+def test_the_published_figures_are_of_class_pictures(tmp_path: Path) -> None:
+    cell = subject_fidelity.cells(["mug"], 1, [], 16)[0]
+    assert subject_fidelity.settings(cell, tmp_path, [100], []).prepare.class_pictures is True
+
+
 def test_the_table_averages_over_runs() -> None:
     results = {
         Cell(subject, seed, prior, 8): {

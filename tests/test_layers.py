@@ -20,7 +20,7 @@ LAYERS = [
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
      "objectives", "adapters", "optim",
      "generate", "kernels", "pictures", "precision",
-     "data.images", "data.storage", "data.shards", "data.stream"],
+     "data.images", "data.latents", "data.storage", "data.shards", "data.stream"],
     ["data.encode", "data.class_images", "network", "checkpoint", "export", "card", "hub", "pipeline",
      "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
     ["prepare", "train", "sample", "doctor", "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure",

@@ -227,11 +227,16 @@ def test_random_variants_are_stored_with_their_crops(make: Make, photo_dir: Path
     assert len({tuple(row.meta["crop"]) for row in stored}) > 4
 
 
+AS_PICTURES = pytest.mark.parametrize("pictures", [False, True], ids=["latents", "pictures"])
+
+
+@AS_PICTURES
 def test_class_images_are_kept_and_shared(
-    make: Make, photo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Make, photo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: bool
 ) -> None:
     """Once complete, they are only read: others' may be read-only."""
-    settings = {"prepare__photos": str(photo_dir), "prepare__class_dir": str(tmp_path / "mine")}
+    settings = {"prepare__photos": str(photo_dir), "prepare__class_dir": str(tmp_path / "mine"),
+                "prepare__class_pictures": pictures}  # fmt: skip
     prepare(make(**settings))
     (folder,) = (tmp_path / "mine").iterdir()
     made = snapshot(folder)
@@ -244,17 +249,19 @@ def test_class_images_are_kept_and_shared(
     assert snapshot(folder) == made and len(made) == 9
 
 
+@AS_PICTURES
 def test_generation_goes_on_after_a_kill_and_gives_the_same_set(
-    make: Make, photo_dir: Path, tmp_path: Path
+    make: Make, photo_dir: Path, tmp_path: Path, pictures: bool
 ) -> None:
-    cfg = make(prepare__photos=str(photo_dir), prepare__class_dir=str(tmp_path / "mine"))
+    cfg = make(prepare__photos=str(photo_dir), prepare__class_dir=str(tmp_path / "mine"),
+               prepare__class_pictures=pictures)  # fmt: skip
     prepare(cfg)
     folder = next(path for path in (tmp_path / "mine").iterdir() if path.is_dir())
     good = {name: data for name, (_, data) in snapshot(folder).items()}
     assert len(good) == 8 + 1
     assert len(set(good.values())) == 9, "every image differs"
-    for name in ("00003.png", "00007.png"):
-        (folder / name).unlink()
+    for number in (3, 7):
+        (folder / f"{number:05d}.{'png' if pictures else 'safetensors'}").unlink()
     prepare(cfg)
     assert {name: data for name, (_, data) in snapshot(folder).items()} == good
 
@@ -279,16 +286,23 @@ def test_class_images_are_keyed_by_what_they_depend_on(
     assert len([path for path in (tmp_path / "mine").iterdir() if path.is_dir()]) == 2
 
 
-def test_your_own_class_images_come_first(make: Make, photo_dir: Path, tmp_path: Path) -> None:
+@AS_PICTURES
+def test_your_own_class_images_come_first(
+    make: Make, photo_dir: Path, tmp_path: Path, pictures: bool
+) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     for number in range(3):
         draw_photo(mine / f"real{number}.jpg", number)
     folder = prepare(
-        make(prepare__photos=str(photo_dir), prepare__class_dir=str(mine), prepare__class_images=5)
-    )
-    sources = sorted(row.meta["source"] for row in rows(folder, "class"))
-    assert sources == ["00000.png", "00001.png", "real0.jpg", "real1.jpg", "real2.jpg"]
+        make(prepare__photos=str(photo_dir), prepare__class_dir=str(mine), prepare__class_images=5,
+             prepare__class_pictures=pictures)
+    )  # fmt: skip
+    stored = {row.meta["source"]: row.tensors for row in rows(folder, "class")}
+    kind = "png" if pictures else "safetensors"
+    assert sorted(stored) == [f"00000.{kind}", f"00001.{kind}", "real0.jpg", "real1.jpg", "real2.jpg"]
+    encoded = {name for name, tensors in stored.items() if tensors["std"].any()}
+    assert encoded == {name for name in stored if not name.endswith("safetensors")}
     folder = prepare(
         make(prepare__photos=str(photo_dir), prepare__class_dir=str(mine), prepare__class_images=2)
     )

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dbtrain import dist, files
-from dbtrain.data import images, shards
+from dbtrain.data import images, latents, shards
 from dbtrain.data.images import Crop
 from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family
+from dbtrain.families.base import Family, sampled_moments
 from dbtrain.keys import content_key
 from dbtrain.pretrained import DTYPES, Pretrained
 
@@ -25,11 +25,15 @@ def image_encoder(
     """A function from (image path, row description) to the encoded row; loads the VAE when first used.
 
     One image at a time: a row's latents depend on its pixels only, not on its neighbours in a batch.
+    A class image that was kept as a latent needs no VAE.
     """
     vae: list[nn.Module] = []
+    space = family.space(base, side)
 
     @torch.no_grad()
     def encode(path: str, meta: dict[str, Any]) -> shards.Row:
+        if Path(path).suffix == latents.SUFFIX:
+            return shards.Row(sampled_moments(latents.load(Path(path), space.shape), space), meta)
         photo = images.load(Path(path))
         top, left = meta["crop"]
         pixels = images.pixels(photo, Crop(top, left, meta["flip"]), side)

@@ -80,6 +80,11 @@ class LatentSpace:
     scale: tuple[float, ...] = (1.0,)  # one, or one a channel
     shift: tuple[float, ...] = (0.0,)
 
+    def unscaled(self, x0: Tensor) -> Tensor:
+        """The latent that the VAE has for what the denoiser works on, (..., C, H, W) both."""
+        scale, shift = (torch.tensor(values)[:, None, None] for values in (self.scale, self.shift))
+        return x0 / scale + shift
+
 
 def vae_space(base: Pretrained, side: int) -> LatentSpace:
     """The latents of a base's VAE for square images of `side` px."""
@@ -141,6 +146,11 @@ def encode_moments(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
     posterior = vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist  # type: ignore[operator]
     logvar = posterior.logvar.float()  # clamped to [-30, 20] by Diffusers
     return {"mean": posterior.mean.float(), "std": torch.exp(0.5 * logvar)}
+
+
+def sampled_moments(x0: Tensor, space: LatentSpace) -> dict[str, Tensor]:
+    """What a shard stores of a latent that a sampler gave, (C, h, w): itself, unscaled, without a spread."""
+    return {"mean": space.unscaled(x0), "std": torch.zeros_like(x0)}
 
 
 def draw_latents(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:

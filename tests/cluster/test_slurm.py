@@ -140,7 +140,7 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     print(*said, sep="\n\n")
     assert all((tmp_path / "runs" / name / "DONE").exists() for name in names)
     assert sum("10 to generate" in text for text in said) == 1, "one task makes them, the others wait"
-    made = [key for key in tree(tmp_path / "class") if key.endswith(".png")]
+    made = [key for key in tree(tmp_path / "class") if key.endswith(".safetensors")]
     assert len(made) == 10
     exports = {(tmp_path / "runs" / name / EXPORT).read_bytes() for name in names}
     assert len(exports) == 3

@@ -19,7 +19,7 @@ SETTINGS = {
     "sample__batch": 1,
 }  # fmt: skip
 SIGNS = {  # that a phase is on
-    "class images": "class/**/00001.png",
+    "class images": "class/**/00001.safetensors",
     "encoding": "shards/instance-*.tar",
     "training": "run/metrics.jsonl",
     "pictures": "run/samples/*/00-00-seed0.png",
@@ -61,7 +61,8 @@ def test_every_phase_stops_in_order_and_goes_on(
         assert code == (130 if number == signal.SIGINT else 75)
     assert marker.exists() == (number != signal.SIGINT), "a person who presses Ctrl-C wants no requeue"
     assert phase != "training" or "which is saved" in said
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    drawn = [*tmp_path.rglob("*.png"), *tmp_path.glob("class/*/0*.safetensors")]
+    before = {p: p.stat().st_mtime_ns for p in drawn}
 
     assert dbtrain("run", path, ranks=ranks).returncode == 0
     assert not marker.exists() and (tmp_path / "run" / "DONE").exists()
@@ -70,7 +71,7 @@ def test_every_phase_stops_in_order_and_goes_on(
         assert (tmp_path / "run" / file).read_bytes() == (whole / "run" / file).read_bytes()
     for folder in ("shards", "class"):
         ours, theirs = (
-            {k: v for k, v in tree(home / folder).items() if k.endswith((".tar", ".png"))}
+            {k: v for k, v in tree(home / folder).items() if k.endswith((".tar", ".safetensors"))}
             for home in (tmp_path, whole)
         )
         assert ours == theirs

@@ -56,8 +56,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(make: Make, tmp_path: Path, 
     assert relative(tmp_path / "one", tmp_path / "mixed") < 1e-3
 
 
-def test_prepare_gives_the_same_files_on_one_and_two_ranks(make: Make, tmp_path: Path) -> None:
-    make(prepare__sampling__batch=3)
+@pytest.mark.parametrize("pictures", [False, True], ids=["latents", "pictures"])
+def test_prepare_gives_the_same_files_on_one_and_two_ranks(
+    make: Make, tmp_path: Path, pictures: bool
+) -> None:
+    make(prepare__sampling__batch=3, prepare__class_pictures=pictures)
     config = tmp_path / "c.yaml"
     for ranks in (1, 2):
         done = dbtrain(
