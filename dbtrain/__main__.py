@@ -205,7 +205,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 # What torch raises for things that a user can help, by a word of the error's kind or message.
 CURES = {
     "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
-    "or set train.gradient_checkpointing",
+    "or set train.gradient_checkpointing; `dbtrain doctor CONFIG` says what fits",
     "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
 }
 PREEMPTED, LOST, INTERRUPTED = 75, 3, 130

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dbtrain import adapters
+from dbtrain import adapters, quantize, recompute
 from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
 from dbtrain.data.shards import Manifest
@@ -58,16 +58,15 @@ class DreamBooth(nn.Module):
         """
         dtype, settings = DTYPES[cfg.train.precision], cfg.adapter.text_encoder
         denoiser = base.load(family.denoiser, dtype)
+        if cfg.train.base_linears != "full":
+            quantize.quantize(denoiser, cfg.train.base_linears)
         adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
         encoders = {name: base.load(name, dtype) for name in family.text_encoders} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
             assert settings is not None
             idle = family.idle(name, encoder)
             adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, idle)
-        if cfg.train.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-            for encoder in encoders.values():  # reentrant checkpoints of frozen inputs give no gradient
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute.checkpoint_activations(denoiser, list(encoders.values()), cfg.train.gradient_checkpointing)
         objective = DDPM.of(base.config("scheduler"), cfg.loss.min_snr_gamma)
         wanted = "ids." if encoders else "condition."
         prompts = {
@@ -78,10 +77,17 @@ class DreamBooth(nn.Module):
         sees = family.sees.get(cfg.model.low_res)
         return cls(family, denoiser, encoders, objective, prompts, space, noising, sees)
 
-    def compile_denoiser(self) -> None:
-        """Compile the denoiser in place, before DDP wraps the module: state-dict keys keep their names."""
+    def compile_denoiser(self, activation_memory: float | None = None) -> None:
+        """Compile the denoiser in place, before DDP wraps the module: state-dict keys keep their names.
+
+        `activation_memory` is the share of the activations to keep; the partitioner of forward and
+        backward pass chooses which of them to compute again.
+        """
         from torch._dynamo import config as dynamo  # a second of imports that eager runs do not need
+        from torch._functorch import config as functorch
         from torch._inductor import config as inductor
+
+        functorch.activation_memory_budget = activation_memory or 1.0  # read when the first step compiles
 
         dynamo.optimize_ddp = False  # one graph: it would split at DDP's first bucket
         # With it, torch 2.13 on CPUs mixes memory formats in convolution_backward: layers below an

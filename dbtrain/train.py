@@ -80,7 +80,7 @@ def _train(cfg: Config, until: int | None) -> Path:
     checkpoint.check_ranks(model)
 
     if cfg.train.compile:
-        model.compile_denoiser()
+        model.compile_denoiser(cfg.train.activation_memory)
     role_weights = _role_weights(cfg, manifest)
     stream = LatentStream(
         place, manifest, share, role_weights, seed=cfg.seed, start=start,

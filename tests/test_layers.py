@@ -18,7 +18,7 @@ LAYERS = [
      "data.order", "tiny", "preempt"],
     ["rng", "dist", "pulse", "lock", "log", "run_log"],
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
-     "objectives", "adapters", "optim",
+     "objectives", "adapters", "optim", "quantize", "recompute",
      "generate", "pictures", "data.images", "data.storage", "data.shards", "data.stream"],
     ["data.encode", "data.class_images", "network", "checkpoint", "export", "card", "hub", "pipeline",
      "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
