@@ -160,13 +160,18 @@ def doctor(
     exact: Annotated[
         bool, typer.Option("--exact", help="a few steps: straight, interrupted, on 2 processes; the gaps")
     ] = False,
+    gib: Annotated[
+        float | None, typer.Option(help="memory of the GPU to train on, GiB (default: this machine's GPU)")
+    ] = None,
 ) -> None:
-    """Checks of a config on this machine."""
+    """The memory that training takes, from config files alone; or checks of a config on this machine."""
     cfg = _load(config, overrides)
     from dbtrain import doctor as verb
 
     if not exact:
-        raise ConfigError("tell doctor what to check: --exact")
+        for line in verb.memory_report(cfg, gib):
+            print(line, flush=True)
+        return
     print(verb.HEAD)
     gaps = []
     for gap in verb.exact(cfg):

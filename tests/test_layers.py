@@ -18,11 +18,11 @@ LAYERS = [
      "data.order", "tiny", "preempt"],
     ["rng", "dist", "pulse", "lock", "log", "run_log"],
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
-     "objectives", "adapters", "optim", "quantize", "recompute",
+     "objectives", "adapters", "optim", "quantize", "recompute", "tally",
      "generate", "pictures", "data.images", "data.storage", "data.shards", "data.stream"],
     ["data.encode", "data.class_images", "network", "checkpoint", "export", "card", "hub", "pipeline",
      "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
-    ["prepare", "train", "sample", "doctor", "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure",
+    ["prepare", "train", "sample", "doctor", "memory", "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure",
      "tiny.paint", "tiny.parts", "tiny.score", "tiny.world"],
     ["__main__"],
 ]  # fmt: skip

@@ -68,7 +68,7 @@ def test_a_denoiser_without_transformer_blocks_says_so() -> None:
 @pytest.mark.parametrize("old", [True, False])
 def test_the_old_switch_is_told_the_choices(make: Make, old: bool) -> None:
     with pytest.raises(
-        ConfigError, match="train.gradient_checkpointing is .*choose from 'none', 'transformer' or 'blocks'"
+        ConfigError, match=r"train.gradient_checkpointing is .*choose from 'none', 'transformer' or 'blocks'"
     ):
         make(train__gradient_checkpointing=old)
 
@@ -77,7 +77,7 @@ def test_a_budget_for_activations_needs_compile(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"activation_memory is 0.5, which needs compile: true"):
         make(train__activation_memory=0.5)
     for wrong in (0.0, 1.5):
-        with pytest.raises(ConfigError, match="train.activation_memory"):
+        with pytest.raises(ConfigError, match=r"train.activation_memory"):
             make(train__compile=True, train__activation_memory=wrong)
     assert make(train__compile=True, train__activation_memory=0.5).train.activation_memory == 0.5
 
