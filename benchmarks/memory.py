@@ -115,7 +115,7 @@ def _highest(trace: Any) -> int:
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     model = "tiny" if args.smoke else args.model
-    side = 128 if args.smoke else args.side or {"tiny": 512, "sd15": 512, "sdxl": 1024}[model]
+    side = 128 if args.smoke else args.side or {"tiny": 256, "sd15": 512, "sdxl": 1024}[model]
     names = args.modes or (SMOKE if args.smoke else list(MODES))
     device = "cuda" if args.predict else args.device
     path = bases.outline(model, work)
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
 def main() -> None:
     words = common.parser(__doc__)
     words.add_argument("--model", choices=bases.MODELS, default="tiny")
-    words.add_argument("--side", type=int, help="px (default: tiny and sd15 512, sdxl 1024)")
+    words.add_argument("--side", type=int, help="px (default: tiny 256, sd15 512, sdxl 1024)")
     words.add_argument("--modes", nargs="*", choices=list(MODES), metavar="MODE", help="default: all")
     words.add_argument("--predict", action="store_true", help="predictions for a GPU only; trains nothing")
     common.main(run, words)
