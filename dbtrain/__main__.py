@@ -172,14 +172,19 @@ def doctor(
     exact: Annotated[
         bool, typer.Option("--exact", help="a few steps: straight, interrupted, on 2 processes; the gaps")
     ] = False,
+    gib: Annotated[
+        float | None, typer.Option(help="memory of the GPU to train on, GiB (default: this machine's GPU)")
+    ] = None,
 ) -> None:
-    """Checks of a config on this machine."""
+    """The memory that training takes, from config files alone; or checks of a config on this machine."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
         from dbtrain import doctor as verb
 
     if not exact:
-        raise ConfigError("tell doctor what to check: --exact")
+        for line in verb.memory_report(cfg, gib):
+            print(line, flush=True)
+        return
     print(verb.HEAD)
     gaps = []
     for gap in verb.exact(cfg):
@@ -220,7 +225,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 # What torch raises for things that a user can help, by a word of the error's kind or message.
 CURES = {
     "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
-    "or set train.gradient_checkpointing",
+    "or set train.gradient_checkpointing; `dbtrain doctor CONFIG` says what fits",
     "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
 }
 PREEMPTED, LOST, INTERRUPTED = 75, 3, 130

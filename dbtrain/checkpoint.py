@@ -65,8 +65,8 @@ def step_of(path: Path) -> int:
 def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint can only be continued with, by the config key a user knows it by.
 
-    Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision and
-    ranks may change: the data and the noise of a step do not depend on them.
+    Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision,
+    memory settings and ranks may change: the data and the noise of a step do not depend on them.
     """
     parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
     trained = family.text_encoders if cfg.adapter.text_encoder else ()

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbtrain import checkpoint, log
+from dbtrain import checkpoint, dist, log, memory
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
+from dbtrain.memory import GIB, Prediction
+from dbtrain.pretrained import Pretrained
 
 STEPS = 6
 # Largest gap between two runs, relative to the size of the adapter's change, that rounding explains.
@@ -62,6 +64,48 @@ class Gap:
 
 
 HEAD = f"{'way':20} {'rows':>6} {'loss':>12} {'adapter':>12}"
+
+
+def memory_report(cfg: Config, gib: float | None = None) -> Iterator[str]:
+    """What training takes on each device, line by line, and what would fit if that does not.
+
+    `gib`: memory of the GPU to train on, if it is not this machine's. Without either, for the CPU.
+    """
+    base, ranks = Pretrained.find(cfg.model), dist.world()
+    device = "cuda" if gib or torch.cuda.is_available() else "cpu"
+    found = memory.predict(cfg, base, device, ranks)
+    yield f"memory of training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
+    yield from _table(found, device)
+    if cfg.train.compile:
+        yield "train.compile is on: it keeps fewer activations than these, which are eager training's"
+    if device == "cpu":
+        return
+    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
+    if found.needed <= has:
+        yield f"fits into {has / GIB:.1f} GiB"
+        return
+    yield f"does not fit into {has / GIB:.1f} GiB; trying what takes less"
+    for changes, other in memory.cheaper(cfg):
+        words = " ".join(f"train.{name}={value}" for name, value in changes.items())
+        try:
+            needed = memory.predict(other, base, device, ranks).needed
+        except ConfigError as error:  # a denoiser without transformer blocks
+            yield f"  {words}: {error}"
+            continue
+        yield f"  {words}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
+        if needed <= has:
+            return
+    yield "no setting of these makes it fit; a smaller adapter.rank or prepare.resolution may"
+
+
+def _table(found: Prediction, device: str) -> Iterator[str]:
+    rows = [
+        ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
+        ("activations", found.activations), ("accumulated gradients", found.gradients), ("peak", found.peak),
+    ]  # fmt: skip
+    if device == "cuda":
+        rows.append(("with context, workspaces and gaps (estimated)", found.needed))
+    yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)
 
 
 def exact(cfg: Config) -> Iterator[Gap]:

@@ -36,16 +36,24 @@ def attention(name: str, device: torch.device) -> AbstractContextManager[Any]:
     return sdpa_kernel([getattr(SDPBackend, kernel) for kernel in ATTENTION[name]], set_priority=True)
 
 
-def compile_module(module: nn.Module, how: bool | str, backend: str = "inductor") -> None:
+def compile_module(
+    module: nn.Module,
+    how: bool | str,
+    backend: str | Callable[..., Any] = "inductor",
+    activation_memory: float | None = None,
+) -> None:
     """Compile a denoiser in place, whole (True) or its repeated blocks ("regional").
 
     Before DDP wraps it; state-dict keys keep their names. What is compiled is kept in the user's
-    cache folder, for later runs and for this node's other ranks.
+    cache folder, for later runs and for this node's other ranks. `activation_memory` is the share of the
+    activations to keep; the partitioner of forward and backward pass chooses which to compute again.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache() / "inductor"))
     from torch._dynamo import config as dynamo  # a second of imports that eager runs do not need
+    from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
+    functorch.activation_memory_budget = activation_memory or 1.0  # read when the first step compiles
     dynamo.optimize_ddp = False  # one graph: it would split at DDP's first bucket
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # a block is compiled for each of its shapes
     # With it, torch 2.13 on CPUs mixes memory formats in convolution_backward: layers below an

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dbtrain import adapters
+from dbtrain import adapters, quantize, recompute
 from dbtrain.adapters import AdapterState
 from dbtrain.config import Config
 from dbtrain.data.shards import Manifest
@@ -65,16 +65,15 @@ class DreamBooth(nn.Module):
         denoiser = base.load(family.denoiser, dtype)
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)
+        if cfg.train.base_linears != "full":
+            quantize.quantize(denoiser, cfg.train.base_linears)
         adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
         encoders = {name: base.load(name, dtype) for name in family.text_encoders} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
             assert settings is not None
             idle = family.idle(name, encoder)
             adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, idle)
-        if cfg.train.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
-            for encoder in encoders.values():  # reentrant checkpoints of frozen inputs give no gradient
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute.checkpoint_activations(denoiser, list(encoders.values()), cfg.train.gradient_checkpointing)
         objective = DDPM.of(base.config("scheduler"), cfg.loss.min_snr_gamma)
         wanted = "ids." if encoders else "condition."
         prompts = {

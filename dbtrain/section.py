@@ -27,6 +27,7 @@ def no_number(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]  # YAML has lists, frozen models want tuples
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(listed)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]

@@ -12,6 +12,7 @@ from dbtrain.section import (
     Natural,
     NonNegative,
     Positive,
+    PositiveShare,
     Section,
     Seed,
     Share,
@@ -214,13 +215,34 @@ class Train(Section):
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = Field(
         "auto", description="attention kernels to prefer on GPUs; `auto` goes by the GPU's generation"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass to save memory"
+    gradient_checkpointing: Literal["none", "transformer", "blocks"] = Field(
+        "none",
+        description="activations to compute again in the backward pass, to save memory: none, those of the "
+        "denoiser's transformer blocks, or of all its blocks (slower, for less)",
+    )
+    activation_memory: PositiveShare | None = Field(
+        None,
+        description="with compile: activations to keep, as a share of what it would keep; the rest is "
+        "computed again (null: all)",
+    )
+    base_linears: Literal["full", "int8", "fp8"] = Field(
+        "full",
+        description="the denoiser's frozen linear layers: in the base's precision, or in 8 bits, half the "
+        "memory; int8 is the more exact",
     )
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="checkpoints kept; older ones are removed")
     log_every: Count = Field(10, description="steps between log lines")
     wandb: str | None = Field(None, description="Weights & Biases project to log to (null: off)")
+
+    @model_validator(mode="after")
+    def _budget_of_a_compiled_graph(self) -> Train:
+        if self.activation_memory and not self.compile:
+            raise ValueError(
+                f"activation_memory is {self.activation_memory}, which needs compile: true; without it, "
+                "use gradient_checkpointing"
+            )
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Train:

@@ -142,7 +142,7 @@ def _take_steps(
 def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
     """Compile the denoiser; of several ranks on a node one does it, the others find it in the cache."""
     model, device = progress.model, dist.device()
-    kernels.compile_module(model.denoiser, cfg.train.compile)
+    kernels.compile_module(model.denoiser, cfg.train.compile, activation_memory=cfg.train.activation_memory)
     if dist.world() == 1:
         return
     with dist.leaders_first(), model.working_copies.in_place():

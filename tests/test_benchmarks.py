@@ -82,3 +82,20 @@ def test_the_table_averages_over_runs() -> None:
     text = subject_fidelity.markdown(results, [100], 8, "command")
     assert "| yes | 8 | 100 | 4 | 0.70 | 75% ± 0 | 70% ± 12 | 90% ± 0 | 10% ± 0 | 0.60 |" in text
     assert "| mug | 0.10 | 0.70 | 0.90 | 75% ± 0 | 70% ± 14 | 10% ± 0 | 60% ± 0 |" in text
+
+
+def test_the_memory_benchmark_finds_predictions_right(tmp_path: Path) -> None:
+    from benchmarks.common import Result
+
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", "--smoke", "--out", str(tmp_path)], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    print(done.stdout, done.stderr, sep="\n")
+    assert done.returncode == 0
+    (file,) = tmp_path.glob("*.json")
+    rows = Result.read(file).rows
+    assert len(rows) == 2 and "| fp32 |" in done.stdout
+    for row in rows:
+        told, seen = (float(row.counts[f"{kind}, MiB"] or 0) for kind in ("predicted", "measured"))
+        assert abs(told / seen - 1) < 0.1

@@ -135,7 +135,7 @@ def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: 
     """Two real ranks: DDP, LoRA, accumulation, gradient checkpointing, compiled."""
     shutil.copytree(prepared, tmp_path / "shards")
     make(
-        train__global_batch=8, train__micro_batch=2, train__gradient_checkpointing=True,
+        train__global_batch=8, train__micro_batch=2, train__gradient_checkpointing="blocks",
         train__precision="bf16", adapter__rank=128,
     )  # fmt: skip
     done = subprocess.run(

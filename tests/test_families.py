@@ -171,23 +171,22 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
 
 
 SWITCHES = [  # one that changes how, not what; few compiled cases, as each costs half a minute
-    ("sdxl", "train__compile", {"adapter__text_encoder": TEXT}),
-    ("sd-v", "train__compile", {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
-    ("sdxl", "train__gradient_checkpointing", {"adapter__text_encoder": TEXT}),
-    ("if-1", "train__gradient_checkpointing", {"adapter__text_encoder": TEXT}),
-    ("sd", "train__gradient_checkpointing", {"adapter__kind": "loha"}),
+    ("sdxl", {"train__compile": True}, {"adapter__text_encoder": TEXT}),
+    ("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
+    ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
+    ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
+    ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
+    ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
 ]
 
 
 @pytest.mark.parametrize(("base", "switch", "settings"), SWITCHES, ids=str)
 def test_compiling_and_checkpointing_give_the_same_adapter(
-    make: Make, tmp_path: Path, base: str, switch: str, settings: dict[str, Any]
+    make: Make, tmp_path: Path, base: str, switch: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     found = []
-    for value in (False, True):
-        cfg = configured(
-            make, tmp_path, base, **settings, **{switch: value}, run_dir=str(tmp_path / f"run-{value}")
-        )
+    for number, changes in enumerate(({}, switch)):
+        cfg = configured(make, tmp_path, base, **settings, **changes, run_dir=str(tmp_path / f"run-{number}"))
         prepare(cfg)
         newest = sorted((train(cfg) / "checkpoints").iterdir())[-1]
         folders = [path.parent for path in newest.glob("*/adapter_config.json")]

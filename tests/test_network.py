@@ -174,19 +174,6 @@ def test_the_adapter_starts_the_same_in_every_precision(make: Make, prepared: Pa
     assert not all(torch.equal(starts[0][name], other[name]) for name in other)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(make: Make, prepared: Path) -> None:
-    grads = []
-    for on in (False, True):
-        cfg = make(train__gradient_checkpointing=on, adapter__dropout=0.2, optim__clip=1e9)
-        model, batches = build(cfg, prepared), stream(cfg, prepared)
-        assert model.denoiser.is_gradient_checkpointing is on
-        train_step(model, Progress.begin(model, cfg), batches, 0, cfg)
-        batches.close()
-        grads.append([p.grad for p in model.trainable().values()])
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_v_prediction_comes_from_the_base_s_scheduler(make: Make, prepared: Path, tmp_path: Path) -> None:
     import shutil
 

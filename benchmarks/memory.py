@@ -1,0 +1,160 @@
+"""Is the predicted memory what training takes? Predicted beside measured peaks, setting by setting.
+
+    python -m benchmarks.memory --model sdxl
+
+Predicts with `dbtrain doctor`'s function, then trains two real steps and measures the second: on a GPU by
+`torch.cuda.max_memory_allocated`, on a CPU by what torch's profiler sees its allocator give and take back,
+besides what the model and its moments hold. `sd15` and `sdxl` have their real architecture and random
+weights, and want a GPU; without one, `--predict` prints what a GPU would need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import bases, common
+from benchmarks.common import Result, Row
+from dbtrain import dist, families, log, memory
+from dbtrain.checkpoint import Progress
+from dbtrain.config import Config
+from dbtrain.data import shards
+from dbtrain.data.order import Share
+from dbtrain.data.shards import Manifest
+from dbtrain.data.storage import Storage
+from dbtrain.data.stream import LatentStream
+from dbtrain.network import DreamBooth
+from dbtrain.prepare import prepare
+from dbtrain.pretrained import Pretrained
+from dbtrain.tiny import world
+from dbtrain.train import train_step
+
+BOUND = 0.10  # how far a prediction may be off
+BLOCKS, EIGHT = "train.gradient_checkpointing=blocks", "train.base_linears=int8"
+MODES = {
+    "bf16": [],
+    "bf16, transformer": ["train.gradient_checkpointing=transformer"],
+    "bf16, blocks": [BLOCKS],
+    "bf16, blocks, int8": [BLOCKS, EIGHT],
+    "fp32": ["train.precision=fp32"],
+    "fp32, blocks": ["train.precision=fp32", BLOCKS],
+    "fp32, int8": ["train.precision=fp32", EIGHT],
+    "fp16": ["train.precision=fp16"],
+    "bf16, 4 rows": ["train.micro_batch=4", "train.global_batch=4"],
+    "bf16, accumulated": ["train.global_batch=3"],
+    "bf16, text encoders": ["adapter.text_encoder.rank=8"],
+    "bf16, LoHa on all": ["adapter.kind=loha", "adapter.targets=all"],
+    "bf16, DoRA": ["adapter.dora=true"],
+}
+SMOKE = ("fp32", "bf16, blocks, int8")
+
+
+def configured(model: str, path: Path, work: Path, side: int, changes: Iterable[str]) -> Config:
+    """A job on this base: LoRA of rank 8, one row, no class images."""
+    file = work / "memory.yaml"
+    file.write_text(
+        f"run_dir: {work / 'run'}\nmodel: {{path: {'tiny' if model == 'tiny' else path}}}\n"
+        f"prepare: {{photos: {work / 'photos'}, instance_prompt: a photo of sks mug, resolution: {side}}}\n"
+        f"data: {{shards: {work / f'shards-{model}-{side}'}}}\nadapter: {{rank: 8}}\n"
+        "train: {global_batch: 1}\n"
+    )
+    return Config.load(file, list(changes))
+
+
+def measured(cfg: Config) -> int:
+    """Bytes at the fullest moment of a step, of tensors on this process's device."""
+    base, place = Pretrained.find(cfg.model), Storage(cfg.data.shards, 0)
+    manifest = Manifest.read(place)
+    table = shards.read_prompts(place, manifest.prompts)
+    family = families.get(manifest.family)
+    model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+    progress = Progress.begin(model, cfg)
+    share = Share(cfg.train.global_batch, cfg.train.micro_batch)
+    stream = LatentStream(
+        place, manifest, share, {"instance": 1.0}, seed=0, device=dist.device(),
+        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+    )  # fmt: skip
+    with closing(stream):
+        train_step(model, progress, stream, 0, cfg)
+        progress.optimizer.zero_grad()
+        gc.collect()
+        if dist.device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            train_step(model, progress, stream, 1, cfg)
+            return torch.cuda.max_memory_allocated()
+        held = _held(model, progress)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            train_step(model, progress, stream, 1, cfg)
+    return held + _highest(trace)
+
+
+def _held(model: nn.Module, progress: Progress) -> int:
+    moments = [v for state in progress.optimizer.state.values() for v in state.values()]
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers(), *moments]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _highest(trace: Any) -> int:
+    """The largest sum of what the CPU's allocator gave and took back, in order."""
+    events = trace.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    live = highest = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        live += change
+        highest = max(highest, live)
+    return highest
+
+
+def run(args: argparse.Namespace, work: Path) -> Result:
+    model = "tiny" if args.smoke else args.model
+    side = 128 if args.smoke else args.side or {"tiny": 256, "sd15": 512, "sdxl": 1024}[model]
+    names = args.modes or (SMOKE if args.smoke else list(MODES))
+    device = "cuda" if args.predict else args.device
+    path = bases.outline(model, work)
+    rows, worst = [], 0.0
+    with bases.without_weights():
+        cfg = configured(model, path, work, side, [])
+        if model == "tiny":
+            world.main(Path(cfg.prepare.photos), "mug")  # type: ignore[union-attr]
+            prepare(cfg)
+        else:
+            base = Pretrained.find(cfg.model)
+            bases.write_shards(Path(cfg.data.shards), model, base, 8, ("instance",))
+        with log.bar(len(names), "memory", "mode") as bar:
+            for name in names:
+                cfg = configured(model, path, work, side, MODES[name])
+                found = memory.predict(cfg, Pretrained.find(cfg.model), device)
+                counts: dict[str, Any] = {
+                    f"{part}, MiB": round(size / 2**20, 2) for part, size in vars(found).items()
+                } | {"predicted, MiB": round(found.peak / 2**20, 1)}  # fmt: skip
+                if not args.predict:
+                    real = measured(cfg)
+                    off = found.peak / real - 1
+                    worst = max(worst, abs(off))
+                    counts |= {"measured, MiB": round(real / 2**20, 1), "off": f"{100 * off:+.1f}%"}
+                rows.append(Row(label=name, config={"settings": MODES[name]}, counts=counts))
+                bar.update()
+    notes = [] if args.predict else [f"The worst prediction is {100 * worst:.1f}% off."]
+    log.say(" ".join(notes))
+    return common.result(args, "memory", f"{model}-{side}-{device}", rows, *notes)
+
+
+def main() -> None:
+    words = common.parser(__doc__)
+    words.add_argument("--model", choices=bases.MODELS, default="tiny")
+    words.add_argument("--side", type=int, help="px (default: tiny 256, sd15 512, sdxl 1024)")
+    words.add_argument("--modes", nargs="*", choices=list(MODES), metavar="MODE", help="default: all")
+    words.add_argument("--predict", action="store_true", help="predictions for a GPU only; trains nothing")
+    common.main(run, words)
+
+
+if __name__ == "__main__":
+    main()

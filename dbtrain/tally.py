@@ -1,0 +1,113 @@
+"""Counting the memory that tensors take, as operators make and drop them; on a CPU as if it were a GPU."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+
+class Tally(TorchDispatchMode):
+    """Bytes of the storages that operators under this mode made and that are still alive; their peak.
+
+    `block`: an allocator rounds each storage up to a multiple of this, bytes. What a kernel allocates
+    and frees within itself is not seen.
+    """
+
+    def __init__(self, block: int = 1) -> None:
+        super().__init__()
+        self.block = block
+        self.live = self.peak = 0
+        self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return tree_map_only(Tensor, self._count, func(*args, **(kwargs or {})))
+
+    def of(self, tensors: Iterable[Tensor]) -> int:
+        """What these tensors take, each storage once."""
+        sizes = {(s := tensor.untyped_storage())._cdata: s.nbytes() for tensor in tensors}
+        return sum(map(self._rounded, sizes.values()))
+
+    def _rounded(self, size: int) -> int:
+        return math.ceil(size / self.block) * self.block
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in self.known:
+            size = self._rounded(storage.nbytes())
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            self.known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        return tensor
+
+    def _forget(self, key: int, size: int) -> None:
+        del self.known[key]
+        self.live -= size
+
+
+@contextmanager
+def like_cuda() -> Iterator[None]:
+    """In the block, CPU tensors are treated as a GPU's: fused attention, and autocast with norms in fp32.
+
+    torch cannot run autograd on fake CUDA tensors where it was built without CUDA, and one way for all
+    machines is one way to test. https://docs.pytorch.org/docs/stable/amp.html lists what CUDA's autocast
+    keeps in fp32; the CPU's list has no norms. By patches, as a TorchFunctionMode is off in the backward
+    pass, where checkpoints compute again.
+    """
+    ours = {name: _in_fp32(getattr(functional, name)) for name in ("group_norm", "layer_norm")}
+    ours["scaled_dot_product_attention"] = _attention
+    plain = {name: getattr(functional, name) for name in ours}
+    try:
+        for name, function in ours.items():
+            setattr(functional, name, function)
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(functional, name, function)
+
+
+def _in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def cast(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return cast
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """What CUDA's choice of a fused kernel keeps: flash attention in half precisions, else the efficient one.
+
+    Raises NotImplementedError for grouped queries, which no model here has.
+    """
+    if enable_gqa:
+        raise NotImplementedError("grouped queries")
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    kernels = torch.ops.aten
+    if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] % 8 == 0:
+        flash = kernels._scaled_dot_product_flash_attention
+        return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+    keep = any(tensor.requires_grad for tensor in (query, key, value))
+    efficient = kernels._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]
