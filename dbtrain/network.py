@@ -49,7 +49,7 @@ class DreamBooth(nn.Module):
         for name, table in prompts.items():  # (prompts, ...), moved along with the module
             self.register_buffer(f"prompts_{name}", table, persistent=False)
         self.dtype = dtype  # of the base, and of what the denoiser is given
-        learnt = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        learnt = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         self.working_copies = WorkingCopies(self, learnt, dtype)
 
     @classmethod

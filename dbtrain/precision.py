@@ -7,7 +7,7 @@ be two small kernels for each of their hundreds of weights in every forward and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -40,19 +40,17 @@ PRECISIONS = {
 class WorkingCopies:
     """Copies of fp32 parameters in another precision, which stand in for them while a step computes."""
 
-    def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype) -> None:
-        """`parameters` are those of `module`, by name.
+    def __init__(self, module: nn.Module, parameters: Collection[str], dtype: torch.dtype) -> None:
+        """`parameters` are names of those of `module`.
 
         Layers with DoRA have none: it divides norms that are nearly equal, and takes 1 off.
         """
         self.dtype = dtype
-        self.originals: dict[str, nn.Parameter] = {}
         self.places: list[tuple[nn.Module, str]] = []
         dora = {name.split(".lora_")[0] for name in parameters if "lora_magnitude_vector" in name}
-        for name, parameter in parameters.items():
+        for name in parameters:
             if dtype != torch.float32 and name.split(".lora_")[0] not in dora:
                 owner, _, last = name.rpartition(".")
-                self.originals[name] = parameter
                 self.places.append((module.get_submodule(owner), last))
 
     @contextmanager
@@ -64,11 +62,12 @@ class WorkingCopies:
         if not self.places:
             yield
             return
-        self._put(_Cast.apply(self.dtype, *self.originals.values()))
+        originals = [owner._parameters[name] for owner, name in self.places]
+        self._put(_Cast.apply(self.dtype, *originals))
         try:
             yield
         finally:
-            self._put(self.originals.values())
+            self._put(originals)
 
     def _put(self, values: Any) -> None:
         for (owner, name), value in zip(self.places, values, strict=True):

@@ -32,7 +32,7 @@ def test_copies_change_no_bit_of_what_autocast_gives(
         cfg = make(train__precision=precision, train__micro_batch=2, optim__clip=1e9, **kind)
         model, batches = awake(build(cfg, prepared)), stream(cfg, prepared)
         if not copied:
-            model.working_copies = WorkingCopies(model, {}, model.dtype)
+            model.working_copies = WorkingCopies(model, [], model.dtype)
         outcome = train_step(model, Progress.begin(model, cfg), batches, 0, cfg)
         batches.close()
         results.append([*outcome[:2], *(p.grad for p in model.trainable().values())])
