@@ -49,7 +49,7 @@ def _text_encoder(kind: str) -> Callable[[], Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     large = kind == "bigG"
-    settings = {
+    settings: dict[str, Any] = {
         "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
         "projection_dim": 1280, "hidden_act": "gelu",
     } if large else {

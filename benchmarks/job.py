@@ -39,6 +39,7 @@ class Spec:
     window: int = 10
     on_disk: bool = False  # weights in files, so that loading them is timed too
     rate: bool = False  # measure how fast this device multiplies matrices
+    inline: bool = False  # in this process: quick, for smoke tests; its start tells nothing
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +79,14 @@ def run(spec: Spec, processes: int = 1) -> Report:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
     ask.write_text(json.dumps({**asdict(spec), "config": settings(spec), "started": time.time()}))
+    if spec.inline and processes == 1:
+        from dbtrain.errors import ConfigError
+
+        try:
+            _child(ask, out)
+        except ConfigError as error:
+            return Report([], "; ".join(error.problems))
+        return Report([json.loads(Path(f"{out}.0").read_text())])
     try:
         done = subprocess.run(
             [*launcher, "benchmarks.job", str(ask), str(out)], cwd=ROOT, env=env | spec.env,
@@ -145,14 +154,15 @@ def _child(ask: Path, out: Path) -> None:
     if given["rate"]:
         found["matmul_rate"] = flops.matmul_rate(dist.device().type, str(cfg.train.precision))
     Path(f"{out}.{dist.rank()}").write_text(json.dumps(found))
-    dist.finish(0)
 
 
 def main(arguments: Sequence[str]) -> None:
+    from dbtrain import dist
     from dbtrain.errors import ConfigError
 
     try:
         _child(Path(arguments[0]), Path(arguments[1]))
+        dist.finish(0)
     except ConfigError as error:
         print(f"error: {'; '.join(error.problems)}", file=sys.stderr)
         sys.exit(2)

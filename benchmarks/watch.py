@@ -1,4 +1,4 @@
-"""A training run seen from outside: stamps and counts around `RunLog.step`, which the loop calls each step."""
+"""A training run seen from outside: stamps and counts around `RunLog.step`, called once a step."""
 
 from __future__ import annotations
 
@@ -217,7 +217,8 @@ def exposed(events: Any) -> dict[str, float]:
     On a CPU a collective lasts from when it was asked for until it was there.
     """
     gpu = any("cuda" in str(e.device_type).lower() and "nccl" in e.name.lower() for e in events)
-    comm, work = [], []
+    comm: list[tuple[float, float]] = []
+    work: list[tuple[float, float]] = []
     for event in events:
         span = (event.time_range.start, event.time_range.end)
         name = event.name.lower()
