@@ -176,9 +176,9 @@ def randomized(make: Callable[[], Any], name: str, dtype: torch.dtype) -> nn.Mod
                 value.zero_()
             else:
                 value.normal_(0.0, value[0].numel() ** -0.5 if value.ndim > 1 else 0.02, generator=draw)
-        for label, value in module.named_buffers():
+        for label, buffer in module.named_buffers():
             assert label.endswith("position_ids"), f"a buffer that to_empty() left without content: {label}"
-            value.copy_(torch.arange(value.shape[-1], device=value.device).expand_as(value))
+            buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer))
     return module.requires_grad_(False).eval()
 
 

@@ -140,13 +140,25 @@ class Result(Section):
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Lines of a markdown table: a column for every measure and count that any row has."""
-    columns = list(dict.fromkeys(name for row in rows for name in (*row.measures, *row.counts)))
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    """Lines of markdown tables: a column for every measure and count; rows that share none, apart."""
+    groups: list[tuple[list[str], list[Row]]] = []
     for row in rows:
-        found = {**row.counts, **row.measures}
-        cells = [_cell(found.get(name)) for name in columns]
-        lines.append(f"| {' | '.join([row.label + (f': {row.note}' if row.note else ''), *cells])} |")
+        mine = [*row.measures, *row.counts]
+        for columns, members in groups:
+            if not mine or set(mine) & set(columns):
+                columns += [name for name in mine if name not in columns]
+                members.append(row)
+                break
+        else:
+            groups.append((mine, [row]))
+    lines: list[str] = []
+    for columns, members in groups:
+        lines += [""] * bool(lines)
+        lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for row in members:
+            found = {**row.counts, **row.measures}
+            cells = [_cell(found.get(name)) for name in columns]
+            lines.append(f"| {' | '.join([row.label + (f': {row.note}' if row.note else ''), *cells])} |")
     return lines
 
 

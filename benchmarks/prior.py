@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
@@ -27,8 +29,9 @@ BATCHES = {"tiny": (1, 4, 8), "sd15": (1, 4, 8, 16, 32), "sdxl": (1, 4, 8)}
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
-        args.model, args.batches, args.repeats, args.steps = "tiny", [1, 2], 1, 1
-    precision = args.precision or ("bf16" if args.device == "cuda" else "fp32")
+        args.model, args.batches, args.repeats, args.steps = "tiny", [1, 2], 1, 2
+        args.more = 6
+    precision: Any = args.precision or ("bf16" if args.device == "cuda" else "fp32")
     if args.device == "cpu":
         torch.set_num_threads(1)
     path = bases.folder(args.model, work)
@@ -38,6 +41,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     side = bases.SIDES[args.model]
     each = flops.of_picture(base, side, args.steps, guided=True)
     rate = flops.matmul_rate(args.device, precision)
+    _seconds(base, model, Sampling(steps=args.steps, precision=precision), 1, side, work / "warm-up")
     found: dict[int, tuple[list[float], list[float]]] = {batch: ([], []) for batch in batches}
     with log.bar(args.repeats * len(found), f"class images {args.model}", "run") as bar:
         for number in range(args.repeats):
@@ -52,16 +56,21 @@ def run(args: argparse.Namespace, work: Path) -> Result:
                 start.append(seconds[0] - drawing / args.more)
                 bar.update()
     unit = "1/s" if args.device == "cuda" else "per CPU s"
-    rows = [
-        Row(
-            label=f"batch {batch}", config={"batch": batch},
-            measures={"class images": Measure.of(unit, speed), "loading": Measure.of("s", start)},
-            counts={"TFLOP a picture": each / 1e12, "matmul TFLOP/s": rate / 1e12,
-                    "share of matmul rate, %": 100 * sorted(speed)[len(speed) // 2] * each / rate},
-        ) for batch, (speed, start) in found.items()
-    ]  # fmt: skip
+    rows = [_row(batch, speed, start, unit, each, rate) for batch, (speed, start) in found.items()]
     about = f"{args.steps} DPM-Solver++ steps with guidance, {precision}, {side} px."
     return common.result(args, "prior", f"{args.model}-{args.device}", rows, about)
+
+
+def _row(batch: int, speed: list[float], start: list[float], unit: str, each: float, rate: float) -> Row:
+    counts: dict[str, float | int | str | None] = {
+        "TFLOP a picture": each / 1e12, "matmul TFLOP/s": rate / 1e12,
+    }  # fmt: skip
+    config = {"batch": batch}
+    if min(speed) <= 0:
+        return Row(label=f"batch {batch}", config=config, counts=counts, note="too short to time; use --more")
+    counts["share of matmul rate, %"] = 100 * median(speed) * each / rate
+    measures = {"class images": Measure.of(unit, speed), "loading": Measure.of("s", start)}
+    return Row(label=f"batch {batch}", config=config, measures=measures, counts=counts)
 
 
 def _seconds(base: Pretrained, model: Model, sampling: Sampling, count: int, side: int, place: Path) -> float:

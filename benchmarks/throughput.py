@@ -31,8 +31,9 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
         args.model, args.batches, args.repeats, args.window, args.windows = "tiny", [1], 1, 2, 3
     spec = job.Spec(
-        args.model, str(work), 1, prior=args.prior, overrides=tuple(args.set), rate=True, inline=args.smoke, warm_up=1 if args.smoke else 3,
-        windows=args.windows, window=args.window or WINDOW[args.model],
+        args.model, str(work), 1, prior=args.prior, overrides=tuple(args.set), rate=True,
+        warm_up=1 if args.smoke else 3, windows=args.windows, inline=args.smoke,
+        window=args.window or WINDOW[args.model],
     )  # fmt: skip
     batches = args.batches or BATCHES[args.model]
     rounds = args.rounds or (1 if args.device == "cuda" else args.repeats)
