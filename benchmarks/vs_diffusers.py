@@ -1,0 +1,321 @@
+"""Side by side with Diffusers' own training script: the same task, one after the other, in turns.
+
+    python -m benchmarks.vs_diffusers --script train_dreambooth_lora.py --python VENV/bin/python
+
+The script is not part of dbtrain: give an unmodified copy of Diffusers'
+examples/dreambooth/train_dreambooth_lora.py, and a Python that has accelerate. It runs under
+`accelerate launch`; dbtrain as `dbtrain run`. Both get the same base, photos, class images, resolution,
+batch, rank, targets, optimizer, precision and threads, and are timed from outside.
+
+Three comparisons, which are never mixed up: *as shipped* (photos to adapter, and steps in which the
+reference encodes its images), *as shipped, drawing class images* (photos to adapter when each draws its
+own first), *compute-matched* (steps only, with the reference's VAE replaced by a table of what it gave
+for each image). CPU time is the main figure on CPUs: wall time depends on who else uses the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import bases, common
+from benchmarks.common import Measure, Result, Row
+from benchmarks.side_by_side import compare, runs, witness
+from benchmarks.side_by_side.runs import Reference, Run, Task
+from dbtrain import log
+from dbtrain.tiny import world
+
+SETTLE = 10  # first steps that no figure counts
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@dataclass
+class Found:
+    """All runs, by what was compared: pairs in the order they were made."""
+
+    shipped: list[Run] = field(default_factory=list)
+    ours: list[Run] = field(default_factory=list)
+    matched: list[Run] = field(default_factory=list)
+    drawing: list[Run] = field(default_factory=list)
+    ours_drawing: list[Run] = field(default_factory=list)
+    floors: list[tuple[float, float]] = field(default_factory=list)
+    """CPU ms of the denoiser alone, forward and backward: with the adapter, and without."""
+
+
+@dataclass(frozen=True)
+class Witness:
+    """A run of each that was watched closely, and what the reference's first step left."""
+
+    theirs: Run
+    ours: Run
+    kept: Path
+
+
+def task_of(args: argparse.Namespace, work: Path) -> Task:
+    """The task, with its photos made and its base at hand."""
+    photos = args.photos.absolute() if args.photos else work / "photos"
+    if not args.photos:
+        world.main(photos)
+    side = args.resolution or bases.SIDES[args.model]
+    return Task(
+        base=bases.folder(args.model, work), photos=photos, class_images=args.class_images, resolution=side,
+        batch=args.batch, accumulation=args.accumulation, rank=args.rank, lr=args.lr, steps=args.steps,
+        precision=args.precision, threads=args.threads, device=args.device,
+    )  # fmt: skip
+
+
+def windows(task: Task) -> tuple[int, int]:
+    """First steps that are left out: as shipped, and until the table of latents is complete."""
+    first = min(SETTLE, task.steps // 3)
+    matched = max(first, task.epoch)
+    if matched > task.steps - 2:
+        raise SystemExit(
+            f"--steps is {task.steps}, but the reference has seen all pictures only after {task.epoch} "
+            "steps: use more steps, or fewer --class-images"
+        )
+    return first, matched
+
+
+def measure(
+    args: argparse.Namespace, reference: Reference, task: Task, seen: Witness, classes: Path, work: Path
+) -> Found:
+    """All timed runs, in turns: reference, dbtrain, reference without its VAE, dbtrain, and so on."""
+    found = Found()
+    floor = None
+    if task.device == "cpu":
+        floor = witness.Floor(seen.kept, seen.ours.folder / "config.yaml")
+    turns = _few if args.smoke else _turns
+    with log.bar(args.repeats * (1 if args.smoke else 3 if args.no_drawing else 5), "timed", "run") as bar:
+        for number in range(args.repeats):
+            for kind, run in turns(reference, task, classes, work / f"repeat-{number}", number, args, seen):
+                getattr(found, kind).append(run)
+                bar.update()
+            if floor:
+                found.floors.append(floor.measure(3 if args.smoke else 15))
+    return found
+
+
+def _turns(
+    reference: Reference,
+    task: Task,
+    classes: Path,
+    place: Path,
+    seed: int,
+    args: argparse.Namespace,
+    seen: Witness,
+) -> Iterator[tuple[str, Run]]:
+    """One repeat: every kind of run once."""
+    first, late = windows(task)
+    yield "shipped", runs.run_reference(reference, task, classes, place / "shipped", seed, first=first)
+    yield "ours", runs.run_ours(task, classes, place / "ours", seed, first=first)
+    matched = runs.run_reference(reference, task, classes, place / "matched", seed, first=late, stub_vae=True)
+    assert max(matched.seen["encoded_at"]) <= late, "an image was encoded in a step that is timed"
+    yield "matched", matched
+    if not args.no_drawing:
+        empty = place / "drawing" / "classes"
+        yield "drawing", runs.run_reference(reference, task, empty, place / "drawing", seed, first=first)
+        yield "ours_drawing", runs.run_ours(task, place / "none", place / "ours-drawing", seed, first=first)
+
+
+def _few(
+    reference: Reference,
+    task: Task,
+    classes: Path,
+    place: Path,
+    seed: int,
+    args: argparse.Namespace,
+    seen: Witness,
+) -> Iterator[tuple[str, Run]]:
+    """What `--smoke` has time for: the runs that were watched closely stand for timed ones."""
+    yield "shipped", runs.run_reference(reference, task, classes, place, seed, first=windows(task)[0])
+    yield from (("ours", seen.ours), ("matched", seen.theirs))
+
+
+def tables(task: Task, found: Found) -> list[Row]:
+    """The rows of the result: comparison by comparison."""
+    first, matched = windows(task)
+    whole, main = compare.WHOLE, "photos → adapter, CPU" if task.device == "cpu" else "photos → adapter, wall"
+    step = "step, CPU" if task.device == "cpu" else "step, wall"
+    shipped, ours = found.shipped, found.ours
+    rows = compare.rows("as shipped", shipped, ours, whole | compare.steps(first), main)
+    if found.drawing:
+        rows += compare.rows(
+            "as shipped, drawing class images", found.drawing, found.ours_drawing, whole, main
+        )
+    rows += compare.rows("compute-matched", found.matched, ours, compare.steps(matched), step)
+    for name, values in zip(("with", "without"), zip(*found.floors, strict=True), strict=False):
+        cost = {"step, CPU": Measure.of("ms", values)}
+        rows.append(Row(label=f"the denoiser alone, {name} adapter, forward and backward", measures=cost))
+    return rows
+
+
+def watched(reference: Reference, task: Task, classes: Path, place: Path) -> Witness:
+    """A run of each, watched too closely to be timed."""
+    kept = place / "kept"
+    kept.mkdir(parents=True, exist_ok=True)
+    late = windows(task)[1]
+    watch = {"first": late, "count": late, "profile": [late + 1, min(late + 10, task.steps)]}
+    theirs = runs.run_reference(
+        reference, task, classes, place / "theirs", stub_vae=True, witness=str(kept), **watch
+    )
+    ours = runs.run_ours(task, classes, place / "ours", **watch)
+    return Witness(theirs, ours, kept / "first_step.safetensors")
+
+
+def equal_work(task: Task, seen: Witness) -> tuple[dict[str, Any], list[str]]:
+    """What the watched runs show: (JSON-able facts, markdown)."""
+    theirs, ours = seen.theirs, seen.ours
+    facts: dict[str, tuple[Any, Any]] = {}
+    a, b = theirs.seen, ours.seen
+    for name in a["optimizer"]:
+        facts[f"optimizer: {name}"] = (a["optimizer"][name], b["optimizer"].get(name))
+    facts["threads"] = (a["threads"], b["threads"])
+    file = compare.files(theirs.folder / "run", ours.folder / "run" / "export")
+    for name in ("tensors", "parameters", "norm of the down projections", "norm of the up projections"):
+        facts[f"LoRA file: {name}"] = file[name]
+    facts |= compare.losses(theirs, ours)
+    counted = [sum(seen["operators"].values()) for seen in (a, b)]
+    facts["operators dispatched in a step, compute-matched"] = (counted[0], counted[1])
+    facts["values read back by the host in a step"] = tuple(  # type: ignore[assignment]
+        seen["operators"].get("aten._local_scalar_dense.default", 0) for seen in (a, b)
+    )
+    gradients: dict[str, Any] = {"note": "one step of several micro-batches: not compared"}
+    if task.accumulation == 1:
+        gradients = witness.agreement(seen.kept, ours.folder / "config.yaml")
+    kinds = [compare.grouped(seen["kernels"]) for seen in (a, b)]
+    spent = {name: (kinds[0][name], kinds[1][name]) for name in kinds[0]}
+    spent["all"] = (sum(kinds[0].values()), sum(kinds[1].values()))
+    told = {
+        "facts": {name: list(pair) for name, pair in facts.items()}, "gradients": gradients,
+        "same tensors in both LoRA files": file["same names and shapes"],
+        "kernels_ms": {name: list(pair) for name, pair in spent.items()},
+        "operators": {"reference": a["operators"], "dbtrain": b["operators"]},
+    }  # fmt: skip
+    return told, _pages(facts, gradients, file, spent)
+
+
+def _pages(facts: Any, gradients: Any, file: Any, spent: Any) -> list[str]:
+    agreed = "; ".join(f"{k} {v if isinstance(v, str) else f'{v:.7g}'}" for k, v in gradients.items())
+    same = "the same names and shapes" if file["same names and shapes"] else "DIFFERENT names or shapes"
+    return [
+        "**Equal work.** The reference's first step (its latents, noise, timesteps and adapter) taken again "
+        f"by dbtrain's `train_step`: {agreed}. Both LoRA files hold {same}. What differs: order of the images, "
+        "noise and timesteps are drawn by each program's own generators, so that the losses below are of "
+        "other draws; dbtrain's AdamW is the fused one.",
+        compare.two_columns("", facts),
+        "**Where a compute-matched step's time goes** (torch's profiler over up to ten steps of one run; the "
+        "profiler itself slows both, operator by operator, so that shares count and sums do not):",
+        compare.two_columns("CPU ms a step", spent),
+    ]
+
+
+def about(reference: Reference) -> str:
+    """Which script and which packages the reference was, and what stood in for what."""
+    digest = hashlib.sha256(reference.script.read_bytes()).hexdigest()
+    names = ", ".join(repr(name) for name in PACKAGES)
+    line = (
+        f"from importlib.metadata import version; print(*(n + ' ' + version(n) for n in ({names})), sep=', ')"
+    )
+    done = subprocess.run([reference.python, "-c", line], check=True, capture_output=True, text=True)
+    text = (
+        f"The reference: `{reference.script.name}`, unmodified, sha256 {digest[:16]}; {done.stdout.strip()}."
+    )
+    if not reference.torchvision:
+        text += (
+            " Its Python cannot import torchvision: a stand-in with the same transforms took its place, "
+            "which is quicker to import (in the reference's favour)."
+        )
+    return text
+
+
+def run(args: argparse.Namespace, work: Path) -> Result:
+    reference = Reference.find(args.script, args.python)
+    task = task_of(args, work)
+    windows(task)  # raises now, not after all the runs
+    classes = work / "class-images"
+    if args.smoke:
+        world.main(classes, "ball")  # pictures are pictures
+    else:
+        log.say("class images for both, by dbtrain")
+        runs.prepare_ours(task, classes, work / "prepared")
+    log.say("equal work: a run of each that is watched closely and warms the caches, not timed")
+    seen = watched(reference, task, classes, work / "witness")
+    told, pages = equal_work(task, seen)
+    found = measure(args, reference, task, seen, classes, work)
+    subject = f"{args.model}-{args.precision}-{args.device}"
+    first, matched = windows(task)
+    notes = [
+        about(reference),
+        f"{task.steps} steps of {task.batch}+{task.batch} images{_times(task)} at {task.resolution} px, rank "
+        f"{task.rank}, {len(list(task.photos.iterdir()))} photos, {task.class_images} class images, "
+        f"{task.threads} thread(s). Median (least to most) of {args.repeats} runs each, made in turns; the "
+        "ratio is taken from pair to pair. Where the two ranges overlap, the verdict is 'no difference'. A "
+        "step is all that happens from one optimizer step to the next, over the steps after the first "
+        f"{first} (compute-matched: {matched}, when the reference's table of latents is complete). As "
+        "shipped, the reference draws class images in its pipeline's default 50 steps, dbtrain in 25.",
+        *limit(task, found),
+        *pages,
+    ]
+    made = common.result(args, "vs_diffusers", subject, tables(task, found), *notes)
+    return made.model_copy(update={"config": made.config | {"equal_work": told}})
+
+
+def limit(task: Task, found: Found) -> list[str]:
+    """What both share, which no trainer saves without other kernels, and so how much faster one can be."""
+    if not found.floors:
+        return []
+    step = median(run.step(windows(task)[1])["cpu"] for run in found.matched)
+    adapted, bare = (median(values) for values in zip(*found.floors, strict=True))
+    return [
+        "**The limit.** The denoiser's own forward and backward pass, which both run with the same kernels "
+        f"of torch, takes {adapted:.0f} ms with the adapter and {bare:.0f} ms without one. A trainer that "
+        f"spent nothing on all the rest would be {step / adapted:.2f} times as fast as the reference's "
+        f"compute-matched step, and {step / bare:.2f} times if its adapter cost nothing either."
+    ]
+
+
+def _times(task: Task) -> str:
+    return f" x {task.accumulation} micro-batches" if task.accumulation > 1 else ""
+
+
+def words() -> argparse.ArgumentParser:
+    parser = common.parser(__doc__)
+    add = parser.add_argument
+    add("--script", type=Path, required=True, help="Diffusers' train_dreambooth_lora.py")
+    add("--python", default="python", help="Python with accelerate, for the script")
+    add("--model", default="tiny", choices=[name for name in bases.MODELS if name != "sdxl"])
+    add("--photos", type=Path, help="folder of photos (default: the embedded base's five of a mug)")
+    add("--resolution", type=int, help="px (default: the model's own)")
+    add("--class-images", type=int, default=32)
+    add("--batch", type=int, default=2, help="instance images of a forward pass; as many class images")
+    add("--accumulation", type=int, default=1, help="forward passes of a step")
+    add("--rank", type=int, default=4)
+    add("--lr", type=float, default=1e-4)
+    add("--steps", type=int, default=100)
+    add("--precision", default="fp32", choices=["fp32", "bf16"])
+    add("--threads", type=int, default=1)
+    add("--no-drawing", action="store_true", help="leave out the runs that draw their own class images")
+    return parser
+
+
+def small(args: argparse.Namespace) -> argparse.Namespace:
+    """What `--smoke` makes of the arguments."""
+    given = {"steps": 6, "class_images": 5, "repeats": 1, "no_drawing": True}
+    return argparse.Namespace(**{**vars(args), **given}) if args.smoke else args
+
+
+def main() -> None:
+    common.main(lambda args, work: run(small(args), work), words())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
