@@ -72,6 +72,16 @@ class Row(Section):
     counts: dict[str, float | int | str | None] = Field({}, description="counted or computed: exact")
     note: str = Field("", description="why there are no figures, if there are none")
 
+    def added_to(self, old: Row) -> Row:
+        """This row with the samples of an earlier one before its own."""
+        if not (old.measures and self.measures):
+            return self if self.measures else old
+        measures = {
+            name: Measure.of(one.unit, (*old.measures[name].samples, *one.samples))
+            for name, one in self.measures.items() if name in old.measures
+        }  # fmt: skip
+        return self.model_copy(update={"measures": measures})
+
 
 class Hardware(Section):
     cpu: str
@@ -121,6 +131,15 @@ class Result(Section):
     def read(cls, path: Path) -> Result:
         """The result in a file. Raises pydantic's ValidationError if it is none."""
         return cls.model_validate_json(path.read_text(encoding="utf-8"), strict=False)
+
+    def added_to(self, old: Result) -> Result:
+        """Both together. Raises SystemExit unless they are runs of the same thing on the same machine."""
+        if (old.hardware, old.versions, old.config) != (self.hardware, self.versions, self.config):
+            raise SystemExit(f"error: {self.file}.json is of another machine, version or setting: remove it")
+        rows = {row.label: row for row in old.rows}
+        joined = [row.added_to(rows[row.label]) if row.label in rows else row for row in self.rows]
+        kept = [row for row in old.rows if row.label not in {row.label for row in self.rows}]
+        return self.model_copy(update={"rows": (*kept, *joined)})
 
     def write(self, out: Path) -> Path:
         """Write it into the folder `out`, and print its table."""
@@ -182,6 +201,8 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
                        "--smoke: runs/smoke)")  # fmt: skip
     words.add_argument("--work", type=Path, help="folder of bases and runs, kept (default: a temporary one)")
     words.add_argument("--repeats", type=int, default=LEAST, help="how often each timing is taken")
+    words.add_argument("--append", action="store_true", help="add the repeats to those of an earlier call "
+                       "with the same settings, on the same machine and versions")  # fmt: skip
     words.add_argument("--smoke", action="store_true", help="small, on the embedded base: does it run?")
     words.set_defaults(**defaults)
     return words
@@ -196,12 +217,14 @@ def main(run: Callable[[argparse.Namespace, Path], Result], words: argparse.Argu
     with tempfile.TemporaryDirectory(prefix="dbtrain-benchmark-") as temporary:
         work = (args.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        run(args, work).write(out)
+        found = run(args, work)
+        path = out / f"{found.file}.json"
+        (found.added_to(Result.read(path)) if args.append and path.exists() else found).write(out)
 
 
 def result(args: argparse.Namespace, name: str, subject: str, rows: Sequence[Row], *notes: str) -> Result:
     """The result of a run of this process, with all that it must tell of itself."""
-    config = {k: v for k, v in vars(args).items() if k not in ("out", "work", "smoke")}
+    config = {k: v for k, v in vars(args).items() if k not in ("out", "work", "smoke", "append")}
     return Result(
         name=name, subject=subject, command=command(name), smoke=args.smoke, config=_plain(config),
         hardware=Hardware.here(), versions=versions(), rows=tuple(rows), notes=notes,

@@ -128,7 +128,8 @@ def _amplification(world: int, place: Storage) -> Row:
         "amplification, mean": mean(ratios),
         "amplification, most": max(ratios),
     }
-    return Row(label=f"{world} ranks, {len(every)} shards", counts=counts)
+    words = f"{world} rank{'s' if world > 1 else ''}, {len(every)} shards"
+    return Row(label=words, config={"ranks": world}, counts=counts)
 
 
 def parser() -> argparse.ArgumentParser:

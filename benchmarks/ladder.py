@@ -74,14 +74,8 @@ GROUPS = tuple(dict.fromkeys(rung.group for rung in LADDER))
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
-        args.model, args.rows, args.repeats, args.batch, args.window, args.windows = (
-            "tiny",
-            ["eager"],
-            1,
-            1,
-            1,
-            1,
-        )
+        args.model, args.rows, args.batch, args.rounds = "tiny", ["memory"], 1, 1
+        args.window, args.windows, args.set = 2, 1, ["train.precision=fp32"]
     spec = job.Spec(
         args.model, str(work), args.batch, windows=args.windows, warm_up=1 if args.smoke else 3,
         rate=True, inline=args.smoke,

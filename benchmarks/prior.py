@@ -10,6 +10,7 @@ of the denoiser's forwards (two a step with guidance) and of the VAE's decoder.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -41,14 +42,14 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     side = bases.SIDES[args.model]
     each = flops.of_picture(base, side, args.steps, guided=True)
     rate = flops.matmul_rate(args.device, precision)
-    _seconds(base, model, Sampling(steps=args.steps, precision=precision), 1, side, work / "warm-up")
+    _seconds(base, model, Sampling(steps=args.steps, precision=precision), 1, side, work)
     found: dict[int, tuple[list[float], list[float]]] = {batch: ([], []) for batch in batches}
     with log.bar(args.repeats * len(found), f"class images {args.model}", "run") as bar:
-        for number in range(args.repeats):
+        for _ in range(args.repeats):
             for batch, (speed, start) in found.items():
                 sampling = Sampling(steps=args.steps, batch=batch, precision=precision)
                 seconds = [
-                    _seconds(base, model, sampling, count, side, work / f"{number}-{batch}-{count}")
+                    _seconds(base, model, sampling, count, side, work)
                     for count in (batch, batch * (1 + args.more))
                 ]
                 drawing = seconds[1] - seconds[0]
@@ -73,11 +74,11 @@ def _row(batch: int, speed: list[float], start: list[float], unit: str, each: fl
     return Row(label=f"batch {batch}", config=config, measures=measures, counts=counts)
 
 
-def _seconds(base: Pretrained, model: Model, sampling: Sampling, count: int, side: int, place: Path) -> float:
+def _seconds(base: Pretrained, model: Model, sampling: Sampling, count: int, side: int, work: Path) -> float:
     """Seconds to make this many class images in an empty folder."""
     wanted = Prepare(
         photos="none", instance_prompt="none", class_prompt="a photo of a mug", class_images=count,
-        class_dir=str(place), resolution=side, sampling=sampling,
+        class_dir=tempfile.mkdtemp(prefix="classes-", dir=work), resolution=side, sampling=sampling,
     )  # fmt: skip
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     before = clock()

@@ -11,6 +11,7 @@ MFU is model FLOPs (no recomputation) over the rate of large matrix products, me
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,8 +118,8 @@ def first_steps(spec: job.Spec, repeats: int, kinds: Sequence[str], bar: Any) ->
     spec = replace(spec, on_disk=True, warm_up=1, windows=1, window=1, rate=False, inline=False)
     job.make(spec)
     found: dict[str, list[job.Report]] = {kind: [] for kind in kinds}
-    for number in range(repeats):
-        caches = Path(spec.work) / f"caches-{number}"
+    for _ in range(repeats):
+        caches = Path(tempfile.mkdtemp(prefix="caches-", dir=spec.work))
         env = {"XDG_CACHE_HOME": str(caches), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
                "TRITON_CACHE_DIR": str(caches / "triton")}  # fmt: skip
         for reports in found.values():
