@@ -16,25 +16,21 @@ for each image). CPU time is the main figure on CPUs: wall time depends on who e
 from __future__ import annotations
 
 import argparse
-import hashlib
-import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 
 from benchmarks import bases, common
 from benchmarks.common import Measure, Result, Row
-from benchmarks.side_by_side import compare, runs, witness
+from benchmarks.side_by_side import compare, pages, runs, witness
 from benchmarks.side_by_side.runs import Reference, Run, Task
 from dbtrain import log
 from dbtrain.tiny import world
 
 SETTLE = 10  # first steps that no figure counts
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @dataclass
@@ -93,7 +89,7 @@ def measure(
     if task.device == "cpu":
         floor = witness.Floor(seen.kept, seen.ours.folder / "config.yaml")
     turns = _few if args.smoke else _turns
-    with log.bar(args.repeats * (1 if args.smoke else 3 if args.no_drawing else 5), "timed", "run") as bar:
+    with log.bar(args.repeats * (3 if args.no_drawing else 5), "timed", "run") as bar:
         for number in range(args.repeats):
             for kind, run in turns(reference, task, classes, work / f"repeat-{number}", number, args, seen):
                 getattr(found, kind).append(run)
@@ -157,83 +153,17 @@ def tables(task: Task, found: Found) -> list[Row]:
     return rows
 
 
-def watched(reference: Reference, task: Task, classes: Path, place: Path) -> Witness:
-    """A run of each, watched too closely to be timed."""
+def watched(reference: Reference, task: Task, classes: Path, place: Path, at_once: bool) -> Witness:
+    """A run of each, watched too closely to be timed: one after the other, or both `at_once`."""
     kept = place / "kept"
     kept.mkdir(parents=True, exist_ok=True)
     late = windows(task)[1]
     watch = {"first": late, "count": late, "profile": [late + 1, min(late + 10, task.steps)]}
-    theirs = runs.run_reference(
-        reference, task, classes, place / "theirs", stub_vae=True, witness=str(kept), **watch
-    )
-    ours = runs.run_ours(task, classes, place / "ours", **watch)
-    return Witness(theirs, ours, kept / "first_step.safetensors")
-
-
-def equal_work(task: Task, seen: Witness) -> tuple[dict[str, Any], list[str]]:
-    """What the watched runs show: (JSON-able facts, markdown)."""
-    theirs, ours = seen.theirs, seen.ours
-    facts: dict[str, tuple[Any, Any]] = {}
-    a, b = theirs.seen, ours.seen
-    for name in a["optimizer"]:
-        facts[f"optimizer: {name}"] = (a["optimizer"][name], b["optimizer"].get(name))
-    facts["threads"] = (a["threads"], b["threads"])
-    file = compare.files(theirs.folder / "run", ours.folder / "run" / "export")
-    for name in ("tensors", "parameters", "norm of the down projections", "norm of the up projections"):
-        facts[f"LoRA file: {name}"] = file[name]
-    facts |= compare.losses(theirs, ours)
-    counted = [sum(seen["operators"].values()) for seen in (a, b)]
-    facts["operators dispatched in a step, compute-matched"] = (counted[0], counted[1])
-    facts["values read back by the host in a step"] = tuple(  # type: ignore[assignment]
-        seen["operators"].get("aten._local_scalar_dense.default", 0) for seen in (a, b)
-    )
-    gradients: dict[str, Any] = {"note": "one step of several micro-batches: not compared"}
-    if task.accumulation == 1:
-        gradients = witness.agreement(seen.kept, ours.folder / "config.yaml")
-    kinds = [compare.grouped(seen["kernels"]) for seen in (a, b)]
-    spent = {name: (kinds[0][name], kinds[1][name]) for name in kinds[0]}
-    spent["all"] = (sum(kinds[0].values()), sum(kinds[1].values()))
-    told = {
-        "facts": {name: list(pair) for name, pair in facts.items()}, "gradients": gradients,
-        "same tensors in both LoRA files": file["same names and shapes"],
-        "kernels_ms": {name: list(pair) for name, pair in spent.items()},
-        "operators": {"reference": a["operators"], "dbtrain": b["operators"]},
-    }  # fmt: skip
-    return told, _pages(facts, gradients, file, spent)
-
-
-def _pages(facts: Any, gradients: Any, file: Any, spent: Any) -> list[str]:
-    agreed = "; ".join(f"{k} {v if isinstance(v, str) else f'{v:.7g}'}" for k, v in gradients.items())
-    same = "the same names and shapes" if file["same names and shapes"] else "DIFFERENT names or shapes"
-    return [
-        "**Equal work.** The reference's first step (its latents, noise, timesteps and adapter) taken again "
-        f"by dbtrain's `train_step`: {agreed}. Both LoRA files hold {same}. What differs: order of the images, "
-        "noise and timesteps are drawn by each program's own generators, so that the losses below are of "
-        "other draws; dbtrain's AdamW is the fused one.",
-        compare.two_columns("", facts),
-        "**Where a compute-matched step's time goes** (torch's profiler over up to ten steps of one run; the "
-        "profiler itself slows both, operator by operator, so that shares count and sums do not):",
-        compare.two_columns("CPU ms a step", spent),
-    ]
-
-
-def about(reference: Reference) -> str:
-    """Which script and which packages the reference was, and what stood in for what."""
-    digest = hashlib.sha256(reference.script.read_bytes()).hexdigest()
-    names = ", ".join(repr(name) for name in PACKAGES)
-    line = (
-        f"from importlib.metadata import version; print(*(n + ' ' + version(n) for n in ({names})), sep=', ')"
-    )
-    done = subprocess.run([reference.python, "-c", line], check=True, capture_output=True, text=True)
-    text = (
-        f"The reference: `{reference.script.name}`, unmodified, sha256 {digest[:16]}; {done.stdout.strip()}."
-    )
-    if not reference.torchvision:
-        text += (
-            " Its Python cannot import torchvision: a stand-in with the same transforms took its place, "
-            "which is quicker to import (in the reference's favour)."
-        )
-    return text
+    closely = watch | {"stub_vae": True, "witness": str(kept)}
+    with ThreadPoolExecutor(2 if at_once else 1) as pool:
+        theirs = pool.submit(runs.run_reference, reference, task, classes, place / "theirs", **closely)
+        ours = pool.submit(runs.run_ours, task, classes, place / "ours", **watch)
+        return Witness(theirs.result(), ours.result(), kept / "first_step.safetensors")
 
 
 def run(args: argparse.Namespace, work: Path) -> Result:
@@ -247,13 +177,13 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         log.say("class images for both, by dbtrain")
         runs.prepare_ours(task, classes, work / "prepared")
     log.say("equal work: a run of each that is watched closely and warms the caches, not timed")
-    seen = watched(reference, task, classes, work / "witness")
-    told, pages = equal_work(task, seen)
+    seen = watched(reference, task, classes, work / "witness", at_once=args.smoke)
+    told, shown = pages.equal_work(seen.theirs, seen.ours, seen.kept if task.accumulation == 1 else None)
     found = measure(args, reference, task, seen, classes, work)
     subject = f"{args.model}-{args.precision}-{args.device}"
     first, matched = windows(task)
     notes = [
-        about(reference),
+        pages.about(reference),
         f"{task.steps} steps of {task.batch}+{task.batch} images{_times(task)} at {task.resolution} px, rank "
         f"{task.rank}, {len(list(task.photos.iterdir()))} photos, {task.class_images} class images, "
         f"{task.threads} thread(s). Median (least to most) of {args.repeats} runs each, made in turns; the "
@@ -261,25 +191,11 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         "step is all that happens from one optimizer step to the next, over the steps after the first "
         f"{first} (compute-matched: {matched}, when the reference's table of latents is complete). As "
         "shipped, the reference draws class images in its pipeline's default 50 steps, dbtrain in 25.",
-        *limit(task, found),
-        *pages,
+        *pages.limit([run.step(matched)["cpu"] for run in found.matched], found.floors),
+        *shown,
     ]
-    made = common.result(args, "vs_diffusers", subject, tables(task, found), *notes)
-    return made.model_copy(update={"config": made.config | {"equal_work": told}})
-
-
-def limit(task: Task, found: Found) -> list[str]:
-    """What both share, which no trainer saves without other kernels, and so how much faster one can be."""
-    if not found.floors:
-        return []
-    step = median(run.step(windows(task)[1])["cpu"] for run in found.matched)
-    adapted, bare = (median(values) for values in zip(*found.floors, strict=True))
-    return [
-        "**The limit.** The denoiser's own forward and backward pass, which both run with the same kernels "
-        f"of torch, takes {adapted:.0f} ms with the adapter and {bare:.0f} ms without one. A trainer that "
-        f"spent nothing on all the rest would be {step / adapted:.2f} times as fast as the reference's "
-        f"compute-matched step, and {step / bare:.2f} times if its adapter cost nothing either."
-    ]
+    rows = [*tables(task, found), Row(label="equal work (below)", config=told)]
+    return common.result(args, "vs_diffusers", subject, rows, *notes)
 
 
 def _times(task: Task) -> str:

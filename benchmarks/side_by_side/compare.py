@@ -18,6 +18,7 @@ WHOLE: dict[str, tuple[str, Callable[[Run], float]]] = {
     "photos → adapter, wall": ("s", lambda run: run.wall_s),
     "up to the first step, CPU": ("s", lambda run: run.start_cpu_s),
     "after the last step, CPU": ("s", lambda run: run.after_cpu_s),
+    "peak memory": ("GiB", lambda run: run.seen.get("peak_gpu_gib") or run.seen["peak_rss_gib"]),
 }
 
 
