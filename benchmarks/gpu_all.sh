@@ -17,18 +17,10 @@ parts=(
   "throughput $sd --parts first --batches 1 --tag=-first"
   "throughput $sd --parts first --batches 1 --set train.compile=true --tag=-first-compiled"
   "throughput $xl --parts sweep"
-  "throughput $xl --parts sweep --batches 1 4 8 --windows 3 --set train.compile=true --tag=-compiled"
-  "ladder $sd --batch 2 --rows eager memory graph"
-  "ladder $sd --batch 2 --rows compile"
-  "ladder $sd --batch 2 --rows pure all"
-  "ladder $sd --batch 16 --rows eager memory graph --window 20"
-  "ladder $sd --batch 16 --rows compile --window 20"
-  "ladder $sd --batch 16 --rows pure all --window 20"
-  "ladder $xl --batch 4 --rows eager memory graph --window 10"
-  "ladder $xl --batch 4 --rows compile --window 10"
-  "ladder $xl --batch 4 --rows pure all --window 10"
+  "throughput $xl --parts sweep --batches 1 --windows 3 --set train.compile=true --tag=-compiled-batch1"
+  "throughput $xl --parts sweep --batches 8 --windows 3 --set train.compile=true --tag=-compiled-batch8"
   "prior $sd"
-  "prior $xl --batches 1 4 8 --more 1"
+  "prior $xl --batches 1 8 --more 1"
   "end_to_end $sd --steps 800 --batch 1 --class-images 0 --append --repeats 1"
   "end_to_end $sd --steps 800 --batch 1 --class-images 0 --append --repeats 1"
   "end_to_end $sd --steps 800 --batch 1 --class-images 0 --append --repeats 1"
@@ -38,6 +30,14 @@ parts=(
   "scaling $sd --processes 1 2 4 8"
   "data"
 )
+for batch in 2 16; do
+  for rows in "eager memory graph" "regional compile" "compile-nhwc budget" "pure pure-nhwc" "all all-graph"; do
+    parts+=("ladder $sd --batch $batch --rows $rows --window 20")
+  done
+done
+for rows in "eager memory graph" regional compile compile-nhwc budget pure pure-nhwc all all-graph; do
+  parts+=("ladder $xl --batch 4 --rows $rows --window 10")
+done
 if [[ -n ${REFERENCE:-} ]]; then
   parts+=("vs_diffusers $sd --precision bf16 --script $REFERENCE")
 fi

@@ -132,7 +132,7 @@ def _child(ask: Path, out: Path) -> None:
     """Train as the verb does, and write down what was seen of it."""
     given = json.loads(ask.read_text())
     from benchmarks import bases, flops, watch
-    from dbtrain import dist, log
+    from dbtrain import dist, files, log
     from dbtrain.config import Config
     from dbtrain.train import train
 
@@ -140,7 +140,7 @@ def _child(ask: Path, out: Path) -> None:
     imports_s, imports_cpu_s = time.time() - given["started"], time.process_time()
     config = ask.with_suffix(".yaml")
     if dist.is_main():
-        config.write_text(yaml.safe_dump(given["config"]))
+        files.write_atomically(config, yaml.safe_dump(given["config"]))
     else:
         while not config.exists():
             time.sleep(0.01)

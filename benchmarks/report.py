@@ -90,8 +90,10 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def _parts(row: tuple[str, str, str], there: set[tuple[str, str]]) -> bool:
-    """Whether a ladder was measured in groups of rows, a file each."""
-    return row[0] == "ladder" and any(name == "ladder" and s.startswith(row[1]) for name, s in there)
+    """Whether something was measured in several calls, a file each: ladders, and what takes long to compile."""
+    name, subject, _ = row
+    several = name == "ladder" or subject.endswith("-compiled")
+    return several and any(one == name and its.startswith(subject) for one, its in there)
 
 
 def _over_batches(axis: Any, rows: Sequence[Row], measure: str) -> None:
