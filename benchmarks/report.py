@@ -90,7 +90,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def _parts(row: tuple[str, str, str], there: set[tuple[str, str]]) -> bool:
-    """Whether something was measured in several calls, a file each: ladders, and what takes long to compile."""
+    """Whether something was measured in several calls, a file each, as ladders and long compilations are."""
     name, subject, _ = row
     several = name == "ladder" or subject.endswith("-compiled")
     return several and any(one == name and its.startswith(subject) for one, its in there)
