@@ -127,7 +127,7 @@ def _fill(model: str, place: Path, weights: bool, dtype: torch.dtype) -> None:
     with log.bar(len(makers), f"random {model}", "component") as bar:
         for name, make in (makers | tokenizers | {"scheduler": _scheduler}).items():
             if name in makers and weights:
-                part = randomized(make, name, dtype)
+                part: Any = randomized(make, name, dtype)
                 part.save_pretrained(place / name)
                 del part
             elif name in makers:

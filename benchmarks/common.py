@@ -243,7 +243,7 @@ def command(name: str) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, the libraries, and dbtrain's commit if this is a git checkout."""
+    """Of Python, the libraries, and, in a git checkout, the last commit that changed dbtrain."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "diffusers", "transformers", "peft"):
         try:
@@ -251,7 +251,7 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:  # on the path without being installed
             found[name] = str(__import__(name).__version__)
     found["cuda"] = torch.version.cuda
-    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    commit = _said("git", "-C", str(ROOT), "log", "-1", "--format=%h", "--abbrev=12", "--", "dbtrain")
     changed = commit and _said("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", "dbtrain")
     found["dbtrain"] = f"{commit} with changes" if changed else commit
     return found
