@@ -93,14 +93,12 @@ def row(label: str, spec: job.Spec, reports: Sequence[job.Report], device: str, 
         "step p95": Measure.of("ms", [quantiles(window, n=20, method="inclusive")[-1] for window in steps]),
         "data wait": Measure.of("%", [100 * w["wait_s"] / w["wall_s"] for w in windows]),
     }  # fmt: skip
-    if device == "cuda":
-        measures["peak allocated"] = Measure.of("GiB", [one["allocated_gib"] for one in seen])
-        measures["peak reserved"] = Measure.of("GiB", [one["reserved_gib"] for one in seen])
-    else:
-        measures["peak resident"] = Measure.of("GiB", [one["resident_gib"] for one in seen])
-    counts: dict[str, Any] = {}
+    peaks = ("allocated_gib", "reserved_gib") if device == "cuda" else ("resident_gib",)
+    counts: dict[str, Any] = {
+        f"{peak.removesuffix('_gib')}, GiB": max(one[peak] for one in seen) for peak in peaks
+    }  # fmt: skip
     if rates := [one["matmul_rate"] for one in seen if "matmul_rate" in one]:
-        measures["matmul"] = Measure.of("TFLOP/s", [rate / 1e12 for rate in rates])
+        counts["matmul, TFLOP/s"] = mean(rates) / 1e12
         counts["MFU, %"] = 100 * speed.median * each / mean(rates)
     odd = [
         name for name, value in seen[0]["counts"].items() if any(one["counts"][name] != value for one in seen)
