@@ -16,7 +16,7 @@ for each image). CPU time is the main figure on CPUs: wall time depends on who e
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from benchmarks.side_by_side.runs import Reference, Run, Task
 from dbtrain import log
 from dbtrain.tiny import world
 
+PARTS = ("given", "drawn")
 SETTLE = 10  # first steps that no figure counts
 
 
@@ -81,17 +82,26 @@ def windows(task: Task) -> tuple[int, int]:
 
 
 def measure(
-    args: argparse.Namespace, reference: Reference, task: Task, seen: Witness, classes: Path, work: Path
+    args: argparse.Namespace,
+    reference: Reference,
+    task: Task,
+    seen: Witness | None,
+    classes: Path,
+    work: Path,
 ) -> Found:
     """All timed runs, in turns: reference, dbtrain, reference without its VAE, dbtrain, and so on."""
     found = Found()
     floor = None
-    if task.device == "cpu":
+    if seen and task.device == "cpu":
         floor = witness.Floor(seen.kept, seen.ours.folder / "config.yaml")
-    turns = _few if args.smoke else _turns
-    with log.bar(args.repeats * (3 if args.no_drawing else 5), "timed", "run") as bar:
+    kinds = sum({"given": 3, "drawn": 2}[part] for part in args.parts)
+    with log.bar(args.repeats * kinds, "timed", "run") as bar:
         for number in range(args.repeats):
-            for kind, run in turns(reference, task, classes, work / f"repeat-{number}", number, args, seen):
+            place = work / f"repeat-{number}"
+            turns = _turns(reference, task, classes, place, number, args.parts)
+            if args.smoke and seen:
+                turns = _few(reference, task, classes, place, seen)
+            for kind, run in turns:
                 getattr(found, kind).append(run)
                 bar.update()
             if floor:
@@ -100,38 +110,28 @@ def measure(
 
 
 def _turns(
-    reference: Reference,
-    task: Task,
-    classes: Path,
-    place: Path,
-    seed: int,
-    args: argparse.Namespace,
-    seen: Witness,
+    reference: Reference, task: Task, classes: Path, place: Path, seed: int, parts: Sequence[str]
 ) -> Iterator[tuple[str, Run]]:
     """One repeat: every kind of run once."""
     first, late = windows(task)
-    yield "shipped", runs.run_reference(reference, task, classes, place / "shipped", seed, first=first)
-    yield "ours", runs.run_ours(task, classes, place / "ours", seed, first=first)
-    matched = runs.run_reference(reference, task, classes, place / "matched", seed, first=late, stub_vae=True)
-    assert max(matched.seen["encoded_at"]) <= late, "an image was encoded in a step that is timed"
-    yield "matched", matched
-    if not args.no_drawing:
+    if "given" in parts:
+        yield "shipped", runs.run_reference(reference, task, classes, place / "shipped", seed, first=first)
+        yield "ours", runs.run_ours(task, classes, place / "ours", seed, first=first)
+        table = {"first": late, "stub_vae": True}
+        matched = runs.run_reference(reference, task, classes, place / "matched", seed, **table)
+        assert max(matched.seen["encoded_at"]) <= late, "an image was encoded in a step that is timed"
+        yield "matched", matched
+    if "drawn" in parts:
         empty = place / "drawing" / "classes"
         yield "drawing", runs.run_reference(reference, task, empty, place / "drawing", seed, first=first)
         yield "ours_drawing", runs.run_ours(task, place / "none", place / "ours-drawing", seed, first=first)
 
 
 def _few(
-    reference: Reference,
-    task: Task,
-    classes: Path,
-    place: Path,
-    seed: int,
-    args: argparse.Namespace,
-    seen: Witness,
+    reference: Reference, task: Task, classes: Path, place: Path, seen: Witness
 ) -> Iterator[tuple[str, Run]]:
     """What `--smoke` has time for: the runs that were watched closely stand for timed ones."""
-    yield "shipped", runs.run_reference(reference, task, classes, place, seed, first=windows(task)[0])
+    yield "shipped", runs.run_reference(reference, task, classes, place, first=windows(task)[0])
     yield from (("ours", seen.ours), ("matched", seen.theirs))
 
 
@@ -140,13 +140,15 @@ def tables(task: Task, found: Found) -> list[Row]:
     first, matched = windows(task)
     whole, main = compare.WHOLE, "photos → adapter, CPU" if task.device == "cpu" else "photos → adapter, wall"
     step = "step, CPU" if task.device == "cpu" else "step, wall"
-    shipped, ours = found.shipped, found.ours
-    rows = compare.rows("as shipped", shipped, ours, whole | compare.steps(first), main)
+    rows = []
+    if found.ours:
+        rows += compare.rows("as shipped", found.shipped, found.ours, whole | compare.steps(first), main)
     if found.drawing:
         rows += compare.rows(
             "as shipped, drawing class images", found.drawing, found.ours_drawing, whole, main
         )
-    rows += compare.rows("compute-matched", found.matched, ours, compare.steps(matched), step)
+    if found.ours:
+        rows += compare.rows("compute-matched", found.matched, found.ours, compare.steps(matched), step)
     for name, values in zip(("with", "without"), zip(*found.floors, strict=True), strict=False):
         cost = {"step, CPU": Measure.of("ms", values)}
         rows.append(Row(label=f"the denoiser alone, {name} adapter, forward and backward", measures=cost))
@@ -173,14 +175,19 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     classes = work / "class-images"
     if args.smoke:
         world.main(classes, "ball")  # pictures are pictures
-    else:
+    elif "given" in args.parts:
         log.say("class images for both, by dbtrain")
         runs.prepare_ours(task, classes, work / "prepared")
-    log.say("equal work: a run of each that is watched closely and warms the caches, not timed")
-    seen = watched(reference, task, classes, work / "witness", at_once=args.smoke)
-    told, shown = pages.equal_work(seen.theirs, seen.ours, seen.kept if task.accumulation == 1 else None)
+    seen, told, shown = None, {}, []
+    if "given" in args.parts:
+        log.say("equal work: a run of each that is watched closely and warms the caches, not timed")
+        seen = watched(reference, task, classes, work / "witness", at_once=args.smoke)
+        kept = seen.kept if task.accumulation == 1 else None
+        told, shown = pages.equal_work(seen.theirs, seen.ours, kept)
     found = measure(args, reference, task, seen, classes, work)
     subject = f"{args.model}-{args.precision}-{args.device}"
+    if tuple(args.parts) == ("drawn",):
+        subject += "-drawn"
     first, matched = windows(task)
     notes = [
         pages.about(reference),
@@ -194,7 +201,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         *pages.limit([run.step(matched)["cpu"] for run in found.matched], found.floors),
         *shown,
     ]
-    rows = [*tables(task, found), Row(label="equal work (below)", config=told)]
+    rows = tables(task, found) + ([Row(label="equal work (below)", config=told)] if told else [])
     return common.result(args, "vs_diffusers", subject, rows, *notes)
 
 
@@ -218,13 +225,14 @@ def words() -> argparse.ArgumentParser:
     add("--steps", type=int, default=100)
     add("--precision", default="fp32", choices=["fp32", "bf16"])
     add("--threads", type=int, default=1)
-    add("--no-drawing", action="store_true", help="leave out the runs that draw their own class images")
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="class images given to both (and "
+        "compute-matched steps), or drawn by each")  # fmt: skip
     return parser
 
 
 def small(args: argparse.Namespace) -> argparse.Namespace:
     """What `--smoke` makes of the arguments."""
-    given = {"steps": 6, "class_images": 5, "repeats": 1, "no_drawing": True}
+    given = {"steps": 6, "class_images": 5, "repeats": 1, "parts": ["given"]}
     return argparse.Namespace(**{**vars(args), **given}) if args.smoke else args
 
 
