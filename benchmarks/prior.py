@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
                 ]
                 drawing = seconds[1] - seconds[0]
                 speed.append(batch * args.more / drawing)
-                start.append(seconds[0] - drawing / args.more)
+                start.append(seconds[0])
                 bar.update()
     unit = "1/s" if args.device == "cuda" else "per CPU s"
     rows = [_row(batch, speed, start, unit, each, rate) for batch, (speed, start) in found.items()]
@@ -70,7 +70,7 @@ def _row(batch: int, speed: list[float], start: list[float], unit: str, each: fl
     if min(speed) <= 0:
         return Row(label=f"batch {batch}", config=config, counts=counts, note="too short to time; use --more")
     counts["share of matmul rate, %"] = 100 * median(speed) * each / rate
-    measures = {"class images": Measure.of(unit, speed), "loading": Measure.of("s", start)}
+    measures = {"class images": Measure.of(unit, speed), "first batch, with loading": Measure.of("s", start)}
     return Row(label=f"batch {batch}", config=config, measures=measures, counts=counts)
 
 
