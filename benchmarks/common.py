@@ -237,7 +237,8 @@ def command(name: str) -> str:
     skip = False
     for word in sys.argv[1:]:
         if not (skip or word.startswith(("--out", "--work"))):
-            words.append(Path(word).name if word.startswith("/") else word)
+            key, sign, value = word.rpartition("=")
+            words.append(key + sign + Path(value).name if value.startswith("/") else word)
         skip = word in ("--out", "--work")
     return " ".join(["python -m", f"benchmarks.{name}", *words])
 
@@ -275,6 +276,11 @@ def _cpu() -> str:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them."""
-    return {k: v.name if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
-            for k, v in values.items()}  # fmt: skip
+    """Values as JSON has them, without the folders of this machine."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
+            return Path(value).name
+        return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    return {name: plain(value) for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -172,6 +173,14 @@ def test_a_result_is_refused_unless_its_figures_are_its_samples(tmp_path: Path) 
     assert second.added_to(first).rows[0].measures["t"].samples == (1, 3)
     with pytest.raises(SystemExit, match="another machine"):
         second.added_to(first.model_copy(update={"versions": {"torch": "3"}}))
+
+
+def test_results_name_no_folder_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "--out", "/a/b", "--python", "/c/d/python", "--photos=/e/f"])
+    args = argparse.Namespace(smoke=True, out=Path("/a/b"), python="/c/d/python", set=["x=1", "/g/h"])
+    found = common.result(args, "prior", "x", [])
+    assert found.command == "python -m benchmarks.prior --python python --photos=f"
+    assert found.config == {"python": "python", "set": ["x=1", "h"]}
 
 
 def test_rows_that_cannot_run_stay_in_the_ladder() -> None:
