@@ -132,6 +132,15 @@ def test_gradients_are_compared_as_one_vector() -> None:
     assert witness.compare(turned, theirs)["gradient cosine"] == pytest.approx(0)
 
 
+def test_settings_that_differ_are_said_so() -> None:
+    same = {"optimizer: lr": (1e-4, 1e-4), "threads": (1, 1), "loss, mean of steps 1 to 2": ("1", "2")}
+    assert pages.differences(same) == ""
+    odd = {**same, "optimizer: dtypes": (["bfloat16"], ["float32"]), "threads": (1, 2)}
+    assert pages.differences(odd) == (
+        "threads: 1 against dbtrain's 2; optimizer: dtypes: ['bfloat16'] against dbtrain's ['float32']"
+    )
+
+
 def test_kernels_are_summed_by_what_they_are_for() -> None:
     kernels = {"aten::mkldnn_convolution": [28, 5.0], "aten::convolution_backward": [42, 4.0],
                "aten::addmm": [3, 2.0], "aten::view": [9, 1.0], "aten::add": [9, 0.5],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -52,16 +52,23 @@ def equal_work(theirs: Run, ours: Run, kept: Path | None) -> tuple[dict[str, Any
 def _pages(facts: Any, gradients: Any, file: Any, spent: Any) -> list[str]:
     agreed = "; ".join(f"{k} {v if isinstance(v, str) else f'{v:.7g}'}" for k, v in gradients.items())
     same = "the same names and shapes" if file["same names and shapes"] else "DIFFERENT names or shapes"
+    odd = differences(facts)
     return [
         "**Equal work.** The reference's first step (its latents, noise, timesteps and adapter) taken again "
         f"by dbtrain's `train_step`: {agreed}. Both LoRA files hold {same}. What differs: the images' order, "
         "noise and timesteps are drawn by each program's own generators, so that the losses below are of "
-        "other draws; dbtrain's AdamW is the fused one.",
+        f"other draws; {odd or 'of the optimizer and the threads, nothing'}.",
         compare.two_columns("", facts),
         "**Where a compute-matched step's time goes** (torch's profiler over up to ten steps of one run; the "
         "profiler itself slows both, operator by operator, so that shares count and sums do not):",
         compare.two_columns("CPU ms a step", spent),
     ]
+
+
+def differences(facts: Mapping[str, tuple[Any, Any]]) -> str:
+    """Settings that are not the same in both, said in words: nothing is equal work by our word alone."""
+    settings = {name: pair for name, pair in facts.items() if name == "threads" or "optimizer" in name}
+    return "; ".join(f"{name}: {a} against dbtrain's {b}" for name, (a, b) in settings.items() if a != b)
 
 
 def about(reference: Reference) -> str:
