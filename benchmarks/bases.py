@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dbtrain import dist, families, files, log, rng, tiny
 from dbtrain.data import shards
 from dbtrain.families.base import Family
-from dbtrain.pretrained import Pretrained
+from dbtrain.pretrained import Pretrained, hush
 from dbtrain.settings import Model
 
 MODELS = ("tiny", "sd15", "sdxl")
@@ -114,6 +114,7 @@ def _made(model: str, work: Path, weights: bool, dtype: torch.dtype = torch.bflo
 
 
 def _fill(model: str, place: Path, weights: bool, dtype: torch.dtype) -> None:
+    hush()
     makers = _models(model)
     tokenizers = {name.replace("text_encoder", "tokenizer"): _words for name in makers if "text" in name}
     index: dict[str, Any] = {
@@ -126,7 +127,7 @@ def _fill(model: str, place: Path, weights: bool, dtype: torch.dtype) -> None:
     with log.bar(len(makers), f"random {model}", "component") as bar:
         for name, make in (makers | tokenizers | {"scheduler": _scheduler}).items():
             if name in makers and weights:
-                part = randomized(make, name, dtype)
+                part: Any = randomized(make, name, dtype)
                 part.save_pretrained(place / name)
                 del part
             elif name in makers:

@@ -237,13 +237,14 @@ def command(name: str) -> str:
     skip = False
     for word in sys.argv[1:]:
         if not (skip or word.startswith(("--out", "--work"))):
-            words.append(Path(word).name if word.startswith("/") else word)
+            key, sign, value = word.rpartition("=")
+            words.append(key + sign + Path(value).name if value.startswith("/") else word)
         skip = word in ("--out", "--work")
     return " ".join(["python -m", f"benchmarks.{name}", *words])
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, the libraries, and dbtrain's commit if this is a git checkout."""
+    """Of Python, the libraries, and, in a git checkout, the last commit that changed dbtrain."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "diffusers", "transformers", "peft"):
         try:
@@ -251,7 +252,7 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:  # on the path without being installed
             found[name] = str(__import__(name).__version__)
     found["cuda"] = torch.version.cuda
-    commit = _said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    commit = _said("git", "-C", str(ROOT), "log", "-1", "--format=%h", "--abbrev=12", "--", "dbtrain")
     changed = commit and _said("git", "-C", str(ROOT), "status", "--porcelain", "-uno", "--", "dbtrain")
     found["dbtrain"] = f"{commit} with changes" if changed else commit
     return found
@@ -275,6 +276,11 @@ def _cpu() -> str:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them."""
-    return {k: v.name if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
-            for k, v in values.items()}  # fmt: skip
+    """Values as JSON has them, without the folders of this machine."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
+            return Path(value).name
+        return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+    return {name: plain(value) for name, value in values.items()}

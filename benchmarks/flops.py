@@ -1,0 +1,67 @@
+"""FLOPs, counted on tensors without content, and the rate at which this device multiplies matrices."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dbtrain import adapters, families
+from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.settings import Adapter, Model
+
+SOURCE = (
+    "torch.utils.flop_counter.FlopCounterMode, on meta tensors; attention's own recomputation not counted"
+)
+
+
+def of_step(base: Pretrained, side: int, adapter: Adapter) -> tuple[float, float]:
+    """FLOPs of one sample's (forward, forward and backward) through the denoiser with its adapter."""
+    family = families.detect(base, Model(path=base.name))
+    unet = base.skeleton(family.denoiser).requires_grad_(False)
+    adapters.attach(unet, adapter, "denoiser", 0)
+    space = family.space(base, side)
+    wide = base.setting("unet", "cross_attention_dim", int)
+    length = base.setting("text_encoder", "max_position_embeddings", int)
+    with torch.device("meta"):
+        condition = {"prompt_embeds": torch.empty(1, length, wide)}
+        if "text_encoder_2" in family.text_encoders:
+            pooled = base.setting("text_encoder_2", "projection_dim", int)
+            condition |= {"pooled": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
+        x_t, t = torch.empty(1, *space.shape), torch.empty(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as forward:
+        prediction = family.denoise(unet, x_t, t, condition)
+    with FlopCounterMode(display=False) as backward:
+        prediction.sum().backward()
+    return float(forward.get_total_flops()), float(forward.get_total_flops() + backward.get_total_flops())
+
+
+def of_picture(base: Pretrained, side: int, steps: int, guided: bool) -> float:
+    """FLOPs of drawing one picture: the denoiser's forwards, twice with guidance, and the VAE's decoder."""
+    family = families.detect(base, Model(path=base.name))
+    forward, _ = of_step(base, side, Adapter(rank=1))
+    vae = base.skeleton("vae")
+    with torch.device("meta"):
+        latents = torch.empty(1, *family.space(base, side).shape)
+    with FlopCounterMode(display=False) as decoder, torch.no_grad():
+        vae.decode(latents)  # type: ignore[operator]
+    return steps * (2 if guided else 1) * forward + float(decoder.get_total_flops())
+
+
+def matmul_rate(device: str, precision: str) -> float:
+    """FLOP/s of large matrix products in this precision, best of five: on a CPU, of its CPU seconds."""
+    dtype = DTYPES.get(precision.removeprefix("pure-"), torch.float32)
+    side, times = (8192, 20) if device == "cuda" else (512, 8)
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        before = time.perf_counter() if device == "cuda" else time.process_time()
+        for _ in range(times):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() if device == "cuda" else time.process_time()) - before)
+    return 2.0 * side**3 * times / best
