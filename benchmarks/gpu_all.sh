@@ -39,7 +39,10 @@ for rows in "eager memory graph" regional compile compile-nhwc budget pure pure-
   parts+=("ladder $xl --batch 4 --rows $rows --window 10")
 done
 if [[ -n ${REFERENCE:-} ]]; then
-  parts+=("vs_diffusers $sd --precision bf16 --script $REFERENCE")
+  for _ in 1 2 3; do
+    parts+=("vs_diffusers $sd --precision bf16 --script $REFERENCE --parts given --repeats 1 --append")
+  done
+  parts+=("vs_diffusers $sd --precision bf16 --script $REFERENCE --parts drawn --repeats 1")
 fi
 
 if [[ $# -eq 0 ]]; then
