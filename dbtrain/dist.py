@@ -41,11 +41,27 @@ def init() -> None:
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    torch_dist.init_process_group(_backend(), timeout=PATIENCE)
+    hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    torch_dist.init_process_group(
+        _backend(), timeout=PATIENCE, store=_store("ranks", hosts, PATIENCE), rank=rank(), world_size=world()
+    )
+    _pulse = Pulse(_store("pulse", False, timedelta(seconds=30)), rank(), world())
+
+
+def _store(what: str, hosts: bool, timeout: timedelta) -> torch_dist.Store:
+    """The store in which ranks find each other, for one attempt to run.
+
+    Since torch 2.13 torchrun's own outlives its restarts of ranks: some would find the addresses of those
+    before them. Nodes need not count restarts alike, so that several nodes have one attempt: those are
+    started again by the batch system.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch_dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    _pulse = Pulse(torch_dist.PrefixStore(f"pulse/{attempt}/", store), rank(), world())
+    store = torch_dist.TCPStore(
+        address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return torch_dist.PrefixStore(f"{what}/{attempt}/", store)
 
 
 @contextmanager
@@ -121,7 +137,7 @@ def device() -> torch.device:
 
 def lost(error: Exception) -> Lost | None:
     """What to tell of an error that means that another rank is gone, or does not answer; else None."""
-    of_torch = isinstance(error, torch_dist.DistError)
+    of_torch = isinstance(error, torch_dist.DistError) or "connectFullMesh" in str(error)
     if of_torch and not _pulse:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         return Lost(f"cannot join the other ranks at {place}: {reason(error)}", ended=True)
