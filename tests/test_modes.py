@@ -38,11 +38,11 @@ MODES = {
     "micro-batches": Mode({"micro_batch": 1}, 1e-5, 1e-4),
     "checkpointing": Mode({"gradient_checkpointing": "blocks"}, 0, 0),
     "checkpointing of transformers": Mode({"gradient_checkpointing": "transformer"}, 0, 0),
-    "int8 linears": Mode({"base_linears": "int8"}, 2e-2, 1e-1),
-    "fp8 linears": Mode({"base_linears": "fp8"}, 5e-2, 3e-1),
-    "bf16": Mode({"precision": "bf16"}, 2e-2, 5e-2),
-    "pure bf16": Mode({"precision": "pure-bf16"}, 2e-2, 1e-1),
-    "fp16": Mode({"precision": "fp16"}, 5e-3, 1e-2),
+    "int8 linears": Mode({"base_linears": "int8"}, 2e-2, 2e-1),
+    "fp8 linears": Mode({"base_linears": "fp8"}, 5e-2, 5e-1),
+    "bf16": Mode({"precision": "bf16"}, 2e-2, 1e-1),
+    "pure bf16": Mode({"precision": "pure-bf16"}, 2e-2, 2e-1),
+    "fp16": Mode({"precision": "fp16"}, 5e-3, 3e-2),
 }  # fmt: skip
 COMPILED = {  # by inductor once: it costs a minute or two here
     "inductor": Mode({"compile": True}, 1e-5, 1e-4),
