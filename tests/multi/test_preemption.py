@@ -90,10 +90,10 @@ def test_a_run_stops_before_the_job_s_time_is_over(make: Make, tmp_path: Path, p
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, photos: Path) -> None:
-    begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=200")
+    begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=500")
     begun.wait_for(lambda: list(tmp_path.glob(SIGNS["class images"])))
     begun.signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(0.1)  # the batch in hand takes seconds
     begun.signal(signal.SIGINT)
     code, said = begun.end(20)
     assert code == 130 and "interrupted; run the same command again" in said and "Traceback" not in said
