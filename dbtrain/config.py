@@ -12,7 +12,20 @@ from pydantic import Field, ValidationError, model_validator
 from dbtrain import reading
 from dbtrain.errors import ConfigError
 from dbtrain.section import Section, Seed, Text
-from dbtrain.settings import Adapter, Data, Export, Faults, Hub, Loss, Model, Optim, Prepare, Sample, Train
+from dbtrain.settings import (
+    Adapter,
+    Data,
+    Export,
+    Faults,
+    Hub,
+    Loss,
+    Model,
+    Optim,
+    Prepare,
+    Sample,
+    Train,
+    Validation,
+)
 
 
 class Config(Section):
@@ -26,6 +39,7 @@ class Config(Section):
     optim: Optim = Field(default=Optim(), description="how it is minimised")
     train: Train = Field(default=Train(), description="the training loop")
     faults: Faults = Field(default=Faults(), description="what to do when something fails")
+    validation: Validation = Field(default=Validation(), description="pictures and losses while it trains")
     export: Export = Field(default=Export(), description="files of the result")
     hub: Hub = Field(default=Hub(), description="where the result is published")
     sample: Sample = Field(default=Sample(), description="pictures drawn with the result")

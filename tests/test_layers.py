@@ -14,8 +14,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only from rows above its own, and from its own row where that is no cycle.
 LAYERS = [
-    ["dbtrain", "errors", "keys", "files", "reading", "section", "settings", "config", "data",
-     "data.order", "tiny", "preempt", "importing", "hashes"],
+    ["dbtrain", "errors", "keys", "files", "reading", "section", "config", "data", "data.order", "tiny",
+     "settings", "settings.adapter", "settings.inputs", "settings.results", "settings.training",
+     "preempt", "importing", "hashes", "endings"],
     ["rng", "dist", "pulse", "lock", "log", "run_log"],
     ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
      "objectives", "adapters", "optim", "quantize", "recompute", "tally",

@@ -137,6 +137,6 @@ def _batch(found: Mapping[str, Tensor], model: DreamBooth, cfg: Config) -> Batch
         "stored": {"mean": stored, "std": torch.zeros_like(x0)}, "posterior": torch.zeros_like(x0),
         "noise": noise, "u": (found["t"].float() + 0.5) / 1000, "prompt": half.long(),
         "weight": torch.full((rows,), 1 / cfg.train.global_batch), "level": torch.zeros(rows), "extra": {},
-        "seen": 0,
+        "position": torch.zeros(rows, dtype=torch.float64), "first": 0, "seen": 0,
     }  # fmt: skip
     return Batch(**settings)

@@ -1,0 +1,48 @@
+"""What is made of it: validations, files, pictures."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from dbtrain.section import Count, Names, NonNegative, Section, Seed, Steps, Text, listed
+
+
+class Validation(Section):
+    """Pictures and losses while a run trains; `sample` says how the pictures are drawn."""
+
+    every: Count = Field(
+        100, description="steps between validations; there is one before the first step as well"
+    )
+    prompts: Names = Field((), description="what to draw at each of them (none: no pictures)")
+    images: Count = Field(2, description="pictures for each prompt")
+    timesteps: Count = Field(8, description="timesteps at which the loss of what was kept back is measured")
+
+
+class Export(Section):
+    formats: tuple[Literal["diffusers", "peft", "kohya"], ...] = Field(
+        (), description="files to write: `diffusers`, `peft`, `kohya`; none: diffusers, or peft for what "
+        "that cannot hold"
+    )  # fmt: skip
+
+    _listed = field_validator("formats", mode="before")(listed)
+
+
+class Hub(Section):
+    repo: Text | None = Field(
+        None, description="repository to push the export to, `name` or `owner/name` (null: do not push)"
+    )
+    private: bool = Field(True, description="make a new repository private")
+    license: Text | None = Field(None, description="licence that the model card names, e.g. `openrail++`")
+
+
+class Sample(Section):
+    prompts: Names = Field((), description="what to draw: by `run` at its end, by `sample` by default")
+    images: Count = Field(4, description="images for each prompt")
+    seed: Seed = Field(0, description="seed of the first image; the next ones count up")
+    steps: Steps = Field(25, description="DPM-Solver++ steps")
+    guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
+    batch: Count = Field(4, description="images drawn at once on each rank")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base")
+    low_res: Names = Field((), description="IF stage II: small pictures to enlarge, in turn for each image")
