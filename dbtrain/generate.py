@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from dbtrain.families.base import Family
+from dbtrain import files
+from dbtrain.data import images
+from dbtrain.errors import ConfigError
+from dbtrain.families.base import Family, LatentSpace
 from dbtrain.importing import importing
-from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.pretrained import Pretrained
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
 # Arguments of a pipeline's call, in the order in which its `encode_prompt` gives them (SD the first two).
@@ -19,16 +22,21 @@ ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "n
 
 
 def build(
-    base: Pretrained, family: Family, precision: str, device: torch.device, without: Collection[str] = ()
+    base: Pretrained,
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device,
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """The base's Diffusers pipeline on `device`, without a safety checker, quiet.
 
-    `without`: components that are not loaded.
+    `given`: components that are there already, or None for what the pipeline shall do without.
     """
+    given = given or {}
     with importing():  # here, as most calls of `prepare` draw nothing
         import diffusers
 
-    parts = {part: None if part in without else base.load(part, DTYPES[precision]) for part in family.parts}
+    parts = {part: given[part] if part in given else base.load(part, dtype) for part in family.parts}
     with importing():
         kind = getattr(diffusers, family.pipeline)
     # Components that are handed over are not loaded again; the rest of a base is optional.
@@ -62,34 +70,63 @@ def draw(
         ).images  # fmt: skip
 
 
-def encode_once(pipe: Any, family: Family, prompt: str, guidance: float) -> dict[str, Tensor]:
-    """What a latent pipeline's call takes in place of `prompt`, (1, ...) each; frees its text encoders."""
+def encode(pipe: Any, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
+    """What a pipeline's call takes in place of each of the prompts, (1, ...) each."""
     with torch.no_grad():
-        found = pipe.encode_prompt(
-            prompt=prompt, device=pipe.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=guidance > 1,
-        )  # fmt: skip
-    for name in family.text_encoders:
-        setattr(pipe, name, None)
-    return {name: tensor for name, tensor in zip(ENCODED, found, strict=False) if tensor is not None}
+        every = [
+            pipe.encode_prompt(
+                prompt=prompt, device=pipe.device, num_images_per_prompt=1,
+                do_classifier_free_guidance=guidance > 1,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
+    return [
+        {name: tensor for name, tensor in zip(ENCODED, found, strict=False) if tensor is not None}
+        for found in every
+    ]
 
 
-def draw_latents(
+def draw_encoded(
     pipe: Any,
-    encoded: Mapping[str, Tensor],
+    encoded: Sequence[Mapping[str, Tensor]],
     generators: Sequence[torch.Generator],
     steps: int,
     guidance: float,
-    side: int,
-) -> list[Tensor]:
-    """x0 of one picture a generator, (C, h, w) each, as the denoiser has it; all of one prompt.
+    side: int | None,
+    images: Sequence[Image.Image] = (),
+    *,
+    latents: bool,
+) -> list[Any]:
+    """Like `draw`, of prompts that were encoded before, one a picture: needs no text encoder.
 
-    Like `draw`, but nothing is decoded: the pipeline needs no VAE.
+    `latents`: x0 as the denoiser has it, (C, h, w) each, instead of pictures: needs no VAE.
     """
-    rows = {name: tensor.expand(len(generators), *tensor.shape[1:]) for name, tensor in encoded.items()}
+    rows = {name: torch.cat([one[name] for one in encoded]).to(pipe.device) for name in encoded[0]}
+    more: dict[str, Any] = {"image": list(images)} if images else {}
+    if latents:
+        more["output_type"] = "latent"
     with torch.no_grad():
         found = pipe(
             **rows, generator=list(generators), num_inference_steps=steps, guidance_scale=guidance,
-            height=side, width=side, output_type="latent",
+            height=side, width=side, **more,
         ).images  # fmt: skip
     return list(found)
+
+
+@torch.no_grad()
+def decode(vae: nn.Module, latent: Tensor, space: LatentSpace) -> Image.Image:
+    """The picture of one x0, (C, h, w), as a pipeline of the VAE's family decodes it."""
+    parameter = next(vae.parameters())
+    unscaled = space.unscaled(latent.float().cpu())[None].to(parameter.device, parameter.dtype)
+    pixels = vae.decode(unscaled, return_dict=False)[0][0]  # type: ignore[operator]  # (3, H, W) in [-1, 1]
+    values = (pixels.float().cpu() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    return Image.fromarray((values * 255).round().to(torch.uint8).numpy())
+
+
+def small_pictures(names: Sequence[str], family: Family, side: int | None) -> list[Image.Image]:
+    """What an upscaler enlarges. Raises ConfigError if it has nothing, or if another base is given some."""
+    if (family.enlarges > 1) != bool(names):
+        cure = "enlarges pictures: name some" if family.enlarges > 1 else "draws from prompts alone"
+        raise ConfigError(f"sample.low_res has {len(names)} pictures; a {family.name} model {cure}")
+    size = (side or 256) // family.enlarges
+    return [images.load(files.expand(name)).resize((size, size), Image.Resampling.LANCZOS) for name in names]

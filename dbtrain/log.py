@@ -55,10 +55,11 @@ class _Lines:
         sys.stderr.flush()
 
 
-def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False) -> tqdm:
+def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False, leave: bool = True) -> tqdm:
     """A progress bar on rank 0; in a batch log, a line every half minute.
 
-    `share` says that `total` is this rank's part of work that is split over ranks.
+    `share` says that `total` is this rank's part of work that is split over ranks; `leave`, that the
+    bar stays when it is full.
     """
     if share and dist.world() > 1:
         what = f"{what} (rank 0 of {dist.world()})"
@@ -66,5 +67,5 @@ def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False)
     return tqdm(
         total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=terminal,
         file=sys.stderr if terminal else _Lines(), mininterval=0.1 if terminal else 30.0,
-        disable=not dist.is_main(),
+        disable=not dist.is_main(), leave=leave,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from dbtrain import families, optim
 from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
 from dbtrain.data.order import Share
-from dbtrain.data.shards import Manifest
+from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.data.stream import Batch, LatentStream
 from dbtrain.families.base import Family, LatentSpace
@@ -164,7 +164,8 @@ class _Task:
         """As `prepare` says, or as the shards are. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
-            side, roles = manifest.request["resolution"], len(manifest.roles)
+            side = manifest.request["resolution"]
+            roles = len(manifest.roles.keys() & HELD_OUT.keys())
             prompts = len(manifest.prompts.texts)
         else:
             side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1

@@ -27,6 +27,16 @@ def save_png(path: Path, picture: Image.Image, note: str | None = None) -> None:
     files.write_atomically(path, png.getvalue())
 
 
+def note_in(path: Path) -> str:
+    """What a picture's text chunk says; nothing if it has none, is not there, or is damaged."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return str(getattr(picture, "text", {}).get(TEXT_KEY, ""))
+    except (OSError, ValueError):
+        return ""
+
+
 @dataclass(frozen=True)
 class Row:
     """Pictures of one size class side by side; labels above them, one caption a picture."""

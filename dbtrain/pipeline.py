@@ -19,7 +19,7 @@ from dbtrain.adapters import KINDS, AdapterState
 from dbtrain.errors import ConfigError, reason
 from dbtrain.families.base import Family
 from dbtrain.formats.common import States
-from dbtrain.pretrained import Pretrained
+from dbtrain.pretrained import DTYPES, Pretrained
 from dbtrain.settings import Model
 
 
@@ -37,7 +37,7 @@ class AdapterPipeline:
     ) -> None:
         self.base = base
         self.family = family
-        self.pipe = generate.build(base, family, precision, device or dist.device())
+        self.pipe = generate.build(base, family, DTYPES[precision], device or dist.device())
         self.components: dict[str, nn.Module] = {name: getattr(self.pipe, name) for name in family.adaptable}
         self.modules = {name: [n for n, _ in m.named_modules()] for name, m in self.components.items()}
         self.added: dict[str, dict[str, Any]] = {}  # layout of each adapter, by component

@@ -7,35 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dbtrain import dist, families, files, lock, log, preempt
 from dbtrain.config import Config
 from dbtrain.data import class_images, encode, images, latents, shards
+from dbtrain.data.plan import Planned, plan_shards, request
 from dbtrain.data.storage import Storage
 from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family, LatentSpace
-from dbtrain.keys import content_key
+from dbtrain.families.base import Family
 from dbtrain.pretrained import Pretrained
 from dbtrain.settings import Prepare
 
-SHARD_ROWS = 256  # most rows of a shard
-SHARDS = 64  # most shards while they fit that
 OURS = re.compile(
-    r"(instance|class)-\d{5}-[0-9a-f]{12}\.tar|prompts-[0-9a-f]{12}\.safetensors"
-    r"|\.(manifest\.json|(instance|class|prompts)-[0-9a-f-]+\.(tar|safetensors))\.\d+\.tmp"
+    r"(instance|class)(-held-out)?-\d{5}-[0-9a-f]{12}\.tar|prompts-[0-9a-f]{12}\.safetensors"
+    r"|\.(manifest\.json|(instance|class|prompts)(-held-out)?-[0-9a-f-]+\.(tar|safetensors))\.\d+\.tmp"
 )
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A shard as it shall be: its file name, and source and description of each row."""
-
-    file: str
-    sources: list[str]
-    metas: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -90,8 +79,9 @@ def prepare(cfg: Config) -> Path:
 def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
     """Make what the folder lacks of the planned shards, and publish the manifest."""
     with dist.agreed():
-        plan = _plan(task, pictures) if dist.is_main() else None
-    texts, components, plans = dist.from_main(plan)
+        wanted = (task.base, task.family, task.settings, task.cfg.seed, pictures)
+        answer = plan_shards(*wanted) if dist.is_main() else None
+    texts, components, plans = dist.from_main(answer)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
     everything = [plan for every in planned.values() for plan in every]
     with dist.agreed():
@@ -106,90 +96,6 @@ def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
         if dist.is_main():
             _publish(task, _manifest(task, texts, components, planned, vouched))
     return task.folder
-
-
-def request(prepare: Prepare, family: Family) -> dict[str, Any]:
-    """The settings that shape the shards' content, as the manifest remembers them."""
-    settings = prepare.model_dump(mode="json", exclude={"sampling": {"batch", "compile"}})
-    settings["class_pictures"] = not class_images.as_latents(family, prepare)
-    if prepare.class_prompt is None:  # then nothing depends on how class images would be made
-        del settings["class_images"], settings["class_pictures"], settings["sampling"]
-    return settings
-
-
-def _plan(
-    task: Task, pictures: dict[str, list[Path]]
-) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """(prompts, keys of the base's components, planned shards of each role), JSON-able."""
-    prepare, encoders = task.settings, task.family.text_encoders
-    vae = [task.family.vae] if task.family.vae else []
-    components = {name: task.base.key(name) for name in (*vae, *encoders, *encoders.values())}
-    encoder = f"{components['vae']} {prepare.vae_precision}" if vae else "pixels"
-    space = task.family.space(task.base, prepare.resolution)
-    texts: list[str] = []
-    plans = {}
-    for role, paths in pictures.items():
-        rows = []
-        # Variants and flips make much of few photos; class images are many.
-        once = {"variants": 1, "flip": False} if role == "class" else {}
-        settings = prepare.model_copy(update=once)
-        for path in paths:
-            text = prepare.class_prompt or ""
-            if role == "instance":
-                text = images.caption(path) if prepare.captions else prepare.instance_prompt
-            if text not in texts:
-                texts.append(text)
-            if path.suffix == latents.SUFFIX:
-                rows.append(_latent_row(path, texts.index(text), prepare.resolution, space))
-            else:
-                rows += _rows(path, texts.index(text), settings, task.cfg.seed, encoder)
-        count = _shard_count(len(rows))
-        plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
-    return texts, components, plans
-
-
-def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) -> list[tuple[str, dict]]:
-    """(image path, description) of every stored crop of one image."""
-    photo_key = files.sha256_of(path)
-    height, width = images.size(path)
-    if min(height, width) < prepare.resolution:
-        log.say(f"{path} is {width} x {height} px and will be enlarged to {prepare.resolution} px")
-    rows = []
-    for crop in images.crops(photo_key, height, width, prepare, seed):
-        where = [prepare.resolution, asdict(crop)]
-        key = content_key([shards.VERSION, encoder, photo_key, where])[:16]
-        meta = {
-            "source": path.name, "original_size": [height, width], "crop": [crop.top, crop.left],
-            "flip": crop.flip, "prompt": prompt, "key": key,
-        }  # fmt: skip
-        rows.append((str(path), meta))
-    return rows
-
-
-def _latent_row(path: Path, prompt: int, side: int, space: LatentSpace) -> tuple[str, dict]:
-    """(path, description) of a class image that was kept as a latent: whole, and of its own size."""
-    key = content_key([shards.VERSION, latents.NAME, space.scale, space.shift, files.sha256_of(path)])
-    meta = {
-        "source": path.name, "original_size": [side, side], "crop": [0, 0], "flip": False,
-        "prompt": prompt, "key": key[:16],
-    }  # fmt: skip
-    return str(path), meta
-
-
-def _shard_count(rows: int) -> int:
-    """A power of two, so that columns come out even; about four rows or more each, up to `SHARDS`."""
-    count = 1
-    while count * 2 <= SHARDS and count * 8 <= rows:
-        count *= 2
-    while rows > count * SHARD_ROWS:
-        count *= 2
-    return count
-
-
-def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, Any]:
-    metas = [meta for _, meta in rows]
-    file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
-    return {"file": file, "sources": [source for source, _ in rows], "metas": metas}
 
 
 def _old_manifest(place: Storage) -> shards.Manifest | None:

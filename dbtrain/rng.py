@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,12 +38,14 @@ def row_draws(seed: int, role: str, position: int, shape: tuple[int, ...], noise
     Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org.
     """
     source = generator(seed, role, position)
-    u = torch.rand((), generator=source)
-    noise = torch.randn(shape, generator=source)
-    posterior = torch.randn(shape, generator=source)
+    # Said aloud, as libraries change the default dtype of all threads while they load a model.
+    how: dict[str, Any] = {"generator": source, "dtype": torch.float32}
+    u = torch.rand((), **how)
+    noise = torch.randn(shape, **how)
+    posterior = torch.randn(shape, **how)
     if noise_offset:  # drawn last: turning it on leaves the other draws as they were
-        noise = noise + noise_offset * torch.randn((shape[0], 1, 1), generator=source)
-    level = torch.rand((), generator=source)
+        noise = noise + noise_offset * torch.randn((shape[0], 1, 1), **how)
+    level = torch.rand((), **how)
     return Draws(u, noise, posterior, level)
 
 

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dbtrain import dist, files, log
+from dbtrain import dist, files, log, trackers
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError, Preempted
-from dbtrain.keys import content_key
+
+TENTHS = 10  # parts of the range of timesteps whose losses are told apart
 
 
 class Outcome(NamedTuple):
@@ -27,61 +28,8 @@ class Outcome(NamedTuple):
     losses: Tensor  # (2,) this rank's shares of the mean instance and class loss: they sum to the means
     grad_norm: Tensor  # () of the gradient before clipping, over all ranks
     bad: Tensor  # (2,) fp64, this rank's first instance and class position of no finite loss; or inf
+    spread: Tensor  # (2, 2, TENTHS) this rank's instance and class rows by timestep: count, sum of losses
     seen: int  # sum of the numbers of this rank's rows
-
-
-class Tracker(Protocol):
-    """Where metrics go, besides metrics.jsonl."""
-
-    def write(self, step: int, metrics: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class _TensorBoard:
-    def __init__(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder = folder
-        with files.naming(folder):
-            self.writer = SummaryWriter(str(folder), purge_step=start + 1)
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        with files.naming(self.folder):
-            for name, value in metrics.items():
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        with files.naming(self.folder):
-            self.writer.close()
-
-
-class _WandB:
-    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("train.wandb needs W&B: pip install 'dbtrain[wandb]'") from error
-        self.run = wandb.init(
-            project=project, name=folder.name, id=content_key(str(folder.resolve()))[:16], resume="allow",
-            dir=str(folder), config=config,
-        )  # fmt: skip
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        self.run.log(metrics, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def _trackers(folder: Path, cfg: Config, start: int) -> list[Tracker]:
-    trackers: list[Tracker] = []
-    try:
-        trackers.append(_TensorBoard(folder / "tb", start))
-    except ImportError:
-        log.say("no TensorBoard log: pip install 'dbtrain[tensorboard]' for one")
-    if cfg.train.wandb:
-        trackers.append(_WandB(folder, cfg.train.wandb, cfg.model_dump(mode="json")))
-    return trackers
 
 
 class RunLog:
@@ -100,17 +48,19 @@ class RunLog:
         self.pending: list[tuple[Tensor, int, float]] = []  # (losses and norm (3,), rows seen, lr) a step
         self.first_bad = torch.full((3,), math.inf, dtype=torch.float64, device=dist.device())
         self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device())
+        self.spread = torch.zeros(2, 2, TENTHS, device=dist.device())
         self.done, self.wait_s = start, 0.0
         self.since = time.perf_counter()
         self.bar = log.bar(cfg.train.steps, "train", "step", initial=start)
         self.metrics, self.speed = folder / "metrics.jsonl", folder / "speed.jsonl"
-        self.trackers: list[Tracker] = []
+        self.timesteps, self.validation = folder / "timesteps.jsonl", folder / "validation.jsonl"
+        self.trackers: list[trackers.Tracker] = []
         if dist.is_main():
-            for path in (self.metrics, self.speed):
+            for path in (self.metrics, self.speed, self.timesteps, self.validation):
                 _forget_after(path, start)
             self.file = log.ToFile(folder / "log.txt")
             log.logger.addHandler(self.file)
-            self.trackers = _trackers(folder, cfg, start)
+            self.trackers = trackers.of(folder, cfg, start)
 
     def __enter__(self) -> RunLog:
         return self
@@ -132,6 +82,7 @@ class RunLog:
         self.pending.append((torch.cat([outcome.losses, norm[None]]), outcome.seen, lr))
         bad_norm = torch.where(norm.isfinite(), math.inf, float(done)).double()
         self.first_bad = torch.minimum(self.first_bad, torch.cat([outcome.bad, bad_norm[None]]))
+        self.spread += outcome.spread
         self.skipped = skipped
         self.done = done
         self.wait_s += wait_s
@@ -176,7 +127,9 @@ class RunLog:
     def _report(self) -> None:
         found, seen, rates = zip(*self.pending, strict=True)
         table = torch.stack(found)  # (steps, 3)
-        table[:, :2] = dist.sum_over_ranks(table[:, :2].contiguous())
+        sums = dist.sum_over_ranks(torch.cat([table[:, :2].flatten(), self.spread.flatten()]))
+        table[:, :2] = sums[: 2 * len(table)].view(-1, 2)
+        spread = sums[2 * len(table) :].view_as(self.spread).tolist()
         rows = dist.sum_over_ranks(torch.tensor(seen)).tolist()
         seconds, steps = time.perf_counter() - self.since, len(seen)
         lines = []
@@ -197,6 +150,7 @@ class RunLog:
         if dist.is_main():
             files.append(self.metrics, "".join(json.dumps(_finite(line)) + "\n" for line in lines))
             files.append(self.speed, json.dumps({"step": self.done, **speed}) + "\n")
+            files.append(self.timesteps, json.dumps({"step": self.done, **_by_role(spread)}) + "\n")
             for tracker in self.trackers:
                 tracker.write(self.done, mean | speed)
         parts = f"instance {mean['loss_instance']:.4f}"
@@ -209,7 +163,23 @@ class RunLog:
             f"{left_out}"
         )
         self.pending, self.wait_s = [], 0.0
+        self.spread.zero_()
         self.since = time.perf_counter()
+
+    def validated(self, step: int, found: dict[str, Any], sheet: Path | None) -> None:
+        """Write down what was measured of the run at `step`, and show it; `sheet`: pictures of it."""
+        values = {key: value for key, value in found.items() if isinstance(value, float)}
+        if values:
+            words = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in values.items())
+            log.say(f"step {step}/{self.train.steps}  {words}")
+        if dist.is_main():
+            if found:
+                files.append(self.validation, json.dumps({"step": step, **found}) + "\n")
+            for tracker in self.trackers:
+                if values:
+                    tracker.write(step, values)
+                if sheet:
+                    tracker.show(step, "validation", sheet)
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -222,6 +192,16 @@ class RunLog:
         """Put a line into log.txt only: the terminal is told by the door."""
         if dist.is_main():
             self.file.handle(logging.makeLogRecord({"msg": text}))
+
+
+def _by_role(spread: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
+    """Rows and sums of losses in each tenth of the timesteps, of the roles that have rows."""
+    return {
+        role: {"rows": [int(count) for count in counts],
+               "loss": [loss if math.isfinite(loss) else None for loss in losses]}
+        for role, (counts, losses) in zip(("instance", "prior"), spread, strict=True)
+        if any(counts)
+    }  # fmt: skip
 
 
 def _finite(line: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,9 @@ from PIL import Image
 
 from dbtrain import dist, families, files, formats, generate, log, preempt
 from dbtrain.config import Config
-from dbtrain.data import images
 from dbtrain.errors import ConfigError
-from dbtrain.families.base import Family
 from dbtrain.keys import content_key
-from dbtrain.pictures import TEXT_KEY, Row, contact_sheet, save_png
+from dbtrain.pictures import Row, contact_sheet, note_in, save_png
 from dbtrain.pipeline import AdapterPipeline
 from dbtrain.pretrained import Pretrained
 from dbtrain.settings import Sample
@@ -70,7 +68,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     base = Pretrained.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
-        small = _small_pictures(cfg, families.detect(base, cfg.model), side)
+        small = generate.small_pictures(cfg.sample.low_res, families.detect(base, cfg.model), side)
         paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
@@ -172,16 +170,6 @@ def _draw(
             bar.update(len(batch))
 
 
-def _small_pictures(cfg: Config, family: Family, side: int | None) -> list[Image.Image]:
-    """What an upscaler enlarges. Raises ConfigError if it has nothing, or if another base is given some."""
-    names = cfg.sample.low_res
-    if (family.enlarges > 1) != bool(names):
-        cure = "enlarges pictures: name some" if family.enlarges > 1 else "draws from prompts alone"
-        raise ConfigError(f"sample.low_res has {len(names)} pictures; a {family.name} model {cure}")
-    size = (side or 256) // family.enlarges
-    return [images.load(files.expand(name)).resize((size, size), Image.Resampling.LANCZOS) for name in names]
-
-
 def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, int]]:
     """(mix, prompt, seed) of every picture."""
     seeds = range(settings.seed, settings.seed + settings.images)
@@ -195,22 +183,14 @@ def _name(mix: int, prompt: int, seed: int) -> str:
 def _key_in(path: Path) -> str:
     """The key of the call that drew a picture; none if it is not there, or damaged."""
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return json.loads(getattr(picture, "text", {}).get(TEXT_KEY, "{}")).get("key", "")
-    except (OSError, ValueError, AttributeError):
+        return json.loads(note_in(path) or "{}").get("key", "")
+    except (ValueError, AttributeError):
         return ""
 
 
 def _is_made(sheet: Path, key: str, names: Sequence[str]) -> bool:
     """Whether the sheet with this key and all its pictures are there."""
-    if not all(path.is_file() for path in (sheet, *(sheet.parent / name for name in names))):
-        return False
-    try:
-        with Image.open(sheet) as picture:
-            return getattr(picture, "text", {}).get(TEXT_KEY) == key
-    except OSError:
-        return False  # a damaged picture is drawn again
+    return all((sheet.parent / name).is_file() for name in names) and note_in(sheet) == key
 
 
 def _write_sheet(

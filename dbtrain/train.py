@@ -22,13 +22,13 @@ from dbtrain import (
     log,
     optim,
     preempt,
-    prepare,
     rng,
     run_log,
+    validate,
 )
 from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import plan, shards
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
@@ -40,6 +40,7 @@ from dbtrain.network import DreamBooth
 from dbtrain.precision import PRECISIONS
 from dbtrain.pretrained import Pretrained
 from dbtrain.run_log import Outcome
+from dbtrain.validate import Validation
 
 Compute = Callable[[nn.Module, Progress, Sequence[Batch], Config], Outcome]
 
@@ -71,7 +72,7 @@ def _train(cfg: Config, until: int | None) -> Path:
             _check_made_for(cfg, base, manifest)
         who = checkpoint.identity(cfg, base, family, manifest) if dist.is_main() else None
     who = dist.from_main(who)
-    if _finished(cfg, family, who):
+    if _finished(cfg, family, manifest, who):
         return run_dir
 
     with dist.agreed():
@@ -86,6 +87,8 @@ def _train(cfg: Config, until: int | None) -> Path:
     start = checkpoint.load_latest(run_dir, progress, who)
     checkpoint.check_ranks(model)
 
+    with dist.agreed():
+        validation = Validation.build(cfg, base, family, model, manifest, who)
     role_weights = _role_weights(cfg, manifest)
     resident_gib = cfg.data.resident_gib if dist.device().type == "cuda" else 0.0
     stream = LatentStream(
@@ -96,6 +99,8 @@ def _train(cfg: Config, until: int | None) -> Path:
     )  # fmt: skip
     with dist.agreed():
         meters = run_log.RunLog(run_dir, cfg, start, list(role_weights), stream.source)
+        if dist.is_main():
+            validate.forget_after(run_dir, start)
     log.say(_greeting(cfg, model, manifest, role_weights, start))
     with (
         closing(stream), meters,
@@ -104,7 +109,7 @@ def _train(cfg: Config, until: int | None) -> Path:
         if cfg.train.compile:
             _compile(progress, stream, cfg)
         with dist.training(cfg.faults.timeout_s):
-            _take_steps(progress, stream, meters, who, range(start, cfg.train.steps), cfg, until)
+            _take_steps(progress, stream, meters, validation, range(start, cfg.train.steps), cfg, until)
         export.save(cfg, base, family, model.states(), cfg.train.steps, run_dir / "export")
         export.mark_done(cfg)
     return run_dir
@@ -114,7 +119,7 @@ def _take_steps(
     progress: Progress,
     stream: LatentStream,
     meters: run_log.RunLog,
-    who: dict,
+    validation: Validation,
     steps: range,
     cfg: Config,
     until: int | None,
@@ -122,6 +127,14 @@ def _take_steps(
     """All steps that are left, with their checkpoints. Raises Preempted if it is to stop before the last."""
     ddp, votes = dist.wrap(progress.model), dist.Vote()
     compute = kernels.Recorded(compute_step, dist.world() > 1) if cfg.train.cuda_graph else compute_step
+
+    def save(done: int) -> None:
+        meters.report()  # so that no line is lost by a kill after the save
+        with meters.untimed():
+            checkpoint.save(files.expand(cfg.run_dir), done, progress, validation.who, cfg.train.keep)
+
+    if validation.lacks(steps.start):
+        validation.look(steps.start, meters)
     for step in steps:
         dist.at(step + 1)
         waited = stream.wait_s
@@ -131,12 +144,17 @@ def _take_steps(
         meters.step(done, outcome, progress.skipped, lr, stream.wait_s - waited)
         stop = votes.cast(preempt.wish())
         last = done == cfg.train.steps
-        if last or stop or done == until or done % cfg.train.checkpoint_every == 0:
-            meters.report()  # so that no line is lost by a kill after the save
-            with meters.untimed():
-                checkpoint.save(files.expand(cfg.run_dir), done, progress, who, cfg.train.keep)
+        if saved := last or stop or done == until or done % cfg.train.checkpoint_every == 0:
+            save(done)
         if (stop or done == until) and not last:
             raise Preempted(f"{preempt.REASONS[stop] or 'as asked'}, at step {done}, which is saved")
+        if validation.due(done):
+            try:
+                validation.look(done, meters)
+            except Preempted:  # it is made up for when the run goes on
+                if not saved:
+                    save(done)
+                raise
 
 
 def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
@@ -171,6 +189,8 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
     model, optimizer, scaler = progress.model, progress.optimizer, progress.scaler
     precision, device = PRECISIONS[cfg.train.precision], batches[0].weight.device
     losses = torch.zeros(2, device=device)
+    tenths = torch.arange(run_log.TENTHS, device=device)
+    spread = torch.zeros(2, 2, run_log.TENTHS, device=device)
     bad = torch.full((2,), torch.inf, dtype=torch.float64, device=device)
     optimizer.zero_grad(set_to_none=not cfg.train.cuda_graph)
 
@@ -188,6 +208,9 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
             by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
             roles = len(by_role)
             losses[:roles] += by_role.sum(1) / cfg.train.global_batch
+            own = (batch.u * run_log.TENTHS).long().view_as(by_role)[..., None] == tenths
+            spread[:roles, 0] += own.sum(1)
+            spread[:roles, 1] += torch.where(own, by_role[..., None], 0).sum(1)
             first = torch.where(by_role.isfinite(), torch.inf, batch.position.view_as(by_role)).amin(1)
             bad[:roles] = torch.minimum(bad[:roles], first)
 
@@ -200,7 +223,7 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
         progress.skipped += leave_out
     scaler.step(optimizer)
     scaler.update()
-    return Outcome(losses, grad_norm, bad, sum(batch.seen for batch in batches))
+    return Outcome(losses, grad_norm, bad, spread, sum(batch.seen for batch in batches))
 
 
 def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
@@ -222,17 +245,16 @@ def _check_made_for(cfg: Config, base: Pretrained, manifest: Manifest) -> None:
             f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
         )
     if cfg.prepare:
-        # Shards from before there was a choice have class images that were pictures.
-        asked = prepare.request(cfg.prepare, families.get(family))
-        made = {"class_pictures": True} | manifest.request
+        asked = plan.request(cfg.prepare, families.get(family))
+        made = plan.ONCE | manifest.request
         odd = [key for key in asked if asked[key] != made.get(key)]
         if odd:
             changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {asked[key]!r}" for key in odd)
             raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")
 
 
-def _finished(cfg: Config, family: Family, who: dict) -> bool:
-    """Whether there is nothing left to train; exports the last checkpoint if only that is missing.
+def _finished(cfg: Config, family: Family, manifest: Manifest, who: dict) -> bool:
+    """Whether there is nothing left to do; exports the last checkpoint if only that is missing.
 
     Raises ConfigError if the newest checkpoint is another run's, or past `train.steps`.
     """
@@ -246,7 +268,9 @@ def _finished(cfg: Config, family: Family, who: dict) -> bool:
                     f"{path} is past train.steps ({cfg.train.steps}); "
                     "use more steps or another run_dir, or export an earlier checkpoint"
                 )
-    finished = dist.from_main(found is not None and found[1]["step"] == cfg.train.steps)
+        trained = found is not None and found[1]["step"] == cfg.train.steps
+        finished = trained and not validate.lacks(cfg, manifest, who, cfg.train.steps)
+    finished = dist.from_main(finished)
     if finished:
         log.say(f"{cfg.run_dir} is trained to step {cfg.train.steps} already: nothing to do")
         if not dist.from_main(export.is_done(cfg)):

@@ -22,7 +22,7 @@ from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.pictures import save_png
-from dbtrain.pretrained import Pretrained
+from dbtrain.pretrained import DTYPES, Pretrained
 from dbtrain.settings import Prepare
 
 # What `sampling.compile: auto` takes for worth compiling. Estimated for SD 1.5 at 512 px on an H200: half
@@ -124,20 +124,27 @@ def _sampler(
     """What draws one class image a generator, and what writes such an image to a file."""
     prompt = cfg.class_prompt or ""
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
-    without = [family.vae] if family.vae and as_latents(family, cfg) else []
-    pipe = generate.build(base, family, cfg.sampling.precision, dist.device(), without)
+    kept = family.vae is not None and as_latents(family, cfg)
+    given: dict[str, Any] = {str(family.vae): None} if kept else {}
+    pipe = generate.build(base, family, DTYPES[cfg.sampling.precision], dist.device(), given)
     if compiled:
         kernels.compile_module(getattr(pipe, family.denoiser), True)
 
     def pictures(seeds: Sequence[torch.Generator]) -> list[Any]:
         return generate.draw(pipe, [prompt] * len(seeds), seeds, *how)
 
-    if not without:
+    if not kept:
         return pictures, save_png
     # What the pipeline would have read from its VAE: it guesses 8 without one.
     pipe.vae_scale_factor = cfg.resolution // family.space(base, cfg.resolution).shape[-1]
-    encoded = generate.encode_once(pipe, family, prompt, cfg.sampling.guidance)
-    return lambda seeds: generate.draw_latents(pipe, encoded, seeds, *how), latents.save
+    encoded = generate.encode(pipe, [prompt], cfg.sampling.guidance)
+    for name in family.text_encoders:
+        setattr(pipe, name, None)  # frees it
+
+    def made(seeds: Sequence[torch.Generator]) -> list[Any]:
+        return generate.draw_encoded(pipe, encoded * len(seeds), seeds, *how, latents=True)
+
+    return made, latents.save
 
 
 def _about(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:

@@ -26,6 +26,7 @@ from dbtrain.section import Names, Section
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
+HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that nothing trains on
 
 Numbers = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
 
@@ -69,7 +70,8 @@ class Manifest(Section):
     @field_validator("roles")
     @classmethod
     def _has_images(cls, roles: dict[str, tuple[Shard, ...]]) -> dict[str, tuple[Shard, ...]]:
-        if not {"instance"} <= roles.keys() <= {"instance", "class"} or not all(roles.values()):
+        known = {*HELD_OUT, *HELD_OUT.values()}
+        if not {"instance"} <= roles.keys() <= known or not all(roles.values()):
             raise ValueError("no images")
         return roles
 

@@ -222,7 +222,7 @@ class LatentStream:
             noise=torch.stack([draw.noise for draw in draws]),
             u=torch.stack([draw.u for draw in draws]),
             prompt=torch.tensor([row.meta["prompt"] for row in rows]),
-            weight=torch.tensor(weights),
+            weight=torch.tensor(weights, dtype=torch.float32),
             level=torch.stack([draw.level for draw in draws]),
             position=torch.tensor([position for _, position in positions], dtype=torch.float64),
             extra={name: torch.stack([extra[name] for extra in extras]) for name in extras[0]},

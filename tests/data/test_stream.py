@@ -111,3 +111,15 @@ def test_the_reading_thread_ends(prepared: Path) -> None:
     next(batches)
     batches.close()
     assert not [t for t in threading.enumerate() if t is batches.thread]
+
+
+def test_draws_do_not_depend_on_the_default_dtype() -> None:
+    """Libraries change it for all threads while they load a model, and a thread draws ahead meanwhile."""
+    draws = rng.row_draws(0, "instance", 3, (4, 8, 8), 0.1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        others = rng.row_draws(0, "instance", 3, (4, 8, 8), 0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) for one, other in zip(draws, others, strict=True))
+    assert {draw.dtype for draw in others} == {torch.float32}
