@@ -69,12 +69,13 @@ def train(
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import hub
+        from dbtrain import closing, hub
         from dbtrain import train as verb
 
     hub.check(cfg)
     verb.train(cfg, until)
     hub.push(cfg)
+    closing.summary(cfg)
 
 
 @app.command()
@@ -102,13 +103,14 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """prepare, train, export, sample (and push) in one go; what is done already is skipped."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import export, hub, prepare, sample, train
+        from dbtrain import closing, export, hub, prepare, sample, train
 
     hub.check(cfg)
     prepare.prepare(cfg)
     train.train(cfg)
     export.show(cfg, sample.sample_run(cfg))
     hub.push(cfg)
+    closing.summary(cfg)
 
 
 @app.command()

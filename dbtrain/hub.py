@@ -63,7 +63,9 @@ def _push(cfg: Config, repo: str, folder: Path) -> str:
         operations = [
             CommitOperationAdd(str(name), io.BytesIO((folder / name).read_bytes())) for name in names
         ]
-        api.create_commit(made.repo_id, operations, commit_message="Adapter trained with dbtrain")
+        with log.bar(len(names), "upload", "file") as bar:
+            api.create_commit(made.repo_id, operations, commit_message="Adapter trained with dbtrain")
+            bar.update(len(names))
     except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
         said = reason(error).replace(token, "***")
         raise ConfigError(f"hub.repo is '{repo}', but the push failed: {said}") from None

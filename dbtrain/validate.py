@@ -151,9 +151,7 @@ class Pictures:
         batches = [jobs[i : i + settings.batch] for i in range(0, len(jobs), settings.batch)]
         mine = batches[dist.rank() :: dist.world()]
         encoded = self.encoded or (self._encode() if mine else [])
-        with log.bar(
-            sum(map(len, mine)), f"pictures of step {step}", "image", share=True, leave=False
-        ) as bar:
+        with log.bar(sum(map(len, mine)), "validation", "image", share=True, leave=False) as bar:
             drawn = []
             for batch in mine:
                 preempt.check()

@@ -25,7 +25,7 @@ LAYERS = [
     ["data.encode", "data.class_images", "data.plan", "network", "held_out", "checkpoint",
      "export", "card", "hub", "pipeline",
      "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
-    ["prepare", "train", "validate", "sample", "doctor", "memory",
+    ["prepare", "train", "validate", "sample", "closing", "doctor", "memory",
      "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure", "tiny.paint", "tiny.parts",
      "tiny.score", "tiny.world"],
     ["__main__"],

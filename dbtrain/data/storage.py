@@ -91,7 +91,7 @@ class Storage:
             except Exception as error:  # the kinds of a dozen client libraries
                 problem = f"{self.where(name)} cannot be read: {reason(error)}"
             if attempt < self.retries:
-                log.say(f"{problem}; trying again in {2**attempt} s")
+                log.warn(f"{problem}; trying again in {2**attempt} s")
                 time.sleep(2**attempt)
         raise ConfigError(problem)
 
@@ -138,4 +138,4 @@ def _keep(path: Path, data: bytes) -> None:
     try:
         files.write_atomically(path, data)
     except OSError as error:
-        log.say(f"{path} is not kept: {reason(error)}")
+        log.warn(f"{path} is not kept: {reason(error)}")
