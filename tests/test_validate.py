@@ -25,6 +25,7 @@ from dbtrain.pretrained import Pretrained
 from dbtrain.sample import NO_ADAPTER, Mix
 from tests import bases
 from tests.conftest import Make, at, dbtrain
+from tests.test_counts import Dispatched
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog in the snow"]
 HELD = {"prepare__held_out": 1, "prepare__class_held_out": 3, "validation__timesteps": 4}
@@ -208,6 +209,26 @@ def test_a_last_look_that_a_kill_left_out_is_made_up_for(make: Make, prepared: P
     sheet.unlink()
     assert trained(cfg) == before
     assert sheet.read_bytes() == shown
+
+
+def test_steps_between_two_looks_launch_no_more(
+    make: Make, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    original = train.compute_step
+
+    def counted(*args: Any) -> Any:
+        with Dispatched() as mode:
+            outcome = original(*args)
+        counts.append(mode.total)
+        return outcome
+
+    monkeypatch.setattr(train, "compute_step", counted)
+    for name, prompts in (("off", []), ("on", PROMPTS)):
+        train.train(make(data__shards=str(prepared), run_dir=str(tmp_path / name), train__precision="bf16",
+                         validation__prompts=prompts, validation__every=2))  # fmt: skip
+    off, on = counts[:4], counts[4:]
+    assert off == on and len(on) == 4
 
 
 @pytest.mark.slow
