@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dbtrain import held_out, kernels, preempt, sample, train, validate
 from dbtrain.config import Config
@@ -73,6 +74,8 @@ def test_the_pictures_are_those_of_sample(make: Make, tmp_path: Path, prepared: 
                 mine = validate.sheet_of(Path(cfg.run_dir), step).parent / f"{prompt:02d}-seed{seed}.png"
                 gap = pixels(mine) - pixels(drawn / f"{number:02d}-{prompt:02d}-seed{seed}.png")
                 assert abs(gap).max() <= 1, (step, prompt, seed)  # sums in another order, rounded to bytes
+    events = EventAccumulator(str(Path(cfg.run_dir) / "tb")).Reload()
+    assert [image.step for image in events.Images("validation")] == [0, 4]
     gone = pixels(validate.sheet_of(Path(cfg.run_dir), 0)) - pixels(validate.sheet_of(Path(cfg.run_dir), 4))
     assert abs(gone).max() > 1
 
