@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 
 from benchmarks import bases as random_bases
 from benchmarks import (
+    choose_settings,
     common,
     data,
     end_to_end,
@@ -105,6 +107,25 @@ def test_the_table_averages_over_runs() -> None:
     text = subject_fidelity.markdown(results, [100], 8, "command")
     assert "| yes | 8 | 100 | 4 | 0.70 | 75% ± 0 | 70% ± 12 | 90% ± 0 | 10% ± 0 | 0.60 |" in text
     assert "| mug | 0.10 | 0.70 | 0.90 | 75% ± 0 | 70% ± 14 | 10% ± 0 | 60% ± 0 |" in text
+
+
+def test_what_each_setting_does_is_told_change_by_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose_settings, "STEPS", (1, 2))
+    names = ["rank 4", "3 photos"]
+    asked = ["--work", str(tmp_path / "work"), "--subjects", "mug", "--changes", *names, *TINY]
+    monkeypatch.setattr(sys, "argv", ["choose_settings", *asked])
+    choose_settings.main()
+    rows = json.loads((tmp_path / "work" / "settings.json").read_text())
+    assert [(row["change"], row["steps"]) for row in rows] == [
+        (name, step) for name in names for step in (1, 2)
+    ]
+    assert len(list((tmp_path / "work" / "photos-mug-3").iterdir())) == 3
+    config = (tmp_path / "work" / "mug-rank-4" / "config.yaml").read_text()
+    assert yaml.safe_load(config)["adapter"]["rank"] == 4
+    text = (tmp_path / "work" / "settings.md").read_text()
+    assert "| 3 photos | 2 |" in text and text.count("| rank 4 |") == 3
 
 
 def test_the_memory_benchmark_finds_predictions_right(tmp_path: Path) -> None:
