@@ -165,6 +165,25 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, finished or not")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file (default: report.html in the first run folder)")
+    ] = None,
+    crops: Annotated[
+        int, typer.Option(min=0, help="most stored crops to decode and show; 0 spares loading the VAE")
+    ] = 64,
+) -> None:
+    """One HTML file about one or several runs: curves, pictures, scores, data, settings."""
+    with importing(at_start=True):
+        from dbtrain import log
+        from dbtrain import report as verb
+
+    log.start()
+    print(f"report: {verb.report(runs, out, crops)}")
+
+
+@app.command()
 def doctor(
     config: ConfigPath,
     overrides: Overrides = None,

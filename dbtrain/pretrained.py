@@ -32,8 +32,8 @@ class Pretrained:
     variant: str | None
 
     @classmethod
-    def find(cls, cfg: Model) -> Pretrained:
-        """The folder of `cfg.path`, downloaded first if it is a Hub id.
+    def find(cls, cfg: Model, download: bool = True) -> Pretrained:
+        """The folder of `cfg.path`, downloaded first if it is a Hub id, unless `download` is False.
 
         Raises ConfigError if there is no such model.
         """
@@ -44,7 +44,7 @@ class Pretrained:
         elif files.expand(cfg.path).exists():
             folder = files.expand(cfg.path)
         else:
-            folder = _download(cfg)
+            folder = _download(cfg, download)
         if not (folder / "model_index.json").is_file():
             raise ConfigError(
                 f"model.path is '{cfg.path}', but {folder} has no model_index.json; "
@@ -227,15 +227,15 @@ def _single_file_pipeline(cfg: Model, path: Path) -> Any:
     )
 
 
-def _download(cfg: Model) -> Path:
-    """The cached folder of a Hub id. One rank a node downloads, the others find it done."""
+def _download(cfg: Model, missing: bool = True) -> Path:
+    """The cached folder of a Hub id. One rank a node downloads what is `missing`, the others find it done."""
     from diffusers import DiffusionPipeline
 
     def fetch() -> Path:
         return Path(
             DiffusionPipeline.download(
                 cfg.path, revision=cfg.revision, variant=cfg.variant, use_safetensors=True,
-                safety_checker=None,
+                safety_checker=None, local_files_only=not missing,
             )
         )  # fmt: skip
 
@@ -244,8 +244,9 @@ def _download(cfg: Model) -> Path:
             try:
                 fetch()
             except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
+                where = "could be downloaded from the Hub" if missing else "was downloaded to this machine"
                 raise ConfigError(
                     f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
-                    f"could be downloaded from the Hub: {reason(error)}"
+                    f"{where}: {reason(error)}"
                 ) from error
     return fetch()

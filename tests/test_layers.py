@@ -26,6 +26,8 @@ LAYERS = [
      "export", "card", "hub", "pipeline",
      "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
     ["prepare", "train", "validate", "sample", "closing", "doctor", "memory",
+     "report", "report.crops", "report.curves", "report.figures", "report.links", "report.run",
+     "report.thumbs",
      "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure", "tiny.paint", "tiny.parts",
      "tiny.score", "tiny.world"],
     ["__main__"],

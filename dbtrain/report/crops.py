@@ -1,0 +1,168 @@
+"""What a run was trained on: each photo, and each stored crop as training sees it, decoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dbtrain import dist, families, log
+from dbtrain.config import Config
+from dbtrain.data import images, shards
+from dbtrain.data.storage import Storage
+from dbtrain.errors import ConfigError, os_problem
+from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.report.run import Run
+from dbtrain.report.thumbs import THUMB, Picture, embed
+
+DECODED = (
+    "What training sees: the mean of each stored posterior, decoded by the base's VAE. Crops are in pixels "
+    "of the photo after its short side was resized."
+)
+PHOTOS = 64  # most photos shown
+FEW = 4  # crops of the subject for each class image shown
+Decode = Callable[[shards.Row], Image.Image]
+
+
+@dataclass
+class Part:
+    """Pictures of one kind, how many there are in all, and why there are none, if so."""
+
+    title: str
+    pictures: list[Picture] = field(default_factory=list)
+    total: int = 0
+    problem: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DataSheet:
+    """The data of some runs that share it."""
+
+    labels: list[str]
+    parts: list[Part]
+
+
+def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
+    """A sheet for each set of data that the runs were trained on. `crops`: most that are decoded of each."""
+    shared: dict[tuple, list[Run]] = {}
+    for run in runs:
+        key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.model)
+        shared.setdefault(key, []).append(run)
+    return [
+        DataSheet([run.label for run in same], [_photos(same[0].cfg), *_stored(same[0].cfg, crops)])
+        for same in shared.values()
+    ]
+
+
+def _photos(cfg: Config) -> Part:
+    part = Part("The photos")
+    with _telling(part):
+        if cfg.prepare is None:
+            raise ConfigError("the config has no 'prepare' section, so it names no photos")
+        found = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
+        part.total = len(found)
+        part.pictures = [_photo(path) for path in found[:PHOTOS]]
+    return part
+
+
+@contextmanager
+def _telling(part: Part) -> Iterator[None]:
+    """Let a part say why the block could not show it, so that the rest of the page can be made."""
+    try:
+        yield
+    except ConfigError as problem:
+        part.problem = str(problem)
+    except OSError as problem:
+        part.problem = os_problem(problem)
+    except torch.OutOfMemoryError:
+        part.problem = "the GPU has no memory left to decode them; try again when it is idle"
+
+
+def _photo(path: Path) -> Picture:
+    try:
+        photo = images.load(path)
+    except ConfigError as problem:
+        return Picture(path.name, captions=[path.name], problem=str(problem))
+    captions = [path.name, f"{photo.width} × {photo.height} px"]
+    return embed(photo, f"photo {path.name}", (THUMB, THUMB), captions)
+
+
+def _stored(cfg: Config, crops: int) -> list[Part]:
+    """For each role of the shards, its first rows as pictures; what cannot be reached says why."""
+    place = Storage(cfg.data.shards, retries=1)
+    unread = Part(_title("instance"))
+    with _telling(unread):
+        manifest = shards.Manifest.read(place)
+    if unread.problem:
+        return [unread]
+    decode: Decode | None = None
+    parts = []
+    for role in manifest.roles:
+        part = Part(_title(role), total=sum(manifest.rows(role)), note=DECODED if role == "instance" else "")
+        with _telling(part):
+            rows = _rows(place, manifest, role, crops if role == "instance" else -(-crops // FEW))
+            if rows:
+                decode = decode or _decoder(cfg)
+                part.pictures = _decoded(rows, decode, manifest.prompts.texts, f"decode {role}")
+        parts.append(part)
+    return parts
+
+
+def _decoded(rows: Sequence[shards.Row], decode: Decode, prompts: Sequence[str], what: str) -> list[Picture]:
+    pictures = []
+    with log.bar(len(rows), what, "image") as bar:
+        for row in rows:
+            pictures.append(_crop(row, decode(row), prompts))
+            bar.update()
+    return pictures
+
+
+def _title(role: str) -> str:
+    known = {"instance": "Crops as trained", "class": "Class images as trained"}
+    held_out = {
+        shards.HELD_OUT["instance"]: "Photos held out",
+        shards.HELD_OUT["class"]: "Class images held out",
+    }
+    return (known | held_out)[role]
+
+
+def _rows(place: Storage, manifest: shards.Manifest, role: str, most: int) -> list[shards.Row]:
+    """The first `most` rows of a role, those of a photo together; reads no more shards than that takes."""
+    rows: list[shards.Row] = []
+    for shard in manifest.roles[role]:
+        if len(rows) < most:
+            rows += shards.read(place, shard)
+    return sorted(rows[:most], key=lambda row: (row.meta["source"], row.meta["crop"], row.meta["flip"]))
+
+
+def _decoder(cfg: Config) -> Decode:
+    """A function from a stored row to the picture that its mean stands for; loads the base's VAE."""
+    base = Pretrained.find(cfg.model, download=False)
+    family = families.detect(base, cfg.model)
+    vae = base.load(family.vae, DTYPES["fp32"]).to(dist.device()) if family.vae else None
+
+    @torch.no_grad()
+    def decode(row: shards.Row) -> Image.Image:
+        x0 = family.draw(row.tensors, torch.zeros(()))[None]  # without noise: the posterior's mean
+        pixels = vae.decode(x0.to(dist.device())).sample if vae else x0
+        values = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
+
+    return decode
+
+
+def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str]) -> Picture:
+    meta = row.meta
+    (tall, wide), (top, left) = meta["original_size"], meta["crop"]
+    captions = [
+        meta["source"],
+        f"of {wide} × {tall} px",
+        f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
+        f"“{prompts[meta['prompt']]}”",
+    ]
+    return embed(picture, f"{meta['source']} as trained", (THUMB, THUMB), captions)

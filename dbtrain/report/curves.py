@@ -1,0 +1,223 @@
+"""The curves of a page: plain lists, which the page's script draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dbtrain.report.run import METRICS, SPEED, TIMESTEPS, VALIDATION, Line, Run, number
+
+POINTS = 1500  # most points of a curve; more are averaged in groups
+WINDOWS = 60  # most points of a curve by timestep, each a mean over many rows
+TENTHS = 10
+ROLES = ("instance", "prior")
+Values = list[float | None]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. `colour`: a run's number, or "k/n": the k-th of n shades."""
+
+    label: str
+    xs: list[int]
+    ys: Values
+    colour: int | str
+    smooth: bool = False  # drawn faint, with its smoothed self over it
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over one axis. `log`: may be shown on a logarithmic scale."""
+
+    title: str
+    series: list[Series]
+    note: str = ""
+    x: str = "step"
+    log: bool = False
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Charts under one heading."""
+
+    title: str
+    charts: list[Chart]
+    note: str = ""
+
+    def data(self) -> list[dict[str, Any]]:
+        """The charts as JSON has them; six digits are more than a screen shows."""
+        charts = [asdict(chart) for chart in self.charts]
+        for series in (series for chart in charts for series in chart["series"]):
+            series["ys"] = [None if y is None else float(f"{y:.6g}") for y in series["ys"]]
+        return charts
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a run's table that becomes a chart with a line a run."""
+
+    table: str
+    key: str
+    title: str
+    options: dict[str, Any] = field(default_factory=dict)
+    smooth: bool = False
+
+
+NOISY = {"log": True}
+LOSSES = (
+    Column(METRICS, "loss_instance", "Training loss, instance images", NOISY, smooth=True),
+    Column(METRICS, "loss_prior", "Training loss, class images", NOISY, smooth=True),
+    Column(VALIDATION, "held_out_instance", "Held-out loss, instance images"),
+    Column(VALIDATION, "held_out_prior", "Held-out loss, class images"),
+)
+OPTIMIZER = (
+    Column(METRICS, "lr", "Learning rate"),
+    Column(METRICS, "grad_norm", "Gradient norm, before clipping", NOISY, smooth=True),
+)
+SPEEDS = (
+    Column(SPEED, "samples_per_s", "Samples per second, all ranks"),
+    Column(SPEED, "step_ms", "Time of a step, ms"),
+    Column(SPEED, "wait_share", "Share of the time waiting for data", {"percent": True}),
+    Column(SPEED, "peak_gib", "Peak memory of rank 0, GiB"),
+)
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """All charts that there is anything to draw for, by subject."""
+    found = [
+        Group(
+            "Loss", _charts(runs, LOSSES),
+            "Each step's training loss is a mean over all ranks and micro-batches, but of random timesteps: "
+            "it jumps, and says little. Held-out losses are taken at the same timesteps with the same noise "
+            "each time: compare those.",
+        ),
+        Group(
+            "Loss by timestep", [*_by_tenth(runs), *_profiles(runs)],
+            "From 0%, almost no noise, where details are learnt, to 100%, almost nothing but noise, where "
+            "shape and layout are.",
+        ),
+        Group("Optimizer", _charts(runs, OPTIMIZER)),
+        Group("Speed and memory", _charts(runs, SPEEDS)),
+    ]  # fmt: skip
+    return [group for group in found if group.charts]
+
+
+def scores(runs: Sequence[Run]) -> Group:
+    """The scores of each run's checkpoints, a chart a score."""
+    keys = [key for run in runs for key in run.score_names]
+    charts = []
+    for key in dict.fromkeys(keys):
+        lines = []
+        for at, run in enumerate(runs):
+            rows = [(row["step"], value) for row in run.checkpoint_scores
+                    if (value := number(row.get(key))) is not None]  # fmt: skip
+            if len(rows) > 1:
+                lines.append(Series(run.label, [s for s, _ in rows], [v for _, v in rows], at))
+        if lines:
+            charts.append(Chart(key.replace("_", " "), lines))
+    return Group("Scores over checkpoints", charts)
+
+
+def _charts(runs: Sequence[Run], columns: Sequence[Column]) -> list[Chart]:
+    charts = []
+    for column in columns:
+        lines, longest = [], 0
+        for at, run in enumerate(runs):
+            steps, values = run.values(column.table, column.key)
+            xs, ys = thinned(steps, values)
+            longest = max(longest, group_size(len(steps)))
+            if any(y is not None for y in ys):
+                lines.append(Series(run.label, xs, ys, at, smooth=column.smooth))
+        faint = "each step" if longest == 1 else f"means of up to {longest} steps"
+        note = f"faint: {faint}; bold: smoothed" if column.smooth else ""
+        if lines:
+            charts.append(Chart(column.title, lines, note, **column.options))
+    return charts
+
+
+def group_size(count: int, most: int = POINTS) -> int:
+    """How many neighbours of `count` points are averaged, so that at most about `most` are left."""
+    return max(1, -(-count // most))
+
+
+def thinned(xs: list[int], ys: Values, most: int = POINTS) -> tuple[list[int], Values]:
+    """At most about `most` points: means of groups of neighbours, each at its last step."""
+    size = group_size(len(xs), most)
+    if size == 1:
+        return xs, ys
+    parts = [slice(start, start + size) for start in range(0, len(xs), size)]
+    return [xs[part][-1] for part in parts], [mean(ys[part]) for part in parts]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean of what is finite; None if nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _by_tenth(runs: Sequence[Run]) -> Iterator[Chart]:
+    """For each run and role, the training loss of each tenth of the timesteps, over steps."""
+    for run in runs:
+        for role in ROLES:
+            lines = [line for line in run.tables[TIMESTEPS] if _tenths(line.get(role))]
+            size = group_size(len(lines), WINDOWS)
+            windows = [lines[start : start + size] for start in range(0, len(lines), size)]
+            if not windows:
+                continue
+            series = [
+                Series(f"{10 * k}–{10 * (k + 1)}%", *_tenth(windows, role, k), f"{k}/{TENTHS}", smooth=True)
+                for k in range(TENTHS)
+            ]
+            owner = f", {run.label}" if len(runs) > 1 else ""
+            title = f"Training loss by timestep, {_pictures(role)}{owner}"
+            yield Chart(title, series, "a line for each tenth of the timesteps, smoothed", log=True)
+
+
+def _tenths(part: Any) -> bool:
+    """Whether a line's part holds a count and a sum for each tenth."""
+    if not isinstance(part, dict):
+        return False
+    columns = [part.get("rows"), part.get("loss")]
+    return all(isinstance(column, list) and len(column) == TENTHS for column in columns)
+
+
+def _tenth(windows: Sequence[Sequence[Line]], role: str, tenth: int) -> tuple[list[int], Values]:
+    """(last steps, mean losses) of a tenth's rows in each window of lines that saw any; None: not finite."""
+    xs: list[int] = []
+    ys: Values = []
+    for window in windows:
+        rows = sum(number(line[role]["rows"][tenth]) or 0 for line in window)
+        sums = [number(line[role]["loss"][tenth]) for line in window]
+        if rows:
+            xs.append(window[-1]["step"])
+            ys.append(None if None in sums else sum(value for value in sums if value is not None) / rows)
+    return xs, ys
+
+
+def _profiles(runs: Sequence[Run]) -> Iterator[Chart]:
+    """For each role, the held-out loss over timesteps: at first, and at last."""
+    for role in ROLES:
+        series = []
+        for at, run in enumerate(runs):
+            lines = [line for line in run.tables[VALIDATION] if _profile(line, role)]
+            for line in (lines[0], lines[-1]) if len(lines) > 1 else lines:
+                label = f"{run.label}, step {line['step']}" if len(runs) > 1 else f"step {line['step']}"
+                ys = [number(value) for value in line["by_timestep"][role]]
+                series.append(Series(label, line["timesteps"], ys, at, dashed=line is not lines[-1]))
+        if series:
+            title = f"Held-out loss over timesteps, {_pictures(role)}"
+            yield Chart(title, series, "dashed: at first; solid: at last", x="timestep", log=True)
+
+
+def _profile(line: Line, role: str) -> bool:
+    """Whether a line holds a loss for each of its timesteps."""
+    by_role, times = line.get("by_timestep"), line.get("timesteps")
+    losses = by_role.get(role) if isinstance(by_role, dict) else None
+    return isinstance(times, list) and isinstance(losses, list) and len(times) == len(losses) > 0
+
+
+def _pictures(role: str) -> str:
+    return {"instance": "instance images", "prior": "class images"}[role]

@@ -1,0 +1,64 @@
+"""The files of a run that a reader of its page may want, as links where they can be followed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from dbtrain import checkpoint
+from dbtrain.report.run import Run
+
+LOGS = ("config.yaml", "log.txt", "metrics.jsonl", "speed.jsonl", "validation.jsonl", "timesteps.jsonl")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A file or folder. One outside the page's folder has no `href`, and its whole path as `text`."""
+
+    what: str
+    text: str
+    href: str
+    size: str
+
+
+def of_run(run: Run, page: Path) -> list[Link]:
+    """Adapter files first, then pictures, checkpoints, logs."""
+    return [_link(what, path, page) for what, path in _files(run)]
+
+
+def _files(run: Run) -> Iterator[tuple[str, Path]]:
+    folder = run.folder
+    for path in sorted((folder / "export").rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            yield ("adapter" if path.suffix == ".safetensors" else "export"), path
+    for place in ("samples/*", "scores", "validation/*"):
+        yield from (("pictures", path) for path in sorted(folder.glob(f"{place}/sheet.png")))
+    yield from (("scores", path) for path in sorted(folder.glob("scores/*.json")))
+    yield from (("checkpoint", path) for path in checkpoint.folders(folder))
+    yield from (("log", folder / name) for name in LOGS if (folder / name).is_file())
+
+
+def _link(what: str, path: Path, page: Path) -> Link:
+    href = href_of(path, page)
+    text = str(path.relative_to(page.parent)) if href else str(path)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else (
+        path.stat().st_size
+    )  # fmt: skip
+    return Link(what, text, href, _size(size))
+
+
+def href_of(path: Path, page: Path) -> str:
+    """The way from the page to a file below its folder; empty for one elsewhere."""
+    if not path.is_relative_to(page.parent):
+        return ""
+    return "./" + quote(path.relative_to(page.parent).as_posix()) + ("/" if path.is_dir() else "")
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"
