@@ -27,9 +27,11 @@ else
   $dbtrain evaluate configs/quickstart.yaml --beside benchmarks/results/quickstart.json
   pictures=$PWD/runs/quickstart/scores/sheet.png
 fi
+python -m dbtrain report "runs/$name"
 
 cat <<END
 
 adapter:  $PWD/runs/$name/export/pytorch_lora_weights.safetensors
 pictures: $pictures
+report:   $PWD/runs/$name/report.html
 END
