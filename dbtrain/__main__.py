@@ -150,18 +150,19 @@ def evaluate(
     beside: Annotated[
         Path | None, typer.Option(help="scores.json of another run, to print next to this one's")
     ] = None,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="score every checkpoint, and suggest one")
+    ] = False,
 ) -> None:
-    """How well a run on the embedded base learnt its subject: scores, and a sheet to see it."""
+    """How well a run learnt its subject, and what it forgot: scores, and a sheet to see it."""
+    if beside and checkpoints:
+        raise ConfigError("--beside is for the scores of one adapter: leave it or --checkpoints out")
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain.tiny import score
+        from dbtrain import evaluate as verb
 
-    other = score.Scores.load(beside) if beside else None
-    out = files.expand(cfg.run_dir) / "scores"
-    scores = score.evaluate(cfg, cfg.run_dir, out)
-    if scores:
-        print(score.table(scores, other))
-        print(f"contact sheet: {out / 'sheet.png'}")
+    for line in verb.checkpoints(cfg) if checkpoints else verb.evaluate(cfg, beside):
+        print(line, flush=True)
 
 
 @app.command()

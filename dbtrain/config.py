@@ -15,6 +15,7 @@ from dbtrain.section import Section, Seed, Text
 from dbtrain.settings import (
     Adapter,
     Data,
+    Evaluation,
     Export,
     Faults,
     Hub,
@@ -43,6 +44,7 @@ class Config(Section):
     export: Export = Field(default=Export(), description="files of the result")
     hub: Hub = Field(default=Hub(), description="where the result is published")
     sample: Sample = Field(default=Sample(), description="pictures drawn with the result")
+    evaluation: Evaluation = Field(default=Evaluation(), description="how the result is judged")
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Config:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dbtrain.config import fields
+from tests import eyes
 from tests.cluster.machines import Cluster
 from tests.conftest import ROOT, draw_photo
 
@@ -82,7 +83,9 @@ def shell(line: str, folder: Path, timeout: int = 300) -> str:
 def small(line: str) -> str:
     """A README command with the embedded base in place of a large one, on two processes at most."""
     line = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", line)
-    return f"{line} {shlex.join([*SMALL, 'train.steps=2'])}"  # the last of two overrides counts
+    seen = [f"evaluation.dino={eyes.dino()}", f"evaluation.clip={eyes.clip()}", "evaluation.images=2",
+            "evaluation.class_images=2"] if " evaluate " in line else []  # fmt: skip
+    return f"{line} {shlex.join([*SMALL, *seen, 'train.steps=2'])}"  # the last of two overrides counts
 
 
 def on_two_hosts(line: str, hosts: dict[str, str], folder: Path) -> None:

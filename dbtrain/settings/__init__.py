@@ -2,10 +2,10 @@
 
 from dbtrain.settings.adapter import Adapter, AdapterSettings
 from dbtrain.settings.inputs import Data, Model, Prepare, Sampling
-from dbtrain.settings.results import Export, Hub, Sample, Validation
+from dbtrain.settings.results import Evaluation, Export, Hub, Sample, Validation
 from dbtrain.settings.training import Faults, Loss, Optim, Train
 
 __all__ = [
-    "Adapter", "AdapterSettings", "Data", "Export", "Faults", "Hub", "Loss", "Model", "Optim", "Prepare",
-    "Sample", "Sampling", "Train", "Validation",
+    "Adapter", "AdapterSettings", "Data", "Evaluation", "Export", "Faults", "Hub", "Loss", "Model", "Optim",
+    "Prepare", "Sample", "Sampling", "Train", "Validation",
 ]  # fmt: skip

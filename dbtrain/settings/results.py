@@ -1,8 +1,8 @@
-"""What is made of it: validations, files, pictures."""
+"""What is made of it: validations, files, pictures, scores."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -46,3 +46,33 @@ class Sample(Section):
     batch: Count = Field(4, description="images drawn at once on each rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base")
     low_res: Names = Field((), description="IF stage II: small pictures to enlarge, in turn for each image")
+
+
+class Evaluation(Section):
+    """What `evaluate` looks at, and with which models; `sample` says how the pictures are drawn."""
+
+    dino: Text | None = Field(
+        None,
+        description="ViT whose CLS embedding tells subjects apart: a folder or a Hub id, `NAME` or "
+        "`NAME@REVISION` (null: DINO ViT-S/16; for `tiny`, the classifier that comes with it)",
+    )
+    clip: Text | None = Field(
+        None, description="CLIP that compares pictures with texts, likewise (null: OpenAI's ViT-B/32)"
+    )
+    prompts: Names = Field(
+        (), description="what to draw, with `{}` for the subject, e.g. `a {} in a bucket`, or with its "
+        "token in it (none: ten contexts of dbtrain's)"
+    )  # fmt: skip
+    images: Annotated[int, Field(ge=2)] = Field(4, description="pictures for each prompt")
+    class_images: Annotated[int, Field(ge=2)] = Field(
+        24, description="pictures of the class, without and with the adapter"
+    )
+    seed: Seed = Field(1000, description="seed of the first image; the next ones count up")
+    batch: Count = Field(32, description="pictures embedded at once on each rank")
+    token: Text | None = Field(
+        None, description="word that names the subject (null: what the instance prompt has and the class "
+        "prompt lacks)"
+    )  # fmt: skip
+    class_word: Text | None = Field(
+        None, description="what the subject is, e.g. `dog` (null: what follows the token)"
+    )

@@ -19,6 +19,7 @@ from dbtrain import dist, files
 from dbtrain.config import Config
 from dbtrain.data import images
 from dbtrain.errors import ConfigError
+from dbtrain.fidelity import side_by_side
 from dbtrain.pictures import Row, contact_sheet, save_png
 from dbtrain.sample import NO_ADAPTER, Mix, sample
 from dbtrain.tiny import world
@@ -154,12 +155,7 @@ def diversity(judge: Judge, pictures: Sequence[Image.Image]) -> float:
 
 def table(scores: Scores, beside: Scores | None = None) -> str:
     """The scores as text, one line each, next to those of another run."""
-    columns = [dict(shown(scores)), *([dict(shown(beside))] if beside else [])]
-    width = max(map(len, columns[0]))
-    heads = ["this run", "expected"][: len(columns)]
-    lines = [" " * width + "".join(f"{head:>10}" for head in heads)]
-    lines += [f"{text:{width}}" + "".join(f"{column[text]:>10}" for column in columns) for text in columns[0]]
-    return "\n".join(lines)
+    return side_by_side(shown(scores), shown(beside) if beside else None)
 
 
 def _subject(cfg: Config) -> tuple[str, list[Image.Image]]:

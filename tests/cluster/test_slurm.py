@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 
 from dbtrain.tiny import world
+from tests import eyes
 from tests.cluster.machines import Cluster
 from tests.conftest import ROOT, Make, dbtrain
 from tests.multi.test_two_processes import EXPORT, relative, tree
 
-TRAIN, PREPARE, ARRAY = (ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array"))
+TRAIN, PREPARE, ARRAY, DREAMBENCH = (
+    ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array", "dreambench")
+)
 minutes = pytest.mark.skipif("DBTRAIN_CLUSTER" not in os.environ, reason="minutes: DBTRAIN_CLUSTER=1 runs it")
 TWO = ("--nodes=2", "--ntasks-per-node=1")
 
@@ -144,6 +148,34 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     assert len(made) == 10
     exports = {(tmp_path / "runs" / name / EXPORT).read_bytes() for name in names}
     assert len(exports) == 3
+
+
+@pytest.mark.slow
+def test_an_array_trains_and_scores_the_dreambooth_dataset(
+    slurm: Cluster, config: Path, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "dataset"
+    for name in ("mug", "ball"):
+        world.main(dataset / name, name)
+    prompts = "Prompts\n\nprompt_list = [\n'a {0} {1} in a barn'.format(unique_token, class_token)\n]\n\n"
+    (dataset / "prompts_and_classes.txt").write_text(
+        "Classes\n\nsubject_name,class\nmug,mug\nball,ball\n\nPrompts\n\n"
+        f"Object {prompts}Live Subject {prompts}"
+    )
+    array = slurm.submit(
+        "--array=1-2", DREAMBENCH, dataset, config, f"prepare.class_dir={tmp_path / 'class'}",
+        f"evaluation.dino={eyes.dino()}", f"evaluation.clip={eyes.clip()}", "evaluation.class_images=2",
+        "train.steps=6", cwd=tmp_path,
+    )  # fmt: skip
+    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "", 300)
+    said = [(tmp_path / f"dreambench-{array}_{k}.out").read_text() for k in (1, 2)]
+    print(*said, sep="\n\n")
+    found = [json.loads((tmp_path / "runs" / "dreambench" / name / "scores" / "scores.json").read_text())
+             for name in ("mug", "ball")]  # fmt: skip
+    assert [(one["prompts"], one["images"]) for one in found] == [(1, 4), (1, 4)]
+    tables = [text for text in said if "2 of 2 subjects" in text]
+    ours = f"{(found[0]['dino'] + found[1]['dino']) / 2:.3f}"
+    assert tables and all(f"DINO{ours:>24}   0.668" in text for text in tables)
 
 
 @pytest.mark.slow

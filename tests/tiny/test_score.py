@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dbtrain import evaluate
 from dbtrain.errors import ConfigError
+from dbtrain.prepare import prepare
 from dbtrain.tiny import score, world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import render
@@ -66,17 +68,16 @@ def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
 
 def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) -> None:
     world.main(tmp_path / "photos", "mug")
-    cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED,
-               prepare__class_prompt="a photo of a mug", train__steps=1, sample__steps=1)  # fmt: skip
-    from dbtrain.prepare import prepare
-
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"),
+               prepare__instance_prompt=PROMPTED, prepare__class_prompt="a photo of a mug",
+               train__steps=1, sample__steps=1)  # fmt: skip
     prepare(cfg)
     run = train(cfg)
     first = dbtrain("evaluate", tmp_path / "c.yaml", ranks=2)
     assert first.returncode == 0 and "of the way from base to real" in first.stdout
     out = run / "scores"
     scores = score.Scores.load(out / "scores.json")
-    assert scores.closed < 0.3, "random weights draw no mug"
+    assert scores.closed < 0.3, "one sampling step draws no mug"
     with Image.open(out / "sheet.png") as sheet:
         assert np.asarray(sheet).std() > 10
         assert sheet.height > 4 * 128
@@ -87,6 +88,27 @@ def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) ->
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}, "drawn again"
     assert score.Scores.load(out / "scores.json") == scores
     assert json.loads((out / "scores.json").read_text())["place"] == scores.place
+
+
+def test_checkpoints_are_compared_by_likeness_and_place(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score, "CLASS_IMAGES", 2)
+    monkeypatch.setattr(score, "SUBJECT_IMAGES", 1)
+    world.main(tmp_path / "photos", "mug")
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"), sample__steps=1,
+               prepare__instance_prompt=PROMPTED, train__steps=3)  # fmt: skip
+    prepare(cfg)
+    run = train(cfg)
+    lines = list(evaluate.checkpoints(cfg))
+    rows = json.loads((run / "scores" / "checkpoints.json").read_text())
+    assert [(row["step"], row["exported"]) for row in rows] == [(2, False), (3, True)]
+    assert all(
+        row["likeness_real"] > 0.9 and row["likeness_base"] == rows[0]["likeness_base"] for row in rows
+    )
+    assert any("highest likeness" in line and "whose place is within 0.1" in line for line in lines)
+    with Image.open(run / "scores" / "checkpoints.png") as plot:
+        assert np.asarray(plot).std() > 10
 
 
 def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> None:
