@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,25 +189,43 @@ def report(
 def doctor(
     config: ConfigPath,
     overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="processes that are to train (default: one a GPU here)")
+    ] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="predict the memory that training takes")] = False,
+    gib: Annotated[float | None, typer.Option(help="predict it for a GPU elsewhere, of so many GiB")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="prepare, train and export for two steps, in a temporary folder")
+    ] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="a few steps: straight, interrupted, on 2 processes; the gaps")
     ] = False,
-    gib: Annotated[
-        float | None, typer.Option(help="memory of the GPU to train on, GiB (default: this machine's GPU)")
-    ] = None,
 ) -> None:
-    """The memory that training takes, from config files alone; or checks of a config on this machine."""
-    cfg = _load(config, overrides)
-    with importing(at_start=True):
-        from dbtrain import doctor as verb
-
-    if not exact:
-        for line in verb.memory_report(cfg, gib):
-            print(line, flush=True)
+    """Everything that would make a run of this config fail, before it is queued."""
+    if exact:
+        _exact(_load(config, overrides))
         return
-    print(verb.HEAD)
+    ranks_here = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if ranks_here != "1" and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0":
+        return  # the first of them speaks
+    from dbtrain import doctor as verb
+
+    levels = []
+    for line in verb.table(verb.check(config, overrides or (), ranks, gib, memory, dry_run)):
+        print(line, flush=True)
+        levels.append(line.split(" ", 1)[0])
+    if "error" in levels:
+        raise typer.Exit(2)
+
+
+def _exact(cfg: Config) -> None:
+    """Print how far the ways to take a few steps are apart. Raises ConfigError if they are not one run."""
+    with importing(at_start=True):
+        from dbtrain import exact
+
+    print(exact.HEAD)
     gaps = []
-    for gap in verb.exact(cfg):
+    for gap in exact.exact(cfg):
         print(gap, flush=True)
         gaps.append(gap)
     if bad := [gap.way.name for gap in gaps if not gap.fine]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dbtrain import rng
 from dbtrain.errors import ConfigError, reason
-from dbtrain.settings import Adapter, AdapterSettings
+from dbtrain.settings.adapter import PRESETS, Adapter, AdapterSettings, alpha_of
 
 NAME = "default"  # PEFT's name of the one adapter that is trained
 LAYERS = (nn.Linear, nn.Conv2d)  # what every kind can adapt
@@ -90,23 +90,6 @@ KINDS = {
 }
 
 SETTINGS = {"denoiser": "adapter", "text_encoder": "adapter.text_encoder"}  # config section of each part
-
-# Names by preset, as suffixes of a module's name. A name that a component lacks is passed over.
-_DENOISER = ("to_q", "to_k", "to_v", "to_out.0")
-_CLIP, _T5 = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q", "k", "v", "o")
-PRESETS = {
-    "denoiser": {
-        "attention": (*_DENOISER, "add_k_proj", "add_v_proj"),
-        "minimal": ("to_q", "to_v"),
-        "all": (*_DENOISER, "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut",
-                "time_emb_proj", "ff.net.2"),
-    },
-    "text_encoder": {
-        "attention": (*_CLIP, *_T5),
-        "minimal": ("q_proj", "v_proj", "q", "v"),
-        "all": (*_CLIP, *_T5, "fc1", "fc2", "wi", "wi_0", "wi_1", "wo"),
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -239,12 +222,6 @@ def drops(cfg: Adapter) -> bool:
     """Whether any adapter draws random masks."""
     every = (cfg, cfg.text_encoder) if cfg.text_encoder else (cfg,)
     return any(one.dropout or one.rank_dropout or one.module_dropout for one in every)
-
-
-def alpha_of(cfg: AdapterSettings) -> Any:
-    """The alpha that is meant; 8.0 as 8, as most readers write it."""
-    alpha = cfg.alpha or cfg.rank
-    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,179 +1,122 @@
-"""Checks that anyone can run on their own machine, with their own config and data."""
+"""A config looked at before it is queued: everything that would fail, found at once and in seconds."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from dbtrain import checkpoint, dist, log, memory
+from dbtrain.checks import Case, Check, Found, looked, ok, ranks_of, refused
+from dbtrain.checks import machine as machine_checks
+from dbtrain.checks import settings as setting_checks
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
-from dbtrain.memory import GIB, Prediction
-from dbtrain.pretrained import Pretrained
+from dbtrain.importing import importing
 
-STEPS = 6
-# Largest gap between two runs, relative to the size of the adapter's change, that rounding explains.
-ROUNDING = {"fp32": 1e-3, "bf16": 0.1, "pure-bf16": 0.1, "fp16": 0.05}
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to take the same steps: number of processes until each stop."""
-
-    name: str
-    parts: tuple[tuple[int, int], ...]  # (processes, step to stop at)
-    same: bool  # bit for bit, where kernels are deterministic
-
-
-WAYS = (
-    Way("straight", ((1, STEPS),), same=True),
-    Way("again", ((1, STEPS),), same=True),
-    Way("interrupted", ((1, STEPS // 2), (1, STEPS)), same=True),
-    Way("2 processes", ((2, STEPS),), same=False),
-    Way("2 processes, then 1", ((2, STEPS // 2), (1, STEPS)), same=False),
+WIDTH = 16  # of the names of checks
+# Without a config; before torch is imported.
+ANYWAY: tuple[tuple[str, Check], ...] = (
+    ("packages", machine_checks.versions),
+    ("processes", machine_checks.started),
+)
+EARLY: tuple[tuple[str, Check], ...] = (
+    ("prompts", setting_checks.prompts),
+    ("learning rates", setting_checks.rates),
+    ("job", machine_checks.job),
 )
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How far a run is from the straight one."""
+def _later() -> tuple[tuple[str, Check], ...]:
+    """What needs torch, which takes two seconds to import. Each needs only what stands above it."""
+    with importing(at_start=True):
+        from dbtrain.checks import base, devices, pictures, room, work
 
-    way: Way
-    rows: bool  # the same images at every step
-    loss: float  # largest relative difference of a step's loss
-    adapter: float  # norm of the difference, relative to that of the change that training made
-    limit: float
-
-    @property
-    def fine(self) -> bool:
-        return self.rows and self.adapter <= self.limit
-
-    def __str__(self) -> str:
-        verdict = "bit for bit" if not self.adapter else "rounding" if self.fine else "NOT THE SAME RUN"
-        rows = "same" if self.rows else "other"
-        return f"{self.way.name:20} {rows:>6} {self.loss:12.1e} {self.adapter:12.1e}  {verdict}"
-
-
-HEAD = f"{'way':20} {'rows':>6} {'loss':>12} {'adapter':>12}"
-
-
-def memory_report(cfg: Config, gib: float | None = None) -> Iterator[str]:
-    """What training takes on each device, line by line, and what would fit if that does not.
-
-    `gib`: memory of the GPU to train on, if it is not this machine's. Without either, for the CPU.
-    """
-    base, ranks = Pretrained.find(cfg.model), dist.world()
-    device = "cuda" if gib or torch.cuda.is_available() else "cpu"
-    found = memory.predict(cfg, base, device, ranks)
-    yield f"memory of training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
-    yield from _table(found, device)
-    if cfg.train.compile:
-        yield "train.compile is on: it keeps fewer activations than these, which are eager training's"
-    if device == "cpu":
-        return
-    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
-    if found.needed <= has:
-        yield f"fits into {has / GIB:.1f} GiB"
-        return
-    yield f"does not fit into {has / GIB:.1f} GiB; trying what takes less"
-    for changes, other in memory.cheaper(cfg):
-        words = " ".join(f"train.{name}={value}" for name, value in changes.items())
-        try:
-            needed = memory.predict(other, base, device, ranks).needed
-        except ConfigError as error:  # a denoiser without transformer blocks
-            yield f"  {words}: {error}"
-            continue
-        yield f"  {words}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
-        if needed <= has:
-            return
-    yield "no setting of these makes it fit; a smaller adapter.rank or prepare.resolution may"
-
-
-def _table(found: Prediction, device: str) -> Iterator[str]:
-    rows = [
-        ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
-        ("activations", found.activations), ("accumulated gradients", found.gradients), ("peak", found.peak),
-    ]  # fmt: skip
-    if device == "cuda":
-        rows.append(("with context, workspaces and gaps (estimated)", found.needed))
-    yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)
-
-
-def exact(cfg: Config) -> Iterator[Gap]:
-    """Train a few steps of a config in several ways, in processes of their own, and compare.
-
-    Reads the config's shards, and writes to a temporary folder only. Raises ConfigError if a run fails.
-    """
-    ways = [way for way in WAYS if all(_possible(cfg, ranks) for ranks, _ in way.parts)]
-    skipped = [way.name for way in WAYS if way not in ways]
-    if skipped:
-        log.say(f"left out: {', '.join(skipped)} (train.global_batch cannot be shared, or too few GPUs)")
-    with tempfile.TemporaryDirectory(prefix="dbtrain-exact-") as scratch:
-        results = {}
-        for way in ways:
-            folder = Path(scratch) / way.name.replace(" ", "-")
-            results[way.name] = _run(cfg, way, folder)
-            yield _gap(cfg, way, results["straight"], results[way.name])
-
-
-def _possible(cfg: Config, ranks: int) -> bool:
-    gpus = torch.cuda.device_count()
-    return not cfg.train.global_batch % (ranks * cfg.train.micro_batch) and not 0 < gpus < ranks
-
-
-@dataclass(frozen=True)
-class _Run:
-    start: dict[str, Tensor]
-    end: dict[str, Tensor]
-    lines: list[dict[str, float]]
-
-
-def _run(cfg: Config, way: Way, folder: Path) -> _Run:
-    settings = cfg.model_copy(update={
-        "run_dir": str(folder / "run"),
-        "train": cfg.train.model_copy(update={"steps": STEPS, "checkpoint_every": 1, "keep": STEPS + 1}),
-        "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, STEPS)}),
-        "hub": type(cfg.hub)(),
-    })  # fmt: skip
-    folder.mkdir()
-    (folder / "config.yaml").write_text(settings.dump())
-    for ranks, until in way.parts:
-        launcher = [sys.executable, "-m", "dbtrain"]
-        if ranks > 1:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        f"--nproc-per-node={ranks}", "-m", "dbtrain"]  # fmt: skip
-        command = [*launcher, "train", str(folder / "config.yaml"), "--until", str(until)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode not in (0, 75):
-            errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-            raise ConfigError(f"{way.name}: {' '.join(command)} ended with {done.returncode}", *errors[:3])
-    saved = {checkpoint.step_of(path): path for path in checkpoint.folders(folder / "run")}
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return _Run(_adapter(saved[1]), _adapter(saved[STEPS]), [json.loads(line) for line in lines])
-
-
-def _adapter(path: Path) -> dict[str, Tensor]:
-    files = sorted(path.glob("*/adapter_model.safetensors"))
-    return {f"{file.parent.name}.{name}": t for file in files for name, t in load_file(file).items()}
-
-
-def _gap(cfg: Config, way: Way, straight: _Run, other: _Run) -> Gap:
-    moved = torch.stack([(straight.end[n] - straight.start[n]).norm() for n in straight.end]).norm()
-    apart = torch.stack([(straight.end[n] - other.end[n]).norm() for n in straight.end]).norm()
-    pairs = list(zip(straight.lines, other.lines, strict=True))
-    return Gap(
-        way,
-        rows=all(one["rows"] == two["rows"] for one, two in pairs),
-        loss=max(abs(one["loss"] - two["loss"]) / abs(one["loss"]) for one, two in pairs),
-        adapter=(apart / moved).item(),
-        limit=ROUNDING[cfg.train.precision],
+    return (
+        ("extras", machine_checks.packages),
+        ("model", base.model),
+        ("adapter", base.adapter),
+        ("photos", pictures.photos),
+        ("passes", pictures.passes),
+        ("class images", pictures.of_class),
+        ("shards", work.shards),
+        ("batch", work.batch),
+        ("run folder", work.run_folder),
+        ("writing", room.writing),
+        ("disk", room.disk),
+        ("GPU", devices.gpu),
+        ("compiling", devices.compiling),
+        ("Hub", base.hub),
+        ("memory", memory),
     )
+
+
+def check(
+    config: Path,
+    overrides: Sequence[str] = (),
+    ranks: int | None = None,
+    gib: float | None = None,
+    memory: bool = False,
+    dry_run: bool = False,
+) -> Iterator[tuple[str, Found]]:
+    """(check, what it found) of all checks, as they are made; none of them stops the others.
+
+    Nothing is written, downloaded or loaded, but for `dry_run`. `ranks`: processes that are to train.
+    `gib`: memory of the GPU that is to train, if it is not this machine's.
+    """
+    cfg = None
+    try:
+        cfg = Config.load(config, overrides)
+    except ConfigError as problem:
+        cure = "correct it in the file, or put section.key=value after it"
+        yield from (("config", found) for found in refused(problem, cure))
+    case = Case(cfg, ranks, gib, memory or gib is not None) if cfg else None
+    tables = [ANYWAY]
+    if case:
+        yield "config", next(iter(setting_checks.loaded(case)))
+        tables.append(EARLY)
+    for table in tables:
+        yield from _each(table, case)
+    if case:
+        yield from _each(_later(), case)
+        if dry_run:
+            with importing(at_start=True):
+                from dbtrain import rehearsal
+
+            yield from (("dry run", found) for found in looked(rehearsal.rehearse, case))
+
+
+def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Found]]:
+    for name, one in table:
+        for found in looked(one, case):
+            yield name, found
+
+
+def memory(case: Case) -> Iterator[Found]:
+    """What training takes on each device, if asked for: that runs a step, on tensors without content."""
+    if not case.memory:
+        yield ok(
+            "not asked for: --memory predicts it (half a minute for SDXL), --gib SIZE for a GPU elsewhere"
+        )
+        return
+    _ = case.base  # raises Unknown: it would be downloaded
+    with importing():
+        from dbtrain import memory as predicted
+    from dbtrain.checks.devices import gpus
+
+    lines = predicted.report(case.cfg, case.gib, ranks_of(case, gpus(case)))
+    yield ok(next(lines))
+    yield from (Found("", line) for line in lines)
+
+
+def table(found: Iterator[tuple[str, Found]]) -> Iterator[str]:
+    """Lines of the table, as they come; the last one counts."""
+    counts = {"error": 0, "warning": 0}
+    last = ""
+    for name, one in found:
+        if one.level in counts:
+            counts[one.level] += 1
+        title = name if name != last else ""
+        last = name
+        yield f"{one.level:8} {title:{WIDTH}} {one.what}"
+        if one.cure:
+            yield f"{'':8} {'':{WIDTH}} -> {one.cure}"
+    yield ", ".join(f"{count or 'no'} {level}{'s' * (count != 1)}" for level, count in counts.items())

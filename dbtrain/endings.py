@@ -13,7 +13,7 @@ from dbtrain.errors import ConfigError, Lost, Preempted, os_problem, reason
 # What torch raises for things that a user can help, by a word of the error's kind or message.
 CURES = {
     "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
-    "or set train.gradient_checkpointing; `dbtrain doctor CONFIG` says what fits",
+    "or set train.gradient_checkpointing; `dbtrain doctor CONFIG --memory` says what fits",
     "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
 }
 PREEMPTED, LOST, INTERRUPTED = 75, 3, 130

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from dbtrain import dist, export, files, log
+from dbtrain import dist, files, log
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError, reason
-from dbtrain.formats import FORMATS, peft_folder
 
 
 def push(cfg: Config, folder: Path | None = None) -> str | None:
@@ -44,6 +43,9 @@ def _token() -> str:
 
 def uploaded(folder: Path) -> list[Path]:
     """The files of an export folder that are published, relative to it."""
+    from dbtrain import export  # here, as `check` needs none of what they import
+    from dbtrain.formats import FORMATS, peft_folder
+
     mains = [form.main for form in FORMATS.values() if form.main]
     peft = [path for name in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{name}")]
     found = [folder / name for name in (*mains, "README.md", export.PICTURES)]

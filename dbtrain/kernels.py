@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dbtrain import files
 from dbtrain.data.stream import Batch
+from dbtrain.errors import ConfigError
 
 # Attention kernels by preference: the first that can do a layer's shapes does them. A table and no
 # measurement, so that every start of a run computes alike.
@@ -29,11 +30,25 @@ WARM_UP = {False: 3, True: 11}  # steps before one is recorded; DDP settles its 
 
 def attention(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """In the block, attention prefers the kernels `name`; "auto": what suits the device."""
-    if name == "auto":
-        if device.type != "cuda":
-            return nullcontext()
-        name = "cudnn" if torch.cuda.get_device_capability(device) >= CUDNN_FROM else "flash"
-    return sdpa_kernel([getattr(SDPBackend, kernel) for kernel in ATTENTION[name]], set_priority=True)
+    chosen = preferred(name, device)
+    if chosen is None:
+        return nullcontext()
+    return sdpa_kernel([getattr(SDPBackend, kernel) for kernel in ATTENTION[chosen]], set_priority=True)
+
+
+def preferred(name: str, device: torch.device) -> str | None:
+    """The row of ATTENTION that `name` stands for on a device; None: torch's own choice."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return None
+    return "cudnn" if torch.cuda.get_device_capability(device) >= CUDNN_FROM else "flash"
+
+
+def check_graph(wanted: bool, device: torch.device) -> None:
+    """Raise ConfigError if a step is to be recorded as a CUDA graph on a device that records none."""
+    if wanted and device.type != "cuda":
+        raise ConfigError("train.cuda_graph is true, but there is no CUDA GPU here; set it to false")
 
 
 def compile_module(

@@ -114,6 +114,18 @@ def owner_of(folder: Path) -> str:
     return f"another run (process {owner.get('pid', '?')} on {owner.get('host', '?')}{job})"
 
 
+def holder(folder: Path) -> tuple[str, bool] | None:
+    """Who holds a folder's lock, in words, and whether it surely lives; None if nobody does.
+
+    Looks and does not wait: of an owner on another machine nothing is sure.
+    """
+    owner = _read(folder / NAME)
+    near = owner.get("machine") == _machine()
+    if not owner or (near and _started(owner.get("pid", 0)) != owner.get("started")):
+        return None
+    return owner_of(folder), near
+
+
 def _me() -> dict[str, Any]:
     return {
         "host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()),

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dbtrain import families, optim
+from dbtrain import dist, families, optim
 from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
 from dbtrain.data.order import Share
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.data.stream import Batch, LatentStream
+from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family, LatentSpace
 from dbtrain.network import DreamBooth
 from dbtrain.precision import PRECISIONS
@@ -216,3 +217,49 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
     optimizer.step()
     optimizer.zero_grad()
     return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+
+
+def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
+    """What training takes on each of `ranks` devices, line by line, and what would fit if that does not.
+
+    `gib`: memory of the GPU to train on, if it is not this machine's. Without either, for the CPU.
+    Raises ConfigError at its end, with what would fit, if it does not.
+    """
+    base = Pretrained.find(cfg.model)
+    device = "cuda" if gib or torch.cuda.is_available() else "cpu"
+    found = predict(cfg, base, device, ranks)
+    yield f"of training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
+    yield from _table(found, device)
+    if cfg.train.compile:
+        yield "train.compile is on: it keeps fewer activations than these, which are eager training's"
+    if device == "cpu":
+        return
+    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
+    if found.needed <= has:
+        yield f"fits into {has / GIB:.1f} GiB"
+        return
+    problem = f"training needs {found.needed / GIB:.2f} GiB, and so does not fit into {has / GIB:.1f} GiB"
+    yield f"does not fit into {has / GIB:.1f} GiB; trying what takes less"
+    for changes, other in cheaper(cfg):
+        words = " ".join(f"train.{name}={value}" for name, value in changes.items())
+        try:
+            needed = predict(other, base, device, ranks).needed
+        except ConfigError as error:  # a denoiser without transformer blocks
+            yield f"  {words}: {error}"
+            continue
+        yield f"  {words}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
+        if needed <= has:
+            raise ConfigError(f"{problem}; use {words}")
+    raise ConfigError(
+        f"{problem}, nor does any of these; a smaller adapter.rank or prepare.resolution may, or a larger GPU"
+    )
+
+
+def _table(found: Prediction, device: str) -> Iterator[str]:
+    rows = [
+        ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
+        ("activations", found.activations), ("accumulated gradients", found.gradients), ("peak", found.peak),
+    ]  # fmt: skip
+    if device == "cuda":
+        rows.append(("with context, workspaces and gaps (estimated)", found.needed))
+    yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)

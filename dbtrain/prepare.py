@@ -62,12 +62,7 @@ def prepare(cfg: Config) -> Path:
         family.space(base, cfg.prepare.resolution)  # raises now, not after all the encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards is '{cfg.data.shards}', which is no folder")
-        photos = images.find(
-            cfg.prepare.photos, "prepare.photos", ignore=(".txt",) if cfg.prepare.captions else ()
-        )
-        if not photos:
-            raise ConfigError(f"prepare.photos is '{cfg.prepare.photos}', where there are no photos "
-                              f"({', '.join(images.SUFFIXES)})")  # fmt: skip
+        photos = images.of_subject(cfg.prepare)
     pictures = {"instance": photos}
     if cfg.prepare.class_prompt:
         pictures["class"] = class_images.ensure(base, family, cfg.prepare)

@@ -32,19 +32,27 @@ class Pretrained:
     variant: str | None
 
     @classmethod
-    def find(cls, cfg: Model, download: bool = True) -> Pretrained:
-        """The folder of `cfg.path`, downloaded first if it is a Hub id, unless `download` is False.
+    def find(cls, cfg: Model) -> Pretrained:
+        """The folder of `cfg.path`, downloaded first if it is a Hub id.
 
         Raises ConfigError if there is no such model.
         """
-        if cfg.path in EMBEDDED:
-            folder = EMBEDDED[cfg.path]()
-        elif files.expand(cfg.path).is_file():
+        folder = _folder_here(cfg)
+        if folder is None and files.expand(cfg.path).is_file():
             folder = _from_single_file(cfg, files.expand(cfg.path))
-        elif files.expand(cfg.path).exists():
-            folder = files.expand(cfg.path)
-        else:
-            folder = _download(cfg, download)
+        return cls._in(folder or _download(cfg), cfg)
+
+    @classmethod
+    def here(cls, cfg: Model) -> Pretrained | None:
+        """As `find`, but None if it would have to download or to convert the base; reads no network.
+
+        Raises ConfigError if there can be no such model.
+        """
+        folder = _folder_here(cfg) or _cached(cfg)
+        return cls._in(folder, cfg) if folder else None
+
+    @classmethod
+    def _in(cls, folder: Path, cfg: Model) -> Pretrained:
         if not (folder / "model_index.json").is_file():
             raise ConfigError(
                 f"model.path is '{cfg.path}', but {folder} has no model_index.json; "
@@ -78,7 +86,7 @@ class Pretrained:
         hush()
         options: dict[str, Any] = {}
         if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
-            self._check_vocabulary(self.folder / component)
+            self.check_vocabulary(component)
         if issubclass(kind, torch.nn.Module):
             options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
@@ -114,8 +122,9 @@ class Pretrained:
             raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
         return kind
 
-    def _check_vocabulary(self, folder: Path) -> None:
+    def check_vocabulary(self, component: str) -> None:
         """Raise ConfigError where transformers would make up a tokenizer, or not say what it lacks."""
+        folder = self.folder / component
         if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return
         if not (folder / SENTENCEPIECE).is_file():
@@ -188,13 +197,29 @@ def hush() -> None:
         speech.set_verbosity_error()
 
 
-def _from_single_file(cfg: Model, path: Path) -> Path:
-    """A whole model in one file, as A1111 and ComfyUI have it, as a Diffusers folder in the user's cache."""
+def _folder_here(cfg: Model) -> Path | None:
+    """The folder that `model.path` is or stands for, if it is here. Raises ConfigError for a pickle."""
+    path = files.expand(cfg.path)
+    if cfg.path in EMBEDDED:
+        return EMBEDDED[cfg.path]()
+    if path.is_file():
+        folder = _converted(cfg, path)
+        return folder if folder.exists() else None
+    return path if path.exists() else None
+
+
+def _converted(cfg: Model, path: Path) -> Path:
+    """Where a single file is kept as a Diffusers folder."""
     if path.suffix != ".safetensors":
         raise ConfigError(
             f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
         )
-    folder = files.cache() / "single-files" / content_key([hashes.sha256_of(path), cfg.config])[:16]
+    return files.cache() / "single-files" / content_key([hashes.sha256_of(path), cfg.config])[:16]
+
+
+def _from_single_file(cfg: Model, path: Path) -> Path:
+    """A whole model in one file, as A1111 and ComfyUI have it, as a Diffusers folder in the user's cache."""
+    folder = _converted(cfg, path)
     with dist.agreed():
         if dist.local_rank() == 0 and not folder.exists():
             try:
@@ -227,15 +252,32 @@ def _single_file_pipeline(cfg: Model, path: Path) -> Any:
     )
 
 
-def _download(cfg: Model, missing: bool = True) -> Path:
-    """The cached folder of a Hub id. One rank a node downloads what is `missing`, the others find it done."""
+def _cached(cfg: Model) -> Path | None:
+    """The folder of a Hub id in the Hub's cache, as far as it was downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if files.expand(cfg.path).is_file():
+        return None
+    try:
+        index = try_to_load_from_cache(cfg.path, "model_index.json", revision=cfg.revision)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.path is '{cfg.path}', which is neither a folder here nor the name of a model on the Hub; "
+            "give one of these, or tiny"
+        ) from error
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def _download(cfg: Model) -> Path:
+    """The cached folder of a Hub id. One rank a node downloads, the others find it done."""
     from diffusers import DiffusionPipeline
 
     def fetch() -> Path:
         return Path(
             DiffusionPipeline.download(
                 cfg.path, revision=cfg.revision, variant=cfg.variant, use_safetensors=True,
-                safety_checker=None, local_files_only=not missing,
+                safety_checker=None,
             )
         )  # fmt: skip
 
@@ -244,9 +286,8 @@ def _download(cfg: Model, missing: bool = True) -> Path:
             try:
                 fetch()
             except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
-                where = "could be downloaded from the Hub" if missing else "was downloaded to this machine"
                 raise ConfigError(
                     f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
-                    f"{where}: {reason(error)}"
+                    f"could be downloaded from the Hub: {reason(error)}"
                 ) from error
     return fetch()

@@ -20,6 +20,7 @@ from dbtrain import (
     kernels,
     lock,
     log,
+    made_for,
     optim,
     preempt,
     rng,
@@ -28,12 +29,12 @@ from dbtrain import (
 )
 from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
-from dbtrain.data import plan, shards
+from dbtrain.data import shards
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.data.stream import Batch, LatentStream
-from dbtrain.errors import ConfigError, Preempted
+from dbtrain.errors import Preempted
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
@@ -65,11 +66,10 @@ def _train(cfg: Config, until: int | None) -> Path:
         share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
         manifest = Manifest.read(place)
         family = families.detect(base, cfg.model)
-        if cfg.train.cuda_graph and dist.device().type != "cuda":
-            raise ConfigError("train.cuda_graph is true, but there is no CUDA GPU here; set it to false")
+        kernels.check_graph(cfg.train.cuda_graph, dist.device())
         if dist.is_main():
             manifest.check_files(place)
-            _check_made_for(cfg, base, manifest)
+            made_for.check(cfg, base, manifest)
         who = checkpoint.identity(cfg, base, family, manifest) if dist.is_main() else None
     who = dist.from_main(who)
     if _finished(cfg, family, manifest, who):
@@ -232,27 +232,6 @@ def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
     return {role: weights[role] for role in ("instance", "class") if role in manifest.roles and weights[role]}
 
 
-def _check_made_for(cfg: Config, base: Pretrained, manifest: Manifest) -> None:
-    """Raise ConfigError unless the shards are what this config's `prepare` makes with its base."""
-    parts = [part for part, key in manifest.components.items() if base.key(part) != key]
-    if parts:
-        raise ConfigError(
-            f"{cfg.data.shards} was made for base model '{manifest.base}', but model.path is "
-            f"'{cfg.model.path}', whose {' and '.join(parts)} differ; {shards.CURE}"
-        )
-    if (family := families.detect(base, cfg.model).name) != manifest.family:
-        raise ConfigError(
-            f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
-        )
-    if cfg.prepare:
-        asked = plan.request(cfg.prepare, families.get(family))
-        made = plan.ONCE | manifest.request
-        odd = [key for key in asked if asked[key] != made.get(key)]
-        if odd:
-            changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {asked[key]!r}" for key in odd)
-            raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")
-
-
 def _finished(cfg: Config, family: Family, manifest: Manifest, who: dict) -> bool:
     """Whether there is nothing left to do; exports the last checkpoint if only that is missing.
 
@@ -262,12 +241,7 @@ def _finished(cfg: Config, family: Family, manifest: Manifest, who: dict) -> boo
         found = checkpoint.latest(files.expand(cfg.run_dir)) if dist.is_main() else None
         if found:
             path, state = found
-            checkpoint.check_identity(path, state["identity"], who)
-            if state["step"] > cfg.train.steps:
-                raise ConfigError(
-                    f"{path} is past train.steps ({cfg.train.steps}); "
-                    "use more steps or another run_dir, or export an earlier checkpoint"
-                )
+            checkpoint.check_continues(path, state, who, cfg.train.steps)
         trained = found is not None and found[1]["step"] == cfg.train.steps
         finished = trained and not validate.lacks(cfg, manifest, who, cfg.train.steps)
     finished = dist.from_main(finished)

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from benchmarks import bases as real
 from benchmarks.memory import BOUND, configured, measured
-from dbtrain import doctor, memory
+from dbtrain import memory
+from dbtrain.errors import ConfigError
 from dbtrain.memory import GIB, Prediction
 from dbtrain.prepare import prepare
 from dbtrain.pretrained import Pretrained
@@ -95,7 +96,9 @@ def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.M
     done = dbtrain("doctor", tmp_path / "c.yaml", "--gib", 24)
     assert done.returncode == 0 and "fits into 24.0 GiB" in done.stdout
     rows = ["base", "adapter", "optimizer", "activations", "accumulated gradients", "peak"]
-    assert [line.strip().rsplit(" ", 1)[0].strip() for line in done.stdout.splitlines()[1:7]] == rows
+    lines = done.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if "of training on a GPU, GiB" in line)
+    assert [line.strip().rsplit(" ", 1)[0].strip() for line in lines[first + 1 : first + 7]] == rows
 
     asked = []
 
@@ -107,14 +110,16 @@ def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.M
         return Prediction(base * GIB, 0, 0, per_row * train.micro_batch * GIB, 0)
 
     monkeypatch.setattr(memory, "predict", predict)
-    lines = list(doctor.memory_report(make(train__micro_batch=4), 4.0))
+    with pytest.raises(ConfigError) as told:
+        list(memory.report(make(train__micro_batch=4), 4.0))
     assert asked == [
         (4, "none", "full"), (2, "none", "full"), (1, "none", "full"), (1, "transformer", "full"),
         (1, "blocks", "full"), (1, "blocks", "int8"),
     ]  # fmt: skip
     best = "train.micro_batch=1 train.gradient_checkpointing=blocks train.base_linears=int8"
-    assert lines[-1].strip() == f"{best}: 3.72, fits"
-    assert list(doctor.memory_report(make(train__micro_batch=4), 2.0))[-1].startswith("no setting of these")
+    assert "training needs 21.40 GiB" in str(told.value) and str(told.value).endswith(f"; use {best}")
+    with pytest.raises(ConfigError, match="nor does any of these; a smaller"):
+        list(memory.report(make(train__micro_batch=4), 2.0))
 
 
 GIVEN = [  # totals counted by another program, on meta tensors: GiB with bf16 under autocast, rank 8, 1 row

@@ -41,23 +41,16 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
     Raises ConfigError if they cannot be read or written.
     """
     with dist.agreed():
-        own = _own(cfg)
+        own = find_own(cfg)
     count = cfg.class_images - len(own)
     if count == 0:
         return own
     with dist.agreed():
-        if family.enlarges > 1:
-            raise ConfigError(
-                f"{base.name} enlarges pictures, so it cannot draw class images from a prompt: put "
-                f"{cfg.class_images} of your own into prepare.class_dir (it has {len(own)}), or leave "
-                "prepare.class_prompt out"
-            )
-        about = _about(base, family, cfg) if dist.is_main() else None
+        check_draws(base, family, cfg, len(own))
+        about = about_of(base, family, cfg) if dist.is_main() else None
     about = dist.from_main(about)
-    words = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
-    folder = _root(cfg) / f"{words}-{content_key(about)[:16]}"
-    suffix = latents.SUFFIX if as_latents(family, cfg) else ".png"
-    paths = [folder / f"{index:05d}{suffix}" for index in range(count)]
+    paths = places(family, cfg, about, count)
+    folder = paths[0].parent
     if not dist.from_main(all(path.exists() for path in paths)):
         with lock.held(folder, "class images in", wait=True):  # by another subject's run, it may be
             with dist.agreed():
@@ -65,6 +58,24 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
                     files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
             _complete(base, family, cfg, len(own), paths)
     return own + paths
+
+
+def check_draws(base: Pretrained, family: Family, cfg: Prepare, own: int) -> None:
+    """Raise ConfigError if the base cannot draw the class images that are missing beside `own` ones."""
+    if family.enlarges > 1:
+        raise ConfigError(
+            f"{base.name} enlarges pictures, so it cannot draw class images from a prompt; put "
+            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or leave "
+            "prepare.class_prompt out"
+        )
+
+
+def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -> list[Path]:
+    """Where `count` generated class images are kept that depend on what `about_of` says."""
+    words = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
+    folder = root(cfg) / f"{words}-{content_key(about)[:16]}"
+    suffix = latents.SUFFIX if as_latents(family, cfg) else ".png"
+    return [folder / f"{index:05d}{suffix}" for index in range(count)]
 
 
 def _complete(base: Pretrained, family: Family, cfg: Prepare, own: int, paths: list[Path]) -> None:
@@ -147,7 +158,7 @@ def _sampler(
     return made, latents.save
 
 
-def _about(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
+def about_of(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
     """Everything a generated image depends on, but its index."""
     kept: dict[str, object] = {}
     parts = family.parts
@@ -161,13 +172,14 @@ def _about(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _root(cfg: Prepare) -> Path:
+def root(cfg: Prepare) -> Path:
+    """The folder of the user's own class images, with those that were generated in folders below it."""
     if cfg.class_dir:
         return files.expand(cfg.class_dir)
     return files.cache() / "class-images"
 
 
-def _own(cfg: Prepare) -> list[Path]:
+def find_own(cfg: Prepare) -> list[Path]:
     """The user's own class images, at most as many as are asked for."""
     if not cfg.class_dir or not files.expand(cfg.class_dir).exists():
         return []

@@ -53,6 +53,15 @@ def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
     return photos
 
 
+def of_subject(cfg: Prepare) -> list[Path]:
+    """The photos of the subject, at least one. Raises ConfigError if there is none."""
+    photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
+    if not photos:
+        raise ConfigError(f"prepare.photos is '{cfg.photos}', where there are no photos; put some there "
+                          f"({', '.join(SUFFIXES)})")  # fmt: skip
+    return photos
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Turn whatever a broken picture makes Pillow raise into one line that names the file."""

@@ -37,13 +37,14 @@ class Storage:
     @property
     def folder(self) -> Path | None:
         """The folder on this machine; None for what lies elsewhere."""
-        scheme = self._scheme
+        scheme = self.scheme
         if scheme == "file":
             return files.expand(unquote(urlsplit(self.location).path))
         return None if scheme else files.expand(self.location)
 
     @property
-    def _scheme(self) -> str:
+    def scheme(self) -> str:
+        """Of a URL or a command; empty for a path."""
         scheme = self.location.partition(":")[0]
         return scheme if scheme in (*REMOTE, "file", "pipe") else ""
 
@@ -51,7 +52,7 @@ class Storage:
         """A file of it, as messages name it."""
         if self.folder:
             return str(self.folder / name)
-        if self._scheme == "pipe":
+        if self.scheme == "pipe":
             return self.location.replace("{}", name)
         return f"{self.location.rstrip('/')}/{name}"
 
@@ -100,7 +101,7 @@ class Storage:
             return (self.folder / name).read_bytes()
         pool = ThreadPoolExecutor(1)
         try:
-            read = self._read_piped if self._scheme == "pipe" else self._fetch
+            read = self._read_piped if self.scheme == "pipe" else self._fetch
             return pool.submit(read, name).result(SLOW_S)
         finally:
             pool.shutdown(wait=False)  # a read that hangs is left to itself

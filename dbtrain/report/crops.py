@@ -142,7 +142,9 @@ def _rows(place: Storage, manifest: shards.Manifest, role: str, most: int) -> li
 
 def _decoder(cfg: Config) -> Decode:
     """A function from a stored row to the picture that its mean stands for; loads the base's VAE."""
-    base = Pretrained.find(cfg.model, download=False)
+    base = Pretrained.here(cfg.model)
+    if base is None:
+        raise ConfigError(f"model.path is '{cfg.model.path}', which is not on this machine")
     family = families.detect(base, cfg.model)
     vae = base.load(family.vae, DTYPES["fp32"]).to(dist.device()) if family.vae else None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -67,3 +67,27 @@ class Adapter(AdapterSettings):
     text_encoder: AdapterSettings | None = Field(
         None, description="train the text encoders too, with an adapter of its own; null: they stay frozen"
     )
+
+
+# Names by preset, as suffixes of a module's name. A name that a component lacks is passed over.
+_DENOISER = ("to_q", "to_k", "to_v", "to_out.0")
+_CLIP, _T5 = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q", "k", "v", "o")
+PRESETS = {
+    "denoiser": {
+        "attention": (*_DENOISER, "add_k_proj", "add_v_proj"),
+        "minimal": ("to_q", "to_v"),
+        "all": (*_DENOISER, "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut",
+                "time_emb_proj", "ff.net.2"),
+    },
+    "text_encoder": {
+        "attention": (*_CLIP, *_T5),
+        "minimal": ("q_proj", "v_proj", "q", "v"),
+        "all": (*_CLIP, *_T5, "fc1", "fc2", "wi", "wi_0", "wi_1", "wo"),
+    },
+}  # fmt: skip
+
+
+def alpha_of(cfg: AdapterSettings) -> Any:
+    """The alpha that is meant; 8.0 as 8, as most readers write it."""
+    alpha = cfg.alpha or cfg.rank
+    return int(alpha) if alpha == int(alpha) else alpha
