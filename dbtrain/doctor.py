@@ -37,6 +37,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("photos", pictures.photos),
         ("passes", pictures.passes),
         ("class images", pictures.of_class),
+        ("pictures", pictures.drawn),
         ("shards", work.shards),
         ("batch", work.batch),
         ("run folder", work.run_folder),

@@ -322,6 +322,10 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (a_missing_caption, "photos", "error", "has no readable caption 0.txt"),
     (corrupt_class_image, "class images", "error", "a.png"),
     (upscaler_without_class_images, "class images", "error", "cannot draw class images"),
+    (config(prepare__held_out=5), "passes", "error", "prepare.held_out is 5, of 5 instance images"),
+    (config(prepare__class_held_out=9), "class images", "error", "none is left to train on"),
+    (config(validation__prompts=["a dog"], sample__low_res=["small.png"]), "pictures", "error",
+     "sample.low_res has 1 pictures"),
     (pickled_weights, "model", "error", "as a pickle only (diffusion_pytorch_model.bin)"),
     (another_variant, "model", "error", "no weights of variant null"),
     (truncated_weights, "model", "error", "is damaged or cut off"),
@@ -440,7 +444,7 @@ def checks(rows: Rows) -> set[str]:
 
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
-    "photos", "passes", "class images", "shards", "batch", "run folder", "writing", "disk", "GPU",
+    "photos", "passes", "class images", "pictures", "shards", "batch", "run folder", "writing", "disk", "GPU",
     "compiling", "Hub", "memory",
 }  # fmt: skip
 

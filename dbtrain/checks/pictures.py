@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dbtrain import files
+from dbtrain import files, generate
 from dbtrain.checks import Case, Found, listed, ok, refused, ruled, warning
-from dbtrain.data import class_images, images
+from dbtrain.data import class_images, images, plan
 from dbtrain.data.looks import LEFT_OUT, MISSED, SHARP, Look, alike, look
 from dbtrain.errors import ConfigError
 from dbtrain.settings import Prepare
@@ -127,6 +127,8 @@ def passes(case: Case) -> Iterator[Found]:
     if not count:
         yield Found("skipped", "not checked: no photo can be read")
         return
+    if cfg.prepare:
+        count = plan.left(cfg.prepare, "instance", count)
     each = cfg.train.steps * cfg.train.global_batch / count
     text = (
         f"{cfg.train.steps} steps of {cfg.train.global_batch} images: each of {count} photos {each:.3g} times"
@@ -155,9 +157,24 @@ def of_class(case: Case) -> Iterator[Found]:
     ):
         yield from found
         return
+    plan.left(cfg, "class", cfg.class_images)
     kept = sum(path.exists() for path in generated(case, count))
     yield ok(f"{cfg.class_images}: {len(own)} of yours, {kept} kept, {count - kept} to generate, "
              f"in {class_images.root(cfg)}")  # fmt: skip
+
+
+def drawn(case: Case) -> Iterator[Found]:
+    """What is drawn while it trains, and of its result."""
+    cfg = case.cfg
+    looks = 1 + -(-cfg.train.steps // cfg.validation.every) if cfg.validation.prompts else 0
+    count = looks * len(cfg.validation.prompts) * cfg.validation.images
+    at_the_end = 2 * len(cfg.sample.prompts) * cfg.sample.images
+    if count + at_the_end:
+        side = cfg.prepare.resolution if cfg.prepare else None
+        generate.small_pictures(cfg.sample.low_res, case.family, side)
+        yield ok(f"{count} in {looks} validations, {at_the_end} at the end, of {cfg.sample.steps} steps each")
+    else:
+        yield ok("none: validation.prompts would show whether it learns")
 
 
 def generated(case: Case, count: int) -> list[Path]:

@@ -78,20 +78,27 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 }
 
 
+def left(prepare: Prepare, role: str, count: int) -> int:
+    """How many of `count` images of a role are trained on. Raises ConfigError if none is."""
+    key = {"instance": "held_out", "class": "class_held_out"}[role]
+    kept_back = getattr(prepare, key)
+    if kept_back >= count:
+        raise ConfigError(
+            f"prepare.{key} is {kept_back}, of {count} {role} images: none is left to train on; "
+            "keep fewer back"
+        )
+    return count - kept_back
+
+
 def _kept_back(pictures: dict[str, list[Path]], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
     """The pictures of each role, those that are held out under a role of their own.
 
     Which ones depends on their content and `seed`: another photo more changes the choice by one at most.
     """
     every = dict(pictures)
-    for role, count in (("instance", prepare.held_out), ("class", prepare.class_held_out)):
-        if count and role in pictures:
-            paths = pictures[role]
-            if count >= len(paths):
-                key = {"instance": "held_out", "class": "class_held_out"}[role]
-                raise ConfigError(
-                    f"prepare.{key} is {count}, of {len(paths)} {role} images: none is left to train on"
-                )
+    for role, paths in pictures.items():
+        count = len(paths) - left(prepare, role, len(paths))
+        if count:
             turns = sorted(paths, key=lambda path: content_key([seed, "held out", files.sha256_of(path)]))
             every[role] = [path for path in paths if path not in turns[:count]]
             every[shards.HELD_OUT[role]] = [path for path in paths if path in turns[:count]]
