@@ -78,6 +78,17 @@ def training(timeout_s: float) -> Iterator[None]:
         _group, _wait = None, PATIENCE
 
 
+@contextmanager
+def patiently() -> Iterator[None]:
+    """In the block, ranks wait for each other as they do while they prepare: shares of work differ."""
+    global _wait
+    before, _wait = _wait, PATIENCE
+    try:
+        yield
+    finally:
+        _wait = before
+
+
 def at(step: int) -> None:
     """Say which step this rank takes, for others to tell if it should not come back."""
     if _pulse:

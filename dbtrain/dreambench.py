@@ -87,6 +87,8 @@ class Dataset:
             f"prepare.photos={self.folder / name}",
             f"prepare.instance_prompt=a {TOKEN} {kind}",
             f"prepare.class_prompt=a {kind}",
+            f"validation.prompts={json.dumps([f'a {TOKEN} {kind}', f'a {kind}'])}",
+            "sample.prompts=[]",
             f"evaluation.prompts={json.dumps(prompts)}",
             f"evaluation.images={images}",
         ]

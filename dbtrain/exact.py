@@ -98,7 +98,7 @@ def _run(cfg: Config, way: Way, folder: Path) -> _Run:
         "run_dir": str(folder / "run"),
         "train": cfg.train.model_copy(update={"steps": STEPS, "checkpoint_every": 1, "keep": STEPS + 1}),
         "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, STEPS)}),
-        "hub": type(cfg.hub)(),
+        "hub": type(cfg.hub)(), "validation": cfg.validation.model_copy(update={"prompts": ()}),
     })  # fmt: skip
     folder.mkdir()
     (folder / "config.yaml").write_text(settings.dump())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbtrain import dist, rng
+from dbtrain import dist, preempt, rng
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import HELD_OUT, Manifest
@@ -34,8 +34,6 @@ class HeldOut:
     role: str  # "instance" or "class"
     number: int  # of the timestep
     u: float  # the timestep, as a share of all
-    noise: Tensor  # (C, H, W)
-    posterior: Tensor  # (C, H, W)
     row: shards.Row
     extra: Mapping[str, Tensor]
 
@@ -46,10 +44,7 @@ def rows(manifest: Manifest, place: Storage, family: Family, role: str, timestep
         for row in shards.read(place, shard):
             extra = family.row(row.meta, manifest.request["resolution"])
             for number in range(timesteps):
-                source = rng.generator("held out", row.meta["key"], number)
-                noise = torch.randn(manifest.latent_shape, generator=source)
-                posterior = torch.randn(manifest.latent_shape, generator=source)
-                yield HeldOut(role, number, (number + 0.5) / timesteps, noise, posterior, row, extra)
+                yield HeldOut(role, number, (number + 0.5) / timesteps, row, extra)
 
 
 def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict[str, Any]:
@@ -58,9 +53,11 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     size = 2 * cfg.train.micro_batch  # rows that a step has in memory, with all that their gradients need
     batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
     mine = {}
-    for number in range(dist.rank(), len(batches), dist.world()):
-        with torch.no_grad(), PRECISIONS[cfg.train.precision].forward(dist.device()):
-            mine[number] = model(_batch(batches[number]).to(dist.device())).tolist()
+    with dist.agreed():
+        for number in range(dist.rank(), len(batches), dist.world()):
+            preempt.check()
+            with PRECISIONS[cfg.train.precision].forward(dist.device()):
+                mine[number] = model(batch_of(batches[number]).to(dist.device())).tolist()
     found = {int(number): each for part in dist.gather_json(mine) for number, each in part.items()}
     losses = [loss for number in range(len(batches)) for loss in found[number]]
     means, by_timestep = {}, {}
@@ -77,12 +74,15 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     return {**means, "timesteps": timesteps, "by_timestep": by_timestep}
 
 
-def _batch(rows: Sequence[HeldOut]) -> Batch:
+def batch_of(rows: Sequence[HeldOut]) -> Batch:
+    """The rows as training has them, with noise that depends on the image and the timestep alone."""
     first, count = rows[0], len(rows)
+    shape = next(iter(first.row.tensors.values())).shape
+    draws = [rng.row_draws(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0) for one in rows]
     return Batch(
         stored={n: torch.stack([one.row.tensors[n] for one in rows]) for n in first.row.tensors},
-        posterior=torch.stack([one.posterior for one in rows]),
-        noise=torch.stack([one.noise for one in rows]),
+        posterior=torch.stack([draw.posterior for draw in draws]),
+        noise=torch.stack([draw.noise for draw in draws]),
         u=torch.tensor([one.u for one in rows]),
         prompt=torch.tensor([one.row.meta["prompt"] for one in rows]),
         weight=torch.zeros(count), level=torch.tensor([one.u for one in rows]),

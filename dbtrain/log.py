@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,7 +22,7 @@ say = logger.info
 warn = logger.warning  # seen from every rank
 
 started = time.monotonic()
-spent_s: dict[str, float] = {}  # by phase, on rank 0: between start and end of its progress bars
+spent_s: dict[str, float] = {}  # by phase: mostly between start and end of its progress bar
 
 
 class ToFile(logging.Handler):
@@ -55,13 +57,23 @@ def start() -> None:
     logger.propagate = False
 
 
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """Count the block's time as that phase's."""
+    before = time.monotonic()
+    try:
+        yield
+    finally:
+        spent_s[phase] = spent_s.get(phase, 0.0) + time.monotonic() - before
+
+
 class _Bar(tqdm):
     """A progress bar that remembers how long its phase took."""
 
     def close(self) -> None:
         if not self.disable:  # tqdm disables it when it is closed
-            name = self.desc.removesuffix(": ").partition(" (")[0]
-            spent_s[name] = spent_s.get(name, 0.0) + self.format_dict["elapsed"]
+            phase = self.desc.removesuffix(": ").partition(" (")[0]
+            spent_s[phase] = spent_s.get(phase, 0.0) + self.format_dict["elapsed"]
         super().close()
 
 

@@ -16,6 +16,7 @@ from dbtrain import files
 TEXT_KEY = "dbtrain"  # PNG text chunk that says how a picture was made
 GAP, LINE, FONT_SIZE = 8, 18, 13  # px
 LEAST_WIDTH = 420  # px, so that labels fit
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
 def save_png(path: Path, picture: Image.Image, note: str | None = None) -> None:
@@ -33,7 +34,7 @@ def note_in(path: Path) -> str:
         with Image.open(path) as picture:
             picture.load()
             return str(getattr(picture, "text", {}).get(TEXT_KEY, ""))
-    except (OSError, ValueError):
+    except BROKEN:
         return ""
 
 

@@ -67,7 +67,8 @@ def shortened(cfg: Config, folder: Path) -> Config:
             update={"steps": steps, "log_every": 1, "checkpoint_every": steps, "wandb": None}
         ),
         "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, steps)}),
-        "sample": cfg.sample.model_copy(update={"prompts": ()}),
+        "sample": cfg.sample.model_copy(update={"prompts": (), "steps": min(cfg.sample.steps, STEPS)}),
+        "validation": cfg.validation.model_copy(update={"images": 1}),
     }  # fmt: skip
     if cfg.prepare:
         sampling = cfg.prepare.sampling

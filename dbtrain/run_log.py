@@ -56,7 +56,7 @@ class RunLog:
         self.timesteps, self.validation = folder / "timesteps.jsonl", folder / "validation.jsonl"
         self.trackers: list[trackers.Tracker] = []
         if dist.is_main():
-            for path in (self.metrics, self.speed, self.timesteps, self.validation):
+            for path in (self.metrics, self.speed, self.timesteps):
                 _forget_after(path, start)
             self.file = log.ToFile(folder / "log.txt")
             log.logger.addHandler(self.file)
@@ -174,7 +174,8 @@ class RunLog:
             log.say(f"step {step}/{self.train.steps}  {words}")
         if dist.is_main():
             if found:
-                files.append(self.validation, json.dumps({"step": step, **found}) + "\n")
+                line = _finite({"step": step, **found})
+                files.append(self.validation, json.dumps(line, allow_nan=False) + "\n")
             for tracker in self.trackers:
                 if values:
                     tracker.write(step, values)
@@ -183,10 +184,14 @@ class RunLog:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Keep the block out of the throughput."""
+        """Keep the block out of the throughput; not what the GPU has still to do of the steps before it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         before = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - before
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - before
 
     def _note(self, text: str) -> None:
         """Put a line into log.txt only: the terminal is told by the door."""
@@ -197,16 +202,19 @@ class RunLog:
 def _by_role(spread: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
     """Rows and sums of losses in each tenth of the timesteps, of the roles that have rows."""
     return {
-        role: {"rows": [int(count) for count in counts],
-               "loss": [loss if math.isfinite(loss) else None for loss in losses]}
+        role: {"rows": [int(count) for count in counts], "loss": _finite(losses)}
         for role, (counts, losses) in zip(("instance", "prior"), spread, strict=True)
         if any(counts)
     }  # fmt: skip
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with null for NaN and infinities, which JSON has not."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+def _finite(value: Any) -> Any:
+    """A line with null for NaN and infinities, which JSON has not."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _forget_after(path: Path, start: int) -> None:

@@ -34,7 +34,7 @@ from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.data.stream import Batch, LatentStream
-from dbtrain.errors import Preempted
+from dbtrain.errors import ConfigError, Preempted
 from dbtrain.families.base import Family
 from dbtrain.keys import content_key
 from dbtrain.network import DreamBooth
@@ -77,18 +77,17 @@ def _train(cfg: Config, until: int | None) -> Path:
 
     with dist.agreed():
         table = shards.read_prompts(place, manifest.prompts)
-        model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+        model = DreamBooth.build(base, family, manifest, table, cfg)
         for name in cfg.export.formats:  # now, not after the last step
             formats.check(name, family, model.states())
         if dist.is_main():
             files.write_atomically(run_dir / "config.yaml", cfg.dump())
             (run_dir / "DONE").unlink(missing_ok=True)
-    progress = Progress.begin(model, cfg)
+    validation = Validation.build(cfg, base, family, model, manifest, who)
+    progress = Progress.begin(model.to(dist.device()), cfg)
     start = checkpoint.load_latest(run_dir, progress, who)
     checkpoint.check_ranks(model)
 
-    with dist.agreed():
-        validation = Validation.build(cfg, base, family, model, manifest, who)
     role_weights = _role_weights(cfg, manifest)
     resident_gib = cfg.data.resident_gib if dist.device().type == "cuda" else 0.0
     stream = LatentStream(
@@ -100,7 +99,7 @@ def _train(cfg: Config, until: int | None) -> Path:
     with dist.agreed():
         meters = run_log.RunLog(run_dir, cfg, start, list(role_weights), stream.source)
         if dist.is_main():
-            validate.forget_after(run_dir, start)
+            validate.forget_after(cfg, who, start)
     log.say(_greeting(cfg, model, manifest, role_weights, start))
     with (
         closing(stream), meters,
@@ -133,8 +132,7 @@ def _take_steps(
         with meters.untimed():
             checkpoint.save(files.expand(cfg.run_dir), done, progress, validation.who, cfg.train.keep)
 
-    if validation.lacks(steps.start):
-        validation.look(steps.start, meters)
+    validation.look(steps.start, meters)
     for step in steps:
         dist.at(step + 1)
         waited = stream.wait_s
@@ -148,10 +146,10 @@ def _take_steps(
             save(done)
         if (stop or done == until) and not last:
             raise Preempted(f"{preempt.REASONS[stop] or 'as asked'}, at step {done}, which is saved")
-        if validation.due(done):
+        if validate.is_due(cfg, validation.manifest, done):
             try:
                 validation.look(done, meters)
-            except Preempted:  # it is made up for when the run goes on
+            except (Preempted, ConfigError):  # on all ranks; it is made up for when the run goes on
                 if not saved:
                     save(done)
                 raise
@@ -243,7 +241,7 @@ def _finished(cfg: Config, family: Family, manifest: Manifest, who: dict) -> boo
             path, state = found
             checkpoint.check_continues(path, state, who, cfg.train.steps)
         trained = found is not None and found[1]["step"] == cfg.train.steps
-        finished = trained and not validate.lacks(cfg, manifest, who, cfg.train.steps)
+        finished = trained and not validate.lacking(cfg, manifest, who, cfg.train.steps)
     finished = dist.from_main(finished)
     if finished:
         log.say(f"{cfg.run_dir} is trained to step {cfg.train.steps} already: nothing to do")

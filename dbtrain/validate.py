@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dbtrain import dist, files, generate, held_out, log, preempt
 from dbtrain.config import Config
+from dbtrain.data import encode
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.families.base import Family
@@ -39,24 +40,37 @@ def is_due(cfg: Config, manifest: Manifest, step: int) -> bool:
     return wanted and (step % cfg.validation.every == 0 or step == cfg.train.steps)
 
 
-def lacks(cfg: Config, manifest: Manifest, who: Mapping[str, Any], step: int) -> bool:
-    """Whether a run is still to be looked at after `step` steps."""
+def lacking(cfg: Config, manifest: Manifest, who: Mapping[str, Any], step: int) -> set[str]:
+    """What is still to be made of a run after `step` steps: its `pictures`, its `losses`, both or nothing."""
+    if not is_due(cfg, manifest, step):
+        return set()
+    run_dir, wanted = files.expand(cfg.run_dir), set()
+    if cfg.validation.prompts and note_in(sheet_of(run_dir, step)) != _pictures_key(cfg, who):
+        wanted.add("pictures")
+    lines = _lines(run_dir / LOSSES)
+    if _roles(manifest) and not any((at, key) == (step, _losses_key(cfg, who)) for at, key, _ in lines):
+        wanted.add("losses")
+    return wanted
+
+
+def forget_after(cfg: Config, who: Mapping[str, Any], step: int) -> None:
+    """Remove what was made of steps that are taken again from `step` on, and losses of another kind."""
     run_dir = files.expand(cfg.run_dir)
-    drawn = not cfg.validation.prompts or note_in(sheet_of(run_dir, step)) == _key(cfg, who)
-    measured = not _roles(manifest) or step in _measured(run_dir)
-    return is_due(cfg, manifest, step) and not (drawn and measured)
+    for path in (run_dir / FOLDER).glob("step-*"):
+        number = path.name.removeprefix("step-")
+        other = step == 0 and note_in(path / "sheet.png") != _pictures_key(cfg, who)
+        if number.isdecimal() and (int(number) > step or other):
+            shutil.rmtree(path)
+    if (run_dir / LOSSES).is_file():
+        kept = [
+            text for at, key, text in _lines(run_dir / LOSSES) if at <= step and key == _losses_key(cfg, who)
+        ]
+        files.write_atomically(run_dir / LOSSES, "".join(kept))
 
 
 def sheet_of(run_dir: Path, step: int) -> Path:
     """The contact sheet of a run after `step` steps."""
     return run_dir / FOLDER / f"step-{step:06d}" / "sheet.png"
-
-
-def forget_after(run_dir: Path, step: int) -> None:
-    """Remove pictures of steps that a resumed run takes again."""
-    for path in (run_dir / FOLDER).glob("step-*"):
-        if path.name.removeprefix("step-").isdecimal() and int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
 
 
 @dataclass(frozen=True)
@@ -67,37 +81,52 @@ class Validation:
     manifest: Manifest
     model: DreamBooth
     pictures: Pictures | None
-    held_out: list[held_out.HeldOut]
+    kept_back: list[held_out.HeldOut]
     who: Mapping[str, Any]
 
     @classmethod
     def build(
         cls, cfg: Config, base: Pretrained, family: Family, model: DreamBooth, manifest: Manifest, who: dict
     ) -> Validation:
-        """Encodes the prompts, and reads what was kept back. Raises ConfigError for what a user can fix."""
-        place = Storage(cfg.data.shards, cfg.faults.retries)
-        kept_back = [
-            row
-            for role in _roles(manifest)
-            for row in held_out.rows(manifest, place, family, role, cfg.validation.timesteps)
-        ]
+        """Reads what was kept back, and encodes the prompts, on rank 0 and before `model` is on its device.
+
+        Raises ConfigError for what a user can fix.
+        """
         pictures = None
         if cfg.validation.prompts:
-            pictures = Pictures(cfg, base, family, model, manifest.request["resolution"])
+            encoded = None
+            if not model.text_encoders:
+                encoded = encode.prompts_to_draw(
+                    files.expand(cfg.run_dir) / FOLDER, base, family, manifest.components,
+                    cfg.validation.prompts, cfg.sample.guidance, cfg.train.precision,
+                )  # fmt: skip
+            with dist.agreed():
+                pictures = Pictures(cfg, base, family, model, manifest.request["resolution"], encoded)
+        with dist.agreed():
+            place = Storage(cfg.data.shards, cfg.faults.retries)
+            kept_back = [
+                row
+                for role in _roles(manifest)
+                for row in held_out.rows(manifest, place, family, role, cfg.validation.timesteps)
+            ]
         return cls(cfg, manifest, model, pictures, kept_back, who)
 
-    def due(self, step: int) -> bool:
-        return is_due(self.cfg, self.manifest, step)
-
-    def lacks(self, step: int) -> bool:
+    def lacking(self, step: int) -> set[str]:
         """As rank 0 sees the run folder."""
-        return dist.from_main(dist.is_main() and lacks(self.cfg, self.manifest, self.who, step))
+        found = lacking(self.cfg, self.manifest, self.who, step) if dist.is_main() else ()
+        return set(dist.from_main(sorted(found)))
 
     def look(self, step: int, meters: RunLog) -> None:
-        """Draw and measure the run as it is after `step` steps, over all ranks."""
-        with meters.untimed(), _looking(self.model, self.cfg):
-            found = held_out.measure(self.model, self.held_out, self.cfg) if self.held_out else {}
-            sheet = self._draw(step) if self.pictures else None
+        """Make what the run folder lacks of the run as it is after `step` steps, over all ranks."""
+        wanted = self.lacking(step)
+        if not wanted:
+            return
+        with meters.untimed(), log.timed("validation"), dist.patiently(), _looking(self.model, self.cfg):
+            found = {}
+            if "losses" in wanted:
+                found = held_out.measure(self.model, self.kept_back, self.cfg)
+                found |= {"key": _losses_key(self.cfg, self.who)}
+            sheet = self._draw(step) if "pictures" in wanted else None
             with dist.agreed():
                 meters.validated(step, found, sheet)
 
@@ -110,71 +139,93 @@ class Validation:
             self.pictures.draw(sheet.parent, step)
         with dist.agreed():
             if dist.is_main():
+                names = [[_name(number, seed) for seed in seeds] for number in range(len(prompts))]
+                for path in sheet.parent.glob("??-seed*.png"):  # of other prompts
+                    if path.name not in {name for row in names for name in row}:
+                        path.unlink()
                 rows = []
                 for number, prompt in enumerate(prompts):
-                    made = [Image.open(sheet.parent / _name(number, seed)) for seed in seeds]
+                    made = [Image.open(sheet.parent / name) for name in names[number]]
                     captions = () if number else [f"seed {seed}" for seed in seeds]
                     rows.append(Row(made, prompt, "" if number else f"step {step}", captions))
-                save_png(sheet, contact_sheet(rows), _key(self.cfg, self.who))
+                save_png(sheet, contact_sheet(rows), _pictures_key(self.cfg, self.who))
         return sheet
 
 
 class Pictures:
     """Draws a model's pictures with a Diffusers pipeline around the modules that train."""
 
-    def __init__(self, cfg: Config, base: Pretrained, family: Family, model: DreamBooth, side: int) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        base: Pretrained,
+        family: Family,
+        model: DreamBooth,
+        side: int,
+        encoded: list[dict[str, Tensor]] | None,
+    ) -> None:
+        """`encoded`: the prompts, unless the model's own text encoders are trained."""
         self.cfg, self.base, self.family, self.model, self.side = cfg, base, family, model, side
         self.seeds = range(cfg.sample.seed, cfg.sample.seed + cfg.validation.images)
         self.small = generate.small_pictures(cfg.sample.low_res, family, side)
-        given: dict[str, Any] = {**model.trained, **({family.vae: None} if family.vae else {})}
-        self.pipe = generate.build(base, family, PRECISIONS[cfg.train.precision].dtype, dist.device(), given)
-        if family.vae:  # what the pipeline would have read from its VAE: it guesses 8 without one
-            self.pipe.vae_scale_factor = side // family.space(base, side).shape[-1]
+        self.encoded = encoded
         self.vae: nn.Module | None = None
-        self.encoded: list[dict[str, Tensor]] = []
-        if not model.text_encoders:  # they stay as they are, and so do the embeddings
-            self.encoded = [{name: t.cpu() for name, t in one.items()} for one in self._encode()]
-            for name in family.text_encoders:
-                setattr(self.pipe, name, None)
+        self.pipe: Any = None
 
-    def _encode(self) -> list[dict[str, Tensor]]:
-        with self._precision():
-            return generate.encode(self.pipe, self.cfg.validation.prompts, self.cfg.sample.guidance)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return PRECISIONS[self.cfg.train.precision].forward(dist.device())
+    def _assemble(self) -> None:
+        """The pipeline, when it is first needed: the model is on its device by then."""
+        family = self.family
+        given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.trained
+        if family.vae:
+            given[family.vae] = None
+        dtype = PRECISIONS[self.cfg.train.precision].dtype
+        self.pipe = generate.build(self.base, family, dtype, dist.device(), given)
+        if family.vae:  # what the pipeline would have read from its VAE: it guesses 8 without one
+            space = family.space(self.base, self.side)
+            self.pipe.vae_scale_factor = self.side // space.shape[-1]
 
     def draw(self, folder: Path, step: int) -> None:
-        """This rank's part of the pictures, in batches that are the same for any number of ranks."""
+        """This rank's part of the pictures, in batches that are the same for any number of ranks.
+
+        A batch has pictures of one prompt, so that several prompts are shared out.
+        """
         settings, prompts = self.cfg.sample, self.cfg.validation.prompts
-        jobs = [(number, seed) for number in range(len(prompts)) for seed in self.seeds]
-        batches = [jobs[i : i + settings.batch] for i in range(0, len(jobs), settings.batch)]
+        size = settings.batch
+        batches = [
+            (number, self.seeds[i : i + size])
+            for number in range(len(prompts))
+            for i in range(0, len(self.seeds), size)
+        ]
         mine = batches[dist.rank() :: dist.world()]
-        encoded = self.encoded or (self._encode() if mine else [])
-        with log.bar(sum(map(len, mine)), "validation", "image", share=True, leave=False) as bar:
-            drawn = []
-            for batch in mine:
+        if not mine:
+            return
+        if self.pipe is None:
+            self._assemble()
+        precision, drawn = PRECISIONS[self.cfg.train.precision], []
+        count = sum(len(seeds) for _, seeds in mine)
+        with log.bar(count, "pictures", "image", share=True, leave=False) as bar:
+            with precision.forward(dist.device()):
+                encoded = self.encoded or generate.encode(self.pipe, prompts, settings.guidance)
+            for number, seeds in mine:
                 preempt.check()
-                small = [
-                    self.small[(seed - settings.seed) % len(self.small)] for _, seed in batch if self.small
-                ]
-                seeds = [torch.Generator().manual_seed(seed) for _, seed in batch]
-                with self._precision():
+                turns = [seed - settings.seed for seed in seeds]
+                small = [self.small[turn % len(self.small)] for turn in turns] if self.small else []
+                sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+                with precision.forward(dist.device()):
                     drawn += generate.draw_encoded(
-                        self.pipe, [encoded[number] for number, _ in batch], seeds, settings.steps,
-                        settings.guidance, self.side, small, latents=self.family.vae is not None,
+                        self.pipe, [encoded[number]] * len(seeds), sources, settings.steps, settings.guidance,
+                        self.side, small, latents=self.family.vae is not None,
                     )  # fmt: skip
-                bar.update(len(batch))
+                bar.update(len(seeds))
         pictures = self._decoded(drawn) if self.family.vae else drawn
-        for (number, seed), picture in zip([job for batch in mine for job in batch], pictures, strict=True):
+        jobs = [(number, seed) for number, seeds in mine for seed in seeds]
+        for (number, seed), picture in zip(jobs, pictures, strict=True):
             note = {"prompt": prompts[number], "seed": seed, "step": step, "model": self.cfg.model.path,
                     "steps": settings.steps, "guidance": settings.guidance}  # fmt: skip
             save_png(folder / _name(number, seed), picture, json.dumps(note))
 
     def _decoded(self, latents: Sequence[Tensor]) -> list[Image.Image]:
         """One at a time: a picture takes more memory in the VAE than in the denoiser."""
-        if not latents:
-            return []
         assert self.family.vae
         if self.vae is None:
             self.vae = self.base.load(self.family.vae, DTYPES["fp32"])
@@ -204,24 +255,28 @@ def _looking(model: DreamBooth, cfg: Config) -> Iterator[None]:
 
 def _roles(manifest: Manifest) -> list[str]:
     """Roles of which something was kept back."""
-    return [role for role, held_out in HELD_OUT.items() if held_out in manifest.roles]
+    return [role for role, kept_back in HELD_OUT.items() if kept_back in manifest.roles]
 
 
-def _key(cfg: Config, who: Mapping[str, Any]) -> str:
+def _pictures_key(cfg: Config, who: Mapping[str, Any]) -> str:
     """A name for all that a step's pictures depend on, but the step."""
     settings = cfg.sample.model_dump(mode="json", exclude={"prompts", "images", "batch", "precision"})
-    return content_key([who, cfg.validation.model_dump(mode="json", exclude={"every"}), settings])
+    return content_key([who, cfg.validation.prompts, cfg.validation.images, settings])
 
 
-def _measured(run_dir: Path) -> set[int]:
-    """Steps whose held-out losses are written down."""
-    path = run_dir / LOSSES
-    if not path.is_file():
-        return set()
-    found = set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def _losses_key(cfg: Config, who: Mapping[str, Any]) -> str:
+    """A name for all that a step's held-out losses depend on, but the step."""
+    return content_key([who, cfg.validation.timesteps])[:12]
+
+
+def _lines(path: Path) -> list[tuple[int, str, str]]:
+    """(step, key, the line itself) of what was measured."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines(keepends=True):
         try:
-            found.add(json.loads(line)["step"])
+            values = json.loads(line)
+            found.append((int(values["step"]), str(values["key"]), line))
         except (ValueError, LookupError, TypeError):  # cut short by a crash
             continue
     return found

@@ -19,6 +19,7 @@ if [[ $# -gt 0 ]]; then
   $dbtrain run configs/quickstart.yaml \
     run_dir="runs/$name" data.shards="shards/$name" prepare.photos="$photos" \
     prepare.instance_prompt="a photo of sks $word" prepare.class_prompt="a photo of a $word" \
+    validation.prompts="[a photo of sks $word, a photo of a $word]" \
     sample.prompts="[a photo of sks $word, a photo of a $word]"
   pictures=$(ls "$PWD"/runs/"$name"/samples/*/sheet.png)
 else

@@ -16,9 +16,13 @@
 [[ -n $INTERFACE ]] && export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 export PATH RANKS_PER_NODE HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+# This task of a job array, or this job: an array's first task shares its number with the whole array.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+this_job=${this_job:-$SLURM_JOB_ID}
+
 # When SLURM will end the job, for dbtrain to stop in time; newer versions of SLURM set this themselves.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
-  ends=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p')
+  ends=$(scontrol show job -o "$this_job" | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p')
   SLURM_JOB_END_TIME=$(date -d "$ends" +%s 2>/dev/null || true)
   export SLURM_JOB_END_TIME
 fi
@@ -69,5 +73,5 @@ requeue_if_preempted() {
     echo "preempted $MAX_REQUEUES times (MAX_REQUEUES): not queued again; submit it again to go on" >&2
     exit 75
   fi
-  scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this shell; to exit first would end the job
+  scontrol requeue "$this_job" && sleep 120 # SLURM ends this shell; to exit first would end the job
 }

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from dbtrain.config import Config, fields
 from dbtrain.errors import ConfigError
+from dbtrain.settings import Prepare
 from tests.conftest import ROOT
 
 MINIMAL = "run_dir: runs/x\ndata: {shards: s}\n"
@@ -101,6 +102,11 @@ def test_config_is_frozen(tmp_path: Path) -> None:
 
 def test_every_key_has_a_line_of_help() -> None:
     assert all(field.description for _, field in fields())
+
+
+def test_class_images_are_only_held_out_where_there_are_any() -> None:
+    with pytest.raises(ValidationError, match="class_held_out is 2, but there is no class_prompt"):
+        Prepare(photos="photos", instance_prompt="a photo of sks dog", class_held_out=2)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dbtrain import held_out, kernels, preempt, sample, train, validate
+from dbtrain import generate, held_out, kernels, preempt, sample, train, validate
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import HELD_OUT, Manifest
@@ -25,7 +25,7 @@ from dbtrain.prepare import prepare
 from dbtrain.pretrained import Pretrained
 from dbtrain.sample import NO_ADAPTER, Mix
 from tests import bases
-from tests.conftest import Make, at, dbtrain
+from tests.conftest import Make, at, dbtrain, draw_photo
 from tests.test_counts import Dispatched
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog in the snow"]
@@ -58,7 +58,7 @@ def test_pictures_change_no_loss_by_a_bit(make: Make, tmp_path: Path, prepared: 
     off = trained(same(run_dir=str(tmp_path / "off")))
     on = trained(same(run_dir=str(tmp_path / "on"), validation__prompts=PROMPTS, validation__every=1))
     assert off == on
-    steps = sorted(path.name for path in (tmp_path / "on" / "validation").iterdir())
+    steps = sorted(path.name for path in (tmp_path / "on" / "validation").glob("step-*"))
     assert steps == [f"step-{step:06d}" for step in range(5)]
     assert not (tmp_path / "off" / "validation").exists()
 
@@ -140,15 +140,61 @@ def test_the_held_out_loss_is_the_objective_s_own(make: Make) -> None:
     unet, noising = base.load("unet"), DDPMScheduler.from_pretrained(base.folder / "scheduler")
     losses = []
     for one in held_out.rows(manifest, place, sd.FAMILY, "instance", 4):
-        latent = one.row.tensors["mean"] + one.row.tensors["std"] * one.posterior
-        x0 = latent[None] * base.config("vae")["scaling_factor"]
+        drawn = held_out.batch_of([one])
+        latent = one.row.tensors["mean"] + one.row.tensors["std"] * drawn.posterior
+        x0 = latent * base.config("vae")["scaling_factor"]
         t = torch.tensor([int(one.u * 1000)])
-        x_t = noising.add_noise(x0, one.noise[None], t)
+        x_t = noising.add_noise(x0, drawn.noise, t)
         hidden = table["condition.prompt_embeds"][[one.row.meta["prompt"]]]
         with torch.no_grad():
-            losses.append((unet(x_t, t, hidden).sample - one.noise).square().mean().item())
+            losses.append((unet(x_t, t, hidden).sample - drawn.noise).square().mean().item())
     assert found[0]["by_timestep"]["instance"] == pytest.approx(losses, rel=1e-4)
     assert found[-1]["by_timestep"]["instance"] != found[0]["by_timestep"]["instance"]
+
+
+def test_losses_of_another_kind_are_measured_anew_and_pictures_of_old_prompts_go(
+    make: Make, tmp_path: Path
+) -> None:
+    same = partial(make, **HELD | {"train__steps": 2})
+    cfg = same(validation__prompts=PROMPTS)
+    prepare(cfg)
+    train.train(cfg)
+    folder = validate.sheet_of(Path(cfg.run_dir), 2).parent
+    drawn = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    train.train(same(validation__prompts=PROMPTS, validation__timesteps=3))
+    found = lines(cfg.run_dir, "validation.jsonl")
+    assert [(line["step"], len(line["timesteps"])) for line in found] == [(2, 3)]
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == drawn
+    train.train(same(validation__prompts=PROMPTS[:1], validation__timesteps=3))
+    assert lines(cfg.run_dir, "validation.jsonl") == found
+    assert sorted(path.name for path in folder.iterdir()) == ["00-seed0.png", "00-seed1.png", "sheet.png"]
+
+
+def test_no_twin_of_a_held_out_photo_is_trained_on(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for name, number in (("a", 0), ("a copy", 0), ("b", 1), ("b copy", 1)):
+        draw_photo(tmp_path / "photos" / f"{name}.png", number)
+    cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__held_out=1, prepare__class_prompt=None)
+    place = at(prepare(cfg))
+    rows = {
+        role: [row.meta["key"] for shard in every for row in shards.read(place, shard)]
+        for role, every in Manifest.read(place).roles.items()
+    }
+    assert [len(keys) for keys in rows.values()] == [2, 2]
+    assert not set(rows["instance"]) & set(rows[HELD_OUT["instance"]])
+
+
+def test_prompts_are_encoded_once_and_kept_with_the_run(
+    make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    original = generate.encode
+    monkeypatch.setattr(generate, "encode", lambda *args: calls.append(1) or original(*args))
+    cfg = make(data__shards=str(prepared), validation__prompts=PROMPTS)
+    with pytest.raises(Preempted):
+        train.train(cfg, until=2)
+    train.train(cfg)
+    assert len(calls) == 1
 
 
 def test_looking_more_often_changes_nothing(make: Make, tmp_path: Path) -> None:

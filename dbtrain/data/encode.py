@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dbtrain import dist, files
+from dbtrain import dist, files, generate
 from dbtrain.data import images, latents, shards
 from dbtrain.data.images import Crop
 from dbtrain.errors import ConfigError
 from dbtrain.families.base import Family, sampled_moments
 from dbtrain.keys import content_key
+from dbtrain.precision import PRECISIONS
 from dbtrain.pretrained import DTYPES, Pretrained
 
 
@@ -74,3 +75,41 @@ def prompt_table(
         table = {name: tensor.cpu().contiguous() for name, tensor in table.items()}
         files.write_atomically(path, safetensors.torch.save(table))
     return shards.Prompts(file=path.name, sha256=files.sha256_of(path), texts=tuple(texts))
+
+
+def prompts_to_draw(
+    folder: Path,
+    base: Pretrained,
+    family: Family,
+    components: Mapping[str, str],
+    prompts: Sequence[str],
+    guidance: float,
+    precision: str,
+) -> list[dict[str, Tensor]]:
+    """What a pipeline of the base takes in place of each prompt, by frozen text encoders; on the CPU.
+
+    Rank 0 encodes them, with nothing else on its device, and keeps them in `folder` for all other ranks
+    and starts. `components`: keys of the base's parts.
+    """
+    parts = [components[name] for name in (*family.text_encoders, *family.text_encoders.values())]
+    key = content_key([parts, list(prompts), guidance > 1, precision])
+    path = folder / f"prompts-{key[:12]}.safetensors"
+    with dist.agreed():
+        if dist.is_main() and not path.is_file():
+            tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
+            family.tokenize(tokenizers, prompts)  # says which are too long
+            others = {family.denoiser: None} | ({family.vae: None} if family.vae else {})
+            pipe = generate.build(base, family, PRECISIONS[precision].dtype, dist.device(), others)
+            made = {
+                f"{number}.{name}": tensor.cpu().contiguous()
+                for number, one in enumerate(generate.encode(pipe, prompts, guidance))
+                for name, tensor in one.items()
+            }
+            files.write_atomically(path, safetensors.torch.save(made))
+    with dist.agreed():
+        found = safetensors.torch.load_file(path)
+    encoded: list[dict[str, Tensor]] = [{} for _ in prompts]
+    for name, tensor in found.items():
+        number, _, argument = name.partition(".")
+        encoded[int(number)][argument] = tensor
+    return encoded

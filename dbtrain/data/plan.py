@@ -97,11 +97,13 @@ def _kept_back(pictures: dict[str, list[Path]], prepare: Prepare, seed: int) -> 
     """
     every = dict(pictures)
     for role, paths in pictures.items():
-        count = len(paths) - left(prepare, role, len(paths))
-        if count:
-            turns = sorted(paths, key=lambda path: content_key([seed, "held out", files.sha256_of(path)]))
-            every[role] = [path for path in paths if path not in turns[:count]]
-            every[shards.HELD_OUT[role]] = [path for path in paths if path in turns[:count]]
+        if (role == "instance" and not prepare.held_out) or (role == "class" and not prepare.class_held_out):
+            continue
+        contents = {files.sha256_of(path) for path in paths}  # no twin of what is held out is trained on
+        count = len(contents) - left(prepare, role, len(contents))
+        turns = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
+        every[role] = [path for path in paths if files.sha256_of(path) not in turns]
+        every[shards.HELD_OUT[role]] = [path for path in paths if files.sha256_of(path) in turns]
     return every
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from dbtrain.errors import reason
-from dbtrain.pictures import TEXT_KEY
+from dbtrain.pictures import BROKEN, TEXT_KEY
 from dbtrain.report.run import Run
 
 THUMB = 256  # px, longest side
@@ -24,12 +24,6 @@ SHEET = (1600, 12000)  # px, most width and height of a contact sheet; WebP hold
 MOST_STEPS = 24  # most validations on the timeline
 QUALITY = 88
 Rows = dict[tuple[int, int], dict[int, Path]]  # (seed, run) -> step -> file
-BROKEN = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-)  # what Pillow raises on a broken PNG
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,14 @@ class Prepare(Section):
     sampling: Sampling = Field(default=Sampling(), description="how class images are generated")
 
     @model_validator(mode="after")
+    def _class_images_to_hold_out(self) -> Prepare:
+        if self.class_held_out and not self.class_prompt:
+            raise ValueError(
+                f"class_held_out is {self.class_held_out}, but there is no class_prompt, and no class images"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_centre(self) -> Prepare:
         if self.crop == "center" and self.variants > 1:
             raise ValueError(

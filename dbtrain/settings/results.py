@@ -10,7 +10,7 @@ from dbtrain.section import Count, Names, NonNegative, Section, Seed, Steps, Tex
 
 
 class Validation(Section):
-    """Pictures and losses while a run trains; `sample` says how the pictures are drawn."""
+    """Pictures and losses while a run trains, in its precision; `sample` says how else they are drawn."""
 
     every: Count = Field(
         100, description="steps between validations; there is one before the first step as well"
