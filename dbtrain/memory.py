@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -47,11 +47,13 @@ class Prediction:
     moments: int
     activations: int  # and what operators make and drop again
     gradients: int  # those that live throughout: of the micro-batch before, or in DDP's buckets
+    drawing: int = 0  # of pictures for validation, between two steps: in place of the activations
 
     @property
     def peak(self) -> int:
         """Of all tensors: what `torch.cuda.max_memory_allocated` tells of a run."""
-        return self.base + self.adapter + self.moments + self.activations + self.gradients
+        resident = self.base + self.adapter + self.moments + self.gradients
+        return resident + max(self.activations, self.drawing)
 
     @property
     def needed(self) -> int:
@@ -72,6 +74,7 @@ def predict(cfg: Config, base: Pretrained, device: str, ranks: int = 1) -> Predi
     share = Share(cfg.train.micro_batch, cfg.train.micro_batch)
     table, stored = _content(hollow, family, task)
     model = DreamBooth.build(hollow, family, task.manifest(), table, cfg)
+    vae = hollow.load(family.vae) if family.vae else None
     math = like_cuda() if device == "cuda" else nullcontext()
     with FakeTensorMode(), math, Tally(BLOCK[device]) as tally:
         _filled(model)
@@ -81,8 +84,30 @@ def predict(cfg: Config, base: Pretrained, device: str, ranks: int = 1) -> Predi
         held = tally.peak = tally.live
         train_step(model, progress, cast(LatentStream, _Rows(task, family, stored, share)), 0, cfg)
         activations = tally.peak - held
+        drawing = _drawing(tally, model, vae, task, family, stored, cfg) if cfg.validation.prompts else 0
     kept = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
-    return Prediction(base_bytes, adapter, held - base_bytes - adapter, activations, kept)
+    return Prediction(base_bytes, adapter, held - base_bytes - adapter, activations, kept, drawing)
+
+
+def _drawing(
+    tally: Tally,
+    model: DreamBooth,
+    vae: Any,
+    task: _Task,
+    family: Family,
+    stored: Mapping[str, Tensor],
+    cfg: Config,
+) -> int:
+    """What a look at the run takes besides what lives throughout: the denoiser with guidance, or the VAE."""
+    rows = min(cfg.sample.batch, cfg.validation.images) * (2 if cfg.sample.guidance > 1 else 1)
+    alone = replace(task, roles=1)
+    before = tally.peak = tally.live
+    with torch.no_grad(), model.working_copies.in_place():
+        with PRECISIONS[cfg.train.precision].forward(torch.device("cpu")):
+            model(next(_Rows(alone, family, stored, Share(rows, rows))))
+        if vae:
+            _filled(vae).decode(torch.empty(1, *task.space.shape), return_dict=False)
+    return tally.peak - before
 
 
 def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
@@ -240,8 +265,16 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
         return
     problem = f"training needs {found.needed / GIB:.2f} GiB, and so does not fit into {has / GIB:.1f} GiB"
     yield f"does not fit into {has / GIB:.1f} GiB; trying what takes less"
+    without = ""
+    if found.drawing > found.activations:  # then nothing under `train` helps
+        without = "validation.prompts=[] "
+        cfg = cfg.model_copy(update={"validation": cfg.validation.model_copy(update={"prompts": ()})})
+        needed = replace(found, drawing=0).needed
+        yield f"  {without}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
+        if needed <= has:
+            raise ConfigError(f"{problem}; use {without.strip()}: then no pictures are drawn")
     for changes, other in cheaper(cfg):
-        words = " ".join(f"train.{name}={value}" for name, value in changes.items())
+        words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
         try:
             needed = predict(other, base, device, ranks).needed
         except ConfigError as error:  # a denoiser without transformer blocks
@@ -258,7 +291,8 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
 def _table(found: Prediction, device: str) -> Iterator[str]:
     rows = [
         ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
-        ("activations", found.activations), ("accumulated gradients", found.gradients), ("peak", found.peak),
+        ("activations", found.activations), ("accumulated gradients", found.gradients),
+        *([("or, for validation, pictures", found.drawing)] if found.drawing else []), ("peak", found.peak),
     ]  # fmt: skip
     if device == "cuda":
         rows.append(("with context, workspaces and gaps (estimated)", found.needed))

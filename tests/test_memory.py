@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks import bases as real
 from benchmarks.memory import BOUND, configured, measured
-from dbtrain import memory
+from dbtrain import families, memory
 from dbtrain.errors import ConfigError
 from dbtrain.memory import GIB, Prediction
 from dbtrain.prepare import prepare
@@ -81,6 +81,27 @@ def test_class_images_and_ranks_take_more(make: Make) -> None:
     assert both.gradients == 0 and memory.predict(cfg, base, "cuda", ranks=2).gradients == both.adapter
     assert memory.predict(make(), base, "cuda").gradients == both.adapter, "accumulated over micro-batches"
     assert 2 * both.adapter < both.moments < 2 * both.adapter + 70 * 512, "two moments, and 64 step counts"
+
+
+def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
+    cfg = make(validation__prompts=["a photo of sks dog"], validation__images=1)
+    base = Pretrained.find(cfg.model)
+    found = memory.predict(cfg, base, "cpu")
+    vae = base.load("vae")
+    with Tally(64) as tally, torch.no_grad():
+        vae.decode(torch.randn(1, *families.get("sd").space(base, 64).shape))
+        taken = tally.peak + sum(parameter.nbytes for parameter in vae.parameters())
+    assert found.drawing == pytest.approx(taken, rel=BOUND)
+    assert found.peak == found.base + found.adapter + found.moments + found.gradients + max(
+        found.drawing, found.activations
+    )
+    assert memory.predict(make(), base, "cpu").drawing == 0
+
+
+def test_what_does_not_fit_because_of_pictures_is_said(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "predict", lambda *_: Prediction(GIB, 0, 0, GIB, 0, 9 * GIB))
+    with pytest.raises(ConfigError, match=r"use validation\.prompts=\[\]"):
+        list(memory.report(make(validation__prompts=["a photo of sks dog"]), 4.0))
 
 
 def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
