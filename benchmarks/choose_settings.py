@@ -93,24 +93,29 @@ def run(change: Change, subject: str, work: Path, overrides: list[str]) -> dict[
 def markdown(results: dict[tuple[Change, str], dict[int, Scores]], command: str) -> str:
     """A row a change and number of steps; means over subjects."""
     subjects = list(dict.fromkeys(subject for _, subject in results))
+    several = len(subjects) > 1
     lines = [
         "# What each setting does, on the embedded base", "", f"`{command}`", "",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPU cores; "
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}.", "",
         f"One change at a time from the quickstart's settings (rank 16, lr 1e-3, prior weight 1, 64 class "
-        f"images, {PHOTOS} photos, batches of 4), one seed, mean ± standard deviation over "
-        f"{', '.join(subjects)}. *Closed*: how much of the way from the base's pictures of the class to "
-        "real pictures of the subject; *drift*: share of class pictures that turned into the subject.", "",
+        f"images, {PHOTOS} photos, batches of 4), one seed, "
+        f"{'mean ± standard deviation over ' * several}{', '.join(subjects)}. *Closed*: how much of the way "
+        "from the base's pictures of the class to real pictures of the subject; *drift*: share of class "
+        "pictures that turned into the subject.", "",
         "| change | steps | closed | place right | drift | diversity of the class |",
         "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for change in dict.fromkeys(change for change, _ in results):
         for step in STEPS:
             f = figures([found[step] for (one, _), found in results.items() if one == change])
+            told = {name: share(mean, spread if several else None) for name, (mean, spread) in f.items()}
             lines.append(
-                f"| {change.name} | {step} | {share(*f['closed'])} | {share(*f['place'])} "
-                f"| {share(*f['drift'])} | {f['diversity'][0]:.2f} |"
+                f"| {change.name} | {step} | {told['closed']} | {told['place']} | {told['drift']} "
+                f"| {f['diversity'][0]:.2f} |"
             )
+    if not several:
+        return "\n".join(lines) + "\n"
     lines += ["", f"After {STEPS[-1]} steps, subject by subject (closed, drift):", "",
               f"| change | {' | '.join(subjects)} |", f"|---|{'---|' * len(subjects)}"]  # fmt: skip
     for change in dict.fromkeys(change for change, _ in results):

@@ -125,7 +125,7 @@ def test_what_each_setting_does_is_told_change_by_change(
     config = (tmp_path / "work" / "mug-rank-4" / "config.yaml").read_text()
     assert yaml.safe_load(config)["adapter"]["rank"] == 4
     text = (tmp_path / "work" / "settings.md").read_text()
-    assert "| 3 photos | 2 |" in text and text.count("| rank 4 |") == 3
+    assert "| 3 photos | 2 |" in text and text.count("| rank 4 |") == 2
 
 
 def test_the_memory_benchmark_finds_predictions_right(tmp_path: Path) -> None:
