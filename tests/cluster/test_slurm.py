@@ -150,6 +150,32 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     assert len(exports) == 3
 
 
+REQUEUED = f"""#!/usr/bin/env bash
+#SBATCH --requeue --open-mode=append --output=task-%a.out
+DBTRAIN_HOME={ROOT}
+source "$DBTRAIN_HOME/launch/slurm.sh"
+echo "start ${{SLURM_RESTART_COUNT:-0}}"
+mkdir -p "$SLURM_ARRAY_TASK_ID"
+rm -f "$SLURM_ARRAY_TASK_ID"/PREEMPTED
+if [[ $SLURM_JOB_ID == "$SLURM_ARRAY_JOB_ID" && -z ${{SLURM_RESTART_COUNT:-}} ]]; then
+  touch "$SLURM_ARRAY_TASK_ID"/PREEMPTED
+else
+  until grep -qs "start 1" task-*.out; do sleep 0.5; done
+fi
+requeue_if_preempted "$SLURM_ARRAY_TASK_ID"
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_an_array_puts_only_itself_back(slurm: Cluster, tmp_path: Path) -> None:
+    """Also the one whose job has the whole array's number."""
+    (tmp_path / "job.sbatch").write_text(REQUEUED)
+    array = slurm.submit("--array=1-2", "job.sbatch", cwd=tmp_path)
+    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "", 300)
+    said = sorted((tmp_path / f"task-{k}.out").read_text().count("start") for k in (1, 2))
+    assert said == [1, 2]
+
+
 @pytest.mark.slow
 def test_an_array_trains_and_scores_the_dreambooth_dataset(
     slurm: Cluster, config: Path, tmp_path: Path
