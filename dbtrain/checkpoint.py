@@ -20,14 +20,9 @@ from dbtrain import adapters, dist, files, log, optim
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
 from dbtrain.formats import peft_folder
-from dbtrain.identity import STATE, check_continues, check_identity, folders, identity, read_state, step_of
+from dbtrain.identity import STATE, check_identity, folders, read_state
 from dbtrain.network import DreamBooth
 from dbtrain.precision import PRECISIONS
-
-__all__ = [
-    "STATE", "Progress", "check_continues", "check_identity", "check_ranks", "folders", "identity", "latest",
-    "load_latest", "read_state", "save", "step_of",
-]  # fmt: skip
 
 
 @dataclass

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dbtrain import chart, checkpoint, dist, families, fidelity, files, formats, log, protocol
+from dbtrain import chart, dist, families, fidelity, files, formats, identity, log, protocol
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
 from dbtrain.pictures import save_png
@@ -98,9 +98,9 @@ def candidates(cfg: Config, base: Pretrained, run_dir: Path) -> list[Candidate]:
     Raises ConfigError if there is nothing, or a checkpoint is damaged.
     """
     scores = run_dir / "scores"
-    paths = checkpoint.folders(run_dir)
+    paths = identity.folders(run_dir)
     for path in paths:
-        checkpoint.read_state(path)
+        identity.read_state(path)
     try:
         export = formats.find(run_dir)
     except ConfigError:
@@ -108,7 +108,7 @@ def candidates(cfg: Config, base: Pretrained, run_dir: Path) -> list[Candidate]:
     if not paths and export is None:
         raise ConfigError(f"{run_dir} has neither a checkpoint nor an export; run: dbtrain train")
     source = _source(cfg, base, export, paths) if export else None
-    found = [Candidate(f"step {checkpoint.step_of(path)}", checkpoint.step_of(path), path,
+    found = [Candidate(f"step {identity.step_of(path)}", identity.step_of(path), path,
                        scores / path.name, path == source) for path in paths]  # fmt: skip
     if export and source is None:
         found.append(Candidate("export", None, export, scores, True))

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbtrain import checkpoint, log
+from dbtrain import identity, log
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
 
@@ -112,7 +112,7 @@ def _run(cfg: Config, way: Way, folder: Path) -> _Run:
         if done.returncode not in (0, 75):
             errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
             raise ConfigError(f"{way.name}: {' '.join(command)} ended with {done.returncode}", *errors[:3])
-    saved = {checkpoint.step_of(path): path for path in checkpoint.folders(folder / "run")}
+    saved = {identity.step_of(path): path for path in identity.folders(folder / "run")}
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return _Run(_adapter(saved[1]), _adapter(saved[STEPS]), [json.loads(line) for line in lines])
 

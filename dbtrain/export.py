@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dbtrain import checkpoint, dist, families, files, formats, log
+from dbtrain import checkpoint, dist, families, files, formats, identity, log
 from dbtrain.card import card
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError
@@ -39,7 +39,7 @@ def export(
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         family = families.detect(base, cfg.model)
-        state = checkpoint.read_state(path)
+        state = identity.read_state(path)
         components = [entry.parent.name for entry in sorted(path.glob(f"*/{peft_folder.CONFIG}"))]
         states = {name: peft_folder.read(path / name) for name in components}
     return save(cfg, base, family, states, state["step"], out or run_dir / "export")
@@ -105,7 +105,7 @@ def _done(cfg: Config) -> str:
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> Path:
-    found = {int(path.name[5:]): path for path in checkpoint.folders(run_dir)}
+    found = {int(path.name[5:]): path for path in identity.folders(run_dir)}
     if not found:
         raise ConfigError(f"{run_dir} has no checkpoint to export; run: dbtrain train")
     if step is None:

@@ -17,6 +17,7 @@ from dbtrain import (
     families,
     files,
     formats,
+    identity,
     kernels,
     lock,
     log,
@@ -70,7 +71,7 @@ def _train(cfg: Config, until: int | None) -> Path:
         if dist.is_main():
             manifest.check_files(place)
             made_for.check(cfg, base, manifest)
-        who = checkpoint.identity(cfg, base, family, manifest) if dist.is_main() else None
+        who = identity.identity(cfg, base, family, manifest) if dist.is_main() else None
     who = dist.from_main(who)
     if _finished(cfg, family, manifest, who):
         return run_dir
@@ -239,7 +240,7 @@ def _finished(cfg: Config, family: Family, manifest: Manifest, who: dict) -> boo
         found = checkpoint.latest(files.expand(cfg.run_dir)) if dist.is_main() else None
         if found:
             path, state = found
-            checkpoint.check_continues(path, state, who, cfg.train.steps)
+            identity.check_continues(path, state, who, cfg.train.steps)
         trained = found is not None and found[1]["step"] == cfg.train.steps
         finished = trained and not validate.lacking(cfg, manifest, who, cfg.train.steps)
     finished = dist.from_main(finished)

@@ -77,7 +77,7 @@ def first_batch(cfg: Config, family: families.Family) -> Batch:
 
 def network(cfg: Config) -> DreamBooth:
     """The trained module as `train` left it: built anew, weights from the last checkpoint."""
-    from dbtrain import adapters, checkpoint
+    from dbtrain import adapters, identity
 
     base = Pretrained.find(cfg.model)
     folder = Path(cfg.data.shards)
@@ -85,7 +85,7 @@ def network(cfg: Config) -> DreamBooth:
     family = families.detect(base, cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
     model = DreamBooth.build(base, family, manifest, table, cfg)
-    newest = checkpoint.folders(Path(cfg.run_dir))[-1]
+    newest = identity.folders(Path(cfg.run_dir))[-1]
     for component, module in model.trained.items():
         adapters.restore(module, peft_folder.read(newest / component).tensors)
     return model.eval()

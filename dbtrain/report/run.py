@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbtrain import checkpoint, files, lock, preempt
+from dbtrain import files, identity, lock, preempt
 from dbtrain.config import Config
 from dbtrain.errors import ConfigError, reason
 
@@ -45,7 +45,7 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that was logged or saved."""
-        saved = [checkpoint.step_of(path) for path in checkpoint.folders(self.folder)]
+        saved = [identity.step_of(path) for path in identity.folders(self.folder)]
         return max([0, *(line["step"] for line in self.tables[METRICS]), *saved])
 
     @property
