@@ -121,7 +121,7 @@ def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRe
     elif line == "bash launch/quickstart.sh":
         if not (ROOT / ".venv" / "installed-dev").exists():
             pytest.skip("needs .venv, which launch/test.sh makes")
-        said = shell(line, checkout)
+        said = shell(line, checkout, timeout=900)
         for name in ("adapter", "pictures"):
             path = re.search(rf"^{name}: +(.+)$", said, re.MULTILINE)
             assert path and Path(path[1]).is_file()
