@@ -18,11 +18,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dbtrain import dist, families, files, log, rng, tiny
+from dbtrain import tiny
+from dbtrain.config import Model
 from dbtrain.data import shards
-from dbtrain.families.base import Family
-from dbtrain.pretrained import Pretrained, hush
-from dbtrain.settings import Model
+from dbtrain.models.families import registry as families
+from dbtrain.models.families.family import Family
+from dbtrain.models.pretrained import Pretrained, hush
+from dbtrain.runtime import console, dist, files, rng
 
 MODELS = ("tiny", "sd15", "sdxl")
 SIDES = {"tiny": 64, "sd15": 512, "sdxl": 1024}  # px
@@ -124,7 +126,7 @@ def _fill(model: str, place: Path, weights: bool, dtype: torch.dtype) -> None:
             "safety_checker": [None, None], "feature_extractor": [None, None],
             "requires_safety_checker": False}),
     }  # fmt: skip
-    with log.bar(len(makers), f"random {model}", "component") as bar:
+    with console.bar(len(makers), f"random {model}", "component") as bar:
         for name, make in (makers | tokenizers | {"scheduler": _scheduler}).items():
             if name in makers and weights:
                 part: Any = randomized(make, name, dtype)

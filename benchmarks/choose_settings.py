@@ -21,14 +21,15 @@ import peft
 import torch
 
 from benchmarks.subject_fidelity import CONFIG, figures, share
-from dbtrain import dist, log
 from dbtrain.config import Config
-from dbtrain.export import export
-from dbtrain.prepare import prepare
-from dbtrain.tiny import score, world
+from dbtrain.evaluate import tiny_judge
+from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.export.export import export
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime import console, dist
+from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
-from dbtrain.tiny.score import Scores
-from dbtrain.train import train
+from dbtrain.train.loop import train
 
 SUBJECTS = ("mug", "car", "robot")
 STEPS = (100, 200)
@@ -84,7 +85,7 @@ def run(change: Change, subject: str, work: Path, overrides: list[str]) -> dict[
     found = {}
     for step in STEPS:
         out = run_dir / f"step{step}"
-        scores = score.evaluate(cfg, str(export(cfg, step, out)), out, work / f"base-{subject}")
+        scores = tiny_judge.evaluate(cfg, str(export(cfg, step, out)), out, work / f"base-{subject}")
         if scores:
             found[step] = scores
     return found
@@ -136,13 +137,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the table (default: --work)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="over the config's")
     args = parser.parse_args()
-    log.start()
+    console.start()
     dist.init()
     work, results = args.work.absolute(), {}
     chosen = [change for change in CHANGES if not args.changes or change.name in args.changes]
     for subject in args.subjects:
         for change in chosen:
-            log.say(f"{subject}: {change.name}")
+            console.say(f"{subject}: {change.name}")
             results[change, subject] = run(change, subject, work, args.set)
     if dist.is_main():
         out = args.out or args.work
@@ -155,7 +156,7 @@ def main() -> None:
         (out / "settings.json").write_text(json.dumps(rows, indent=1) + "\n")
         command = " ".join(["python -m benchmarks.choose_settings", *sys.argv[1:]])
         (out / "settings.md").write_text(markdown(results, command))
-        log.say(f"table: {out / 'settings.md'}")
+        console.say(f"table: {out / 'settings.md'}")
     dist.finish(0)
 
 

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
-from dbtrain import files, log
-from dbtrain.section import Names, Section
+from dbtrain.config.base import Names, Section
+from dbtrain.runtime import console, files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -148,7 +148,7 @@ class Result(Section):
         Result.model_validate_json(text, strict=False)  # what is read again is what was written
         files.write_atomically(path, text)
         print(self.markdown())
-        log.say(f"results: {path}")
+        console.say(f"results: {path}")
         return path
 
     def markdown(self) -> str:
@@ -211,7 +211,7 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
 def main(run: Callable[[argparse.Namespace, Path], Result], words: argparse.ArgumentParser) -> None:
     """Run a benchmark with the arguments of this process, in a work folder; write what it gives."""
     args = words.parse_args()
-    log.start()
+    console.start()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     out = args.out or (ROOT / "runs" / "smoke" if args.smoke else RESULTS)
     with tempfile.TemporaryDirectory(prefix="dbtrain-benchmark-") as temporary:

@@ -17,13 +17,13 @@ from statistics import mean
 
 from benchmarks import bases, common, job
 from benchmarks.common import Measure, Result, Row
-from dbtrain import log
+from dbtrain.config import Model
 from dbtrain.data import shards
+from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.storage import Storage
-from dbtrain.data.stream import LatentStream
-from dbtrain.pretrained import Pretrained
-from dbtrain.settings import Model
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import console
 
 
 def run(args: argparse.Namespace, work: Path) -> Result:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     small = _shards("tiny", work, args.many)
     large = _shards("sd15", work, args.rows)
     rows = []
-    with log.bar(2 * args.repeats + 2 * len(args.ranks) + args.repeats, "data", "part") as bar:
+    with console.bar(2 * args.repeats + 2 * len(args.ranks) + args.repeats, "data", "part") as bar:
         for name, place in (("64 x 64 latents, as of 512 px", large), ("16 x 16 latents, as of tiny", small)):
             manifest, read, batch = shards.Manifest.read(place), [], []
             for _ in range(args.repeats):

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import bases, common, phases
 from benchmarks.common import Measure, Result, Row
-from dbtrain import log
+from dbtrain.runtime import console
 from dbtrain.tiny import world
 
 CONFIG = {"tiny": "quickstart", "sd15": "sd15", "sdxl": "sdxl"}
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     found: dict[str, list[dict[str, Any]]] = {"cold": []}
     if args.class_images and not args.smoke:
         found["class images cached"] = []
-    with log.bar(args.repeats * len(found), f"end to end {args.model}", "run") as bar:
+    with console.bar(args.repeats * len(found), f"end to end {args.model}", "run") as bar:
         for _ in range(args.repeats):
             place = Path(tempfile.mkdtemp(prefix="end-to-end-", dir=work))  # nothing in it is cached
             for name, runs in found.items():

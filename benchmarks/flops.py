@@ -7,9 +7,10 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dbtrain import adapters, families
-from dbtrain.pretrained import DTYPES, Pretrained
-from dbtrain.settings import Adapter, Model
+from dbtrain.adapters import inject as adapters
+from dbtrain.config import Adapter, Model
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import DTYPES, Pretrained
 
 SOURCE = (
     "torch.utils.flop_counter.FlopCounterMode, on meta tensors; attention's own recomputation not counted"

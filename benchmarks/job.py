@@ -80,7 +80,7 @@ def run(spec: Spec, processes: int = 1) -> Report:
     env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
     ask.write_text(json.dumps({**asdict(spec), "config": settings(spec), "started": time.time()}))
     if spec.inline and processes == 1:
-        from dbtrain.errors import ConfigError
+        from dbtrain.runtime.errors import ConfigError
 
         try:
             _child(ask, out)
@@ -117,8 +117,8 @@ def _base(spec: Spec) -> Path:
 def make(spec: Spec, rows: int = 64) -> None:
     """Make the base and the shards of a spec, once, before anything is timed."""
     from benchmarks import bases
-    from dbtrain.pretrained import Pretrained
-    from dbtrain.settings import Model
+    from dbtrain.config import Model
+    from dbtrain.models.pretrained import Pretrained
 
     path = "tiny" if spec.model == "tiny" else str(_base(spec))
     with bases.without_weights():
@@ -132,11 +132,11 @@ def _child(ask: Path, out: Path) -> None:
     """Train as the verb does, and write down what was seen of it."""
     given = json.loads(ask.read_text())
     from benchmarks import bases, flops, watch
-    from dbtrain import dist, files, log
     from dbtrain.config import Config
-    from dbtrain.train import train
+    from dbtrain.runtime import console, dist, files
+    from dbtrain.train.loop import train
 
-    log.start()
+    console.start()
     imports_s, imports_cpu_s = time.time() - given["started"], time.process_time()
     config = ask.with_suffix(".yaml")
     if dist.is_main():
@@ -157,8 +157,8 @@ def _child(ask: Path, out: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    from dbtrain import dist
-    from dbtrain.errors import ConfigError
+    from dbtrain.runtime import dist
+    from dbtrain.runtime.errors import ConfigError
 
     try:
         _child(Path(arguments[0]), Path(arguments[1]))

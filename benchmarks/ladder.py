@@ -19,9 +19,9 @@ from typing import Any
 
 from benchmarks import bases, common, flops, job, throughput
 from benchmarks.common import Measure, Result, Row
-from dbtrain import log
-from dbtrain.pretrained import Pretrained
-from dbtrain.settings import Adapter, Model
+from dbtrain.config import Adapter, Model
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import console
 
 SMALL = 2  # images a step, and fewer: the host's work, not the GPU's, takes the time
 Range = tuple[float, float]
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         for rung in wanted if args.device == "cuda" or not rung.cuda
     }  # fmt: skip
     rounds = args.rounds or (1 if args.device == "cuda" else args.repeats)
-    with log.bar(rounds * len(specs), f"ladder {args.model}", "run") as bar:
+    with console.bar(rounds * len(specs), f"ladder {args.model}", "run") as bar:
         found = dict(zip(specs, throughput.rounds_of(list(specs.values()), rounds, bar), strict=True))
     path = "tiny" if args.model == "tiny" else str(bases.outline(args.model, work))
     _, each = flops.of_step(Pretrained.find(Model(path=path)), bases.SIDES[args.model], Adapter(rank=8))

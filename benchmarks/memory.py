@@ -23,19 +23,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bases, common
 from benchmarks.common import Result, Row
-from dbtrain import dist, families, log, memory
-from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
 from dbtrain.data import shards
+from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.data.stream import LatentStream
-from dbtrain.network import DreamBooth
-from dbtrain.prepare import prepare
-from dbtrain.pretrained import Pretrained
+from dbtrain.doctor import memory
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
-from dbtrain.train import train_step
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import train_step
 
 BOUND = 0.10  # how far a prediction may be off
 BLOCKS, EIGHT = "train.gradient_checkpointing=blocks", "train.base_linears=int8"
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         else:
             base = Pretrained.find(cfg.model)
             bases.write_shards(Path(cfg.data.shards), model, base, 8, ("instance",))
-        with log.bar(len(names), "memory", "mode") as bar:
+        with console.bar(len(names), "memory", "mode") as bar:
             for name in names:
                 cfg = configured(model, path, work, side, MODES[name])
                 found = memory.predict(cfg, Pretrained.find(cfg.model), device)
@@ -143,7 +145,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
                 rows.append(Row(label=name, config={"settings": MODES[name]}, counts=counts))
                 bar.update()
     notes = [] if args.predict else [f"The worst prediction is {100 * worst:.1f}% off."]
-    log.say(" ".join(notes))
+    console.say(" ".join(notes))
     return common.result(args, "memory", f"{model}-{side}-{device}", rows, *notes)
 
 

@@ -38,14 +38,14 @@ class Clock:
 def main(ask: Path, out: Path) -> None:
     given = json.loads(ask.read_text())
     clock = Clock(given["started"])
-    from dbtrain import log
     from dbtrain.config import Config
-    from dbtrain.data import class_images
-    from dbtrain.prepare import prepare
-    from dbtrain.run_log import RunLog
-    from dbtrain.train import train
+    from dbtrain.prepare import class_images
+    from dbtrain.prepare.prepare import prepare
+    from dbtrain.runtime import console
+    from dbtrain.train.loop import train
+    from dbtrain.train.metrics import RunLog
 
-    log.start()
+    console.start()
     cfg = Config.load(given["config"], given["overrides"])
     clock.end("imports")
     ensure, step = class_images.ensure, RunLog.step

@@ -20,10 +20,11 @@ import torch
 
 from benchmarks import bases, common, flops
 from benchmarks.common import Measure, Result, Row
-from dbtrain import families, log
-from dbtrain.data import class_images
-from dbtrain.pretrained import Pretrained
-from dbtrain.settings import Model, Prepare, Sampling
+from dbtrain.config import Model, Prepare, Sampling
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.prepare import class_images
+from dbtrain.runtime import console
 
 BATCHES = {"tiny": (1, 4, 8), "sd15": (1, 4, 8, 16, 32), "sdxl": (1, 4, 8)}
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     rate = flops.matmul_rate(args.device, precision)
     _seconds(base, model, Sampling(steps=args.steps, precision=precision), 1, side, work)
     found: dict[int, tuple[list[float], list[float]]] = {batch: ([], []) for batch in batches}
-    with log.bar(args.repeats * len(found), f"class images {args.model}", "run") as bar:
+    with console.bar(args.repeats * len(found), f"class images {args.model}", "run") as bar:
         for _ in range(args.repeats):
             for batch, (speed, start) in found.items():
                 sampling = Sampling(steps=args.steps, batch=batch, precision=precision)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import LEAST, SUITE, Result, Row
-from dbtrain import files, log
+from dbtrain.runtime import console, files
 
 # What a complete set of results has: script, subject, and what it says.
 EXPECTED = (
@@ -206,14 +206,14 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the results")
     args = words.parse_args()
-    log.start()
+    console.start()
     results = read_all(args.out)
-    with log.bar(len(results), "report", "page") as bar:
+    with console.bar(len(results), "report", "page") as bar:
         for result in results:
             files.write_atomically(args.out / f"{result.file}.md", page(result, draw(result, args.out)))
             bar.update()
     files.write_atomically(args.out / "performance.md", summary(results))
-    log.say(f"{len(results)} pages, and {args.out / 'performance.md'}")
+    console.say(f"{len(results)} pages, and {args.out / 'performance.md'}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import bases, common, job
 from benchmarks.common import Measure, Result, Row
-from dbtrain import log
+from dbtrain.runtime import console
 
 
 def run(args: argparse.Namespace, work: Path) -> Result:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     }  # fmt: skip
     job.make(specs[args.processes[0]])
     found: dict[int, list[job.Report]] = {n: [] for n in args.processes}
-    with log.bar(rounds * len(specs), f"scaling {args.model}", "run") as bar:
+    with console.bar(rounds * len(specs), f"scaling {args.model}", "run") as bar:
         for _ in range(rounds):
             for n, spec in specs.items():
                 if args.device == "cuda" and n > torch.cuda.device_count():

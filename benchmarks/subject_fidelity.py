@@ -24,13 +24,14 @@ import diffusers
 import peft
 import torch
 
-from dbtrain import dist, log
 from dbtrain.config import Config
-from dbtrain.export import export
-from dbtrain.prepare import prepare
-from dbtrain.tiny import score, world
-from dbtrain.tiny.score import Scores
-from dbtrain.train import train
+from dbtrain.evaluate import tiny_judge
+from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.export.export import export
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime import console, dist
+from dbtrain.tiny import world
+from dbtrain.train.loop import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SMOKE = {"closed": 0.5, "place": 0.6}  # less than this and DreamBooth does not work
@@ -84,7 +85,7 @@ def run(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]) 
     for step in steps:
         out = work / cell.name / f"step{step}"
         file = export(cfg, step, out)
-        scores = score.evaluate(cfg, str(file), out, work / f"base-{cell.subject}")
+        scores = tiny_judge.evaluate(cfg, str(file), out, work / f"base-{cell.subject}")
         if scores:
             found[step] = scores
     return found
@@ -191,7 +192,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one run; exit code 1 if it did not work")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="over the config's")
     args = parser.parse_args()
-    log.start()
+    console.start()
     dist.init()
     usual = Config.load(CONFIG, args.set)
     steps = args.steps or [usual.train.steps // 4, usual.train.steps // 2, usual.train.steps]
@@ -200,11 +201,11 @@ def main() -> None:
         cell = Cell(args.subjects[0], 0, True, rank)
         found = run(cell, work, steps[-1:], args.set)
         for scores in found.values():
-            log.say(score.table(scores))
+            console.say(tiny_judge.table(scores))
             low = [f"{name} {getattr(scores, name):.2f} < {least}" for name, least in SMOKE.items()
                    if getattr(scores, name) < least]  # fmt: skip
             if low:
-                log.say(f"DreamBooth does not work: {', '.join(low)}")
+                console.say(f"DreamBooth does not work: {', '.join(low)}")
                 dist.finish(1)
                 sys.exit(1)
         dist.finish(0)
@@ -213,7 +214,7 @@ def main() -> None:
     todo = cells(args.subjects, args.seeds, args.ranks or [], rank)
     results = {}
     for number, cell in enumerate(todo, 1):
-        log.say(f"run {number} of {len(todo)}: {cell.name}")
+        console.say(f"run {number} of {len(todo)}: {cell.name}")
         results[cell] = run(cell, work, steps, args.set)
     if dist.is_main():
         out = args.out or args.work
@@ -227,7 +228,7 @@ def main() -> None:
         command = " ".join(["torchrun --standalone --nproc-per-node", str(dist.world()), *sys.argv])
         (out / "subject_fidelity.md").write_text(markdown(results, steps, rank, command))
         plot(results, steps, out / "subject_fidelity.png")
-        log.say(f"table and plot: {out / 'subject_fidelity.md'}, {out / 'subject_fidelity.png'}")
+        console.say(f"table and plot: {out / 'subject_fidelity.md'}, {out / 'subject_fidelity.png'}")
     dist.finish(0)
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.throughput --model sd15 --batches 1 2 4 8 16 32 --set train.compile=true
 
-Real architecture, random weights, random latents; the loop is `dbtrain.train.train`, unaltered and watched
-from outside. On a GPU, times are wall seconds between synchronised windows of steps, and a step's are
+Real architecture, random weights, random latents; the loop is dbtrain's own, unaltered and watched from
+outside. On a GPU, times are wall seconds between synchronised windows of steps, and a step's are
 between CUDA events; on a CPU they are seconds of CPU time of one thread, in interleaved repeats.
 MFU is model FLOPs (no recomputation) over the rate of large matrix products, measured in the same run.
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks import bases, common, flops, job
 from benchmarks.common import Measure, Result, Row
-from dbtrain import log
-from dbtrain.pretrained import Pretrained
-from dbtrain.settings import Adapter, Model
+from dbtrain.config import Adapter, Model
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import console
 
 WINDOW = {"tiny": 10, "sd15": 50, "sdxl": 20}  # steps
 BATCHES = {"tiny": (1, 2, 4, 8), "sd15": (1, 2, 4, 8, 16, 32), "sdxl": (1, 2, 4, 8)}
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     first = "first" in args.parts
     caches = ("cold",) if args.smoke else ("cold", "warm")
     rows: list[Row] = []
-    with log.bar(
+    with console.bar(
         sweep * rounds * len(batches) + first * len(caches) * args.repeats, f"throughput {args.model}", "run"
     ) as bar:
         if sweep:

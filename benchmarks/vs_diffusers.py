@@ -27,7 +27,7 @@ from benchmarks import bases, common
 from benchmarks.common import Measure, Result, Row
 from benchmarks.side_by_side import compare, pages, runs, witness
 from benchmarks.side_by_side.runs import Reference, Run, Task
-from dbtrain import log
+from dbtrain.runtime import console
 from dbtrain.tiny import world
 
 PARTS = ("given", "drawn")
@@ -95,7 +95,7 @@ def measure(
     if seen and task.device == "cpu":
         floor = witness.Floor(seen.kept, seen.ours.folder / "config.yaml")
     kinds = sum({"given": 3, "drawn": 2}[part] for part in args.parts)
-    with log.bar(args.repeats * kinds, "timed", "run") as bar:
+    with console.bar(args.repeats * kinds, "timed", "run") as bar:
         for number in range(args.repeats):
             place = work / f"repeat-{number}"
             turns = _turns(reference, task, classes, place, number, args.parts)
@@ -176,11 +176,11 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
         world.main(classes, "ball")  # pictures are pictures
     elif "given" in args.parts:
-        log.say("class images for both, by dbtrain")
+        console.say("class images for both, by dbtrain")
         runs.prepare_ours(task, classes, work / "prepared")
     seen, told, shown = None, {}, []
     if "given" in args.parts:
-        log.say("equal work: a run of each that is watched closely and warms the caches, not timed")
+        console.say("equal work: a run of each that is watched closely and warms the caches, not timed")
         seen = watched(reference, task, classes, work / "witness", at_once=args.smoke)
         kept = seen.kept if task.accumulation == 1 else None
         told, shown = pages.equal_work(seen.theirs, seen.ours, kept)

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbtrain import checkpoint
-from dbtrain.run_log import RunLog
+from dbtrain.train import checkpoint
+from dbtrain.train.metrics import RunLog
 
 COUNTED = 3  # steps after the timed ones: dispatched ops, profile, host syncs
 READS = "_local_scalar_dense"  # what every read of a tensor's value on the host comes down to

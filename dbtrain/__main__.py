@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dbtrain
-from dbtrain import endings, files, preempt
-from dbtrain.errors import ConfigError
-from dbtrain.importing import importing
+from dbtrain.runtime import exit_codes, files, preemption
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.imports import importing
 
 if TYPE_CHECKING:
     from dbtrain.config import Config
@@ -38,14 +38,14 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
     from dbtrain.config import Config
 
     cfg = Config.load(config, overrides or ())
-    preempt.listen(files.expand(cfg.run_dir), cfg.faults.stop_before_s)
+    preemption.listen(files.expand(cfg.run_dir), cfg.faults.stop_before_s)
     with importing(at_start=True):
-        from dbtrain import dist, log
+        from dbtrain.runtime import console, dist
 
     dist.adopt_slurm()
-    log.start()
+    console.start()
     if dist.is_main():
-        preempt.unmark()
+        preemption.unmark()
     return cfg
 
 
@@ -54,7 +54,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Photos (and class images) to shards of VAE latents and a prompt table."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import prepare as verb
+        from dbtrain.prepare import prepare as verb
 
     verb.prepare(cfg)
 
@@ -70,13 +70,14 @@ def train(
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import closing, hub
-        from dbtrain import train as verb
+        from dbtrain.export import hub
+        from dbtrain.train import loop as verb
+        from dbtrain.train import summary
 
     hub.check(cfg)
     verb.train(cfg, until)
     hub.push(cfg)
-    closing.summary(cfg)
+    summary.summary(cfg)
 
 
 @app.command()
@@ -92,8 +93,8 @@ def export(
     """A checkpoint (or an adapter file) to the files that Diffusers, PEFT or A1111 and ComfyUI load."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import export as verb
-        from dbtrain import hub
+        from dbtrain.export import export as verb
+        from dbtrain.export import hub
 
     path = verb.export(cfg, step, out, adapter)
     hub.push(cfg, path if path.is_dir() else path.parent)
@@ -104,14 +105,17 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """prepare, train, export, sample (and push) in one go; what is done already is skipped."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import closing, export, hub, prepare, sample, train
+        from dbtrain.export import export, hub
+        from dbtrain.prepare import prepare
+        from dbtrain.sample import sample
+        from dbtrain.train import loop, summary
 
     hub.check(cfg)
     prepare.prepare(cfg)
-    train.train(cfg)
+    loop.train(cfg)
     export.show(cfg, sample.sample_run(cfg))
     hub.push(cfg)
-    closing.summary(cfg)
+    summary.summary(cfg)
 
 
 @app.command()
@@ -138,7 +142,7 @@ def sample(
     extra += [f"sample.images={images}"] if images is not None else []
     cfg = _load(config, [*(overrides or ()), *extra])
     with importing(at_start=True):
-        from dbtrain import sample as verb
+        from dbtrain.sample import sample as verb
 
     mixes = [verb.Mix.parse(text) for text in adapter or ()]
     verb.sample(cfg, prompt or cfg.sample.prompts, mixes or verb.without_and_with(cfg.run_dir), out)
@@ -160,7 +164,7 @@ def evaluate(
         raise ConfigError("--beside is for the scores of one adapter: leave it or --checkpoints out")
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain import evaluate as verb
+        from dbtrain.evaluate import evaluate as verb
 
     for line in verb.checkpoints(cfg) if checkpoints else verb.evaluate(cfg, beside):
         print(line, flush=True)
@@ -178,10 +182,10 @@ def report(
 ) -> None:
     """One HTML file about one or several runs: curves, pictures, scores, data, settings."""
     with importing(at_start=True):
-        from dbtrain import log
-        from dbtrain import report as verb
+        from dbtrain.report import report as verb
+        from dbtrain.runtime import console
 
-    log.start()
+    console.start()
     print(f"report: {verb.report(runs, out, crops)}")
 
 
@@ -208,7 +212,7 @@ def doctor(
     ranks_here = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if ranks_here != "1" and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0":
         return  # the first of them speaks
-    from dbtrain import doctor as verb
+    from dbtrain.doctor import doctor as verb
 
     levels = []
     for line in verb.table(verb.check(config, overrides or (), ranks, gib, memory, dry_run)):
@@ -221,11 +225,11 @@ def doctor(
 def _exact(cfg: Config) -> None:
     """Print how far the ways to take a few steps are apart. Raises ConfigError if they are not one run."""
     with importing(at_start=True):
-        from dbtrain import exact
+        from dbtrain.doctor import reproducibility
 
-    print(exact.HEAD)
+    print(reproducibility.HEAD)
     gaps = []
-    for gap in exact.exact(cfg):
+    for gap in reproducibility.exact(cfg):
         print(gap, flush=True)
         gaps.append(gap)
     if bad := [gap.way.name for gap in gaps if not gap.fine]:
@@ -262,7 +266,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 
 def entry() -> None:
     """Run a verb, and end this process with its exit code."""
-    endings.end(lambda: app(standalone_mode=True))
+    exit_codes.end(lambda: app(standalone_mode=True))
 
 
 if __name__ == "__main__":

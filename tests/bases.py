@@ -19,7 +19,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from dbtrain import rng
+from dbtrain.runtime import rng
 from dbtrain.tiny import parts, world
 
 TOKENS = 32

@@ -98,7 +98,7 @@ def make(tmp_path: Path, photos: Path, class_dir: Path) -> Make:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, photos: Path, class_dir: Path) -> Path:
     """Shards of the small config, made once; a test that changes shards copies them."""
-    from dbtrain.prepare import prepare
+    from dbtrain.prepare.prepare import prepare
 
     return prepare(config_in(tmp_path_factory.mktemp("prepared"), photos, class_dir))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
-from dbtrain import rng
+from dbtrain.runtime import rng
 from tests import bases
 
 SIDE = 32  # px

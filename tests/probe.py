@@ -39,8 +39,8 @@ def main() -> None:
 
 def _watch(seen: dict[str, Any]) -> None:
     """Record the components that are loaded; bases of the tests are small, and just made."""
-    from dbtrain import hashes
-    from dbtrain.pretrained import Pretrained
+    from dbtrain.models.pretrained import Pretrained
+    from dbtrain.runtime import hashes
 
     hashes.SMALL, hashes.REST_S = 0, -1.0
     load = Pretrained.load

@@ -36,10 +36,10 @@ from benchmarks import (
 )
 from benchmarks.common import Hardware, Measure, Result, Row
 from benchmarks.subject_fidelity import Cell
-from dbtrain import log
-from dbtrain.pretrained import Pretrained
-from dbtrain.settings import Adapter, Model
-from dbtrain.tiny.score import Scores
+from dbtrain.config import Adapter, Model
+from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import console
 from tests import bases
 from tests.conftest import ROOT
 
@@ -156,7 +156,7 @@ SMOKE = {
 @pytest.mark.parametrize("script", SMOKE, ids=lambda script: script.__name__.rpartition(".")[2])
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, measure = SMOKE[script]
-    monkeypatch.setattr(log, "start", lambda: None)  # this process has other tests to run
+    monkeypatch.setattr(console, "start", lambda: None)  # this process has other tests to run
     monkeypatch.setattr("sys.argv", ["script", "--smoke", "--out", str(tmp_path)])
     common.main(script.run, script.parser())
     found = Result.read(tmp_path / f"{name}.json")
@@ -255,7 +255,7 @@ def test_the_report_says_what_is_missing_and_leaves_other_files_alone(
     row = Row(label="batch 1", config={"batch": 1}, measures={"class images": Measure.of("1/s", [1, 2, 3])})
     blank = Row(label="batch 64", config={"batch": 64}, note="out of memory")
     result("prior", "tiny-cpu", row, blank).write(tmp_path)
-    monkeypatch.setattr(log, "start", lambda: None)
+    monkeypatch.setattr(console, "start", lambda: None)
     monkeypatch.setattr("sys.argv", ["report", "--out", str(tmp_path)])
     report.main()
     assert {path.name for path in tmp_path.iterdir()} == {

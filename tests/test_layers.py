@@ -1,8 +1,9 @@
-"""The tree's own rules: imports point downward, torch.distributed in one place, no giant files."""
+"""The tree's own rules: folders import downward, torch.distributed in two places, no giant files."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,93 +12,99 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "dbtrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
+DISTRIBUTED = {"runtime/dist.py", "train/parallel.py"}
 
-# A module imports only from rows above its own, and from its own row where that is no cycle.
-LAYERS = [
-    ["dbtrain", "errors", "keys", "files", "reading", "section", "config", "data", "data.order", "tiny",
-     "settings", "settings.adapter", "settings.inputs", "settings.results", "settings.training",
-     "preempt", "importing", "hashes", "endings", "subject"],
-    ["rng", "dist", "pulse", "lock", "log", "run_log", "trackers"],
-    ["pretrained", "families", "families.base", "families.deepfloyd", "families.sd", "families.sdxl",
-     "objectives", "adapters", "optim", "quantize", "recompute", "tally",
-     "generate", "kernels", "pictures", "chart", "precision", "vision",
-     "data.images", "data.latents", "data.looks", "data.storage", "data.shards", "data.stream"],
-    ["data.encode", "data.class_images", "data.plan", "network", "held_out", "identity", "checkpoint",
-     "export", "card", "hub", "pipeline", "fidelity",
-     "formats", "formats.common", "formats.diffusers_file", "formats.kohya_file", "formats.peft_folder"],
-    ["prepare", "train", "validate", "sample", "made_for", "closing",
-     "evaluate", "protocol", "dreambench",
-     "report", "report.crops", "report.curves", "report.figures", "report.links", "report.run",
-     "report.thumbs",
-     "doctor", "exact", "memory", "rehearsal", "checks", "checks.base", "checks.devices", "checks.machine",
-     "checks.pictures", "checks.room", "checks.settings", "checks.work",
-     "tiny.build", "tiny.fit", "tiny.judge", "tiny.measure", "tiny.paint", "tiny.parts",
-     "tiny.score", "tiny.world"],
-    ["__main__"],
-]  # fmt: skip
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-PLAIN = {"yaml", "pydantic", "pydantic_core"}
+# A folder imports only from folders on lower floors.
+FLOORS = [
+    {"__init__"},
+    {"runtime"},
+    {"config"},
+    {"data"},
+    {"models"},
+    {"adapters", "prepare"},
+    {"train", "sample"},
+    {"export", "report", "tiny"},
+    {"doctor", "evaluate"},
+    {"__main__"},
+]
+FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
 
 
-def module(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__") or "dbtrain"
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def folder_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> set[str]:
-    """Every module a file imports, anywhere in it."""
+    """Every module a file imports, anywhere in it, as `package.module` or `package.module.name`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
 def own(path: Path) -> set[str]:
-    names = {name.removeprefix("dbtrain.") for name in imports(path) if name.startswith("dbtrain.")}
-    return names & RANK.keys() - {module(path)}
+    """The modules of the package that a file imports, but for itself, as paths below the package."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        while parts[0] == "dbtrain" and len(parts) > 1:
+            file = PACKAGE.joinpath(*parts[1:])
+            if file.with_suffix(".py").is_file() or (file / "__init__.py").is_file():
+                found.add("/".join(parts[1:]))
+                break
+            parts.pop()
+    return found - {name_of(path).removesuffix(".py").removesuffix("/__init__")}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module)
-def test_imports_point_downward(path: Path) -> None:
-    assert module(path) in RANK, "put the new module into LAYERS"
-    higher = {name for name in own(path) if RANK[name] > RANK[module(path)]}
-    assert not higher
+def test_the_tree_is_the_floors() -> None:
+    there = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert there - {"py.typed"} == FLOOR.keys()
 
 
-def test_imports_have_no_cycle() -> None:
-    graph = {module(path): own(path) - {module(path)} for path in FILES}
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_folders_import_downward(path: Path) -> None:
+    folder = folder_of(path)
+    used = {name.split("/")[0] for name in own(path)} - {folder}
+    assert not {other for other in used if FLOOR[other] >= FLOOR[folder]}
+
+
+def test_modules_have_no_cycle() -> None:
+    graph = {name_of(path).removesuffix(".py").removesuffix("/__init__"): own(path) for path in FILES}
     while leaves := [name for name, needs in graph.items() if not needs & graph.keys()]:
         for name in leaves:
             del graph[name]
     assert not graph
 
 
-@pytest.mark.parametrize("path", FILES, ids=module)
-def test_accelerate_is_not_imported_and_torch_distributed_in_dist_only(path: Path) -> None:
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_accelerate_is_not_imported_and_torch_distributed_in_two_files_only(path: Path) -> None:
     assert not any(name.split(".")[0] == "accelerate" for name in imports(path))
-    if module(path) != "dist":
+    if name_of(path) not in DISTRIBUTED:
         assert not any(name.startswith("torch.distributed") for name in imports(path))
         used = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
         assert "torch.distributed" not in map(ast.unparse, used)
 
 
-def test_the_plain_layer_needs_no_torch() -> None:
-    import sys
+def test_the_config_needs_no_torch() -> None:
+    plain = {*sys.stdlib_module_names, "yaml", "pydantic", "pydantic_core", "dbtrain"}
+    checked, ahead = set(), {"config"}
+    while ahead:
+        name = ahead.pop()
+        path = PACKAGE / name / "__init__.py" if (PACKAGE / name).is_dir() else PACKAGE / f"{name}.py"
+        assert not {other.split(".")[0] for other in imports(path)} - plain, name
+        checked.add(name)
+        ahead |= own(path) - checked
+    assert "config/config" in checked
 
-    stdlib = set(sys.stdlib_module_names)
-    for path in FILES:
-        if RANK[module(path)] == 0:
-            foreign = (
-                {name.split(".")[0] for name in imports(path)} - stdlib - PLAIN - {"dbtrain", "__future__"}
-            )
-            assert not foreign, module(path)
 
-
-@pytest.mark.parametrize("path", FILES, ids=module)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_file_is_much_longer_than_300_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 310
 

@@ -117,7 +117,7 @@ def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRe
     elif line == "bash launch/test.sh":
         if not (ROOT / ".venv" / "installed-dev").exists():
             pytest.skip("needs .venv, which launch/test.sh makes")
-        assert "passed" in shell(f"{line} -q tests/test_config.py", checkout)
+        assert "passed" in shell(f"{line} -q tests/config/test_config.py", checkout)
     elif line == "bash launch/quickstart.sh":
         if not (ROOT / ".venv" / "installed-dev").exists():
             pytest.skip("needs .venv, which launch/test.sh makes")

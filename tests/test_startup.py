@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dbtrain.importing import importing
+from dbtrain.runtime.imports import importing
 from tests import bases
 from tests.conftest import Make
 

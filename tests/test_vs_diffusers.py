@@ -31,7 +31,7 @@ from benchmarks.common import Measure, Result
 from benchmarks.side_by_side import compare, pages, runs, witness
 from benchmarks.side_by_side.runs import HOOK, LORA, STANDIN, Reference, Run, Task
 from dbtrain.config import Config
-from dbtrain.pretrained import Pretrained
+from dbtrain.models.pretrained import Pretrained
 from tests.conftest import ROOT, Make
 
 SCRIPT, PYTHON = os.environ.get("DBTRAIN_REFERENCE"), os.environ.get("DBTRAIN_REFERENCE_PYTHON")

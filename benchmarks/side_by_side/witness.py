@@ -16,17 +16,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dbtrain import adapters, dist, families
-from dbtrain.checkpoint import Progress
+from dbtrain.adapters import inject as adapters
 from dbtrain.config import Config
 from dbtrain.data import shards
+from dbtrain.data.dataloader import Batch
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.data.stream import Batch
-from dbtrain.network import DreamBooth
-from dbtrain.pretrained import DTYPES, Pretrained
-from dbtrain.train import train_step
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import DTYPES, Pretrained
+from dbtrain.runtime import dist
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import train_step
 
 
 class OneBatch:

@@ -1,1 +1,1 @@
-"""Photos to shards, and shards to batches."""
+"""Photos and shards on disk, batches in memory."""

@@ -19,9 +19,9 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
+from dbtrain.config.base import Names, Section
 from dbtrain.data.storage import Storage
-from dbtrain.errors import ConfigError, reason
-from dbtrain.section import Names, Section
+from dbtrain.runtime.errors import ConfigError, reason
 
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dbtrain import files, log
-from dbtrain.errors import ConfigError, reason
+from dbtrain.runtime import console, files
+from dbtrain.runtime.errors import ConfigError, reason
 
 REMOTE = ("http", "https", "s3", "gs", "az", "hf")  # through fsspec
 PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO}
@@ -92,7 +92,7 @@ class Storage:
             except Exception as error:  # the kinds of a dozen client libraries
                 problem = f"{self.where(name)} cannot be read: {reason(error)}"
             if attempt < self.retries:
-                log.warn(f"{problem}; trying again in {2**attempt} s")
+                console.warn(f"{problem}; trying again in {2**attempt} s")
                 time.sleep(2**attempt)
         raise ConfigError(problem)
 
@@ -139,4 +139,4 @@ def _keep(path: Path, data: bytes) -> None:
     try:
         files.write_atomically(path, data)
     except OSError as error:
-        log.warn(f"{path} is not kept: {reason(error)}")
+        console.warn(f"{path} is not kept: {reason(error)}")

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dbtrain import dist, families, log
 from dbtrain.config import Config
-from dbtrain.data import images, shards
+from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
-from dbtrain.errors import ConfigError, os_problem
-from dbtrain.pretrained import DTYPES, Pretrained
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import DTYPES, Pretrained
 from dbtrain.report.run import Run
 from dbtrain.report.thumbs import THUMB, Picture, embed
+from dbtrain.runtime import console, dist
+from dbtrain.runtime.errors import ConfigError, os_problem
 
 DECODED = (
     "What training sees: the mean of each stored posterior, decoded by the base's VAE. Crops are in pixels "
@@ -64,7 +65,7 @@ def _photos(cfg: Config) -> Part:
     with _telling(part):
         if cfg.prepare is None:
             raise ConfigError("the config has no 'prepare' section, so it names no photos")
-        found = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
+        found = photos.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
         part.total = len(found)
         part.pictures = [_photo(path) for path in found[:PHOTOS]]
     return part
@@ -85,7 +86,7 @@ def _telling(part: Part) -> Iterator[None]:
 
 def _photo(path: Path) -> Picture:
     try:
-        photo = images.load(path)
+        photo = photos.load(path)
     except ConfigError as problem:
         return Picture(path.name, captions=[path.name], problem=str(problem))
     captions = [path.name, f"{photo.width} × {photo.height} px"]
@@ -115,7 +116,7 @@ def _stored(cfg: Config, crops: int) -> list[Part]:
 
 def _decoded(rows: Sequence[shards.Row], decode: Decode, prompts: Sequence[str], what: str) -> list[Picture]:
     pictures = []
-    with log.bar(len(rows), what, "image") as bar:
+    with console.bar(len(rows), what, "image") as bar:
         for row in rows:
             pictures.append(_crop(row, decode(row), prompts))
             bar.update()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dbtrain.evaluate import tiny_judge
 from dbtrain.report.curves import mean
 from dbtrain.report.run import METRICS, SPEED, VALIDATION, Run
-from dbtrain.tiny import score
 
 SCORES = 4  # of scores.json in the summary; a table has all
 # What the embedded base's judge says.
-MEANINGS = {name: f"share {text}" if unit else text for name, unit, text in score.TABLE}
+MEANINGS = {name: f"share {text}" if unit else text for name, unit, text in tiny_judge.TABLE}
 WAITS = 0.1  # share of the time waiting for data from which on it is said to be much
 
 

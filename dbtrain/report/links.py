@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from dbtrain import identity
 from dbtrain.report.run import Run
+from dbtrain.train import fingerprint
 
 LOGS = ("config.yaml", "log.txt", "metrics.jsonl", "speed.jsonl", "validation.jsonl", "timesteps.jsonl")
 
@@ -36,7 +36,7 @@ def _files(run: Run) -> Iterator[tuple[str, Path]]:
     for place in ("samples/*", "scores", "validation/*"):
         yield from (("pictures", path) for path in sorted(folder.glob(f"{place}/sheet.png")))
     yield from (("scores", path) for path in sorted(folder.glob("scores/*.json")))
-    yield from (("checkpoint", path) for path in identity.folders(folder))
+    yield from (("checkpoint", path) for path in fingerprint.folders(folder))
     yield from (("log", folder / name) for name in LOGS if (folder / name).is_file())
 
 

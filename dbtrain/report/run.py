@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbtrain import files, identity, lock, preempt
 from dbtrain.config import Config
-from dbtrain.errors import ConfigError, reason
+from dbtrain.runtime import files, lock, preemption
+from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.train import fingerprint
 
 METRICS, SPEED, VALIDATION, TIMESTEPS = "metrics", "speed", "validation", "timesteps"
 TABLES = {  # *.jsonl of a run folder, and what a page lacks without it
@@ -45,7 +46,7 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that was logged or saved."""
-        saved = [identity.step_of(path) for path in identity.folders(self.folder)]
+        saved = [fingerprint.step_of(path) for path in fingerprint.folders(self.folder)]
         return max([0, *(line["step"] for line in self.tables[METRICS]), *saved])
 
     @property
@@ -54,8 +55,8 @@ class Run:
         where = f"step {self.step} of {self.cfg.train.steps}"
         if (self.folder / "DONE").is_file():
             return f"done, {where}"
-        if (self.folder / preempt.MARKER).is_file():
-            said = _text(self.folder / preempt.MARKER).strip()
+        if (self.folder / preemption.MARKER).is_file():
+            said = _text(self.folder / preemption.MARKER).strip()
             return f"preempted at {where}" + (f": {said}" if said else "")
         if _is_fresh(self.folder / lock.NAME):
             return f"running, at {where}"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain.errors import reason
-from dbtrain.pictures import BROKEN, TEXT_KEY
+from dbtrain.data.pictures import BROKEN, TEXT_KEY
 from dbtrain.report.run import Run
+from dbtrain.runtime.errors import reason
 
 THUMB = 256  # px, longest side
 SHOWN = (192, 512)  # px, longest side of a validation's pictures: the more there are, the smaller

@@ -24,8 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dbtrain import files, rng, tiny
-from dbtrain.objectives import DDPM
+from dbtrain import tiny
+from dbtrain.models.objectives import DDPM
+from dbtrain.runtime import files, rng
 from dbtrain.tiny import judge, measure, world
 from dbtrain.tiny.fit import Stage, drawn, spent
 from dbtrain.tiny.judge import Judge

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dbtrain import files, optim
-from dbtrain.settings import Optim
+from dbtrain.config import Optim
+from dbtrain.runtime import files
 from dbtrain.tiny.paint import Scene, render
+from dbtrain.train import optim
 
 SAVE_S = 120.0  # seconds between checkpoints
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, normalize
 
-from dbtrain import files, rng
+from dbtrain.runtime import files, rng
 from dbtrain.tiny import world
 from dbtrain.tiny.fit import Stage, drawn
 from dbtrain.tiny.paint import COLOURS, KINDS, PATTERNS, SIDE, Scene, render

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dbtrain import generate, tiny
-from dbtrain.pipeline import AdapterPipeline
-from dbtrain.settings import Model
+from dbtrain import tiny
+from dbtrain.config import Model
+from dbtrain.models import sampler
+from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge, as_tensor, labels
 from dbtrain.tiny.paint import KINDS, Scene, render
@@ -113,7 +114,7 @@ def _share(hits: Iterable[bool]) -> float:
 
 def tables(folder: Path, guidance: float, pictures: int, each: int) -> str:
     """Both tables, as markdown."""
-    how = f"{STEPS} steps of {generate.SAMPLER}, guidance {guidance:g}"
+    how = f"{STEPS} steps of {sampler.SAMPLER}, guidance {guidance:g}"
     measured = {
         "Fresh renders through the VAE": measure_vae(folder),
         f"Pictures that show what was asked for ({how})": measure_pictures(folder, guidance, pictures, each),

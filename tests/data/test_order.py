@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from dbtrain.data.order import Order, Share
-from dbtrain.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError
 
 
 def places(order: Order, start: int, count: int) -> list[tuple[int, int]]:

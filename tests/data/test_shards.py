@@ -13,7 +13,7 @@ import webdataset as wds
 
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest, Row
-from dbtrain.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError
 from tests.conftest import at
 
 

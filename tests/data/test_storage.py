@@ -12,8 +12,8 @@ import pytest
 
 from dbtrain.data import storage
 from dbtrain.data.storage import Storage
-from dbtrain.errors import ConfigError
-from dbtrain.train import train
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train.loop import train
 from tests.conftest import Make, dbtrain
 from tests.multi.test_two_processes import EXPORT
 

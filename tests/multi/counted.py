@@ -14,16 +14,18 @@ import torch
 from torch._dynamo import utils as dynamo
 from torch._dynamo.backends.debugging import aot_eager
 
-from dbtrain import dist, families, kernels
-from dbtrain.checkpoint import Progress
 from dbtrain.config import Config
 from dbtrain.data import shards
+from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.storage import Storage
-from dbtrain.data.stream import LatentStream
-from dbtrain.network import DreamBooth
-from dbtrain.pretrained import Pretrained
-from dbtrain.train import train_step
+from dbtrain.models import kernels
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import dist
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import train_step
 
 WARM_UP, STEPS = 2, 3
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from dbtrain.data import shards
 from dbtrain.data.shards import MANIFEST, Manifest
-from dbtrain.errors import ConfigError
-from dbtrain.pulse import GAVE_UP, Pulse
-from dbtrain.train import train
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.heartbeat import GAVE_UP, Pulse
+from dbtrain.train.loop import train
 from tests.conftest import Make, Started, at, dbtrain
 from tests.multi.test_two_processes import EXPORT, relative
 
@@ -166,7 +166,7 @@ class Store(dict):
 
 
 def test_the_pulse_tells_the_dead_from_the_late_and_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbtrain.pulse.PERIOD_S", 0.02)
+    monkeypatch.setattr("dbtrain.runtime.heartbeat.PERIOD_S", 0.02)
     store = Store()
     mine, other = Pulse(store, 0, 2), Pulse(store, 1, 2)
     mine.step, other.step = 5, 4

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from dbtrain.families import detect
-from dbtrain.pretrained import Pretrained
-from dbtrain.settings import Model
+from dbtrain.config import Model
+from dbtrain.models.families.registry import detect
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.tiny import build, fit, parts, world
 
 

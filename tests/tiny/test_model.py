@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dbtrain import tiny
-from dbtrain.pipeline import AdapterPipeline
-from dbtrain.settings import Model
+from dbtrain.config import Model
+from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.tiny import measure, world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import KINDS

@@ -1,0 +1,1 @@
+"""LoRA, LoHa and LoKr on a base model."""

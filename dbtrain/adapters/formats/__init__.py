@@ -1,0 +1,1 @@
+"""Adapter files, one module a format."""

@@ -1,0 +1,43 @@
+"""PEFT's folders, one a component: what `PeftModel.from_pretrained` reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from dbtrain.adapters.formats.common import States
+from dbtrain.adapters.inject import AdapterState
+from dbtrain.models.families.family import Family
+from dbtrain.runtime import files
+from dbtrain.runtime.errors import ConfigError, reason
+
+WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+
+def contents(state: AdapterState) -> dict[str, bytes | str]:
+    """Contents of a PEFT folder, by file name."""
+    named = {PREFIX + name: tensor for name, tensor in state.tensors.items()}
+    return {
+        WEIGHTS: safetensors.torch.save(named, {"format": "pt"}),
+        CONFIG: json.dumps(state.config, indent=1) + "\n",
+    }
+
+
+def write(folder: Path, family: Family, states: States) -> None:
+    for component, state in states.items():
+        for name, content in contents(state).items():
+            files.write_atomically(folder / component / name, content)
+
+
+def read(folder: Path) -> AdapterState:
+    """The adapter in a PEFT folder. Raises ConfigError if it is none."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+        tensors = safetensors.torch.load_file(folder / WEIGHTS)
+        config["peft_type"], config["target_modules"]
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder} is no PEFT adapter: {reason(error)}") from error
+    return AdapterState({name.removeprefix(PREFIX): t for name, t in tensors.items()}, config)

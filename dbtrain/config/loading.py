@@ -1,0 +1,121 @@
+"""From YAML and the command line to values, and from pydantic's complaints to lines a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dbtrain.runtime.errors import ConfigError
+
+# What other trainers call things.
+SYNONYMS = {
+    "learning_rate": "optim.lr", "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps",
+    "max_grad_norm": "optim.clip", "max_train_steps": "train.steps", "train_batch_size": "train.micro_batch",
+    "batch_size": "train.global_batch", "mixed_precision": "train.precision",
+    "checkpointing_steps": "train.checkpoint_every", "checkpoints_total_limit": "train.keep",
+    "prior_loss_weight": "loss.prior_weight", "snr_gamma": "loss.min_snr_gamma",
+    "instance_data_dir": "prepare.photos", "class_data_dir": "prepare.class_dir",
+    "num_class_images": "prepare.class_images", "lora_alpha": "adapter.alpha",
+    "target_modules": "adapter.targets", "output_dir": "run_dir",
+    "pretrained_model_name_or_path": "model.path",
+}  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `1e-4` is a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"key '{key.value}' stands twice, line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",  # YAML 1.1 as PyYAML reads it wants a dot in 1.e-4
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError for anything else."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's constructors raise these
+        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no `key: value` pairs")
+    return values
+
+
+def override(values: dict[str, Any], item: str) -> str | None:
+    """Put one `a.b=value` into `values`; what is wrong with it, if anything."""
+    name, equals, text = item.partition("=")
+    keys = name.split(".")
+    if not equals or not all(keys):
+        return f"override '{item}' is not of the form section.key=value"
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return f"override '{item}': the value is not YAML"
+    for key in keys[:-1]:
+        inner = values.get(key)
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            return f"override '{item}': '{key}' is not a section"
+        values = inner
+    values[keys[-1]] = value
+    return None
+
+
+def problems(error: ValidationError, known: Sequence[str]) -> list[str]:
+    """One line for each place that pydantic complains of. `known` are all settings' dotted names."""
+    told: dict[str, str] = {}
+    for detail in error.errors():  # a union complains once a branch: its first line will do
+        told.setdefault(_place(detail["loc"]), _explain(dict(detail), known))
+    return list(told.values())
+
+
+def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
+    """One line for one pydantic error: what, which value, what to do."""
+    place = _place(error["loc"])
+    value, context = error.get("input"), error.get("ctx", {})
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{place}'{_did_you_mean(place, known)}"
+    if error["type"] == "missing":
+        return f"'{place}' is missing; add it to the config"
+    if error["type"] == "literal_error":
+        return f"{place} is {value!r}; choose from {context['expected']}"
+    if error["type"] == "value_error":
+        return f"{place}.{context['error']}" if place else str(context["error"])
+    if error["type"] == "model_type":
+        return f"'{place}' is a section of keys, not {value!r}"
+    return f"{place} is {value!r}: {error['msg'].removeprefix('Input ')}"
+
+
+def _place(loc: Sequence[str | int]) -> str:
+    """The dotted key of an error, without the names that pydantic gives to branches of unions."""
+    return ".".join(str(part) for part in loc if re.fullmatch(r"[\w-]+", str(part)))
+
+
+def _did_you_mean(place: str, known: Sequence[str]) -> str:
+    """The setting that was meant: another trainer's word, the same key elsewhere, a near spelling."""
+    key = place.split(".")[-1]
+    if key in SYNONYMS:
+        return f"; did you mean '{SYNONYMS[key]}'?"
+    sections = sorted({name.rpartition(".")[0] for name in known} - {""})
+    same = [name for name in known if name.split(".")[-1] == key]
+    near = same or difflib.get_close_matches(place, [*known, *sections], n=1, cutoff=0.7)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,147 @@
+"""Photos as they come from cameras and phones: found, checked, turned upright, resized, cropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from dbtrain.config import Prepare
+from dbtrain.runtime import files, rng
+from dbtrain.runtime.console import say
+from dbtrain.runtime.errors import ConfigError, reason
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the name says
+LONGEST = 50  # most that the long side may be of the short one
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square cut out of a photo whose short side was resized to the square's side, px."""
+
+    top: int
+    left: int
+    flip: bool
+
+
+def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
+    """Photos in the folder that setting `key` names, sorted by name; says what it skips.
+
+    Hidden files, folders and other kinds of files are skipped; `ignore` suffixes without a word.
+    Raises ConfigError if the folder is none, or if a photo is a link to nowhere.
+    """
+    root = files.expand(folder)
+    if not root.is_dir():
+        raise ConfigError(f"{key} is '{folder}', which is no folder")
+    for entry in root.iterdir():
+        if entry.is_symlink() and not entry.exists() and entry.suffix.lower() in SUFFIXES:
+            raise ConfigError(f"photo {entry} is a link to {entry.readlink()}, which does not exist")
+    entries = sorted(entry for entry in root.iterdir() if entry.is_file())
+    photos = [e for e in entries if e.suffix.lower() in SUFFIXES and not e.name.startswith(".")]
+    skipped = [e.name for e in entries if e not in photos and e.suffix.lower() not in ignore]
+    if skipped:
+        say(f"{folder}: skipped {len(skipped)} files that are no photos: {', '.join(skipped[:5])}"
+            + (" ..." if len(skipped) > 5 else ""))  # fmt: skip
+    return photos
+
+
+def of_subject(cfg: Prepare) -> list[Path]:
+    """The photos of the subject, at least one. Raises ConfigError if there is none."""
+    photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
+    if not photos:
+        raise ConfigError(f"prepare.photos is '{cfg.photos}', where there are no photos; put some there "
+                          f"({', '.join(SUFFIXES)})")  # fmt: skip
+    return photos
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever a broken picture makes Pillow raise into one line that names the file."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise a dozen kinds on broken files
+        raise ConfigError(f"cannot read photo {path}: {reason(error)}; replace or remove it") from error
+
+
+def size(path: Path) -> tuple[int, int]:
+    """(height, width) of a photo as it is seen, px; reads its header only."""
+    with _naming(path), Image.open(path, formats=FORMATS) as photo:
+        width, height = photo.size
+        sideways = photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    if max(height, width) > LONGEST * min(height, width):
+        raise ConfigError(f"photo {path} is {width} x {height} px, too thin to crop; replace or remove it")
+    return (width, height) if sideways else (height, width)
+
+
+def load(path: Path) -> Image.Image:
+    """A photo upright and in RGB: EXIF rotation applied, transparency over white, 16 bits to 8."""
+    with _naming(path), Image.open(path, formats=FORMATS) as photo:
+        photo.load()
+        upright = ImageOps.exif_transpose(photo)
+        if upright.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
+            grey = np.asarray(upright, dtype=np.float64) / 257.0
+            upright = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if upright.has_transparency_data:
+            seen = upright.convert("RGBA")
+            paper = Image.new("RGBA", seen.size, "white")
+            upright = Image.alpha_composite(paper, seen)
+        return upright.convert("RGB")
+
+
+def resized(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) after the short side became `side` px, the shape kept."""
+    scale = side / min(height, width)
+    return max(side, round(height * scale)), max(side, round(width * scale))
+
+
+def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> list[Crop]:
+    """The crops that are stored of one photo: centre or random ones, each mirrored too with `flip`.
+
+    Random crops depend on the photo's content and `seed`, not on the other photos; the same corner
+    drawn twice is stored once.
+    """
+    tall, wide = resized(height, width, cfg.resolution)
+    down, right = tall - cfg.resolution, wide - cfg.resolution
+    corners = [(round(down / 2), round(right / 2))]
+    if cfg.crop == "random":
+        corners = []
+        for variant in range(cfg.variants):
+            u = torch.rand(2, generator=rng.generator(seed, "crop", photo_key, variant)).tolist()
+            corners.append((int(u[0] * (down + 1)), int(u[1] * (right + 1))))
+    flips = (False, True) if cfg.flip else (False,)
+    return [Crop(top, left, flip) for top, left in dict.fromkeys(corners) for flip in flips]
+
+
+def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:
+    """One crop as the VAE wants it, (3, side, side) in [-1, 1]."""
+    tall, wide = resized(photo.height, photo.width, side)
+    small = photo.resize((wide, tall), Image.Resampling.LANCZOS)
+    square = small.crop((crop.left, crop.top, crop.left + side, crop.top + side))
+    if crop.flip:
+        square = ImageOps.mirror(square)
+    values = torch.from_numpy(np.array(square))  # (side, side, 3) uint8
+    return values.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def caption(photo: Path) -> str:
+    """The text beside a photo: `dog.txt` for `dog.jpg`. Raises ConfigError if there is none."""
+    path = photo.with_suffix(".txt")
+    try:
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"prepare.captions is on, but photo {photo} has no readable caption {path.name} beside it"
+        ) from error
+    if not text:
+        raise ConfigError(f"caption {path} is empty")
+    return text

@@ -1,0 +1,79 @@
+"""Pictures as files: PNGs that say how they were made, and contact sheets of labelled rows."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from dbtrain.runtime import files
+
+TEXT_KEY = "dbtrain"  # PNG text chunk that says how a picture was made
+GAP, LINE, FONT_SIZE = 8, 18, 13  # px
+LEAST_WIDTH = 420  # px, so that labels fit
+BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
+
+
+def save_png(path: Path, picture: Image.Image, note: str | None = None) -> None:
+    """Write a whole PNG or none, with a text chunk that says how it was made."""
+    text, png = PngInfo(), io.BytesIO()
+    if note is not None:
+        text.add_text(TEXT_KEY, note)
+    picture.save(png, "PNG", pnginfo=text)
+    files.write_atomically(path, png.getvalue())
+
+
+def note_in(path: Path) -> str:
+    """What a picture's text chunk says; nothing if it has none, is not there, or is damaged."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return str(getattr(picture, "text", {}).get(TEXT_KEY, ""))
+    except BROKEN:
+        return ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures of one size class side by side; labels above them, one caption a picture."""
+
+    pictures: Sequence[Image.Image]
+    head: str = ""  # black
+    note: str = ""  # gray, below the head
+    captions: Sequence[str] = ()  # gray, one above each picture
+
+
+def contact_sheet(rows: Sequence[Row], least_cell: int = 96, most_cell: int = 256) -> Image.Image:
+    """All rows on one white page. Cells are as wide as the first picture, within the two bounds (px)."""
+    cell = max(least_cell, min(most_cell, rows[0].pictures[0].width))
+    columns = max(len(row.pictures) for row in rows)
+    width = max(columns * (cell + GAP) + GAP, LEAST_WIDTH)
+    font = ImageFont.load_default(FONT_SIZE)
+    letters = int((width - 2 * GAP) / font.getlength("n"))
+    labels = [
+        [(text, "black") for text in textwrap.wrap(row.head, letters)]
+        + [(text, "gray") for text in textwrap.wrap(row.note, letters)]
+        for row in rows
+    ]
+    height = GAP + sum(
+        (len(lines) + bool(row.captions)) * LINE + cell + GAP for row, lines in zip(rows, labels, strict=True)
+    )
+    page = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(page)
+    top = GAP
+    for row, lines in zip(rows, labels, strict=True):
+        for text, colour in lines:
+            pen.text((GAP, top), text, colour, font)
+            top += LINE
+        for k, caption in enumerate(row.captions):
+            pen.text((GAP + k * (cell + GAP), top), caption, "gray", font)
+        top += LINE if row.captions else 0
+        for k, picture in enumerate(row.pictures):
+            page.paste(picture.convert("RGB").resize((cell, cell)), (GAP + k * (cell + GAP), top))
+        top += cell + GAP
+    return page

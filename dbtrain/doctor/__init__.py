@@ -1,0 +1,1 @@
+"""What would make a run fail, found before it is queued."""

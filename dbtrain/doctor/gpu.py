@@ -1,0 +1,82 @@
+"""The GPU: whether there is one, and whether it can do what the config asks of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from importlib import util
+
+import torch
+
+from dbtrain.doctor.base_model import weight_files
+from dbtrain.doctor.case import Case, Found, error, ok, ruled, size, warning
+from dbtrain.models import kernels
+from dbtrain.runtime import dist
+
+LARGE = 200 << 20  # bytes of a denoiser that no one trains on a CPU
+
+
+def gpus(case: Case) -> int:
+    """GPUs of this machine that are to train."""
+    return 0 if case.gib else torch.cuda.device_count()
+
+
+def gpu(case: Case) -> Iterator[Found]:
+    """The device, its precisions, and its attention kernels."""
+    train = case.cfg.train
+    found = torch.cuda.is_available()
+    if case.gib:
+        yield ok(f"a GPU elsewhere, of {case.gib:g} GiB: of its kind nothing is known here")
+    elif not found:
+        yield from _none(case)
+    else:
+        yield from _there(case)
+    if train.cuda_graph and not found and case.gib:
+        yield warning("train.cuda_graph is true: this machine has no GPU to try that on",
+                      "run doctor there too")  # fmt: skip
+    elif not case.gib:
+        yield from ruled(lambda: kernels.check_graph(train.cuda_graph, dist.device()), "set it to false")
+
+
+def _none(case: Case) -> Iterator[Found]:
+    files = weight_files(case.base, case.family.denoiser) if case.knows("base") else []
+    weights = sum(path.stat().st_size for path in files)
+    text = "no CUDA GPU here: trains on the CPU"
+    if weights > LARGE:
+        yield warning(f"{text}, for days: the denoiser has {size(weights)} of weights",
+                      "start it where there is a GPU; --gib SIZE says whether it would fit")  # fmt: skip
+    else:
+        yield ok(text)
+
+
+def _there(case: Case) -> Iterator[Found]:
+    train, about = case.cfg.train, torch.cuda.get_device_properties(dist.device())
+    kernel = kernels.preferred(train.attention, dist.device())
+    yield ok(f"{torch.cuda.device_count()} x {about.name}, {about.total_memory / 2**30:.1f} GiB each; "
+             f"attention: {kernel}")  # fmt: skip
+    if "bf16" in train.precision and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield warning(f"train.precision is {train.precision}, which {about.name} emulates: slow",
+                      "use train.precision=fp16")  # fmt: skip
+
+
+def compiling(case: Case) -> Iterator[Found]:
+    """What torch.compile calls: a C++ compiler for CPUs, Triton and a C compiler for GPUs."""
+    prepare = case.cfg.prepare
+    asked = [name for name, value in (
+        ("train.compile", case.cfg.train.compile),
+        ("prepare.sampling.compile", prepare and prepare.class_prompt and prepare.sampling.compile is True),
+    ) if value]  # fmt: skip
+    if not asked:
+        yield ok("not asked for")
+        return
+    gpus = torch.cuda.is_available() or case.gib
+    compiler = os.environ.get("CC", "gcc") if gpus else os.environ.get("CXX", "g++")
+    others = ("cc", "clang") if gpus else ()
+    lacking = [] if any(map(shutil.which, (compiler, *others))) else [f"the compiler {compiler}"]
+    lacking += ["Triton"] if gpus and not util.find_spec("triton") else []
+    if lacking:
+        yield error(f"{' and '.join(asked)} needs {' and '.join(lacking)}, not found here",
+                    f"install it, or set {asked[0]}=false")  # fmt: skip
+    else:
+        yield ok(f"{' and '.join(asked)}: {compiler}{' and Triton' if gpus else ''} found")

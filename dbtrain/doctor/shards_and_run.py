@@ -1,0 +1,135 @@
+"""What is there of the work already, and whether the rest of it can be shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dbtrain.data import shards as stored
+from dbtrain.data.order import Order, Share
+from dbtrain.data.storage import Storage
+from dbtrain.doctor.case import Case, Found, error, ok, ranks_of, refused, ruled, size, warning
+from dbtrain.doctor.gpu import gpus
+from dbtrain.prepare import made_for
+from dbtrain.runtime import files, lock
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import fingerprint
+
+REMAKE = f"{stored.CURE} (`dbtrain run` does so by itself)"
+NEXT = 64  # ranks up to which a fitting number is looked for
+
+
+def shards(case: Case) -> Iterator[Found]:
+    """The manifest, the files that it vouches for, and whether they are this config's."""
+    cfg = case.cfg
+    place = Storage(cfg.data.shards, retries=0)
+    case.manifest = None
+    if place.folder is None:
+        yield ok(f"{cfg.data.shards} is not on this machine: not read")
+        if cfg.prepare:
+            yield warning("prepare writes to a folder on this machine only, so `dbtrain run` would refuse",
+                          "start `dbtrain train`, or prepare into a folder and copy it there")  # fmt: skip
+        return
+    if cfg.prepare and not place.has(stored.MANIFEST):
+        yield ok(f"none in {place.folder} yet: prepare makes them")
+        return
+    if busy := lock.holder(place.folder):
+        yield from _busy("data.shards", *busy)
+    manifest = case.manifest = stored.Manifest.read(place)
+    found = ruled(lambda: manifest.check_files(place), REMAKE)
+    found += ruled(lambda: made_for.check(cfg, case.base, manifest), REMAKE)
+    yield from (Found(one.level, one.what, REMAKE) for one in found)
+    if not found:
+        counts = ", ".join(f"{sum(manifest.rows(role))} {role} rows" for role in manifest.roles)
+        yield ok(f"{counts} in {len(manifest.shards)} shards, whole, and made for this config")
+
+
+def batch(case: Case) -> Iterator[Found]:
+    """Whether the ranks can share a batch, and what each of them reads."""
+    train = case.cfg.train
+    ranks = ranks_of(case, gpus(case))
+    try:
+        share = Share(train.global_batch, train.micro_batch, 0, ranks)
+    except ConfigError as problem:
+        for one in refused(problem):
+            yield error(one.what, _fitting(train.global_batch, train.micro_batch, ranks))
+        return
+    yield ok(f"{train.global_batch} images over {ranks} rank{'s' * (ranks > 1)}: {share.micro_batches} x "
+             f"{train.micro_batch} on each")  # fmt: skip
+    if ranks > 1 and case.knows("manifest") and case.manifest:
+        yield from _reading(case, share)
+
+
+def _fitting(images: int, micro: int, ranks: int) -> str:
+    """The nearest batches and numbers of ranks that fit."""
+    step = ranks * micro
+    batches = [value for value in (images // step * step, images // step * step + step) if value]
+    counts = [count for count in range(1, NEXT) if images % (count * micro) == 0]
+    near = sorted(sorted(counts, key=lambda count: abs(count - ranks))[:2])
+    return (
+        f"use train.global_batch={' or '.join(map(str, batches))}, or {' or '.join(map(str, near))} rank"
+        + "s" * (near != [1])
+    )
+
+
+def _reading(case: Case, share: Share) -> Iterator[Found]:
+    """Ranks that outnumber the shards read the same ones: dear only where these do not stay in memory."""
+    cfg, manifest = case.cfg, case.manifest
+    assert manifest is not None
+    every = [(role, manifest.rows(role)) for role in stored.HELD_OUT if role in manifest.roles]
+    few = min(len(rows) for _, rows in every)
+    if few >= share.world:
+        return
+    total = sum(shard.bytes for shard in manifest.shards)
+    mine = sum(
+        manifest.roles[role][number].bytes
+        for role, rows in every
+        for number in Order(rows, share.global_batch, cfg.seed, role).shards_of(share)
+    )
+    text = f"{share.world} ranks, but {few} shards: rank 0 reads {size(mine)} of {size(total)}"
+    if mine > cfg.data.cache_gib * 2**30:
+        yield warning(
+            f"{text}, again each epoch", f"raise data.cache_gib above {mine / 2**30:.1f}, or use fewer ranks"
+        )
+    else:
+        yield Found("", f"{text}, once: it stays in memory (data.cache_gib)")
+
+
+def run_folder(case: Case) -> Iterator[Found]:
+    """Whether the run folder is free, and what it holds is this run's."""
+    folder = files.expand(case.cfg.run_dir)
+    if folder.exists() and not folder.is_dir():
+        yield error(f"run_dir is '{case.cfg.run_dir}', which is no folder", "give another run_dir")
+        return
+    if busy := lock.holder(folder):
+        yield from _busy("run_dir", *busy)
+    for path in reversed(fingerprint.folders(folder)):
+        try:
+            state = fingerprint.read_state(path)
+        except ConfigError as problem:
+            yield from refused(
+                problem, "nothing to do: a run sets it aside, and takes the one before", "warning"
+            )
+            continue
+        if case.manifest is None:
+            yield warning(f"{path} is there, but not the shards: whether it can be continued is not known",
+                          "run `dbtrain prepare`, then doctor again")  # fmt: skip
+            return
+        who = fingerprint.identity(case.cfg, case.base, case.family, case.manifest)
+        fingerprint.check_continues(path, state, who, case.cfg.train.steps)
+        if state["step"] == case.cfg.train.steps:
+            yield warning(f"{path}: trained to step {state['step']} already, nothing would be trained",
+                          "give another run_dir, or more train.steps")  # fmt: skip
+        else:
+            yield ok(f"{folder}: goes on from step {state['step']}")
+        return
+    if (folder / "DONE").exists():
+        yield warning(f"{folder} holds DONE of an earlier run, but no checkpoint", "give another run_dir")
+    yield ok(f"{folder}: {'no checkpoint yet' if folder.exists() else 'not there yet'}")
+
+
+def _busy(what: str, owner: str, sure: bool) -> Iterator[Found]:
+    cure = "wait for it to end, or give another folder"
+    if sure:
+        yield error(f"{what} is in use by {owner}", cure)
+    else:
+        yield warning(f"{what} is in use by {owner}, if that still runs", cure)

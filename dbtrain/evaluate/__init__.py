@@ -1,0 +1,1 @@
+"""How well a run learnt its subject, and what it forgot."""

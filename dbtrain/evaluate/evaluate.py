@@ -1,0 +1,175 @@
+"""How good a run is, and which of its checkpoints is the one to take.
+
+Two judges answer the same questions: DINO and CLIP for any base (`protocol`), and for the embedded
+base a small classifier that knows its world (`tiny.score`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dbtrain.adapters.formats import registry as formats
+from dbtrain.config import Config
+from dbtrain.data.pictures import save_png
+from dbtrain.evaluate import dino_clip, tiny_judge
+from dbtrain.evaluate import plot as chart
+from dbtrain.evaluate import scores as fidelity
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import EMBEDDED, Pretrained
+from dbtrain.runtime import console, dist, files
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import fingerprint
+
+FEW = 3  # checkpoints that are hardly a choice
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who scores, and by which two scores checkpoints are compared."""
+
+    evaluate: Callable[[Config, str, Path, Path | None], Any]  # scores on rank 0
+    load: Callable[[Path], Any]
+    table: Callable[[Any, Any], str]
+    subject: str  # is it the subject
+    prompt: str  # does the prompt still count
+    slack: float  # by how much less of that a checkpoint still counts as good
+
+
+DINO_AND_CLIP = Judge(dino_clip.evaluate, fidelity.Scores.load, fidelity.table, "dino", "clip_t", 0.01)
+CLASSIFIER = Judge(tiny_judge.evaluate, tiny_judge.Scores.load, tiny_judge.table, "likeness", "place", 0.1)
+
+
+def judge_of(cfg: Config) -> Judge:
+    """The embedded base's own judge for it, unless a DINO is asked for."""
+    return CLASSIFIER if cfg.model.path in EMBEDDED and cfg.evaluation.dino is None else DINO_AND_CLIP
+
+
+def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
+    """Score the run's adapter into `scores/` of its folder; what to print, on rank 0.
+
+    `beside` is the `scores.json` of another run, to show next to it.
+    """
+    dist.init()
+    judge, out = judge_of(cfg), files.expand(cfg.run_dir) / "scores"
+    with dist.agreed():
+        other = judge.load(beside) if beside else None
+    if scores := judge.evaluate(cfg, cfg.run_dir, out, None):
+        yield judge.table(scores, other)
+        yield f"contact sheet: {out / 'sheet.png'}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter of the run that could be taken."""
+
+    name: str
+    step: int | None  # None for an export of none of the checkpoints that are kept
+    adapter: Path
+    out: Path
+    exported: bool = False
+
+
+def checkpoints(cfg: Config) -> Iterator[str]:
+    """Score every checkpoint of the run, and the export; a table, a plot and a suggestion, on rank 0.
+
+    All of them share the bare base's pictures. Writes `scores/checkpoints.json` and `.png`.
+    """
+    dist.init()
+    judge, run_dir, base = judge_of(cfg), files.expand(cfg.run_dir), Pretrained.find(cfg.model)
+    with dist.agreed():
+        found = candidates(cfg, base, run_dir)
+    rows: list[dict[str, Any]] = []
+    for number, one in enumerate(found, 1):
+        console.say(f"{one.name} ({number} of {len(found)})")
+        scores = judge.evaluate(cfg, str(one.adapter), one.out, run_dir / "scores" / "base")
+        if scores:
+            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **_numbers(scores)})
+    with dist.agreed():
+        lines = _publish(rows, judge, run_dir / "scores") if dist.is_main() else []
+    if lines and len(found) < FEW:
+        lines.append(f"only {len(found)} to choose from: train with a train.keep of more than "
+                     f"{cfg.train.keep}, and a smaller train.checkpoint_every, for more")  # fmt: skip
+    yield from lines
+
+
+def candidates(cfg: Config, base: Pretrained, run_dir: Path) -> list[Candidate]:
+    """Checkpoints of a run, oldest first, and its export if that is of none of them.
+
+    Raises ConfigError if there is nothing, or a checkpoint is damaged.
+    """
+    scores = run_dir / "scores"
+    paths = fingerprint.folders(run_dir)
+    for path in paths:
+        fingerprint.read_state(path)
+    try:
+        export = formats.find(run_dir)
+    except ConfigError:
+        export = None  # a run that is not done has none
+    if not paths and export is None:
+        raise ConfigError(f"{run_dir} has neither a checkpoint nor an export; run: dbtrain train")
+    source = _source(cfg, base, export, paths) if export else None
+    found = [Candidate(f"step {fingerprint.step_of(path)}", fingerprint.step_of(path), path,
+                       scores / path.name, path == source) for path in paths]  # fmt: skip
+    if export and source is None:
+        found.append(Candidate("export", None, export, scores, True))
+    return found
+
+
+def _source(cfg: Config, base: Pretrained, export: Path, paths: Sequence[Path]) -> Path | None:
+    """The checkpoint that was exported; None if it is not kept."""
+    family = families.detect(base, cfg.model)
+    modules = cache(base.module_names)
+    ours = formats.read(export, family, modules)
+    for path in reversed(paths):
+        theirs = formats.read(path, family, modules)
+        if theirs.keys() == ours.keys() and all(
+            mine.tensors.keys() == theirs[name].tensors.keys()
+            and all(tensor.equal(theirs[name].tensors[key]) for key, tensor in mine.tensors.items())
+            for name, mine in ours.items()
+        ):
+            return path
+    return None
+
+
+def suggestion(rows: Sequence[Mapping[str, Any]], judge: Judge) -> tuple[Mapping[str, Any], str]:
+    """The one to take, and why: the most like the subject of those that follow prompts well enough.
+
+    Well enough is within the judge's slack of the one that does best; of equals, the earlier.
+    """
+    most = max(row[judge.prompt] for row in rows)
+    good = [row for row in rows if row[judge.prompt] >= most - judge.slack]
+    best = max(good, key=lambda row: row[judge.subject])
+    return best, (
+        f"suggested: {best['name']}, which has the highest {judge.subject} ({best[judge.subject]:.3f}) of "
+        f"the {len(good)} whose {judge.prompt} is within {judge.slack:g} of the best ({most:.3f})"
+    )
+
+
+def _numbers(scores: Any) -> dict[str, float]:
+    """Scores by their plain names."""
+    return {name: value for name, value in asdict(scores).items() if value is not None}
+
+
+def _publish(rows: Sequence[dict[str, Any]], judge: Judge, folder: Path) -> list[str]:
+    """Write the rows and their plot; a line for each, with the two scores that count, and the suggestion."""
+    best, why = suggestion(rows, judge)
+    rows = [row | {"suggested": row is best} for row in rows]
+    files.write_atomically(folder / "checkpoints.json", json.dumps(rows, indent=1) + "\n")
+    plot = folder / "checkpoints.png"
+    points = [
+        chart.Point(row[judge.prompt], row[judge.subject], row["name"], row["suggested"]) for row in rows
+    ]
+    titles = f"{judge.prompt}: does the prompt count", f"{judge.subject}: is it the subject"
+    save_png(plot, chart.scatter(points, *titles))
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}  {judge.subject:>10}  {judge.prompt:>10}"]
+    for row in rows:
+        marks = [text for key, text in (("exported", "exported"), ("suggested", "<- suggested")) if row[key]]
+        values = f"{row['name']:{width}}  {row[judge.subject]:10.3f}  {row[judge.prompt]:10.3f}"
+        lines.append("  ".join([values, *marks]))
+    return [*lines, why, f"plot: {plot}"]

@@ -1,0 +1,1 @@
+"""Adapter files, their model card, and the Hub."""

@@ -1,0 +1,75 @@
+"""Publishing an export: exactly the adapter, its card and its pictures; nothing else leaves the machine."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from dbtrain.config import Config
+from dbtrain.runtime import console, dist, files
+from dbtrain.runtime.errors import ConfigError, reason
+
+
+def push(cfg: Config, folder: Path | None = None) -> str | None:
+    """Push an export folder (the run's own) to `cfg.hub.repo`; the address, or None without a repository.
+
+    Uses the token that `hf auth login` saved or HF_TOKEN holds. Raises ConfigError if there is none,
+    or if the Hub refuses; the export on disk stays as it is.
+    """
+    dist.init()
+    folder = folder or files.expand(cfg.run_dir) / "export"
+    address = None
+    with dist.agreed():
+        if cfg.hub.repo and dist.is_main():
+            address = _push(cfg, cfg.hub.repo, folder)
+            console.say(f"pushed {folder} to {address}")
+    return dist.from_main(address)
+
+
+def check(cfg: Config) -> None:
+    """Raise ConfigError if the result is to be pushed and there is no token: before hours of training."""
+    if cfg.hub.repo:
+        _token()
+
+
+def _token() -> str:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if not token:
+        raise ConfigError("hub.repo is set, but there is no Hub token; run: hf auth login, or set HF_TOKEN")
+    return token
+
+
+def uploaded(folder: Path) -> list[Path]:
+    """The files of an export folder that are published, relative to it."""
+    from dbtrain.adapters.formats import peft_folder
+    from dbtrain.adapters.formats.registry import FORMATS
+    from dbtrain.export import export  # here, as `check` needs none of what they import
+
+    mains = [form.main for form in FORMATS.values() if form.main]
+    peft = [path for name in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{name}")]
+    found = [folder / name for name in (*mains, "README.md", export.PICTURES)]
+    return [path.relative_to(folder) for path in sorted([*peft, *found]) if path.is_file()]
+
+
+def _push(cfg: Config, repo: str, folder: Path) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    token = _token()
+    names = uploaded(folder)
+    if not any(name.suffix == ".safetensors" for name in names):
+        raise ConfigError(f"{folder} holds no export to push; run: dbtrain export")
+    api = HfApi(token=token)
+    try:
+        made = api.create_repo(repo, private=cfg.hub.private, exist_ok=True)
+        operations = [
+            CommitOperationAdd(str(name), io.BytesIO((folder / name).read_bytes())) for name in names
+        ]
+        with console.bar(len(names), "upload", "file") as bar:
+            api.create_commit(made.repo_id, operations, commit_message="Adapter trained with dbtrain")
+            bar.update(len(names))
+    except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
+        said = reason(error).replace(token, "***")
+        raise ConfigError(f"hub.repo is '{repo}', but the push failed: {said}") from None
+    return str(made)

@@ -1,0 +1,116 @@
+"""DeepFloyd IF: diffusion of pixels, a T5 text encoder, a UNet that predicts its variance as well.
+
+DeepFloyd Lab at StabilityAI 2023, github.com/deep-floyd/IF; after Saharia et al. 2022, "Imagen",
+arXiv:2205.11487. Stage I draws 64 px pictures, stage II enlarges them to 256 px.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from dbtrain.data.dataloader import Batch
+from dbtrain.models.families.family import Family, matching, padded, pixel_space
+from dbtrain.models.objectives import DDPM
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime.errors import ConfigError
+
+LENGTH = 77  # tokens, as IFPipeline pads to
+ENLARGES = 4  # stage II: output px per input px
+
+
+def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """T5 ids and mask, (prompts, LENGTH) int64 each; lower case, as IFPipeline has it."""
+    found = padded(tokenizers["text_encoder"], [prompt.lower().strip() for prompt in prompts], LENGTH)
+    return {"text_encoder": found.input_ids, "mask": found.attention_mask}
+
+
+def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """T5's last hidden state, (prompts, L, D); padding is masked inside T5, not in the UNet."""
+    return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"], attention_mask=ids["mask"])[0]}
+
+
+def encode_images(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
+    """The pixels themselves, (B, 3, H, W) uint8."""
+    return {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)}
+
+
+def draw(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
+    return stored["pixels"].float() / 127.5 - 1
+
+
+def check(base: Pretrained, channels: int) -> None:
+    """The UNet sees pixels (stage II: and those of the small image), and gives pixels and maybe variances."""
+    for name, right in (("in_channels", (channels,)), ("out_channels", (3, 6))):
+        if (found := base.setting("unet", name, int)) not in right:
+            raise ConfigError(f"base model {base.name}: {name} of its unet is {found}, not {right[0]}")
+    wide = "encoder_hid_dim" if base.config("unet").get("encoder_hid_dim") else "cross_attention_dim"
+    matching(base, [("unet", wide, "text_encoder", "d_model")])
+
+
+def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    """Stage I. A UNet that learnt its variance predicts it too: that half gets no loss."""
+    prediction = unet(x_t, t, condition["prompt_embeds"].to(x_t.dtype), return_dict=False)[0]
+    return prediction[:, : x_t.shape[1]]
+
+
+def denoise_2(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    """Stage II: the small image, enlarged and roughened, beside x_t; how rough it is, as class label."""
+    both = torch.cat([x_t, condition["small"].to(x_t.dtype)], dim=1)
+    prediction = unet(
+        both, t, condition["prompt_embeds"].to(x_t.dtype), class_labels=condition["level"], return_dict=False
+    )[0]
+    return prediction[:, : x_t.shape[1]]
+
+
+def small_image(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM | None) -> dict[str, Tensor]:
+    """What stage II enlarges: the image itself, made small, enlarged as IFSuperResolutionPipeline does,
+    and roughened to a random timestep, which the UNet is told.
+
+    The row's posterior normals, which pixels have no use for, are its noise.
+    """
+    assert noising is not None
+    side = x0.shape[-1]
+    small = interpolate(x0, size=max(1, side // ENLARGES), mode="bilinear", antialias=True)
+    large = interpolate(small, size=side, mode="bilinear", align_corners=True)
+    level = noising.timesteps(batch.level)
+    return {"small": noising.corrupt(large, batch.posterior, level), "level": level}
+
+
+def itself(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM | None) -> dict[str, Tensor]:
+    """What Diffusers' script gives stage II: the noisy image once more, and its timestep."""
+    return {"small": x_t, "level": t}
+
+
+STAGE_1 = Family(
+    name="deepfloyd",
+    pipeline="IFPipeline",
+    denoiser="unet",
+    text_encoders={"text_encoder": "tokenizer"},
+    tokenize=tokenize,
+    embed=embed,
+    space=pixel_space,
+    encode_images=encode_images,
+    draw=draw,
+    check=partial(check, channels=3),
+    denoise=denoise,
+    vae=None,
+    lora_loads=("unet",),  # IFPipeline's loader knows CLIP's layers only
+    sampler={"variance_type": "fixed_small"},  # the adapter never trained the variance half
+)
+STAGE_2 = replace(
+    STAGE_1,
+    name="deepfloyd-2",
+    pipeline="IFSuperResolutionPipeline",
+    check=partial(check, channels=6),
+    denoise=denoise_2,
+    noising="image_noising_scheduler",
+    sees={"image": small_image, "itself": itself},
+    enlarges=ENLARGES,
+)

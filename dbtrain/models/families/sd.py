@@ -1,0 +1,57 @@
+"""Stable Diffusion 1.x and 2.x: CLIP text encoder, VAE latents, UNet; epsilon or v-prediction.
+
+Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from dbtrain.models.families.family import (
+    Family,
+    draw_latents,
+    encode_moments,
+    matching,
+    tokenize_clip,
+    vae_space,
+)
+from dbtrain.models.pretrained import Pretrained
+
+
+def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    return {"text_encoder": tokenize_clip(tokenizers["text_encoder"], prompts)}
+
+
+def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Last hidden state after CLIP's final norm, (prompts, L, D). SD passes no attention mask."""
+    return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"])[0]}
+
+
+def check(base: Pretrained) -> None:
+    matching(base, [
+        ("unet", "in_channels", "vae", "latent_channels"),
+        ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
+    ])  # fmt: skip
+
+
+def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    return unet(x_t, t, condition["prompt_embeds"].to(x_t.dtype), return_dict=False)[0]
+
+
+FAMILY = Family(
+    name="sd",
+    pipeline="StableDiffusionPipeline",
+    denoiser="unet",
+    text_encoders={"text_encoder": "tokenizer"},
+    tokenize=tokenize,
+    embed=embed,
+    space=vae_space,
+    encode_images=encode_moments,
+    draw=draw_latents,
+    check=check,
+    denoise=denoise,
+    kohya={"unet": "lora_unet", "text_encoder": "lora_te"},
+)

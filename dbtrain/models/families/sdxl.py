@@ -1,0 +1,93 @@
+"""Stable Diffusion XL (base): two CLIP text encoders, a pooled embedding, size and crop of each row.
+
+Podell et al. 2023, "SDXL: Improving Latent Diffusion Models", arXiv:2307.01952.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.models.families.family import (
+    Family,
+    draw_latents,
+    encode_moments,
+    matching,
+    tokenize_clip,
+    vae_space,
+)
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime.errors import ConfigError
+
+TIME_IDS = 6  # original height and width, crop top and left, target height and width: px
+
+
+def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    return {name: tokenize_clip(tokenizer, prompts) for name, tokenizer in tokenizers.items()}
+
+
+def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Last but one hidden states of both encoders side by side, (prompts, L, D1 + D2), and the second's
+    projected pooled output, (prompts, D2)."""
+    first = encoders["text_encoder"](ids["text_encoder"], output_hidden_states=True)
+    second = encoders["text_encoder_2"](ids["text_encoder_2"], output_hidden_states=True)
+    hidden = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    return {"prompt_embeds": hidden, "pooled": second.text_embeds}
+
+
+def row(meta: Mapping[str, Any], side: int) -> dict[str, Tensor]:
+    """The row's own size and crop, (6,): the denoiser learns to tell crops from whole pictures."""
+    ids = [*meta["original_size"], *meta["crop"], side, side]
+    return {"time_ids": torch.tensor(ids, dtype=torch.float32)}
+
+
+def idle(name: str, encoder: nn.Module) -> tuple[str, ...]:
+    """The first encoder's last layer: its output is not used."""
+    config: Any = encoder.config
+    last = f"encoder.layers.{config.num_hidden_layers - 1}"
+    if name != "text_encoder":
+        return ()
+    return tuple(module for module, _ in encoder.named_modules() if f".{module}".endswith(f".{last}"))
+
+
+def check(base: Pretrained) -> None:
+    if base.index.get("requires_aesthetics_score") or base.index.get("text_encoder") in (None, [None, None]):
+        raise ConfigError(f"{base.name} is an SDXL refiner; dbtrain trains the base model")
+    pooled = base.setting("text_encoder_2", "projection_dim", int)
+    wide = pooled + TIME_IDS * base.setting("unet", "addition_time_embed_dim", int)
+    matching(base, [("unet", "in_channels", "vae", "latent_channels")])
+    hidden = sum(base.setting(name, "hidden_size", int) for name in FAMILY.text_encoders)
+    for name, needed in (("cross_attention_dim", hidden), ("projection_class_embeddings_input_dim", wide)):
+        if (found := base.setting("unet", name, int)) != needed:
+            raise ConfigError(
+                f"base model {base.name} does not fit together: {name} of its unet is {found}, "
+                f"but its text encoders give {needed}"
+            )
+
+
+def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
+    hidden = condition["prompt_embeds"].to(x_t.dtype)
+    return unet(x_t, t, hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+
+FAMILY = Family(
+    name="sdxl",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
+    text_encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    tokenize=tokenize,
+    embed=embed,
+    space=vae_space,
+    encode_images=encode_moments,
+    draw=draw_latents,
+    check=check,
+    denoise=denoise,
+    row=row,
+    idle=idle,
+    lora_mixin="StableDiffusionXLLoraLoaderMixin",
+    kohya={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+)

@@ -1,0 +1,123 @@
+"""report: one HTML file about one or several runs, which needs nothing but a browser.
+
+Styles, script, curves and pictures are all in the file, and its own content policy forbids it to load
+anything: it opens from a file share, offline. Curves are drawn by uPlot (MIT; 50 KB, where plotly.js
+would be 4.7 MB a page), which lies beside this file as it was published.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import jinja2
+import torch
+
+import dbtrain
+from dbtrain.report import crops, curves, figures, links, thumbs
+from dbtrain.report.figures import MEANINGS, Figure, short
+from dbtrain.report.links import href_of
+from dbtrain.report.run import Run, number, read_all
+from dbtrain.runtime import files
+
+HERE = Path(__file__).parent
+NAME = "report.html"
+COLOURS = 8  # of runs, in page.css; more runs begin again
+LOG_TAIL = 40  # last lines of log.txt on the page
+SECRETS = (  # in URLs: a name and password, a signed query
+    (re.compile(r"(\w://)[^/@\s'\"]+@"), r"\1…@"),
+    (re.compile(r"(\w://[^?\s'\"]+)\?[^\s'\"]+"), r"\1?…"),
+)
+
+
+def report(folders: Sequence[Path], out: Path | None = None, most_crops: int = 64) -> Path:
+    """Write the page about the runs in these folders; its path.
+
+    `out` is `report.html` in the first of them by default. Of each run's stored crops, at most `most_crops`
+    are decoded. Raises ConfigError if a folder is no run; what a run lacks is said in the page.
+    """
+    runs = read_all(folders)
+    page = (files.expand(out) if out else runs[0].folder / NAME).resolve()
+    files.write_atomically(page, render(runs, page, most_crops))
+    return page
+
+
+def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
+    """The page's HTML, for a file at `page`."""
+    script = "".join(_part(name) for name in ("uPlot.iife.min.js", "page.js"))
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        finalize=without_secrets,
+    )  # fmt: skip
+    environment.filters["short"] = short
+    return environment.from_string(_part("page.html.jinja")).render(
+        runs=runs, title=_title(runs), colours=COLOURS, now=f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        versions=_versions(),
+        style=_part("uPlot.min.css") + _part("page.css"), script=script, licence=_part("uPlot.LICENSE"),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        figures=table([figures.of_run(run) for run in runs]), groups=curves.groups(runs),
+        scores=_scores(runs), score_curves=curves.scores(runs), timelines=thumbs.timelines(runs),
+        sheets=[thumbs.sheets(run) for run in runs], data=crops.data_sheets(runs, most_crops),
+        differences=differences(runs), links=[links.of_run(run, page) for run in runs],
+        href=lambda path: href_of(path, page), number=number, meanings=MEANINGS, log_tail=LOG_TAIL,
+    )  # fmt: skip
+
+
+def table(columns: Sequence[Sequence[Figure]]) -> dict[str, list[Figure | None]]:
+    """Figures of each run side by side, by label; None where a run has none of it."""
+    labels = dict.fromkeys(figure.label for column in columns for figure in column)
+    by_label = [{figure.label: figure for figure in column} for column in columns]
+    return {label: [column.get(label) for column in by_label] for label in labels}
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Settings in which the runs differ, but for the folder: dotted key -> each run's value."""
+    flat = [dict(_flat(run.cfg.model_dump(mode="json", exclude={"run_dir"}))) for run in runs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    values = {key: [one.get(key) for one in flat] for key in keys}
+    return {key: every for key, every in values.items() if any(value != every[0] for value in every)}
+
+
+def without_secrets(value: Any) -> Any:
+    """A value to be shown, with what opens doors taken out of URLs: a page is passed on."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):  # the latter: the page's own parts
+        return value
+    for pattern, replacement in SECRETS:
+        value = pattern.sub(replacement, value)
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def _scores(runs: Sequence[Run]) -> dict[str, list[float | None]]:
+    """Every score of scores.json: name -> each run's value."""
+    names = dict.fromkeys(name for run in runs for name in run.scores)
+    return {name: [run.scores.get(name) for run in runs] for name in names}
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return " · ".join(dict.fromkeys(run.subject for run in runs))
+
+
+def _versions() -> dict[str, str]:
+    """What made the page."""
+    return {
+        "dbtrain": dbtrain.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "Python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _part(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The process: ranks, signals, locks, files, randomness, the console."""

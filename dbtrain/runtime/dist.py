@@ -1,0 +1,310 @@
+"""Ranks and what they say to each other: the only file that imports torch.distributed.
+
+Every function works without a process group too, as a world of one rank. Control messages are
+CPU tensors on gloo, so that they never stall a GPU stream; gradients take the device's backend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
+from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Pulse
+
+PATIENCE = timedelta(hours=2)  # with ranks that prepare: shares of work differ, and one may download
+
+_group: torch_dist.ProcessGroup | None = None  # of ranks that train, which wait no longer than they are told
+_groups: dict[float, torch_dist.ProcessGroup] = {}  # by the seconds that they wait
+_wait = PATIENCE
+_pulse: Pulse | None = None
+
+
+def init() -> None:
+    """Join the process group that torchrun's (or srun's) variables describe; a world of one joins none."""
+    global _pulse
+    adopt_slurm()
+    if world() == 1 or is_initialized():
+        return
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    hosts = rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    torch_dist.init_process_group(
+        _backend(), timeout=PATIENCE, store=_store("ranks", hosts, PATIENCE), rank=rank(), world_size=world()
+    )
+    _pulse = Pulse(_store("pulse", False, timedelta(seconds=30)), rank(), world())
+
+
+def _store(what: str, hosts: bool, timeout: timedelta) -> torch_dist.Store:
+    """The store in which ranks find each other, for one attempt to run.
+
+    Since torch 2.13 torchrun's own outlives its restarts of ranks: some would find the addresses of those
+    before them. Nodes need not count restarts alike, so that several nodes have one attempt: those are
+    started again by the batch system.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch_dist.TCPStore(
+        address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return torch_dist.PrefixStore(f"{what}/{attempt}/", store)
+
+
+@contextmanager
+def training(timeout_s: float) -> Iterator[None]:
+    """In the block, no rank waits longer than `timeout_s` for another."""
+    global _group, _wait
+    _wait = timedelta(seconds=timeout_s)
+    if world() > 1 and timeout_s not in _groups:
+        _groups[timeout_s] = torch_dist.new_group(backend=_backend(), timeout=_wait)
+    _group = _groups.get(timeout_s)
+    try:
+        yield
+    finally:
+        _group, _wait = None, PATIENCE
+
+
+@contextmanager
+def patiently() -> Iterator[None]:
+    """In the block, ranks wait for each other as they do while they prepare: shares of work differ."""
+    global _wait
+    before, _wait = _wait, PATIENCE
+    try:
+        yield
+    finally:
+        _wait = before
+
+
+def at(step: int) -> None:
+    """Say which step this rank takes, for others to tell if it should not come back."""
+    if _pulse:
+        _pulse.step = step
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
+
+
+def adopt_slurm() -> None:
+    """Take srun's variables for torchrun's, where srun started several tasks and torchrun none."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
+        return
+    for ours, slurms in (
+        ("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    ):  # fmt: skip
+        os.environ[ours] = os.environ[slurms]
+    if "MASTER_ADDR" not in os.environ:
+        nodes = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
+
+
+def is_initialized() -> bool:
+    return torch_dist.is_initialized()
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU if there is one, else the CPU.
+
+    srun may show each task its own GPU only, which then is number 0.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def lost(error: Exception) -> Lost | None:
+    """What to tell of an error that means that another rank is gone, or does not answer; else None."""
+    of_torch = isinstance(error, torch_dist.DistError) or "connectFullMesh" in str(error)
+    if of_torch and not _pulse:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return Lost(f"cannot join the other ranks at {place}: {reason(error)}", ended=True)
+    if not _pulse or not (of_torch or any(word in str(error) for word in ("gloo", "NCCL", "imed out"))):
+        return None
+    who, ended = _pulse.absent()
+    return Lost(f"{who}; this rank gives up at step {_pulse.step}: {reason(error)}", ended)
+
+
+def finish(code: int) -> None:
+    """End this process with `code` if it used a process group; else return.
+
+    gloo's threads outlive destroy_process_group() and abort the interpreter in a third of runs
+    (torch 2.13): flush, then leave without the interpreter's shutdown.
+    """
+    if is_initialized():
+        if _pulse:
+            _pulse.close(GAVE_UP if code == 3 else f"exit code {code}" if code else "")
+        if rank() == 0 and code in (1, 2, 3) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(2 * PATIENCE_S)  # the store ends with this process: let the others read it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's JSON-able value, in rank order, on every rank."""
+    if world() == 1:
+        return [value]
+    message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
+    _done(torch_dist.all_gather(sizes, torch.tensor([len(message)]), async_op=True))
+    longest = int(max(sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(message)] = message
+    everyone = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world())]
+    _done(torch_dist.all_gather(everyone, padded, async_op=True))
+    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(everyone, sizes, strict=True)]
+
+
+def _done(work: torch_dist.Work) -> None:
+    """Wait for a collective, as long as this phase has patience."""
+    if not work.wait(_wait):
+        raise RuntimeError("gloo: timed out")
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's JSON-able value, on every rank."""
+    return gather_json(value if is_main() else None)[0]
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Run the block on every rank; what a user can fix on one rank is raised on all of them.
+
+    So is Preempted. Without this the others would wait in their next collective for a rank that is
+    gone. Every rank must enter the block, and the block must hold no collective.
+    """
+    problems: tuple[str, ...] = ()
+    stopped = ""
+    try:
+        yield
+    except ConfigError as error:
+        problems = error.problems
+    except OSError as error:
+        problems = (os_problem(error),)
+    except Preempted as stop:
+        stopped = str(stop)
+    everyone = gather_json([problems, stopped])
+    if lines := [line for lines, _ in everyone for line in lines]:
+        raise ConfigError(*dict.fromkeys(lines), shared=True)
+    if stops := [stop for _, stop in everyone if stop]:
+        raise Preempted(stops[0])
+
+
+@contextmanager
+def leaders_first() -> Iterator[None]:
+    """Run the block on one rank of each node, then on its others. It must hold no collective."""
+    if local_rank():
+        gather_json(None)
+    yield
+    if not local_rank():
+        gather_json(None)
+
+
+class Vote:
+    """One number a step from every rank, and the largest of them: known one step later, to all at once.
+
+    So that no rank waits for the others' answers, and all of them act on it at the same step.
+    """
+
+    def __init__(self) -> None:
+        self.pending: tuple[Tensor, torch_dist.Work] | None = None
+
+    def cast(self, number: int) -> int:
+        """Hand in a number; the largest that any rank handed in the call before (a world of one: now)."""
+        if world() == 1:
+            return number
+        before, found = self.pending, 0
+        ballot = torch.tensor([number])
+        self.pending = (
+            ballot,
+            torch_dist.all_reduce(ballot, torch_dist.ReduceOp.MAX, group=_group, async_op=True),
+        )
+        if before:
+            _done(before[1])
+            found = int(before[0])
+        return found
+
+
+def assert_same(value: str, what: str) -> None:
+    """Raise ConfigError on every rank unless all of them hold the same `value`."""
+    values = gather_json(value)
+    odd = [str(number) for number, other in enumerate(values) if other != values[0]]
+    if odd:
+        raise ConfigError(f"{what} differs between rank 0 and rank {', '.join(odd)}", shared=True)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, on its device; the input is left alone."""
+    total = values.clone()
+    if world() > 1:
+        torch_dist.all_reduce(total, group=_group)
+    return total
+
+
+def min_over_ranks(values: Tensor) -> Tensor:
+    """Elementwise minimum of a tensor over all ranks, on its device."""
+    least = values.clone()
+    if world() > 1:
+        torch_dist.all_reduce(least, torch_dist.ReduceOp.MIN, group=_group)
+    return least
+
+
+def wrap(module: nn.Module) -> nn.Module:
+    """The module under DDP, which averages gradients over ranks; itself in a world of one.
+
+    `init_sync` is off: the adapter starts from the seed, the base from files, both the same on
+    every rank, and broadcasting gigabytes of frozen weights would only cost time.
+    """
+    if world() == 1:
+        return module
+    with warnings.catch_warnings():  # torch 2.13 has a new name for broadcast_buffers, 2.10 has not
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module,
+            process_group=_group,
+            init_sync=False,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            bucket_cap_mb=1 << 20,  # one bucket: an adapter is small, and each all-reduce has its latency
+        )
+
+
+def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Context of one micro-batch: gradients are exchanged in the last one of a step only."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()

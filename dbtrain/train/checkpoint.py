@@ -1,0 +1,131 @@
+"""Checkpoints: adapter, moments and an integer; written whole or not at all, resumed exactly.
+
+Data order, randomness and learning rate are functions of the step, so nothing else needs saving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dbtrain.adapters import inject as adapters
+from dbtrain.adapters.formats import peft_folder
+from dbtrain.config import Config
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.runtime import console, dist, files
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import optim
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.fingerprint import STATE, check_identity, folders, read_state
+
+
+@dataclass
+class Progress:
+    """What changes while training, and so what a checkpoint holds; beside it only the step."""
+
+    model: DreamBooth
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    skipped: torch.Tensor  # () int64, on the device: steps left out, as something was not finite
+
+    @classmethod
+    def begin(cls, model: DreamBooth, cfg: Config) -> Progress:
+        """Nothing done yet."""
+        device = dist.device()
+        return cls(
+            model, optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph),
+            torch.amp.GradScaler(device.type, enabled=PRECISIONS[cfg.train.precision].scaled),
+            torch.zeros((), dtype=torch.int64, device=device),
+        )  # fmt: skip
+
+
+def save(run_dir: Path, step: int, progress: Progress, who: Mapping[str, Any], keep: int) -> None:
+    """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`.
+
+    Raises ConfigError if the ranks' adapters differ, which nothing else would show.
+    """
+    check_ranks(progress.model)
+    with dist.agreed():
+        if dist.is_main():
+            path = run_dir / "checkpoints" / f"step-{step:06d}"
+            files.write_folder_atomically(path, lambda part: _fill(part, step, progress, who))
+            for old in folders(run_dir)[:-keep]:
+                shutil.rmtree(old)
+
+
+def check_ranks(model: DreamBooth) -> None:
+    """Raise ConfigError unless all ranks hold the same adapter: DDP only ever adds equal gradients to it."""
+    if dist.world() > 1:
+        weights = hashlib.sha256()
+        for parameter in model.trainable().values():
+            weights.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+        dist.assert_same(weights.hexdigest(), "the adapter")
+
+
+def _fill(part: Path, step: int, progress: Progress, who: Mapping[str, Any]) -> None:
+    for component, adapter in progress.model.states().items():
+        if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
+            raise ConfigError(
+                f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
+                "lower optim.lr"
+            )
+        (part / component).mkdir()
+        for name, content in peft_folder.contents(adapter).items():
+            files.write(part / component / name, content)
+    moments = optim.state(progress.optimizer, progress.model.trainable())
+    files.write(part / "optimizer.safetensors", safetensors.torch.save(moments))
+    written = {str(path.relative_to(part)): files.sha256_of(path) for path in part.rglob("*.*")}
+    state = {
+        "step": step, "skipped": progress.skipped.item(), "scaler": progress.scaler.state_dict(),
+        "identity": who, "files": written,
+    }  # fmt: skip
+    files.write(part / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def latest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, and its state.
+
+    Says which ones are not, and sets them aside: among the newest, they would push out good ones.
+    """
+    for path in reversed(folders(run_dir)):
+        try:
+            return path, read_state(path)
+        except ConfigError as problem:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            console.say(f"{problem}; set aside as {aside.name}, trying the one before it")
+    return None
+
+
+def load_latest(run_dir: Path, progress: Progress, who: Mapping[str, Any]) -> int:
+    """Put the newest whole checkpoint into `progress`; the step it was taken at.
+
+    0 if there is none. Rank 0 chooses. Raises ConfigError that names each setting by which the run
+    differs from the one that is to be continued.
+    """
+    with dist.agreed():
+        found = latest(run_dir) if dist.is_main() else None
+    name = dist.from_main(found and found[0].name)
+    if name is None:
+        return 0
+    path = run_dir / "checkpoints" / name
+    with dist.agreed():
+        state = read_state(path)
+        check_identity(path, state["identity"], who)
+        for component, module in progress.model.trained.items():
+            adapters.restore(module, peft_folder.read(path / component).tensors)
+        saved = safetensors.torch.load_file(path / "optimizer.safetensors")
+        optim.load_state(progress.optimizer, progress.model.trainable(), saved)
+        progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints
+        if state["scaler"]:
+            progress.scaler.load_state_dict(state["scaler"])
+    return state["step"]

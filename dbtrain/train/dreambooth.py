@@ -1,0 +1,132 @@
+"""The module that is trained: a denoiser with its adapter, the prompt table and the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dbtrain.adapters import inject as adapters
+from dbtrain.adapters.inject import AdapterState
+from dbtrain.config import Config
+from dbtrain.data.dataloader import Batch
+from dbtrain.data.shards import Manifest
+from dbtrain.models import activation_checkpointing, quantization
+from dbtrain.models.families.family import Family, LatentSpace, Sees
+from dbtrain.models.objectives import DDPM
+from dbtrain.models.precision import PRECISIONS, WorkingCopies
+from dbtrain.models.pretrained import Pretrained
+
+
+class DreamBooth(nn.Module):
+    """One module for one DDP wrapper: `forward` gives one loss per image, for every family.
+
+    Ruiz et al. 2022, "DreamBooth", arXiv:2208.12242.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        text_encoders: Mapping[str, nn.Module],
+        objective: DDPM,
+        prompts: Mapping[str, Tensor],
+        space: LatentSpace,
+        noising: DDPM | None = None,
+        sees: Sees | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.denoiser = denoiser
+        self.text_encoders = nn.ModuleDict(text_encoders)  # none, or all of the family's, trained
+        self.objective = objective
+        for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.noising = noising
+        self.sees = sees
+        self.prompt_names = tuple(prompts)
+        for name, table in prompts.items():  # (prompts, ...), moved along with the module
+            self.register_buffer(f"prompts_{name}", table, persistent=False)
+        self.dtype = dtype  # of the base, and of what the denoiser is given
+        learnt = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        self.working_copies = WorkingCopies(self, learnt, dtype)
+
+    @classmethod
+    def build(
+        cls, base: Pretrained, family: Family, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config
+    ) -> DreamBooth:
+        """The base's denoiser (and text encoders) with new adapters, on the CPU.
+
+        `table` is the shards' prompt table: embeddings where the text encoders stay frozen, token
+        ids where they learn.
+        """
+        dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
+        denoiser = base.load(family.denoiser, dtype)
+        if cfg.train.channels_last:
+            denoiser.to(memory_format=torch.channels_last)
+        if cfg.train.base_linears != "full":
+            quantization.quantize(denoiser, cfg.train.base_linears)
+        adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
+        encoders = {name: base.load(name, dtype) for name in family.text_encoders} if settings else {}
+        for number, (name, encoder) in enumerate(encoders.items()):
+            assert settings is not None
+            idle = family.idle(name, encoder)
+            adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, idle)
+        activation_checkpointing.checkpoint_activations(
+            denoiser, list(encoders.values()), cfg.train.gradient_checkpointing
+        )
+        objective = DDPM.of(base.config("scheduler"), cfg.loss.min_snr_gamma)
+        wanted = "ids." if encoders else "condition."
+        prompts = {
+            name.removeprefix(wanted): tensor for name, tensor in table.items() if name.startswith(wanted)
+        }
+        space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
+        noising = DDPM.of(base.config(family.noising), None) if family.noising else None
+        sees = family.sees.get(cfg.model.low_res)
+        return cls(family, denoiser, encoders, objective, prompts, space, noising, sees, dtype)
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The components that carry an adapter, by the name they have in the base's folder."""
+        return {self.family.denoiser: self.denoiser, **self.text_encoders}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What the optimizer works on, as `<component>.<parameter>`."""
+        return {
+            f"{component}.{name}": parameter
+            for component, module in self.trained.items()
+            for name, parameter in adapters.trainable(module).items()
+        }
+
+    def states(self) -> dict[str, AdapterState]:
+        """The adapters' weights, by component."""
+        return {name: adapters.collect(module) for name, module in self.trained.items()}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Denoising loss of each image, (rows,) fp32."""
+        x0 = self.x0(batch)
+        t = self.objective.timesteps(batch.u)
+        x_t = self.objective.corrupt(x0, batch.noise, t)
+        condition = self.condition(batch.prompt) | batch.extra
+        if self.sees:
+            condition |= self.sees(x0, x_t, t, batch, self.noising)
+        prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, condition)
+        error = prediction.float() - self.objective.target(x0, batch.noise, t)
+        return self.objective.weight(t) * error.square().flatten(1).mean(1)
+
+    def x0(self, batch: Batch) -> Tensor:
+        """What the denoiser learns to recover, (rows, C, H, W) fp32."""
+        drawn = self.family.draw(batch.stored, batch.posterior)
+        return (drawn - self.get_buffer("latent_shift")) * self.get_buffer("latent_scale")
+
+    def condition(self, prompt: Tensor) -> dict[str, Tensor]:
+        """What the denoiser is told of the prompts with these numbers, (rows,): tensors, (rows, ...) each."""
+        table = {name: self.get_buffer(f"prompts_{name}") for name in self.prompt_names}
+        encoders = dict(self.text_encoders.items())
+        if encoders and len(next(iter(table.values()))) <= len(prompt):
+            table = self.family.embed(encoders, table)  # each prompt once, however many rows have it
+            encoders = {}
+        mine = {name: values[prompt] for name, values in table.items()}
+        return self.family.embed(encoders, mine) if encoders else mine

@@ -1,0 +1,96 @@
+"""What a run is, and the checkpoints in its folder as they are read: no adapter, no library of adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dbtrain.config import Config
+from dbtrain.config.adapter import alpha_of
+from dbtrain.data.shards import Manifest
+from dbtrain.models.families.family import Family
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import files
+from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.keys import content_key
+
+STATE = "state.json"
+
+
+def folders(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = (run_dir / "checkpoints").glob("step-*")
+    whole = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(whole, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) -> dict[str, Any]:
+    """What a checkpoint can only be continued with, by the config key a user knows it by.
+
+    Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision,
+    memory settings and ranks may change: the data and the noise of a step do not depend on them.
+    """
+    parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
+    trained = family.text_encoders if cfg.adapter.text_encoder else ()
+    settings = {
+        f"{part}.{key}": value
+        for part, one in parts.items()
+        if one
+        for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
+        if key != "text_encoder"
+    }
+    base_content = [base.key(part) for part in (family.denoiser, "scheduler", *trained)]
+    return {
+        "seed": cfg.seed,
+        "model.path": f"content {content_key(base_content)[:12]}",
+        "data.shards": _shards_identity(manifest),
+        **({"model.low_res": cfg.model.low_res} if family.sees else {}),
+        **settings,
+        **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
+        "train.global_batch": cfg.train.global_batch,
+    }
+
+
+def _shards_identity(manifest: Manifest) -> str:
+    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
+    content = content_key(manifest.model_dump(mode="json", exclude={"base", "request"}))
+    return f"{rows}, content {content[:12]}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises ConfigError if one of its files is missing or altered."""
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        odd = [name for name, sha in state["files"].items() if files.sha256_of(path / name) != sha]
+        if state["step"] != step_of(path) or not isinstance(state["identity"], dict):
+            odd.append(STATE)
+    except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
+        raise ConfigError(f"checkpoint {path} is damaged: {reason(error)}") from error
+    if odd:
+        raise ConfigError(f"checkpoint {path} is damaged: {', '.join(odd)} differs from its sha256")
+    return state
+
+
+def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ConfigError that names every setting in which two identities differ."""
+    odd = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    if odd:
+        changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in odd)
+        raise ConfigError(f"{path} cannot be continued: {changes}; set them back, or give another run_dir")
+
+
+def check_continues(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps: int) -> None:
+    """Raise ConfigError unless a run of identity `now` can go on from a checkpoint, or ends with it."""
+    check_identity(path, state["identity"], now)
+    if state["step"] > steps:
+        raise ConfigError(
+            f"{path} is past train.steps ({steps}); "
+            "use more steps or another run_dir, or export an earlier checkpoint"
+        )

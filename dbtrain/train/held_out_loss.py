@@ -1,0 +1,92 @@
+"""The loss of photos and class images that nothing trains on: at fixed timesteps, with fixed noise.
+
+What varies from step to step of training, timesteps and noise above all, does not vary here: the
+curve is smooth, and where it turns up while the training loss still falls, photos are being learnt by heart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbtrain.config import Config
+from dbtrain.data import shards
+from dbtrain.data.dataloader import Batch
+from dbtrain.data.shards import HELD_OUT, Manifest
+from dbtrain.data.storage import Storage
+from dbtrain.models.families.family import Family
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.runtime import dist, preemption, rng
+from dbtrain.train.dreambooth import DreamBooth
+
+METRICS = {"instance": "held_out_instance", "class": "held_out_prior"}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A row at one of the timesteps."""
+
+    role: str  # "instance" or "class"
+    number: int  # of the timestep
+    u: float  # the timestep, as a share of all
+    row: shards.Row
+    extra: Mapping[str, Tensor]
+
+
+def rows(manifest: Manifest, place: Storage, family: Family, role: str, timesteps: int) -> Iterator[HeldOut]:
+    """Every row of a role that was kept back, at the middle of each of `timesteps` parts of their range."""
+    for shard in manifest.roles[HELD_OUT[role]]:
+        for row in shards.read(place, shard):
+            extra = family.row(row.meta, manifest.request["resolution"])
+            for number in range(timesteps):
+                yield HeldOut(role, number, (number + 0.5) / timesteps, row, extra)
+
+
+def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict[str, Any]:
+    """Mean loss of each role, and at each of the timesteps; over all ranks, in batches that are the same
+    for any number of them."""
+    size = 2 * cfg.train.micro_batch  # rows that a step has in memory, with all that their gradients need
+    batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
+    mine = {}
+    with dist.agreed():
+        for number in range(dist.rank(), len(batches), dist.world()):
+            preemption.check()
+            with PRECISIONS[cfg.train.precision].forward(dist.device()):
+                mine[number] = model(batch_of(batches[number]).to(dist.device())).tolist()
+    found = {int(number): each for part in dist.gather_json(mine) for number, each in part.items()}
+    losses = [loss for number in range(len(batches)) for loss in found[number]]
+    means, by_timestep = {}, {}
+    for role, metric in METRICS.items():
+        pairs = [(one.number, loss) for one, loss in zip(held_out, losses, strict=True) if one.role == role]
+        if pairs:
+            numbers = sorted({number for number, _ in pairs})
+            means[metric] = fmean(loss for _, loss in pairs)
+            by_timestep["prior" if role == "class" else role] = [
+                fmean(loss for number, loss in pairs if number == wanted) for wanted in numbers
+            ]
+    shares = sorted({one.u for one in held_out})
+    timesteps = model.objective.timesteps(torch.tensor(shares, device=dist.device())).tolist()
+    return {**means, "timesteps": timesteps, "by_timestep": by_timestep}
+
+
+def batch_of(rows: Sequence[HeldOut]) -> Batch:
+    """The rows as training has them, with noise that depends on the image and the timestep alone."""
+    first, count = rows[0], len(rows)
+    shape = next(iter(first.row.tensors.values())).shape
+    draws = [rng.row_draws(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0) for one in rows]
+    return Batch(
+        stored={n: torch.stack([one.row.tensors[n] for one in rows]) for n in first.row.tensors},
+        posterior=torch.stack([draw.posterior for draw in draws]),
+        noise=torch.stack([draw.noise for draw in draws]),
+        u=torch.tensor([one.u for one in rows]),
+        prompt=torch.tensor([one.row.meta["prompt"] for one in rows]),
+        weight=torch.zeros(count), level=torch.tensor([one.u for one in rows]),
+        position=torch.zeros(count, dtype=torch.float64),
+        extra={n: torch.stack([one.extra[n] for one in rows]) for n in first.extra},
+        first=0, seen=0,
+    )  # fmt: skip

@@ -1,0 +1,78 @@
+"""Where metrics and pictures go besides the run folder's own files: TensorBoard, W&B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from dbtrain.config import Config
+from dbtrain.runtime import console, files
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.keys import content_key
+
+
+class Tracker(Protocol):
+    """Something that is told what a run does."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None: ...
+    def show(self, step: int, name: str, picture: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        with files.naming(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        with files.naming(self.folder):
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
+
+    def show(self, step: int, name: str, picture: Path) -> None:
+        with files.naming(self.folder), Image.open(picture) as image:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        with files.naming(self.folder):
+            self.writer.close()
+
+
+class _WandB:
+    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("train.wandb needs W&B: pip install 'dbtrain[wandb]'") from error
+        self.image = wandb.Image
+        self.run = wandb.init(
+            project=project, name=folder.name, id=content_key(str(folder.resolve()))[:16], resume="allow",
+            dir=str(folder), config=config,
+        )  # fmt: skip
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self.run.log(metrics, step=step)
+
+    def show(self, step: int, name: str, picture: Path) -> None:
+        self.run.log({name: self.image(str(picture))}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def of(folder: Path, cfg: Config, start: int) -> list[Tracker]:
+    """The trackers of a run that goes on from step `start`."""
+    found: list[Tracker] = []
+    try:
+        found.append(_TensorBoard(folder / "tb", start))
+    except ImportError:
+        console.say("no TensorBoard log: pip install 'dbtrain[tensorboard]' for one")
+    if cfg.train.wandb:
+        found.append(_WandB(folder, cfg.train.wandb, cfg.model_dump(mode="json")))
+    return found

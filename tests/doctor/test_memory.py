@@ -1,0 +1,167 @@
+"""The predicted memory is the measured one, is read from configs alone, and leads to settings that fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+
+from benchmarks import bases as real
+from benchmarks.memory import BOUND, configured, measured
+from dbtrain.doctor import memory
+from dbtrain.doctor.memory import GIB, Prediction
+from dbtrain.doctor.memory_counter import Tally, like_cuda
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
+from tests import bases
+from tests.conftest import Make, dbtrain
+
+
+def test_a_tally_counts_each_storage_while_it_lives() -> None:
+    with FakeTensorMode(), Tally(block=512) as tally:
+        x = torch.empty(1000)  # 4000 bytes, rounded to 4096
+        assert (tally.live, tally.peak) == (4096, 4096)
+        view = x.view(10, 100)[2:]
+        x.add_(1)
+        assert tally.live == 4096, "views and changes in place take nothing"
+        y = view * 2  # 3200 bytes
+        assert tally.live == tally.peak == 4096 + 3584
+        del x, y
+        assert tally.live == 4096, "the view keeps the storage"
+        del view
+        assert (tally.live, tally.peak) == (0, 4096 + 3584)
+
+
+def test_cuda_s_kernels_and_autocast_are_stood_in_for_and_put_back() -> None:
+    plain = functional.scaled_dot_product_attention, functional.group_norm
+    with FakeTensorMode(), like_cuda(), torch.amp.autocast("cpu", torch.bfloat16):
+        x = torch.empty(2, 8, 64, 40, requires_grad=True)
+        fused = functional.scaled_dot_product_attention(x, x, x)
+        assert "FlashAttention" in type(fused.grad_fn).__name__ and fused.dtype == torch.bfloat16
+        masked = functional.scaled_dot_product_attention(x, x, x, torch.empty(1, 1, 64, 64))
+        assert "EfficientAttention" in type(masked.grad_fn).__name__
+        norm = functional.group_norm(torch.empty(1, 8, 4, 4, dtype=torch.bfloat16), 2)
+        assert norm.dtype == torch.float32, "as on GPUs, not as on CPUs"
+    assert plain == (functional.scaled_dot_product_attention, functional.group_norm)
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("sd", {}),
+    ("sd", {"train__precision": "bf16", "train__micro_batch": 4}),
+    ("sd", {"train__gradient_checkpointing": "blocks", "train__base_linears": "int8"}),
+    ("sd", {"train__gradient_checkpointing": "transformer", "adapter__text_encoder": {"rank": 2}}),
+    ("sdxl", {"train__precision": "bf16"}),
+    ("if_1", {"prepare__resolution": 16}),
+    ("if_2", {"prepare__resolution": 32, "adapter__kind": "lokr"}),
+]
+
+
+@pytest.mark.parametrize(("base", "settings"), CASES, ids=str)
+def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str, Any]) -> None:
+    """Of all families; rows are 64 px small, yet activations are most of the sum."""
+    path = getattr(bases, base)()
+    cfg = make(**{"model__path": str(path), "prepare__class_prompt": None, **settings})
+    prepare(cfg)
+    found = memory.predict(cfg, Pretrained.find(cfg.model), "cpu")
+    assert found.peak == pytest.approx(measured(cfg), rel=BOUND)
+
+
+def test_class_images_and_ranks_take_more(make: Make) -> None:
+    cfg = make(train__global_batch=1)
+    base = Pretrained.find(cfg.model)
+    both = memory.predict(cfg, base, "cuda")
+    alone = memory.predict(make(train__global_batch=1, loss__prior_weight=0.0), base, "cuda")
+    assert 1.6 < both.activations / alone.activations < 2.4
+    assert both.gradients == 0 and memory.predict(cfg, base, "cuda", ranks=2).gradients == both.adapter
+    assert memory.predict(make(), base, "cuda").gradients == both.adapter, "accumulated over micro-batches"
+    assert 2 * both.adapter < both.moments < 2 * both.adapter + 70 * 512, "two moments, and 64 step counts"
+
+
+def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
+    cfg = make(validation__prompts=["a photo of sks dog"], validation__images=1)
+    base = Pretrained.find(cfg.model)
+    found = memory.predict(cfg, base, "cpu")
+    vae = base.load("vae")
+    with Tally(64) as tally, torch.no_grad():
+        vae.decode(torch.randn(1, *families.get("sd").space(base, 64).shape))
+        taken = tally.peak + sum(parameter.nbytes for parameter in vae.parameters())
+    assert found.drawing == pytest.approx(taken, rel=BOUND)
+    assert found.peak == found.base + found.adapter + found.moments + found.gradients + max(
+        found.drawing, found.activations
+    )
+    assert memory.predict(make(), base, "cpu").drawing == 0
+
+
+def test_what_does_not_fit_because_of_pictures_is_said(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "predict", lambda *_: Prediction(GIB, 0, 0, GIB, 0, 9 * GIB))
+    with pytest.raises(ConfigError, match=r"use validation\.prompts=\[\]"):
+        list(memory.report(make(validation__prompts=["a photo of sks dog"]), 4.0))
+
+
+def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
+    cfg = make()
+    whole = memory.predict(cfg, Pretrained.find(cfg.model), "cuda")
+    folder = shutil.copytree(bases.sd(), tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    cfg = make(model__path=str(folder))
+    assert memory.predict(cfg, Pretrained.find(cfg.model), "cuda") == whole
+
+
+def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make()
+    done = dbtrain("doctor", tmp_path / "c.yaml", "--gib", 24)
+    assert done.returncode == 0 and "fits into 24.0 GiB" in done.stdout
+    rows = ["base", "adapter", "optimizer", "activations", "accumulated gradients", "peak"]
+    lines = done.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if "of training on a GPU, GiB" in line)
+    assert [line.strip().rsplit(" ", 1)[0].strip() for line in lines[first + 1 : first + 7]] == rows
+
+    asked = []
+
+    def predict(cfg: Any, *_: Any) -> Prediction:
+        train = cfg.train
+        asked.append((train.micro_batch, train.gradient_checkpointing, train.base_linears))
+        per_row = {"none": 4, "transformer": 2, "blocks": 1}[train.gradient_checkpointing]
+        base = 4 if train.base_linears == "full" else 2
+        return Prediction(base * GIB, 0, 0, per_row * train.micro_batch * GIB, 0)
+
+    monkeypatch.setattr(memory, "predict", predict)
+    with pytest.raises(ConfigError) as told:
+        list(memory.report(make(train__micro_batch=4), 4.0))
+    assert asked == [
+        (4, "none", "full"), (2, "none", "full"), (1, "none", "full"), (1, "transformer", "full"),
+        (1, "blocks", "full"), (1, "blocks", "int8"),
+    ]  # fmt: skip
+    best = "train.micro_batch=1 train.gradient_checkpointing=blocks train.base_linears=int8"
+    assert "training needs 21.40 GiB" in str(told.value) and str(told.value).endswith(f"; use {best}")
+    with pytest.raises(ConfigError, match="nor does any of these; a smaller"):
+        list(memory.report(make(train__micro_batch=4), 2.0))
+
+
+GIVEN = [  # totals counted by another program, on meta tensors: GiB with bf16 under autocast, rank 8, 1 row
+    ("sd15", [], 2.72),
+    ("sd15", ["train.gradient_checkpointing=blocks"], 1.89),
+    ("sdxl", ["train.gradient_checkpointing=blocks"], 5.67),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "changes", "gib"), GIVEN)
+def test_real_architectures_take_what_was_counted(
+    tmp_path: Path, model: str, changes: list[str], gib: float
+) -> None:
+    cfg = configured(model, real.outline(model, tmp_path), tmp_path, real.SIDES[model], changes)
+    assert memory.predict(cfg, Pretrained.find(cfg.model), "cuda").peak / GIB == pytest.approx(gib, rel=0.03)
+
+
+@pytest.mark.slow
+def test_sdxl_with_an_8_bit_base_fits_into_4_5_gib(tmp_path: Path) -> None:
+    changes = ["train.gradient_checkpointing=blocks", "train.base_linears=int8"]
+    cfg = configured("sdxl", real.outline("sdxl", tmp_path), tmp_path, 1024, changes)
+    assert memory.predict(cfg, Pretrained.find(cfg.model), "cuda").peak <= 4.5 * GIB

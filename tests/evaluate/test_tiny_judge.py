@@ -1,0 +1,123 @@
+"""The scores answer the paper's questions rightly where the answer is known: on renders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbtrain.evaluate import evaluate, tiny_judge
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.tiny import world
+from dbtrain.tiny.judge import Judge
+from dbtrain.tiny.paint import render
+from dbtrain.train.loop import train
+from tests.conftest import Make, dbtrain, draw_photo
+
+MUGS = [s for s in (world.scene(n, "test") for n in range(400)) if s.kind == "mug"][:24]
+PROMPTED = "a photo of sks mug"
+
+
+def of_subject(name: str, first: int, place: str | None = None, count: int = 8) -> list[Image.Image]:
+    return [render(world.subject_scene(name, first + k, place)) for k in range(count)]
+
+
+def scores_of(
+    kept: list[Image.Image], subject: list[Image.Image], wrong_places: int = 0
+) -> tiny_judge.Scores:
+    """Scores of a run whose pictures are these; the base draws ordinary mugs."""
+    base = [render(scene) for scene in MUGS]
+    places = list(world.PLACES)
+    shown = places[wrong_places:] + places[:wrong_places]
+    placed = [of_subject("mug", 300, place) for place in shown]
+    return tiny_judge.judged(Judge.load(), "mug", world.photos("mug"), base, kept, subject, placed)
+
+
+def test_a_perfect_run() -> None:
+    others = [render(s) for s in (world.scene(n, "other") for n in range(400)) if s.kind == "mug"][:24]
+    scores = scores_of(others, of_subject("mug", 200))
+    assert scores.closed == pytest.approx(1, abs=0.1)
+    assert scores.place > 0.95 and scores.kind > 0.95
+    assert scores.drift <= 0.05 and scores.drift_base <= 0.05
+    assert scores.diversity == pytest.approx(scores.diversity_base, abs=0.1)
+
+
+def test_a_run_that_learnt_nothing_and_one_that_lost_its_class() -> None:
+    mugs = [render(scene) for scene in MUGS]
+    nothing = scores_of(mugs, mugs)
+    assert abs(nothing.closed) < 0.05
+    lost = scores_of(of_subject("mug", 400, count=24), of_subject("mug", 200))
+    assert lost.drift > 0.9
+    assert lost.diversity < 0.5 * nothing.diversity
+
+
+def test_a_run_that_ignores_the_place() -> None:
+    assert scores_of(of_subject("mug", 400), of_subject("mug", 200), wrong_places=1).place < 0.05
+
+
+def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
+    scores = tiny_judge.Scores(0.1, 0.7, 0.9, 0.8, 0.9, 0.04, 0.0, 0.6, 0.9)
+    text = tiny_judge.table(scores, scores)
+    assert "75%       75%" in next(line for line in text.splitlines() if line.startswith("of the way"))
+    (tmp_path / "s.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds no scores"):
+        tiny_judge.Scores.load(tmp_path / "s.json")
+
+
+def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) -> None:
+    world.main(tmp_path / "photos", "mug")
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"),
+               prepare__instance_prompt=PROMPTED, prepare__class_prompt="a photo of a mug",
+               train__steps=1, sample__steps=1)  # fmt: skip
+    prepare(cfg)
+    run = train(cfg)
+    first = dbtrain("evaluate", tmp_path / "c.yaml", ranks=2)
+    assert first.returncode == 0 and "of the way from base to real" in first.stdout
+    out = run / "scores"
+    scores = tiny_judge.Scores.load(out / "scores.json")
+    assert scores.closed < 0.3, "one sampling step draws no mug"
+    with Image.open(out / "sheet.png") as sheet:
+        assert np.asarray(sheet).std() > 10
+        assert sheet.height > 4 * 128
+    assert len(list((out / "subject").glob("*seed*.png"))) == 7 * tiny_judge.SUBJECT_IMAGES
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}
+    again = dbtrain("evaluate", tmp_path / "c.yaml", "--beside", out / "scores.json")
+    assert again.returncode == 0 and "expected" in again.stdout
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}, "drawn again"
+    assert tiny_judge.Scores.load(out / "scores.json") == scores
+    assert json.loads((out / "scores.json").read_text())["place"] == scores.place
+
+
+def test_checkpoints_are_compared_by_likeness_and_place(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_judge, "CLASS_IMAGES", 2)
+    monkeypatch.setattr(tiny_judge, "SUBJECT_IMAGES", 1)
+    world.main(tmp_path / "photos", "mug")
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"), sample__steps=1,
+               prepare__instance_prompt=PROMPTED, train__steps=3)  # fmt: skip
+    prepare(cfg)
+    run = train(cfg)
+    lines = list(evaluate.checkpoints(cfg))
+    rows = json.loads((run / "scores" / "checkpoints.json").read_text())
+    assert [(row["step"], row["exported"]) for row in rows] == [(2, False), (3, True)]
+    assert all(
+        row["likeness_real"] > 0.9 and row["likeness_base"] == rows[0]["likeness_base"] for row in rows
+    )
+    assert any("highest likeness" in line and "whose place is within 0.1" in line for line in lines)
+    with Image.open(run / "scores" / "checkpoints.png") as plot:
+        assert np.asarray(plot).std() > 10
+
+
+def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ends in 'dog'"):
+        tiny_judge.evaluate(make(), "none", tmp_path / "out")
+    (tmp_path / "photos").mkdir()
+    draw_photo(tmp_path / "photos" / "a.png", 1)
+    cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED)
+    with pytest.raises(ConfigError, match=r"do not show the small world's mug; .*tiny\.world"):
+        tiny_judge.evaluate(cfg, "none", tmp_path / "out")

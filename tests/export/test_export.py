@@ -1,0 +1,178 @@
+"""The exported file in a stock Diffusers pipeline: it loads, at the right strength, and says who it is."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from dbtrain import tiny
+from dbtrain.adapters import inject as adapters
+from dbtrain.adapters.formats.diffusers_file import FILE
+from dbtrain.adapters.formats.registry import write
+from dbtrain.config import Adapter
+from dbtrain.export.export import export
+from dbtrain.models.families import registry as families
+from dbtrain.prepare.prepare import prepare
+from dbtrain.train.loop import train
+from tests import bases
+from tests.conftest import Make
+
+
+@pytest.fixture(autouse=True)
+def shards(tmp_path: Path, prepared: Path) -> None:
+    shutil.copytree(prepared, tmp_path / "shards")
+
+
+def stock() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(bases.sd(), dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(pipe: StableDiffusionPipeline) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(
+        pipe("a photo of sks dog", num_inference_steps=3, generator=generator, output_type="np").images[0]
+    )
+
+
+def layers(module: torch.nn.Module) -> list[LoraLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def test_the_file_loads_in_a_stock_pipeline_changes_the_image_and_has_its_strength(make: Make) -> None:
+    run = train(make(optim__lr=1e-2))
+    pipe = stock()
+    before = picture(pipe)
+    pipe.load_lora_weights(run / "export")
+    assert np.abs(picture(pipe) - before).max() > 1e-3
+    found = layers(pipe.unet)
+    assert len(found) == 4 * 2 * 4  # q, k, v, out of self- and cross-attention in 4 transformer blocks
+    assert {value for layer in found for value in layer.scaling.values()} == {2.0}  # alpha 8 over rank 4
+
+
+def test_images_with_the_file_are_the_images_of_the_trained_module(make: Make, tmp_path: Path) -> None:
+    """Export -> load -> the very same picture as the module that was trained gives."""
+    unet = stock().unet
+    adapters.attach(unet, Adapter(rank=4, alpha=8), "denoiser", seed=0)
+    for parameter in adapters.trainable(unet).values():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+    live = stock()
+    live.unet = unet.eval()
+    write("diffusers", tmp_path / "out", families.get("sd"), {"unet": adapters.collect(unet)})
+    loaded = stock()
+    bare = picture(loaded)
+    loaded.load_lora_weights(tmp_path / "out", weight_name=FILE)
+    assert np.array_equal(picture(loaded), picture(live))
+    assert not np.array_equal(picture(loaded), bare)
+
+
+def test_text_encoder_keys_have_the_form_every_loader_knows(tmp_path: Path) -> None:
+    """CLIP's layers stand under `text_model.` in the file, with and without that level in the module."""
+    pipe = stock()
+    cfg = Adapter(rank=4, alpha=8)
+    adapters.attach(pipe.unet, cfg, "denoiser", seed=0)
+    adapters.attach(pipe.text_encoder, cfg, "text_encoder", seed=0)
+    for module in (pipe.unet, pipe.text_encoder):
+        for parameter in adapters.trainable(module).values():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(3))
+    states = {name: adapters.collect(getattr(pipe, name)) for name in ("unet", "text_encoder")}
+    write("diffusers", tmp_path / "out", families.get("sd"), states)
+    names = [n for n in load_file(tmp_path / "out" / FILE) if n.startswith("text_encoder.")]
+    assert len(names) == 2 * 4 * 2
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
+    loaded = stock()
+    loaded.load_lora_weights(tmp_path / "out", weight_name=FILE)
+    assert {v for layer in layers(loaded.text_encoder) for v in layer.scaling.values()} == {2.0}
+    assert np.array_equal(picture(loaded), picture(pipe))
+
+
+def test_an_export_from_a_checkpoint_is_the_export_of_the_live_run(make: Make, tmp_path: Path) -> None:
+    cfg = make()
+    live = train(cfg) / "export"
+    data = {path.name: path.read_bytes() for path in live.iterdir()}
+    tensors = load_file(live / FILE)
+    shutil.rmtree(live)
+    assert export(cfg) == live / FILE
+    assert {path.name: path.read_bytes() for path in live.iterdir()} == data
+    earlier = load_file(export(cfg, step=2, out=tmp_path / "step2"))
+    assert {path.name: path.read_bytes() for path in live.iterdir()} == data
+    assert not all(torch.equal(earlier[name], tensors[name]) for name in tensors)
+
+
+def test_tensors_are_fp32_and_keys_are_clean(make: Make) -> None:
+    tensors = load_file(train(make(train__precision="bf16")) / "export" / FILE)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(name.startswith("unet.") for name in tensors)
+    assert all(name.endswith((".lora.down.weight", ".lora.up.weight")) for name in tensors)
+    assert not any("module." in name or "_orig_mod" in name or "default" in name for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [("to_q",), ("to_q", "ff.net.2"), ("conv1", "to_v", "proj_in"), ("conv1", "time_emb_proj"), ("conv_in",)],
+    ids=str,
+)
+def test_every_layer_of_any_target_loads(tmp_path: Path, targets: tuple[str, ...]) -> None:
+    """A file whose keys were of two forms would load by half, and say nothing."""
+    unet = stock().unet
+    adapters.attach(unet, Adapter(rank=4, alpha=8, targets=targets), "denoiser", seed=0)
+    for parameter in adapters.trainable(unet).values():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(2))
+    write("diffusers", tmp_path / "out", families.get("sd"), {"unet": adapters.collect(unet)})
+    loaded = stock()
+    loaded.load_lora_weights(tmp_path / "out", weight_name=FILE, adapter_name="default")
+    want = adapters.trainable(unet)
+    got = {name: p for name, p in loaded.unet.named_parameters() if ".lora_" in name}
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert {value for layer in layers(loaded.unet) for value in layer.scaling.values()} == {2.0}
+
+
+def test_the_card_says_how_to_load_it(make: Make) -> None:
+    card = (train(make()) / "export" / "README.md").read_text()
+    assert f'from_pretrained("{bases.sd()}")' in card
+    assert "base_model" not in card, "the Hub takes ids only, no folder of this machine"
+    assert "a photo of sks dog" in card
+    assert "rank 4, alpha 8" in card
+    assert f'weight_name="{FILE}"' in card
+
+
+def test_the_card_is_valid_yaml_for_any_prompt(make: Make) -> None:
+    prompt = """a 'sks' "dog": \\ #1"""
+    cfg = make(prepare__instance_prompt=prompt, prepare__class_prompt=None)
+    prepare(cfg)
+    card = (train(cfg) / "export" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["instance_prompt"] == prompt
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:
+    run = train(make())
+    stamps = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    train(make())
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == stamps
+
+
+def test_a_run_killed_before_its_export_is_exported(make: Make) -> None:
+    run = train(make())
+    (run / "DONE").unlink()
+    shutil.rmtree(run / "export")
+    train(make())
+    assert (run / "export" / FILE).is_file()
+    assert (run / "DONE").is_file()
+
+
+def test_the_tiny_base_is_small_and_ordinary() -> None:
+    size = sum(path.stat().st_size for path in tiny.path().rglob("*") if path.is_file())
+    assert size <= 16 * 2**20
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.path(), dtype=torch.float32, safety_checker=None)
+    assert type(pipe.vae).__name__ == "AutoencoderKL"

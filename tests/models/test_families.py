@@ -1,0 +1,443 @@
+"""Every family, adapter kind and format: what was trained is what a stock loader of the format gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dbtrain.adapters.formats import kohya_file, peft_folder
+from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats.common import scale_of
+from dbtrain.adapters.formats.diffusers_file import FILE as DIFFUSERS
+from dbtrain.config import Config, Model
+from dbtrain.data import shards
+from dbtrain.data.dataloader import Batch, LatentStream
+from dbtrain.data.order import Share
+from dbtrain.data.shards import Manifest
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.sample.pipeline import AdapterPipeline
+from dbtrain.sample.sample import sample_run
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import train
+from tests import bases
+from tests.conftest import Make, at, dbtrain, draw_photo
+
+BASES: dict[str, Callable[[], Path]] = {
+    "sd": bases.sd, "sd-v": lambda: bases.sd("v_prediction"), "sdxl": bases.sdxl, "if-1": bases.if_1,
+    "if-2": bases.if_2,
+}  # fmt: skip
+KINDS = ("lora", "loha", "lokr")
+TEXT = {"kind": "lora", "rank": 2}
+
+
+def configured(make: Make, tmp_path: Path, base: str, **changes: Any) -> Config:
+    """A small run of this base; class images are drawn by us, which upscalers need."""
+    folder = BASES[base]()
+    model = Model(path=str(folder))
+    family = families.detect(Pretrained.find(model), model)
+    pictures = tmp_path / "class-of-ours"
+    pictures.mkdir(exist_ok=True)
+    for number in range(4):
+        draw_photo(pictures / f"{number}.png", number)
+    settings = {
+        "model__path": str(folder), "prepare__resolution": bases.SIDES[family.name],
+        "prepare__class_images": 4, "prepare__class_dir": str(pictures), "train__steps": 2,
+        "train__micro_batch": 2, "train__global_batch": 2, "adapter__alpha": 8, "adapter__rank": 4,
+        "optim__lr": 0.01,
+    }  # fmt: skip
+    return make(**settings | changes)
+
+
+def first_batch(cfg: Config, family: families.Family) -> Batch:
+    folder = Path(cfg.data.shards)
+    manifest = Manifest.read(at(folder))
+    stream = LatentStream(
+        at(folder), manifest, Share(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
+        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+    )  # fmt: skip
+    batch = next(stream)
+    stream.close()
+    return batch
+
+
+def network(cfg: Config) -> DreamBooth:
+    """The trained module as `train` left it: built anew, weights from the last checkpoint."""
+    from dbtrain.adapters import inject as adapters
+    from dbtrain.train import fingerprint
+
+    base = Pretrained.find(cfg.model)
+    folder = Path(cfg.data.shards)
+    manifest = Manifest.read(at(folder))
+    family = families.detect(base, cfg.model)
+    table = shards.read_prompts(at(folder), manifest.prompts)
+    model = DreamBooth.build(base, family, manifest, table, cfg)
+    newest = fingerprint.folders(Path(cfg.run_dir))[-1]
+    for component, module in model.trained.items():
+        adapters.restore(module, peft_folder.read(newest / component).tensors)
+    return model.eval()
+
+
+def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module], batch: Batch) -> Tensor:
+    """What these modules predict for a batch, embeddings included."""
+    family, x0 = model.family, model.x0(batch)
+    t = model.objective.timesteps(batch.u)
+    x_t = model.objective.corrupt(x0, batch.noise, t)
+    table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names}
+    if model.text_encoders:
+        table = family.embed(encoders, table)
+    condition = {name: values[batch.prompt] for name, values in table.items()} | batch.extra
+    if model.sees:
+        condition |= model.sees(x0, x_t, t, batch, model.noising)
+    return family.denoise(unet, x_t, t, condition)
+
+
+def stock(cfg: Config, folder: Path, form: str) -> Any:
+    """The base with the exported adapter, loaded as the format's own users do."""
+    base = Pretrained.find(cfg.model)
+    family = families.detect(base, cfg.model)
+    pipe = getattr(diffusers, family.pipeline).from_pretrained(cfg.model.path, dtype=torch.float32)
+    if form == "peft":
+        for component in family.adaptable:
+            if (folder / component).is_dir():
+                module = PeftModel.from_pretrained(getattr(pipe, component), folder / component)
+                setattr(pipe, component, module)
+    else:
+        pipe.load_lora_weights(folder, weight_name=formats.FORMATS[form].main)
+    return pipe
+
+
+TABLE = [
+    ("sd", "lora", False, "diffusers"), ("sd", "lora", True, "diffusers"), ("sd", "lora", True, "kohya"),
+    ("sd", "loha", True, "peft"), ("sd", "lokr", False, "peft"), ("sd-v", "lora", True, "peft"),
+    ("sd-v", "lokr", True, "peft"),
+    ("sdxl", "lora", True, "diffusers"), ("sdxl", "lora", True, "kohya"), ("sdxl", "lora", False, "peft"),
+    ("sdxl", "loha", True, "peft"), ("sdxl", "lokr", False, "peft"),
+    ("if-1", "lora", False, "diffusers"), ("if-1", "lora", True, "peft"), ("if-1", "loha", False, "peft"),
+    ("if-1", "lokr", True, "peft"),
+    ("if-2", "lora", False, "diffusers"), ("if-2", "lora", True, "peft"), ("if-2", "loha", False, "peft"),
+    ("if-2", "lokr", False, "peft"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("base", "kind", "text", "form"), TABLE)
+def test_a_stock_loader_predicts_what_the_trained_module_does(
+    make: Make, tmp_path: Path, base: str, kind: str, text: bool, form: str
+) -> None:
+    text_settings = {**TEXT, "kind": kind} if text else None
+    cfg = configured(
+        make, tmp_path, base, adapter__kind=kind, adapter__text_encoder=text_settings, export__formats=[form]
+    )
+    prepare(cfg)
+    folder = train(cfg) / "export"
+    model = network(cfg)
+    family = model.family
+    batch = first_batch(cfg, family)
+    pipe = stock(cfg, folder, form)
+    encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+    base_model = Pretrained.find(cfg.model)
+    plain = {name: base_model.load(name) for name in family.text_encoders}
+    with torch.no_grad():
+        ours = prediction(model, model.denoiser, dict(model.text_encoders.items()), batch)
+        theirs = prediction(model, pipe.unet, encoders, batch)
+        bare = prediction(model, base_model.load("unet"), plain, batch)
+    assert ours.shape == batch.noise.shape
+    assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert (bare - ours).abs().max() > 1e-3 * ours.abs().max(), "the adapter changes nothing"
+
+    again = AdapterPipeline.load(cfg.model)  # our own loader reads every form of every kind
+    again.add("mine", folder)
+    again.use({"mine": 1.0})
+    mine = {name: getattr(again.pipe, name) for name in family.text_encoders}
+    with torch.no_grad():
+        loaded = prediction(model, again.pipe.unet, mine, batch)
+        again.remove("mine")
+        off = prediction(model, again.pipe.unet, mine, batch)
+    assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
+    assert torch.equal(off, bare)
+
+
+SWITCHES = [  # one that changes how, not what; few compiled cases, as each costs half a minute
+    ("sdxl", {"train__compile": True}, {"adapter__text_encoder": TEXT}),
+    ("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
+    ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
+    ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
+    ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
+    ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
+]
+
+
+@pytest.mark.parametrize(("base", "switch", "settings"), SWITCHES, ids=str)
+def test_compiling_and_checkpointing_give_the_same_adapter(
+    make: Make, tmp_path: Path, base: str, switch: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    found = []
+    for number, changes in enumerate(({}, switch)):
+        cfg = configured(make, tmp_path, base, **settings, **changes, run_dir=str(tmp_path / f"run-{number}"))
+        prepare(cfg)
+        newest = sorted((train(cfg) / "checkpoints").iterdir())[-1]
+        folders = [path.parent for path in newest.glob("*/adapter_config.json")]
+        found.append({folder.name: peft_folder.read(folder) for folder in folders})
+    assert found[0].keys() == found[1].keys()
+    for component, state in found[0].items():
+        for name, tensor in state.tensors.items():
+            other = found[1][component].tensors[name]
+            assert (tensor - other).abs().max() <= 2e-2 * tensor.abs().max() + 1e-6, (component, name)
+
+
+def test_rows_have_their_own_prompt_size_and_crop(make: Make, tmp_path: Path) -> None:
+    """The reference SDXL script gives half of a batch the other half's prompt."""
+    cfg = configured(make, tmp_path, "sdxl")
+    manifest = Manifest.read(at(prepare(cfg)))
+    family = families.get("sdxl")
+    batch = first_batch(cfg, family)
+    assert batch.prompt.tolist() == [0, 0, 1, 1]
+    table = shards.read_prompts(at(Path(cfg.data.shards)), manifest.prompts)
+    base = Pretrained.find(cfg.model)
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(cfg.model.path, dtype=torch.float32)
+    for number, text in enumerate(["a photo of sks dog", "a photo of a dog"]):
+        embeds, _, pooled, _ = pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)
+        torch.testing.assert_close(table["condition.prompt_embeds"][number], embeds[0])
+        torch.testing.assert_close(table["condition.pooled"][number], pooled[0])
+    rows = {tuple(ids.tolist()) for ids in batch.extra["time_ids"]}
+    assert all(ids[4:] == (64, 64) for ids in rows)
+    assert (80.0, 96.0) in {ids[:2] for ids in rows}, "class images have their own size"
+    assert base.index["_class_name"] == family.pipeline
+
+
+def test_the_unused_layer_of_sdxl_s_first_encoder_is_left_alone(make: Make, tmp_path: Path) -> None:
+    cfg = configured(make, tmp_path, "sdxl", adapter__text_encoder={"kind": "lora", "targets": "all"})
+    prepare(cfg)
+    train(cfg)
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    first = {name.split("layers.")[1][0] for name in load_file(newest / "text_encoder" / peft_folder.WEIGHTS)}
+    other = {
+        name.split("layers.")[1][0] for name in load_file(newest / "text_encoder_2" / peft_folder.WEIGHTS)
+    }
+    assert (first, other) == ({"0"}, {"0", "1", "2"})
+
+
+def test_a_kohya_file_has_the_true_alpha_and_the_names_its_readers_know(make: Make, tmp_path: Path) -> None:
+    cfg = configured(
+        make, tmp_path, "sdxl", adapter__text_encoder=TEXT, adapter__dora=True, export__formats=["kohya"]
+    )
+    prepare(cfg)
+    tensors = load_file(train(cfg) / "export" / kohya_file.FILE)
+    layers = {name.partition(".")[0] for name in tensors}
+    assert {name.split("_")[1] for name in layers} == {"unet", "te1", "te2"}
+    assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in layers
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0" in layers
+    alphas = {layer: tensors[f"{layer}.alpha"].item() for layer in layers}
+    assert {alpha for layer, alpha in alphas.items() if "unet" in layer} == {8.0}
+    assert {alpha for layer, alpha in alphas.items() if "te" in layer.split("_")[1]} == {2.0}
+    q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert tensors[f"{q}.dora_scale"].shape == (32, 1)
+
+
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("settings", [{}, {"adapter__dora": True}, {"adapter__rslora": True}], ids=str)
+def test_conversions_between_all_formats_come_back_the_same(
+    make: Make, tmp_path: Path, base: str, settings: dict
+) -> None:
+    cfg = configured(
+        make, tmp_path, base, adapter__text_encoder=TEXT, adapter__targets="all", **settings,
+        export__formats=["diffusers", "peft", "kohya"],
+    )  # fmt: skip
+    prepare(cfg)
+    run = train(cfg)
+    original = Pretrained.find(cfg.model)
+    family = families.detect(original, cfg.model)
+    truth = {
+        path.parent.name: peft_folder.read(path.parent) for path in run.glob("export/*/adapter_config.json")
+    }
+    assert truth.keys() == set(family.adaptable)
+    out = run / "export"
+    sources = {"diffusers": out / DIFFUSERS, "kohya": out / kohya_file.FILE, "peft": out}
+    for source, path in sources.items():
+        if source == "peft":
+            path = tmp_path / "peft-only"
+            formats.write("peft", path, family, truth)
+        for form in formats.FORMATS:
+            states = formats.read(path, family, original.module_names)
+            out = formats.write(form, tmp_path / f"{source}-{form}", family, states)
+            back = formats.read(out, family, original.module_names)
+            for component, state in truth.items():
+                assert back[component].tensors.keys() == state.tensors.keys()
+                for name, tensor in state.tensors.items():
+                    assert torch.equal(back[component].tensors[name], tensor), (source, form, name)
+                strength = scale_of(back[component].config)
+                assert strength == pytest.approx(scale_of(state.config))
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets: str) -> None:
+    cfg = configured(
+        make, tmp_path, "sd", adapter__kind=kind, adapter__targets=targets, adapter__effective_conv2d=True,
+        adapter__rank=4, export__formats=["peft", "kohya"],
+    )  # fmt: skip
+    prepare(cfg)
+    out = train(cfg) / "export"
+    base = Pretrained.find(cfg.model)
+    family = families.get("sd")
+    batch = first_batch(cfg, family)
+    model = network(cfg)
+    pipe = AdapterPipeline.load(cfg.model)
+    pipe.add("kohya", out / kohya_file.FILE)
+    with torch.no_grad():
+        pipe.use({"kohya": 1.0})
+        loaded = prediction(model, pipe.pipe.unet, {}, batch)
+        ours = prediction(model, model.denoiser, {}, batch)
+    assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
+    # Another trainer's file has no settings in its header: they are told from its tensors.
+    with safe_open(out / kohya_file.FILE, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    states = formats.read(tmp_path / "foreign.safetensors", family, base.module_names)
+    assert states["unet"].config["peft_type"] == kind.upper()
+    pipe.swap("kohya", tmp_path / "foreign.safetensors")
+    with torch.no_grad():
+        loaded = prediction(model, pipe.pipe.unet, {}, batch)
+    assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
+
+
+def test_if_stage_2_sees_the_small_image_or_as_the_reference_itself(make: Make, tmp_path: Path) -> None:
+    cfg = configured(make, tmp_path, "if-2")
+    prepare(cfg)
+    train(cfg)
+    model = network(cfg)
+    batch = first_batch(cfg, model.family)
+    x0 = model.x0(batch)
+    assert x0.shape == (4, 3, 32, 32) and x0.min() >= -1 and x0.max() <= 1
+    t = model.objective.timesteps(batch.u)
+    x_t = model.objective.corrupt(x0, batch.noise, t)
+    seen = model.family.sees["image"](x0, x_t, t, batch, model.noising)
+    level = (batch.level * 1000).long()
+    assert torch.equal(seen["level"], level)
+    calm = torch.zeros_like(batch.level)
+    clear = model.family.sees["image"](
+        x0, x_t, t, Batch(**{**vars(batch), "level": calm, "posterior": torch.zeros_like(x0)}), model.noising
+    )["small"]
+    assert (clear - x0).abs().mean() < 0.35 * x0.std() and not torch.equal(clear, x0)
+    itself = model.family.sees["itself"](x0, x_t, t, batch, model.noising)
+    assert torch.equal(itself["small"], x_t) and torch.equal(itself["level"], t)
+
+
+def test_if_stage_2_draws_by_enlarging(make: Make, tmp_path: Path) -> None:
+    small = [draw_photo(tmp_path / f"small{number}.png", number, (8, 8)) for number in range(2)]
+    cfg = configured(make, tmp_path, "if-2", sample__prompts=["a photo of sks dog"], sample__steps=2,
+                     sample__low_res=[str(path) for path in small])  # fmt: skip
+    done = dbtrain("run", tmp_path / "c.yaml")
+    assert done.returncode == 0
+    pictures = [Image.open(path) for path in sorted((tmp_path / "run").glob("samples/*/01-00-seed*.png"))]
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+    with pytest.raises(ConfigError, match=r"sample\.low_res has 0 pictures; a deepfloyd-2 model enlarges"):
+        sample_run(make(model=cfg.model.model_dump(), sample__prompts=["a dog"]))
+    with pytest.raises(ConfigError, match="cannot draw class images from a prompt"):
+        prepare(configured(make, tmp_path, "if-2", prepare__class_images=5))
+
+
+def test_an_sdxl_refiner_and_an_unknown_pipeline_are_refused(make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(bases.sdxl(), tmp_path / "refiner")
+    index = json.loads((folder / "model_index.json").read_text())
+    for changes, told in (
+        ({"requires_aesthetics_score": True}, "is an SDXL refiner"),
+        (
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline"},
+            "is a StableDiffusionXLImg2ImgPipeline",
+        ),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | changes))
+        with pytest.raises(ConfigError, match=told):
+            prepare(make(model={"path": str(folder)}))
+
+
+def test_t5_s_vocabulary_as_deepfloyd_publishes_it(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """A SentencePiece model and no tokenizer.json; without either, transformers would make one up."""
+    import sentencepiece
+
+    folder = shutil.copytree(bases.if_1(), tmp_path / "if")
+    words = folder / "tokenizer"
+    (words / "tokenizer.json").unlink()
+    base = Pretrained.find(Model(path=str(folder)))
+    with pytest.raises(ConfigError, match="holds no vocabulary"):
+        base.load("tokenizer")
+    lines = [
+        f"a photo of a {colour} {thing}" for colour in ("red", "green") for thing in ("dog", "cat", "mug")
+    ]
+    with (words / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=file, vocab_size=30, pad_id=0, eos_id=1, unk_id=2,
+            bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    ids = base.load("tokenizer")("a photo of a red dog").input_ids
+    model = sentencepiece.SentencePieceProcessor(model_file=str(words / "spiece.model"))
+    assert ids == [*model.encode("a photo of a red dog"), 1] and 2 not in ids
+    before = base.key("tokenizer")
+    (words / "spiece.model").write_bytes((words / "spiece.model").read_bytes() + b" ")
+    assert base.key("tokenizer") != before, "another vocabulary gives other embeddings"
+    monkeypatch.setattr("dbtrain.models.pretrained._installed", lambda package: package != "sentencepiece")
+    with pytest.raises(ConfigError, match="pip install sentencepiece protobuf"):
+        base.load("tokenizer")
+
+
+def test_dropout_of_rows_and_layers_is_a_function_of_the_step(make: Make, tmp_path: Path) -> None:
+    def trained(name: str, **changes: Any) -> dict[str, Tensor]:
+        cfg = configured(make, tmp_path, "sd", adapter__kind="loha", run_dir=str(tmp_path / name), **changes)
+        prepare(cfg)
+        return peft_folder.read(train(cfg) / "export" / "unet").tensors
+
+    dropping = {"adapter__rank_dropout": 0.3, "adapter__module_dropout": 0.3}
+    one, again, without = trained("a", **dropping), trained("b", **dropping), trained("c")
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], without[name]) for name in one)
+
+
+def test_the_table_of_families_is_complete() -> None:
+    tested = {families.detect(Pretrained.find(m), m).name
+              for m in (Model(path=str(make())) for make in BASES.values())}  # fmt: skip
+    assert tested == set(families.FAMILIES)
+    assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
+
+
+@pytest.mark.parametrize("base", ["sdxl", "if-1"])
+def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
+    """Text encoders and accumulation on two ranks: one process gives the same."""
+    changes: dict[str, Any] = {
+        "adapter__text_encoder": TEXT, "train__global_batch": 4, "train__micro_batch": 1,
+        "sample__prompts": ["a photo of sks dog"], "sample__images": 2, "sample__steps": 2,
+    }  # fmt: skip
+    cfg = configured(make, tmp_path, base, **changes)
+    done = dbtrain("run", tmp_path / "c.yaml", ranks=2)
+    assert done.returncode == 0
+    original = Pretrained.find(cfg.model)
+    family = families.detect(original, cfg.model)
+    two = formats.read(formats.find(tmp_path / "run"), family, original.module_names)
+    assert (tmp_path / "run" / "samples" / "step-000002" / "sheet.png").is_file()
+    alone = cfg.model_copy(update={"run_dir": str(tmp_path / "alone")})
+    train(alone)
+    one = formats.read(formats.find(tmp_path / "alone"), family, original.module_names)
+    for component, state in one.items():
+        for name, tensor in state.tensors.items():
+            difference = (tensor - two[component].tensors[name]).abs().max()
+            assert difference <= 2e-2 * tensor.abs().max() + 1e-6, (component, name)
+    for component in two:
+        assert f" parameters of {component}" in done.stderr
+    card = (tmp_path / "run" / "export" / "README.md").read_text()
+    assert ("PeftModel" in card) == (base == "if-1"), "no stock loader reads a T5's LoRA in Diffusers' file"
+    assert ("fixed_small" in card) == (base == "if-1")

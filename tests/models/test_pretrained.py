@@ -1,0 +1,136 @@
+"""Loading a base: the weights of the files and nothing else, read once, cast once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dbtrain.models.pretrained import Pretrained
+from tests import bases
+
+BASES = {"sd": bases.sd, "sdxl": bases.sdxl, "deepfloyd": bases.if_1, "deepfloyd-2": bases.if_2}
+PARTS = [
+    (name, part)
+    for name, parts in {
+        "sd": ("unet", "vae", "text_encoder"),
+        "sdxl": ("unet", "vae", "text_encoder", "text_encoder_2"),
+        "deepfloyd": ("unet", "text_encoder"),
+        "deepfloyd-2": ("unet", "text_encoder"),
+    }.items()
+    for part in parts
+]
+
+
+def found(name: str) -> Pretrained:
+    return Pretrained(name, BASES[name](), None)
+
+
+def weights_file(base: Pretrained, part: str) -> Path:
+    (path,) = (base.folder / part).glob("*.safetensors")
+    return path
+
+
+def the_long_way(base: Pretrained, part: str, dtype: torch.dtype) -> nn.Module:
+    """The component with random weights, and then the file's put in their place."""
+    kind, config = base._class(part), base.config(part)
+    if kind.__module__.startswith("diffusers"):
+        module = kind.from_config(config)
+    else:
+        module = kind(kind.config_class.from_dict(config))
+    own = module.state_dict()
+    saved = load_file(weights_file(base, part))
+    named = {n if n in own else n.removeprefix("text_model."): tensor for n, tensor in saved.items()}
+    lacking, odd = module.load_state_dict(named, strict=False)
+    assert not odd
+    assert all(lack == "encoder.embed_tokens.weight" for lack in lacking)  # T5's, tied to `shared`
+    module.to(dtype)
+    for label, parameter in module.named_parameters():
+        if label.endswith("DenseReluDense.wo.weight") and dtype == torch.float16:
+            parameter.data = parameter.data.float()  # T5 overflows there (huggingface/transformers#20287)
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_loading_gives_what_the_long_way_gives(name: str, part: str, dtype: torch.dtype) -> None:
+    base = found(name)
+    loaded, expected = base.load(part, dtype), the_long_way(base, part, dtype)
+    for kind in ("named_parameters", "named_buffers"):  # buffers that no file holds, too
+        have, want = dict(getattr(loaded, kind)()), dict(getattr(expected, kind)())
+        assert list(have) == list(want)
+        for label in want:
+            assert have[label].dtype == want[label].dtype, label
+            assert have[label].device == torch.device("cpu"), label
+            assert torch.equal(have[label], want[label]), label
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+SHARES = ("set_", "select", "view", "detach", "alias", "expand", "lift_fresh", "empty", "empty_like")
+
+
+class Made(TorchDispatchMode):
+    """Counts the bytes that operators write on the CPU, but for those that share memory or leave it be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        written = isinstance(result, torch.Tensor) and result.device.type == "cpu"
+        if written and func.__name__.split(".")[0] not in SHARES:
+            self.bytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_weights_are_written_once_and_only_to_change_their_dtype(
+    name: str, part: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is drawn at random first, and what is in its dtype already stays in the mapped file."""
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # the count sees one thread only
+    base = found(name)
+    base._class(part)  # imports make tensors of their own
+    with Made() as made:
+        loaded = base.load(part, dtype)
+    cast = sum(p.nbytes for p in loaded.parameters() if p.dtype != torch.float16)  # the files' dtype
+    assert made.bytes - cast in range(1000)  # buffers, and one small vector of IF's UNet
+
+
+def test_a_sharded_base_is_loaded_whole(tmp_path: Path) -> None:
+    whole = found("sd")
+    for part in ("unet", "text_encoder"):
+        module = whole.load(part, torch.float16)
+        module.save_pretrained(tmp_path / part, max_shard_size="200KB")
+        assert len(list((tmp_path / part).glob("*.safetensors"))) > 1
+    (tmp_path / "model_index.json").write_text((whole.folder / "model_index.json").read_text())
+    base = Pretrained("sharded", tmp_path, None)
+    for part in ("unet", "text_encoder"):
+        want = whole.load(part, torch.bfloat16).state_dict()
+        have = base.load(part, torch.bfloat16).state_dict()
+        assert list(have) == list(want)
+        assert all(torch.equal(have[label], want[label]) for label in want)
+
+
+def test_a_variant_is_loaded_from_its_own_files(tmp_path: Path) -> None:
+    whole = found("sd")
+    for part in ("unet", "text_encoder"):
+        module = whole.load(part)
+        module.save_pretrained(tmp_path / part)
+        module.half().save_pretrained(tmp_path / part, variant="fp16")
+        (other,) = (tmp_path / part).glob("*.fp16.safetensors")
+        tensors = {label: tensor + 1 for label, tensor in load_file(other).items()}
+        save_file(tensors, other, {"format": "pt"})
+    (tmp_path / "model_index.json").write_text((whole.folder / "model_index.json").read_text())
+    for part in ("unet", "text_encoder"):
+        plain = next(Pretrained("x", tmp_path, None).load(part).parameters())
+        variant = next(Pretrained("x", tmp_path, "fp16").load(part).parameters())
+        assert torch.equal(variant, (plain.half() + 1).float())

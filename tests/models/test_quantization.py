@@ -1,0 +1,163 @@
+"""8-bit base linears: how exact they are, what they keep, and that adapters learn on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.test_network import build, stream
+from torch import nn
+
+from dbtrain.adapters import inject as adapters
+from dbtrain.adapters.formats import diffusers_file
+from dbtrain.config import AdapterSettings, Model
+from dbtrain.export import export
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.quantization import Linear8bit, quantize
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.loop import train, train_step
+from tests import bases
+from tests.conftest import Make
+
+ERROR = {"int8": 0.01, "fp8": 0.03}  # largest relative error of a product, weights normal
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def normal_linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        linear = nn.Linear(256, 192)
+        nn.init.normal_(linear.weight, std=0.02)
+        linear.weight.data[3] = 0  # a channel that is off has no scale of its own
+        return linear.to(dtype).requires_grad_(False)
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("storage", ERROR)
+def test_the_product_is_near_the_full_layer_s(storage: str) -> None:
+    linear, x = normal_linear(), numbers(4, 50, 256)
+    want, found = linear(x), Linear8bit(linear, storage)(x)
+    error = (found - want).norm() / (want - linear.bias).norm()
+    assert 0 < error < ERROR[storage]
+    assert torch.equal(found[..., 3], want[..., 3])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("storage", ERROR)
+def test_it_is_exactly_a_linear_layer_with_the_decoded_weight(
+    storage: str, autocast: bool, precision: str
+) -> None:
+    """Output and gradients, in each precision, with a base of that precision and with autocast over fp32."""
+    dtype = PRECISIONS[precision]
+    base = torch.float32 if autocast else dtype
+    layer, plain = Linear8bit(normal_linear(base), storage), normal_linear(base)
+    plain.weight.data = layer.weight if not autocast else layer.weight.to(dtype).to(base)
+    results = []
+    for module in (layer, plain):
+        module.bias.requires_grad_(True)
+        module.bias.grad = None
+        x = numbers(4, 50, 256).to(base).requires_grad_()
+        with torch.amp.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
+            y = module(x)
+        assert y.dtype == dtype
+        y.backward(numbers(4, 50, 192).to(dtype))
+        results.append((y, x.grad, module.bias.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours is not None and ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("storage", ERROR)
+def test_autograd_keeps_the_codes_and_no_decoded_weight(storage: str) -> None:
+    layer, kept = Linear8bit(normal_linear(), storage), []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(numbers(4, 50, 256).requires_grad_())
+    assert {t.data_ptr() for t in kept} == {layer.codes.data_ptr(), layer.scale.data_ptr()}
+    assert sum(t.nbytes for t in kept) == 256 * 192 + 4 * 192
+
+
+@pytest.mark.parametrize("storage", ERROR)
+def test_a_denoiser_shrinks_by_its_wide_linears(storage: str) -> None:
+    base = Pretrained.find(Model(path=str(bases.sd())))
+    unet = base.load("unet", torch.bfloat16)
+    whole = sum(p.nbytes for p in unet.parameters())
+    wide = [m for m in unet.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64]
+    saved = sum(m.weight.nbytes // 2 - 4 * m.out_features for m in wide)
+    names = {name for name, _ in unet.named_modules()}
+    quantize(unet, storage)
+    held = sum(
+        t.nbytes for m in unet.modules() if isinstance(m, Linear8bit) for t in m.buffers(recurse=False)
+    )
+    assert len(wide) > 10 and sum(p.nbytes for p in unet.parameters()) + held == whole - saved
+    assert {name for name, _ in unet.named_modules()} == names
+    assert not any(p.requires_grad for p in unet.parameters())
+    unet.to(torch.float16)  # fp8 must not become fp16
+    assert {m.codes.dtype for m in unet.modules() if isinstance(m, Linear8bit)} == {torch.uint8}
+
+
+def test_a_component_without_wide_layers_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"train.base_linears is 'int8', but a Sequential .* use full"):
+        quantize(nn.Sequential(nn.Linear(32, 512)), "int8")
+
+
+@pytest.mark.parametrize("storage", ERROR)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dora": True}, {"kind": "loha"}, {"kind": "lokr"}, {"bias": "all"}, {"init": "orthogonal"}],
+    ids=str,
+)
+def test_every_adapter_learns_on_it(settings: dict[str, Any], storage: str) -> None:
+    """Its first gradient is that on the full layers, up to their error."""
+    base, grads = Pretrained.find(Model(path=str(bases.sd()))), []
+    x, t, c = numbers(2, 4, 8, 8), torch.tensor([5, 500]), numbers(2, 32, 64)
+    for eight_bit in (False, True):
+        unet = base.load("unet")
+        if eight_bit:
+            quantize(unet, storage)
+        adapters.attach(unet, AdapterSettings(**{"rank": 4, **settings}), "denoiser", 0)
+        unet(x, t, c).sample.square().mean().backward()
+        grads.append({name: p.grad for name, p in adapters.trainable(unet).items()})
+    assert grads[0].keys() == grads[1].keys()
+    whole, eight = (torch.cat([g.flatten() for g in found.values() if g is not None]) for found in grads)
+    assert (eight - whole).norm() < 0.1 * whole.norm()
+    assert all((g is None) == (grads[1][name] is None) for name, g in grads[0].items())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("storage", ERROR)
+def test_training_losses_stay_close(make: Make, prepared: Path, precision: str, storage: str) -> None:
+    losses = []
+    for linears in ("full", storage):
+        cfg = make(train__base_linears=linears, train__precision=precision, optim__lr=0.01)
+        model, batches = build(cfg, prepared), stream(cfg, prepared)
+        progress = Progress.begin(model, cfg)
+        losses.append(torch.stack([train_step(model, progress, batches, n, cfg).losses for n in range(4)]))
+        batches.close()
+    assert not torch.equal(losses[0], losses[1])
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
+
+
+def test_a_run_may_change_to_it_and_its_export_holds_the_adapter_only(make: Make) -> None:
+    prepare(make())
+    train(make(train__steps=2))
+    cfg = make(train__steps=4, train__base_linears="int8")
+    folder = train(cfg)
+    metrics = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 4, "it went on from step 2"
+    file = export.export(cfg)
+    size = (file / diffusers_file.FILE if file.is_dir() else file).stat().st_size
+    full = export.export(make(train__steps=4), out=folder / "again")
+    assert size == (full / diffusers_file.FILE if full.is_dir() else full).stat().st_size

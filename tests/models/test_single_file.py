@@ -1,0 +1,114 @@
+"""A base in one file, under the names of Stability's own code, as A1111 and ComfyUI have it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dbtrain.config import Model
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime.errors import ConfigError
+from tests import bases
+from tests.conftest import Make, dbtrain
+
+LAYERS = 1  # resnets of a level on the way down, of the tests' base
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+          "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
+UNET = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def renamed(name: str, table: dict[str, str]) -> str:
+    for ours, theirs in table.items():
+        if name.startswith(f"{ours}."):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def unet_name(name: str, attentive: set[int]) -> str:
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
+        way, level, what, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        first = level * (LAYERS + 1) + (1 if way == "down" else 0)
+        block = f"{'input' if way == 'down' else 'output'}_blocks"
+        if what == "downsamplers":
+            return f"{block}.{(level + 1) * (LAYERS + 1)}.0.op.{rest.removeprefix('conv.')}"
+        if what == "upsamplers":
+            return f"{block}.{first + LAYERS}.{2 if level in attentive else 1}.{rest}"
+        inner = renamed(rest, RESNET) if what == "resnets" else rest
+        return f"{block}.{first + number}.{0 if what == 'resnets' else 1}.{inner}"
+    if match := re.match(r"mid_block\.(\w+)\.(\d+)\.(.*)", name):
+        if match[1] == "resnets":
+            return f"middle_block.{2 * int(match[2])}.{renamed(match[3], RESNET)}"
+        return f"middle_block.1.{match[3]}"
+    return renamed(name, UNET)
+
+
+def vae_name(name: str) -> str:
+    if match := re.match(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
+        part, way, level, what, number, rest = match.groups()
+        level = level if way == "down" else str(3 - int(level))
+        if what == "resnets":
+            return f"{part}.{way}.{level}.block.{number}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
+        return f"{part}.{way}.{level}.{way}sample.{rest}"
+    if match := re.match(r"(encoder|decoder)\.mid_block\.(\w+)\.(\d+)\.(.*)", name):
+        if match[2] == "resnets":
+            return f"{match[1]}.mid.block_{int(match[3]) + 1}.{match[4]}"
+        return f"{match[1]}.mid.attn_1.{renamed(match[4], ATTENTION)}"
+    return name.replace("conv_norm_out", "norm_out")
+
+
+@pytest.fixture(scope="module")
+def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = bases.sd()
+    unet = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
+    attentive = {int(n.split(".")[1]) for n in unet if n.startswith("up_blocks") and ".attentions." in n}
+    tensors: dict[str, Tensor] = {
+        f"model.diffusion_model.{unet_name(n, attentive)}": t for n, t in unet.items()
+    }
+    for name, tensor in load_file(base / "vae" / "diffusion_pytorch_model.safetensors").items():
+        attention = ".attentions." in name and name.endswith(".weight") and tensor.dim() == 2
+        tensors[f"first_stage_model.{vae_name(name)}"] = tensor[:, :, None, None] if attention else tensor
+    for name, tensor in load_file(base / "text_encoder" / "model.safetensors").items():
+        nested = name if name.startswith("text_model.") else f"text_model.{name}"
+        tensors[f"cond_stage_model.transformer.{nested}"] = tensor
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
+    base = Pretrained.find(Model(path=str(single_file), config=str(bases.sd())))
+    original = Pretrained.find(Model(path=str(bases.sd())))
+    for component in ("unet", "vae", "text_encoder"):
+        here, there = (one.load(component).state_dict() for one in (base, original))
+        assert here.keys() == there.keys()
+        assert all(torch.equal(here[name], there[name]) for name in there), component
+
+
+def test_the_whole_job_with_a_single_file(make: Make, tmp_path: Path, single_file: Path) -> None:
+    make(model={"path": str(single_file), "config": str(bases.sd())}, train__steps=1,
+         sample__prompts=["a dog"], sample__images=1, sample__steps=1)  # fmt: skip
+    done = dbtrain("run", tmp_path / "c.yaml", ranks=2)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "DONE").is_file()
+
+
+def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"pickle")
+    with pytest.raises(ConfigError, match=r"no \.safetensors file; others are pickles"):
+        Pretrained.find(Model(path=str(tmp_path / "model.ckpt")))
+    (tmp_path / "cut.safetensors").write_bytes(single_file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match="holds no model"):
+        Pretrained.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd())))
+    assert not list((tmp_path / "cache").rglob("model_index.json"))

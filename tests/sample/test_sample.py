@@ -1,0 +1,177 @@
+"""Pictures: fixed by their seeds, adapters switched on one base, a sheet that says what is what."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbtrain.config import Model
+from dbtrain.models import sampler
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.sample.sample import AdapterPipeline, Mix, sample, sample_run
+from dbtrain.train.loop import train
+from tests import bases
+from tests.conftest import Make
+
+
+@pytest.fixture
+def runs(make: Make, tmp_path: Path, prepared: Path) -> list[Path]:
+    """Two runs with different adapters."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    return [
+        train(make(run_dir=str(tmp_path / name), seed=seed, optim__lr=1e-2, train__steps=2))
+        for seed, name in enumerate(("one", "two"))
+    ]
+
+
+def pixels(pipe: AdapterPipeline, seeds: tuple[int, ...] = (0,)) -> list[np.ndarray]:
+    return [np.asarray(p) for p in pipe.generate(["a photo of sks dog"] * len(seeds), seeds, steps=2)]
+
+
+def test_adapters_are_switched_mixed_and_taken_off_one_base(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = []
+    original = sampler.build
+    monkeypatch.setattr(sampler, "build", lambda *args: loads.append(1) or original(*args))
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
+    (bare,) = pixels(pipe)
+    pipe.add("one", runs[0])
+    pipe.add("two", runs[1] / "export" / "pytorch_lora_weights.safetensors")
+    uses = [{"one": 1.0}, {"two": 1.0}, {"one": 1.0, "two": 1.0}, {"one": 0.5}, {}, {"one": 1.0}]
+    pictures = []
+    for use in uses:
+        pipe.use(use)
+        pictures += pixels(pipe)
+    different = [bare, *pictures[:4]]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
+    assert np.array_equal(pictures[4], bare)
+    assert np.array_equal(pictures[5], pictures[0])
+    assert len(loads) == 1
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_its_batch(runs: list[Path]) -> None:
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
+    together = pixels(pipe, (0, 1, 2))
+    for seed in range(3):
+        (alone,) = pixels(pipe, (seed,))
+        assert np.abs(alone.astype(int) - together[seed]).max() <= 1
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_the_sheet_and_its_pictures(make: Make, runs: list[Path], tmp_path: Path) -> None:
+    cfg = make(sample__images=3, sample__seed=5)
+    mixes = [Mix.parse(t) for t in ("none", f"{runs[0]}:0.5", f"{runs[0]}:1+{runs[1]}:0.25")]
+    sheet = sample(cfg, ["a photo of sks dog", "a dog"], mixes, tmp_path / "out")
+    drawn = sorted(path.name for path in (tmp_path / "out").glob("*seed*.png"))
+    assert len(drawn) == 3 * 2 * 3
+    assert drawn[0] == "00-00-seed5.png"
+    with Image.open(tmp_path / "out" / "02-01-seed7.png") as picture:
+        note = json.loads(picture.text["dbtrain"])  # type: ignore[attr-defined]
+        assert picture.size == (64, 64)
+    assert (note["prompt"], note["seed"]) == ("a dog", 7)
+    assert "one:1 + " in note["adapters"] and "two:0.25" in note["adapters"]
+    with Image.open(sheet) as picture:
+        assert picture.height > 6 * 96
+
+
+def test_a_sheet_is_drawn_again_only_when_something_changed(
+    make: Make, runs: list[Path], tmp_path: Path
+) -> None:
+    cfg, out = make(run_dir=str(runs[0]), sample__prompts=["a dog"]), tmp_path / "out"
+    sheet = sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
+    stamp = sheet.stat().st_mtime_ns
+    sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
+    assert sheet.stat().st_mtime_ns == stamp
+    sample(cfg, ["a dog"], [Mix.parse(f"{runs[0]}:0.5")], out)
+    assert sheet.stat().st_mtime_ns != stamp
+
+
+def test_run_draws_the_config_s_prompts_without_and_with_the_adapter(make: Make, runs: list[Path]) -> None:
+    assert sample_run(make(run_dir=str(runs[0]))) is None
+    sheet = sample_run(make(run_dir=str(runs[0]), sample__prompts=["a dog"], train__steps=2))
+    assert sheet is not None
+    assert sheet.parent.name == "step-000002"
+    bare, adapted = (np.asarray(Image.open(sheet.parent / f"0{m}-00-seed0.png")) for m in (0, 1))
+    assert not np.array_equal(bare, adapted)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("none", ()),
+        ("runs/a", (("runs/a", 1.0),)),
+        ("runs/a:0.5", (("runs/a", 0.5),)),
+        ("a:1+b:0.25", (("a", 1.0), ("b", 0.25))),
+        ("c:/x/y", (("c:/x/y", 1.0),)),
+        ("a:-0.5", (("a", -0.5),)),
+    ],
+)
+def test_mixes_are_read_from_text(text: str, parts: tuple) -> None:
+    assert Mix.parse(text).parts == parts
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from torch import zeros
+
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+    save_file(
+        {f"{layer}.down.weight": zeros(4, 320), f"{layer}.up.weight": zeros(320, 4)},
+        tmp_path / "a.safetensors",
+    )
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
+    with pytest.raises(ConfigError, match="does not fit base model "):
+        pipe.add("a", tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_text("nothing")
+    with pytest.raises(ConfigError, match="no safetensors file"):
+        pipe.add("b", tmp_path / "b.safetensors")
+    assert not pipe.names()
+
+
+def test_a_run_folder_may_have_any_name(make: Make, tmp_path: Path, prepared: Path) -> None:
+    """`run` takes its folder as it is, where `--adapter` would read a scale or a mix."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    for name in ("none", "a+b", "dog:2"):
+        cfg = make(run_dir=str(tmp_path / name), train__steps=2, optim__lr=1e-2, sample__prompts=["a dog"])
+        sheet = sample_run(cfg.model_copy(update={"run_dir": str(train(cfg))}))
+        assert sheet is not None
+        bare, adapted = (np.asarray(Image.open(sheet.parent / f"0{m}-00-seed0.png")) for m in (0, 1))
+        assert not np.array_equal(bare, adapted)
+
+
+def test_lost_pictures_and_another_base_are_drawn_again(make: Make, runs: list[Path], tmp_path: Path) -> None:
+    cfg, out = make(), tmp_path / "out"
+    sheet = sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
+    (out / "00-00-seed1.png").unlink()
+    sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)
+    assert (out / "00-00-seed1.png").is_file()
+    stamp = sheet.stat().st_mtime_ns
+    model = shutil.copytree(bases.sd(), tmp_path / "model")
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        (model / "scheduler" / "scheduler_config.json").read_text().replace("0.012", "0.02")
+    )
+    sample(make(model__path=str(model), sample__images=1), ["a dog"], [Mix.parse(str(runs[0]))], out)
+    assert sheet.stat().st_mtime_ns != stamp
+    assert not (out / "00-00-seed1.png").exists(), "a picture of the earlier sheet"
+
+
+def test_a_checkpoint_is_an_adapter_too(runs: list[Path]) -> None:
+    pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
+    checkpoint = sorted((runs[0] / "checkpoints").iterdir())[-1]
+    pipe.add("export", runs[0])
+    for name, path in {"folder": checkpoint, "component": checkpoint / "unet",
+                       "file": checkpoint / "unet" / "adapter_model.safetensors"}.items():  # fmt: skip
+        pipe.add(name, path)
+        pictures = []
+        for mine in (name, "export"):
+            pipe.use({mine: 1.0})
+            pictures.append(np.asarray(pipe.generate("a dog", [0], steps=1)[0], dtype=int))
+        assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    with pytest.raises(ConfigError, match="no adapter 'b'"):
+        pipe.use({"b": 1.0})

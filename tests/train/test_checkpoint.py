@@ -1,0 +1,198 @@
+"""Checkpoints: whole or not there, resumed exactly, refused when they are another run's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import fingerprint
+from dbtrain.train.loop import train
+from tests import bases
+from tests.conftest import Make, command, dbtrain
+
+
+@pytest.fixture(autouse=True)
+def shards(tmp_path: Path, prepared: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "shards"))
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "pytorch_lora_weights.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = exported(one), exported(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_train_2n_equals_train_n_then_resume_n_in_a_new_process(
+    make: Make, tmp_path: Path, precision: str
+) -> None:
+    settings = {"train__precision": precision, "adapter__dropout": 0.1, "optim__schedule": "constant"}
+    whole = train(make(run_dir=str(tmp_path / "whole"), train__steps=6, **settings))
+    make(run_dir=str(tmp_path / "halves"), **settings)
+    for steps in (3, 6):
+        assert dbtrain("train", tmp_path / "c.yaml", f"train.steps={steps}").returncode == 0
+    assert same(whole, tmp_path / "halves")
+    last = "checkpoints/step-000006/optimizer.safetensors"
+    one, other = load_file(whole / last), load_file(tmp_path / "halves" / last)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_adapter(make: Make, tmp_path: Path) -> None:
+    settings = {"train__steps": 40, "train__checkpoint_every": 5, "train__keep": 2}
+    whole = train(make(run_dir=str(tmp_path / "whole"), **settings))
+    make(run_dir=str(tmp_path / "killed"), **settings)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(command("train", tmp_path / "c.yaml"), stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not fingerprint.folders(killed) and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "DONE").exists(), "it was killed too late for this test to say anything"
+    done = dbtrain("train", tmp_path / "c.yaml")
+    assert done.returncode == 0
+    assert "going on from step" in done.stderr
+    assert same(whole, killed)
+    assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_half_written_checkpoint_is_ignored(make: Make, tmp_path: Path) -> None:
+    run = train(make(train__steps=2))
+    half = run / "checkpoints" / ".step-000003.tmp"
+    shutil.copytree(run / "checkpoints" / "step-000002", half)
+    assert [path.name for path in fingerprint.folders(run)] == ["step-000002"]
+    train(make(train__steps=4))
+    assert [path.name for path in fingerprint.folders(run)] == ["step-000002", "step-000004"]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing", "no state", "another step"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    make: Make, tmp_path: Path, harm: str
+) -> None:
+    whole = train(make(run_dir=str(tmp_path / "whole"), train__steps=6))
+    run = train(make(train__steps=4))
+    moments = run / "checkpoints" / "step-000004" / "optimizer.safetensors"
+    if harm == "flipped":
+        data = bytearray(moments.read_bytes())
+        data[-1] ^= 1
+        moments.write_bytes(data)
+    if harm == "missing":
+        moments.unlink()
+    if harm == "no state":
+        (moments.parent / "state.json").write_text("[]")
+    if harm == "another step":
+        state = moments.parent / "state.json"
+        state.write_text(state.read_text().replace('"step": 4', '"step": 3'))
+    train(make(train__steps=6))
+    assert same(whole, run)
+    assert (run / "checkpoints" / "step-000004.damaged").is_dir()
+
+
+def test_only_the_newest_are_kept(make: Make) -> None:
+    run = train(make(train__steps=6, train__checkpoint_every=1, train__keep=2))
+    assert [path.name for path in fingerprint.folders(run)] == ["step-000005", "step-000006"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed was 0, is now 1"),
+        ({"adapter__rank": 2}, "adapter.rank was 4, is now 2"),
+        ({"adapter__targets": ["to_q"]}, "adapter.targets"),
+        ({"loss__prior_weight": 0.5}, "loss.prior_weight was 1.0, is now 0.5"),
+        ({"train__global_batch": 8}, "train.global_batch was 4, is now 8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_another_run_s_checkpoint_is_refused_by_name(make: Make, change: dict, named: str) -> None:
+    train(make(train__steps=2))
+    with pytest.raises(ConfigError, match=named):
+        train(make(train__steps=4, **change))
+
+
+def test_other_shards_are_refused(make: Make, tmp_path: Path) -> None:
+    from dbtrain.prepare.prepare import prepare
+
+    train(make(train__steps=2))
+    other = make(train__steps=4, prepare__flip=True)
+    prepare(other)
+    with pytest.raises(ConfigError, match=r"data\.shards was"):
+        train(other)
+
+
+def test_what_does_not_shape_the_data_may_change(make: Make) -> None:
+    train(make(train__steps=2))
+    run = train(make(train__steps=4, train__micro_batch=4, optim__lr=1e-4, train__precision="bf16"))
+    assert (run / "DONE").read_text().startswith("step 4\n")
+
+
+def test_fewer_steps_than_trained_are_refused(make: Make) -> None:
+    train(make(train__steps=4))
+    with pytest.raises(ConfigError, match=r"step-000004 is past train\.steps \(2\)"):
+        train(make(train__steps=2))
+
+
+def test_the_run_folder_repeats_the_run(make: Make, tmp_path: Path) -> None:
+    run = train(make())
+    again = dbtrain("train", run / "config.yaml", f"run_dir={tmp_path / 'again'}")
+    assert again.returncode == 0
+    assert same(run, tmp_path / "again")
+
+
+def test_a_checkpoint_s_adapter_is_a_peft_folder(make: Make) -> None:
+    from diffusers import UNet2DConditionModel
+    from peft import PeftModel
+
+    run = train(make())
+    unet = UNet2DConditionModel.from_pretrained(bases.sd(), subfolder="unet", dtype=torch.float32)
+    model = PeftModel.from_pretrained(unet, str(run / "checkpoints" / "step-000004" / "unet"))
+    saved = exported(run)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    loaded = model.get_submodule(f"base_model.model.{layer}").lora_B["default"].weight  # type: ignore[index, union-attr]
+    assert torch.equal(loaded, saved[f"unet.{layer}.lora.up.weight"])
+    assert model.get_submodule(f"base_model.model.{layer}").scaling == {"default": 2.0}
+
+
+def test_a_damaged_checkpoint_does_not_push_out_good_ones(make: Make) -> None:
+    settings = {"train__checkpoint_every": 1, "train__keep": 1}
+    run = train(make(train__steps=6, **settings))
+    (run / "checkpoints" / "step-000006" / "state.json").write_text("{}")
+    train(make(train__steps=2, **settings))
+    assert [path.name for path in fingerprint.folders(run)] == ["step-000002"]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
+    for step in (999_900, 1_000_000, 500):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [fingerprint.step_of(path) for path in fingerprint.folders(tmp_path)] == [500, 999_900, 1_000_000]
+
+
+def test_spoilt_metrics_do_not_stop_a_run(make: Make) -> None:
+    run = train(make(train__steps=2, train__log_every=1))
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"\0\0\0\xff\n[1]\nhalf a li")
+    train(make(train__steps=4, train__log_every=1))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_result_that_is_not_finite_is_neither_saved_nor_exported(make: Make) -> None:
+    """The loss of the last step says nothing of the weights after it."""
+    with pytest.raises(ConfigError, match="NaN or infinite by step 1"):
+        train(make(train__steps=1, optim__lr=1e39))
+    run = Path(make().run_dir)
+    assert not fingerprint.folders(run)
+    assert not (run / "export").exists()
+    assert "NaN or infinite" in (run / "log.txt").read_text()

@@ -1,0 +1,153 @@
+"""Speed that does not depend on the machine: what a step launches, sends, reads and compiles, counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dbtrain.adapters import inject as adapters
+from dbtrain.config import Adapter, Config, Train
+from dbtrain.data.dataloader import Batch
+from dbtrain.models.families import registry as families
+from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.objectives import DDPM
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import compute_step
+from tests.conftest import ROOT, Make
+
+FREE = (
+    "view", "t", "transpose", "_unsafe_view", "detach", "expand", "permute", "split", "unsqueeze", "slice",
+    "alias", "split_with_sizes", "select", "as_strided", "lift_fresh",
+)  # fmt: skip  # views: they launch nothing
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operators that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        if op.namespace == "aten" and name not in FREE:
+            self.count[name] += 1
+        return op(*args, **kwargs or {})
+
+    @property
+    def total(self) -> int:
+        return sum(self.count.values())
+
+
+def denoiser() -> UNet2DConditionModel:
+    """SD 1.5's structure, every layer of it, with 32 channels instead of 320 to 1280."""
+    return UNet2DConditionModel(
+        block_out_channels=(32, 32, 32, 32), cross_attention_dim=32, attention_head_dim=8, norm_num_groups=8
+    ).requires_grad_(False)
+
+
+def network(precision: str) -> DreamBooth:
+    unet = denoiser().to(PRECISIONS[precision].dtype)
+    adapters.attach(unet, Adapter(rank=8), "denoiser", 0)
+    objective = DDPM(torch.linspace(0.99, 0.01, 1000), "epsilon", None)
+    table = {"prompt_embeds": torch.randn(1, 77, 32)}
+    space = LatentSpace((4, 32, 32), (0.18215,))
+    return DreamBooth(
+        families.get("sd"), unet, {}, objective, table, space, dtype=PRECISIONS[precision].dtype
+    )
+
+
+def batch() -> Batch:
+    latent, one = torch.randn(1, 4, 32, 32), torch.ones(1)
+    return Batch(
+        stored={"mean": latent, "std": latent.abs()}, posterior=latent, noise=latent, u=one / 2,
+        prompt=torch.zeros(1, dtype=torch.int64), weight=one, level=one, position=one.double(), extra={},
+        first=0, seen=0,
+    )  # fmt: skip
+
+
+def bare(dtype: torch.dtype) -> int:
+    """Operators of the denoiser's own forward and backward pass."""
+    unet, x = denoiser().to(dtype), torch.randn(1, 4, 32, 32, dtype=dtype, requires_grad=True)
+    with Dispatched() as mode:
+        out = unet(x, torch.tensor([5]), torch.randn(1, 77, 32, dtype=dtype), return_dict=False)[0]
+        out.float().square().mean().backward()
+    return mode.total
+
+
+# Of each LoRA layer: forward, two products, a scale and a sum; backward, four products, a scale and the
+# sum with the base's gradient.
+LORA_OPS = 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16"])
+def test_a_micro_step_launches_the_denoiser_and_lora_and_little_else(precision: str) -> None:
+    """No weight of the base is cast again, no input of an adapter, and no adapter but all at once."""
+    cfg = Config(run_dir="x", data={"shards": "y"}, train=Train(precision=precision, global_batch=1))
+    model = network(precision)
+    progress = Progress.begin(model, cfg)
+    compute_step(model, progress, [batch()], cfg)
+    with Dispatched() as one:
+        compute_step(model, progress, [batch()], cfg)
+    layers = sum(isinstance(module, LoraLayer) for module in model.modules())
+    assert layers == 128
+    needed = bare(PRECISIONS[precision].dtype) + layers * LORA_OPS
+    assert one.total <= 1.10 * needed, one.count.most_common(30)
+    assert one.count["_to_copy"] <= 12
+    assert one.count["_local_scalar_dense"] == 0, "the host waits for nothing"
+    assert one.count["_fused_adamw_"] == 1 and one.count["_foreach_norm"] == 1
+
+    with Dispatched() as two:  # one more micro-batch adds to each gradient, and casts nothing again
+        compute_step(model, progress, [batch(), batch()], cfg)
+    assert two.total - one.total <= 1.10 * needed + 2 * layers
+    assert two.count["_fused_adamw_"] == 1
+
+
+def test_the_count_sees_what_autocast_costs() -> None:
+    """The limit above is one that a step as autocast would have it does not keep."""
+    unet = denoiser().bfloat16()
+    adapters.attach(unet, Adapter(rank=8), "denoiser", 0)
+    with Dispatched() as mode:
+        with torch.amp.autocast("cpu", torch.bfloat16):
+            out = unet(
+                torch.randn(1, 4, 32, 32), torch.tensor([5]), torch.randn(1, 77, 32), return_dict=False
+            )[0]
+        out.float().square().mean().backward()
+    assert mode.total > 1.25 * (bare(torch.bfloat16) + 128 * LORA_OPS)
+
+
+@pytest.mark.slow
+def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: Path, prepared: Path) -> None:
+    """Two real ranks: DDP, LoRA, accumulation, gradient checkpointing, compiled."""
+    shutil.copytree(prepared, tmp_path / "shards")
+    make(
+        train__global_batch=8, train__micro_batch=2, train__gradient_checkpointing="blocks",
+        train__precision="bf16", adapter__rank=128,
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         "tests/multi/counted.py", tmp_path / "c.yaml"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert counted["gradient_bytes"] > 2**20, "more than DDP's first bucket, which would be one of its own"
+    assert counted["all_reduces"] == 3, "one a step, of 3 steps with 2 micro-batches each"
+    assert counted["other_collectives"] == []
+    assert counted["graph_breaks"] == 0
+    assert counted["graphs"] == [1, 1, 1], "one graph, in the first step"

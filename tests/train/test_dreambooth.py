@@ -1,0 +1,199 @@
+"""The loss against the reference semantics, and a step that never reads a tensor back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from dbtrain.config import Config
+from dbtrain.data import shards
+from dbtrain.data.dataloader import LatentStream
+from dbtrain.data.order import Share
+from dbtrain.data.shards import Manifest
+from dbtrain.models.families import registry as families
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.train import optim
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import train_step
+from tests import bases
+from tests.conftest import Make, at
+
+
+def build(cfg: Config, folder: Path) -> DreamBooth:
+    manifest = Manifest.read(at(folder))
+    base = Pretrained.find(cfg.model)
+    table = shards.read_prompts(at(folder), manifest.prompts)
+    return DreamBooth.build(base, families.get("sd"), manifest, table, cfg)
+
+
+def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
+    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
+    share = Share(cfg.train.global_batch, cfg.train.micro_batch)
+    return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, **options)
+
+
+def test_min_snr_weighs_each_row_by_its_own_timestep_with_prior_preservation(
+    make: Make, prepared: Path
+) -> None:
+    """Diffusers' scripts compute weights for the whole batch and apply them to its first half."""
+    plain, weighted = (
+        build(make(train__micro_batch=4, loss__min_snr_gamma=gamma), prepared) for gamma in (None, 5.0)
+    )
+    batches = stream(make(train__micro_batch=4), prepared)
+    batch = next(batches)
+    batches.close()
+    t = (batch.u * 1000).long()
+    scheduler = DDPMScheduler.from_pretrained(bases.sd(), subfolder="scheduler")
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+    with torch.no_grad():
+        torch.testing.assert_close(weighted(batch), plain(batch) * (5.0 / snr).clamp(max=1))
+    assert len(t) == 8 and len(set(t.tolist())) > 4, "instance and class rows have timesteps of their own"
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_weighted_loss_is_the_reference_s(make: Make, prepared: Path, weight: float) -> None:
+    """diffusers' train_dreambooth_lora.py: mse(instance half) + prior_loss_weight * mse(class half)."""
+    cfg = make(train__micro_batch=4, loss__prior_weight=weight)
+    model, batches = build(cfg, prepared), stream(cfg, prepared)
+    for adapter in model.trainable().values():
+        torch.nn.init.normal_(adapter, std=0.05, generator=torch.Generator().manual_seed(1))
+    batch = next(batches)
+    batches.close()
+    with torch.no_grad():
+        ours = (batch.weight * model(batch)).sum()
+
+        scheduler = DDPMScheduler.from_pretrained(bases.sd(), subfolder="scheduler")
+        latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
+        t = (batch.u * 1000).long()
+        noisy = scheduler.add_noise(latents, batch.noise, t)
+        table = shards.read_prompts(at(prepared), Manifest.read(at(prepared)).prompts)[
+            "condition.prompt_embeds"
+        ]
+        prediction = model.denoiser(noisy, t, table[batch.prompt]).sample
+        instance, prior = prediction.chunk(2)
+        noise, prior_noise = batch.noise.chunk(2)
+        mse = torch.nn.functional.mse_loss
+        theirs = mse(instance, noise) + weight * mse(prior, prior_noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_micro_batches_sum_to_the_loss_and_gradient_of_the_whole(make: Make, prepared: Path) -> None:
+    results = []
+    for micro_batch in (4, 2, 1):
+        cfg = make(train__micro_batch=micro_batch, loss__prior_weight=0.7, optim__clip=1e9)
+        model, batches = build(cfg, prepared), stream(cfg, prepared)
+        outcome = train_step(model, Progress.begin(model, cfg), batches, 0, cfg)
+        batches.close()
+        results.append(torch.cat([outcome.losses, outcome.grad_norm[None]]))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+@contextmanager
+def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every way to read a tensor's value into Python fails inside the block."""
+
+    def guard(name: str):  # type: ignore[no-untyped-def]
+        def read(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            raise AssertionError(f"the step reads a tensor back: Tensor.{name}")
+
+        return read
+
+    names = ("item", "cpu", "numpy", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+    with monkeypatch.context() as patch:
+        for name in names:
+            patch.setattr(Tensor, name, guard(name))
+        yield
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "pure-bf16"])
+def test_a_step_reads_no_tensor_back_to_the_host(
+    make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch, precision: str, nonfinite: str
+) -> None:
+    cfg = make(
+        train__precision=precision, train__micro_batch=2, loss__min_snr_gamma=5.0, adapter__dropout=0.1,
+        faults__nonfinite=nonfinite,
+    )  # fmt: skip
+    model, batches = build(cfg, prepared), stream(cfg, prepared)
+    progress = Progress.begin(model, cfg)
+    ready = [next(batches) for _ in range(4)]  # the thread reads rows, which is not the step's doing
+    batches.close()
+    fake = iter(ready)
+
+    class Ready:
+        share, device = batches.share, batches.device
+        __next__ = staticmethod(lambda: next(fake))
+
+    for step in range(2):
+        with no_host_reads(monkeypatch):
+            outcome = train_step(model, progress, Ready(), step, cfg)  # type: ignore[arg-type]
+        assert outcome.losses.isfinite().all() and outcome.grad_norm.isfinite()
+        assert outcome.bad.isinf().all() and progress.skipped == 0
+
+
+def test_the_guard_catches_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match="item"), no_host_reads(monkeypatch):
+        torch.ones(()).item()
+    with pytest.raises(AssertionError, match="__bool__"), no_host_reads(monkeypatch):
+        bool(torch.ones(()) > 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "pure-bf16"])
+def test_adapters_moments_and_tables_are_fp32_in_every_precision(
+    make: Make, prepared: Path, precision: str
+) -> None:
+    cfg = make(train__precision=precision)
+    model, batches = build(cfg, prepared), stream(cfg, prepared)
+    progress = Progress.begin(model, cfg)
+    before = {name: p.detach().clone() for name, p in model.trainable().items()}
+    train_step(model, progress, batches, 0, cfg)
+    batches.close()
+    base = PRECISIONS[precision].dtype
+    assert model.denoiser.conv_in.weight.dtype == base  # type: ignore[union-attr]
+    assert model.objective.alphas_cumprod.dtype == torch.float32
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    assert {t.dtype for t in optim.state(progress.optimizer, model.trainable()).values()} == {torch.float32}
+    moved = [name for name, p in model.trainable().items() if not torch.equal(p, before[name])]
+    assert {name.split(".lora_")[1] for name in moved} == {"A.default.weight", "B.default.weight"}
+    assert all(not p.requires_grad for name, p in model.denoiser.named_parameters() if "lora" not in name)
+
+
+def test_the_adapter_starts_the_same_in_every_precision(make: Make, prepared: Path) -> None:
+    starts = [build(make(train__precision=p), prepared).trainable() for p in ("fp32", "bf16")]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    other = build(make(seed=1), prepared).trainable()
+    assert not all(torch.equal(starts[0][name], other[name]) for name in other)
+
+
+def test_v_prediction_comes_from_the_base_s_scheduler(make: Make, prepared: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(bases.sd(), tmp_path / "v")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
+    cfg = make(model__path=str(folder), train__micro_batch=4)
+    model, batches = build(cfg, prepared), stream(cfg, prepared)
+    assert model.objective.prediction == "v_prediction"
+    batch = next(batches)
+    batches.close()
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+    with torch.no_grad():
+        latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
+        t = (batch.u * 1000).long()
+        table = shards.read_prompts(at(prepared), Manifest.read(at(prepared)).prompts)[
+            "condition.prompt_embeds"
+        ]
+        prediction = unet(scheduler.add_noise(latents, batch.noise, t), t, table[batch.prompt]).sample
+        want = (prediction - scheduler.get_velocity(latents, batch.noise, t)).square().mean((1, 2, 3))
+        torch.testing.assert_close(model(batch), want, rtol=1e-5, atol=1e-6)
