@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dbtrain
-from dbtrain.runtime import exit_codes, files, preemption
+from dbtrain.runtime import exit_codes, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
@@ -38,7 +38,7 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
     from dbtrain.config import Config
 
     cfg = Config.load(config, overrides or ())
-    preemption.listen(files.expand(cfg.run_dir), cfg.faults.stop_before_s)
+    preemption.listen(cfg.run_dir, cfg.faults.stop_before_s)
     with importing(at_start=True):
         from dbtrain.runtime import console, dist
 

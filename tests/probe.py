@@ -40,9 +40,9 @@ def main() -> None:
 def _watch(seen: dict[str, Any]) -> None:
     """Record the components that are loaded; bases of the tests are small, and just made."""
     from dbtrain.models.pretrained import Pretrained
-    from dbtrain.runtime import hashes
+    from dbtrain.runtime import hashing
 
-    hashes.SMALL, hashes.REST_S = 0, -1.0
+    hashing.SMALL, hashing.REST_S = 0, -1.0
     load = Pretrained.load
 
     def noting(base: Pretrained, component: str, *args: Any, **options: Any) -> Any:

@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import shuffled
+from dbtrain.runtime.hashing import shuffled
 
 WINDOW = 1024  # rows shuffled together: whole small sets, and what a shuffle buffer would hold of large ones
 UNEVEN = 32  # columns may differ by 1/32 of their rows: no image is seen 3% more often than another

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from dbtrain.doctor.case import Case, Found, error, ok, ranks_of
 from dbtrain.doctor.gpu import gpus
 from dbtrain.models import kernels
 from dbtrain.runtime import files
+from dbtrain.runtime.run_folder import RunFolder, read_lines
 
 STEPS = 2
 PICTURES = 2  # photos, and class images
@@ -40,7 +40,9 @@ def rehearse(case: Case) -> Iterator[Found]:
             if problems:
                 return
             said = (
-                _told(folder / "run", cfg.train.steps) if verb == "train" else "a few photos and class images"
+                _told(RunFolder(folder / "run"), cfg.train.steps)
+                if verb == "train"
+                else "a few photos and class images"
             )
             yield ok(
                 f"{verb}: {said}; {time.perf_counter() - since:.0f} s with its start, {_processes(ranks)}"
@@ -115,10 +117,10 @@ def _failure(verb: str, config: Path, ranks: int) -> list[Found]:
             for line in told]  # fmt: skip
 
 
-def _told(run_dir: Path, steps: int) -> str:
+def _told(run: RunFolder, steps: int) -> str:
     """Time and memory of the last step, and what was exported."""
-    speed = json.loads((run_dir / "speed.jsonl").read_text().splitlines()[-1])
-    exported = sorted(str(path.relative_to(run_dir)) for path in run_dir.glob("export/**/*.safetensors"))
+    speed = read_lines(run.table("speed"))[-1]
+    exported = sorted(str(path.relative_to(run.path)) for path in run.export.rglob("*.safetensors"))
     return (
         f"{steps} steps, {speed['step_ms']:.0f} ms for the last, at most {speed['peak_gib']:.2f} GiB; "
         f"wrote {', '.join(exported)}"

@@ -13,7 +13,7 @@ from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, Look, alike, loo
 from dbtrain.doctor.case import Case, Found, listed, ok, refused, ruled, warning
 from dbtrain.models import sampler
 from dbtrain.prepare import class_images, plan
-from dbtrain.runtime import files
+from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
 
 FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, the field's guides up to some dozens
@@ -89,7 +89,7 @@ def _single(looks: list[tuple[Path, Look]], cfg: Prepare) -> Iterator[Found]:
 
 def _twins(looks: list[tuple[Path, Look]]) -> Iterator[Found]:
     """Photos that stand there twice: those count double in training."""
-    hashes = [files.sha256_of(path) for path, _ in looks]
+    hashes = [hashing.sha256_of(path) for path, _ in looks]
     pairs = alike([one for _, one in looks])
     same = [f"{looks[a][0].name} = {looks[b][0].name}" for a, b in pairs if hashes[a] == hashes[b]]
     near = [f"{looks[a][0].name} ~ {looks[b][0].name}" for a, b in pairs if hashes[a] != hashes[b]]

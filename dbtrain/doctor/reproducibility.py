@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from torch import Tensor
 from dbtrain.config import Config
 from dbtrain.runtime import console
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import fingerprint
+from dbtrain.runtime.run_folder import RunFolder, step_of
 
 STEPS = 6
 # Largest gap between two runs, relative to the size of the adapter's change, that rounding explains.
@@ -113,9 +112,9 @@ def _run(cfg: Config, way: Way, folder: Path) -> _Run:
         if done.returncode not in (0, 75):
             errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
             raise ConfigError(f"{way.name}: {' '.join(command)} ended with {done.returncode}", *errors[:3])
-    saved = {fingerprint.step_of(path): path for path in fingerprint.folders(folder / "run")}
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return _Run(_adapter(saved[1]), _adapter(saved[STEPS]), [json.loads(line) for line in lines])
+    run = RunFolder(folder / "run")
+    saved = {step_of(path): path for path in run.checkpoints()}
+    return _Run(_adapter(saved[1]), _adapter(saved[STEPS]), run.read_metrics())
 
 
 def _adapter(path: Path) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from dbtrain.data.storage import Storage
 from dbtrain.doctor.case import Case, Found, error, ok, ranks_of, refused, ruled, size, warning
 from dbtrain.doctor.gpu import gpus
 from dbtrain.prepare import made_for
-from dbtrain.runtime import files, lock
+from dbtrain.runtime import lock
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import RunFolder, read_state
 from dbtrain.train import fingerprint
 
 REMAKE = f"{stored.CURE} (`dbtrain run` does so by itself)"
@@ -96,15 +97,16 @@ def _reading(case: Case, share: Share) -> Iterator[Found]:
 
 def run_folder(case: Case) -> Iterator[Found]:
     """Whether the run folder is free, and what it holds is this run's."""
-    folder = files.expand(case.cfg.run_dir)
+    run = RunFolder(case.cfg.run_dir)
+    folder = run.path
     if folder.exists() and not folder.is_dir():
         yield error(f"run_dir is '{case.cfg.run_dir}', which is no folder", "give another run_dir")
         return
     if busy := lock.holder(folder):
         yield from _busy("run_dir", *busy)
-    for path in reversed(fingerprint.folders(folder)):
+    for path in reversed(run.checkpoints()):
         try:
-            state = fingerprint.read_state(path)
+            state = read_state(path)
         except ConfigError as problem:
             yield from refused(
                 problem, "nothing to do: a run sets it aside, and takes the one before", "warning"
@@ -122,7 +124,7 @@ def run_folder(case: Case) -> Iterator[Found]:
         else:
             yield ok(f"{folder}: goes on from step {state['step']}")
         return
-    if (folder / "DONE").exists():
+    if run.done.exists():
         yield warning(f"{folder} holds DONE of an earlier run, but no checkpoint", "give another run_dir")
     yield ok(f"{folder}: {'no checkpoint yet' if folder.exists() else 'not there yet'}")
 

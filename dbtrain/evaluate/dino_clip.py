@@ -23,9 +23,10 @@ from dbtrain.evaluate import encoders
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate.encoders import Eye
 from dbtrain.evaluate.scores import Scores, Seen, scored
-from dbtrain.runtime import console, dist, files, preemption
+from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import SCORES, SHEET
 from dbtrain.sample.sample import sample, without_and_with
 
 SHOWN = 5  # pictures in a row of the sheet
@@ -69,7 +70,7 @@ class Task:
 
     def key(self) -> str:
         """A name for everything that the scores depend on; reads all pictures."""
-        content = {name: [files.sha256_of(path) for path in paths] for name, paths in self.groups.items()}
+        content = {name: [hashing.sha256_of(path) for path in paths] for name, paths in self.groups.items()}
         return content_key([content, [text for _, text in self.prompts], self.dino.key(), self.clip.key()])
 
 
@@ -129,8 +130,8 @@ def _sampling(cfg: Config, count: int) -> Config:
 def _made(out: Path, key: str) -> Scores | None:
     """The scores that are there, if they are of this key."""
     try:
-        values = json.loads((out / "scores.json").read_text())
-        return Scores.of(values) if values["key"] == key and (out / "sheet.png").is_file() else None
+        values = json.loads((out / SCORES).read_text())
+        return Scores.of(values) if values["key"] == key and (out / SHEET).is_file() else None
     except (OSError, ValueError, TypeError, LookupError):
         return None  # none, or damaged: they are made again
 
@@ -184,5 +185,5 @@ def _write(task: Task, scores: Scores, key: str) -> None:
         Row([Image.open(path) for path in task.groups["of_class"][:SHOWN]], "",
             f'"{task.about.class_prompt}"'),
     ]  # fmt: skip
-    save_png(task.out / "sheet.png", contact_sheet(rows, least_cell=128))
-    files.write_atomically(task.out / "scores.json", json.dumps(whole, indent=1) + "\n")
+    save_png(task.out / SHEET, contact_sheet(rows, least_cell=128))
+    files.write_atomically(task.out / SCORES, json.dumps(whole, indent=1) + "\n")

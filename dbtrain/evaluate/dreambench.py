@@ -22,6 +22,7 @@ import typer
 
 from dbtrain.runtime import exit_codes
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import SCORES, RunFolder
 
 TEXTS = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes whose subjects have prompts of their own
@@ -95,7 +96,7 @@ class Dataset:
 
     def scores(self, runs: Path) -> dict[str, dict[str, Any]]:
         """What `evaluate` wrote for each subject that it is done with."""
-        paths = {name: runs / name / "scores" / "scores.json" for name, _ in self.subjects}
+        paths = {name: RunFolder(runs / name).scores / SCORES for name, _ in self.subjects}
         return {name: _scores(path) for name, path in paths.items() if path.is_file()}
 
 

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.models.pretrained import hush
-from dbtrain.runtime import dist, files, hashes
+from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
-from dbtrain.runtime.keys import content_key
 
 # Both were published as pickles; these commits, of the Hub's own conversion bot, add safetensors.
 DINO = "facebook/dino-vits16@a7a4d161f5c0bd70478c05ca5777ec7cd8848021"
@@ -73,7 +73,7 @@ class Eye:
         """sha256 over all that its embeddings depend on."""
         parts = sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.json"),
                         *self.folder.glob("*.txt")])  # fmt: skip
-        return content_key([str(self.view), [[part.name, hashes.sha256_of(part)] for part in parts]])
+        return content_key([str(self.view), [[part.name, hashing.cached_sha256_of(part)] for part in parts]])
 
     def load(self, kind: str) -> Any:
         """The model, in fp32 and frozen, on this rank's device. Raises ConfigError if weights are missing."""

@@ -23,7 +23,7 @@ from dbtrain.models.families import registry as families
 from dbtrain.models.pretrained import EMBEDDED, Pretrained
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import fingerprint
+from dbtrain.runtime.run_folder import SHEET, RunFolder, read_state, step_of
 
 FEW = 3  # checkpoints that are hardly a choice
 
@@ -55,12 +55,12 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
     `beside` is the `scores.json` of another run, to show next to it.
     """
     dist.init()
-    judge, out = judge_of(cfg), files.expand(cfg.run_dir) / "scores"
+    judge, out = judge_of(cfg), RunFolder(cfg.run_dir).scores
     with dist.agreed():
         other = judge.load(beside) if beside else None
     if scores := judge.evaluate(cfg, cfg.run_dir, out, None):
         yield judge.table(scores, other)
-        yield f"contact sheet: {out / 'sheet.png'}"
+        yield f"contact sheet: {out / SHEET}"
 
 
 @dataclass(frozen=True)
@@ -80,43 +80,42 @@ def checkpoints(cfg: Config) -> Iterator[str]:
     All of them share the bare base's pictures. Writes `scores/checkpoints.json` and `.png`.
     """
     dist.init()
-    judge, run_dir, base = judge_of(cfg), files.expand(cfg.run_dir), Pretrained.find(cfg.model)
+    judge, run, base = judge_of(cfg), RunFolder(cfg.run_dir), Pretrained.find(cfg.model)
     with dist.agreed():
-        found = candidates(cfg, base, run_dir)
+        found = candidates(cfg, base, run)
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(found, 1):
         console.say(f"{one.name} ({number} of {len(found)})")
-        scores = judge.evaluate(cfg, str(one.adapter), one.out, run_dir / "scores" / "base")
+        scores = judge.evaluate(cfg, str(one.adapter), one.out, run.scores / "base")
         if scores:
             rows.append({"name": one.name, "step": one.step, "exported": one.exported, **_numbers(scores)})
     with dist.agreed():
-        lines = _publish(rows, judge, run_dir / "scores") if dist.is_main() else []
+        lines = _publish(rows, judge, run.scores) if dist.is_main() else []
     if lines and len(found) < FEW:
         lines.append(f"only {len(found)} to choose from: train with a train.keep of more than "
                      f"{cfg.train.keep}, and a smaller train.checkpoint_every, for more")  # fmt: skip
     yield from lines
 
 
-def candidates(cfg: Config, base: Pretrained, run_dir: Path) -> list[Candidate]:
+def candidates(cfg: Config, base: Pretrained, run: RunFolder) -> list[Candidate]:
     """Checkpoints of a run, oldest first, and its export if that is of none of them.
 
     Raises ConfigError if there is nothing, or a checkpoint is damaged.
     """
-    scores = run_dir / "scores"
-    paths = fingerprint.folders(run_dir)
+    paths = run.checkpoints()
     for path in paths:
-        fingerprint.read_state(path)
+        read_state(path)
     try:
-        export = formats.find(run_dir)
+        export = formats.find(run.path)
     except ConfigError:
         export = None  # a run that is not done has none
     if not paths and export is None:
-        raise ConfigError(f"{run_dir} has neither a checkpoint nor an export; run: dbtrain train")
+        raise ConfigError(f"{run.path} has neither a checkpoint nor an export; run: dbtrain train")
     source = _source(cfg, base, export, paths) if export else None
-    found = [Candidate(f"step {fingerprint.step_of(path)}", fingerprint.step_of(path), path,
-                       scores / path.name, path == source) for path in paths]  # fmt: skip
+    found = [Candidate(f"step {step_of(path)}", step_of(path), path,
+                       run.scores / path.name, path == source) for path in paths]  # fmt: skip
     if export and source is None:
-        found.append(Candidate("export", None, export, scores, True))
+        found.append(Candidate("export", None, export, run.scores, True))
     return found
 
 

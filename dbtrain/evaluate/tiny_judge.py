@@ -21,6 +21,7 @@ from dbtrain.data.pictures import Row, contact_sheet, save_png
 from dbtrain.evaluate.scores import side_by_side
 from dbtrain.runtime import dist, files
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import SCORES, SHEET
 from dbtrain.sample.sample import NO_ADAPTER, Mix, sample
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import SAME, Judge, as_tensor
@@ -106,7 +107,7 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     base, kept = (_pictures(folder, 0) for folder in (base_out, out / "class"))
     plain, *placed = (_pictures(out / "subject", prompt) for prompt in range(len(prompts)))
     scores = judged(Judge.load(), kind, photos, base, kept, plain, placed)
-    files.write_atomically(out / "scores.json", json.dumps(asdict(scores), indent=1) + "\n")
+    files.write_atomically(out / SCORES, json.dumps(asdict(scores), indent=1) + "\n")
     order = list(world.PLACE_WORDS)
     rows = [
         Row(photos[:5], "the photos"),
@@ -115,7 +116,7 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
             [f"... {world.PLACE_WORDS[place]}" for place in SHOWN]),
         Row(kept[:5], "", f'"{of_class}"'),
     ]  # fmt: skip
-    save_png(out / "sheet.png", contact_sheet(rows, least_cell=128))
+    save_png(out / SHEET, contact_sheet(rows, least_cell=128))
     return scores
 
 

@@ -12,11 +12,10 @@ from dbtrain.export.model_card import card
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.runtime import console, dist, files
+from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import checkpoint, fingerprint
-
-PICTURES = "samples.png"  # contact sheet beside the card
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder, read_state, step_of
+from dbtrain.train import checkpoint
 
 
 def export(
@@ -28,7 +27,7 @@ def export(
     default. No base weights are loaded.
     """
     dist.init()
-    run_dir = files.expand(cfg.run_dir)
+    run = RunFolder(cfg.run_dir)
     base = Pretrained.find(cfg.model)
     if adapter is not None:
         if out is None:
@@ -38,14 +37,14 @@ def export(
             states = formats.read(formats.find(adapter), family, base.module_names)
         return save(cfg, base, family, states, None, out)
     with dist.agreed():
-        path = _checkpoint(run_dir, step) if dist.is_main() else None
+        path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         family = families.detect(base, cfg.model)
-        state = fingerprint.read_state(path)
+        state = read_state(path)
         components = [entry.parent.name for entry in sorted(path.glob(f"*/{peft_folder.CONFIG}"))]
         states = {name: peft_folder.read(path / name) for name in components}
-    return save(cfg, base, family, states, state["step"], out or run_dir / "export")
+    return save(cfg, base, family, states, state["step"], out or run.export)
 
 
 def save(
@@ -61,7 +60,7 @@ def save(
                 path = formats.write(name, folder, family, states)
                 what = "converted" if step is None else f"exported step {step}"
                 console.say(f"{what} to {path} ({name})")
-            pictures = [PICTURES] if (folder / PICTURES).is_file() else []
+            pictures = [SAMPLES] if (folder / SAMPLES).is_file() else []
             text = card(cfg, base, family, states, step, names, pictures)
             files.write_atomically(folder / "README.md", text)
     return folder / formats.FORMATS[names[0]].main
@@ -70,21 +69,21 @@ def save(
 def show(cfg: Config, sheet: Path | None) -> None:
     """Put a contact sheet beside the run's export, and into its card."""
     with dist.agreed():
-        folder = files.expand(cfg.run_dir) / "export"
-        changed = dist.is_main() and sheet is not None and _differs(sheet, folder / PICTURES)
+        folder = RunFolder(cfg.run_dir).export
+        changed = dist.is_main() and sheet is not None and _differs(sheet, folder / SAMPLES)
         if changed and sheet is not None:
-            files.write_atomically(folder / PICTURES, sheet.read_bytes())
+            files.write_atomically(folder / SAMPLES, sheet.read_bytes())
     if dist.from_main(changed):
         export(cfg)
 
 
 def _differs(one: Path, other: Path) -> bool:
-    return not other.is_file() or files.sha256_of(one) != files.sha256_of(other)
+    return not other.is_file() or hashing.sha256_of(one) != hashing.sha256_of(other)
 
 
 def is_done(cfg: Config) -> bool:
     """Whether the run has trained to `train.steps` and exported the result."""
-    marker = files.expand(cfg.run_dir) / "DONE"
+    marker = RunFolder(cfg.run_dir).done
     try:
         return marker.read_bytes() == _done(cfg).encode()
     except FileNotFoundError:
@@ -95,27 +94,27 @@ def mark_done(cfg: Config) -> None:
     """Leave the file DONE in the run folder: what batch scripts wait for."""
     with dist.agreed():
         if dist.is_main():
-            files.write_atomically(files.expand(cfg.run_dir) / "DONE", _done(cfg))
+            files.write_atomically(RunFolder(cfg.run_dir).done, _done(cfg))
 
 
 def _done(cfg: Config) -> str:
     """What DONE says: the step, the formats, and the exported weights."""
-    exported = files.expand(cfg.run_dir) / "export"
+    exported = RunFolder(cfg.run_dir).export
     weights = sorted(path for path in exported.rglob("*.safetensors") if not path.name.startswith("."))
-    lines = [f"export {path.relative_to(exported)} {files.sha256_of(path)}" for path in weights]
+    lines = [f"export {path.relative_to(exported)} {hashing.sha256_of(path)}" for path in weights]
     asked = ", ".join(cfg.export.formats) or "natural"
     return "\n".join([f"step {cfg.train.steps}", f"formats {asked}", *lines]) + "\n"
 
 
-def _checkpoint(run_dir: Path, step: int | None) -> Path:
-    found = {int(path.name[5:]): path for path in fingerprint.folders(run_dir)}
+def _checkpoint(run: RunFolder, step: int | None) -> Path:
+    found = {step_of(path): path for path in run.checkpoints()}
     if not found:
-        raise ConfigError(f"{run_dir} has no checkpoint to export; run: dbtrain train")
+        raise ConfigError(f"{run.path} has no checkpoint to export; run: dbtrain train")
     if step is None:
-        newest = checkpoint.latest(run_dir)
+        newest = checkpoint.latest(run)
         if newest is None:
-            raise ConfigError(f"every checkpoint in {run_dir} is damaged; run: dbtrain train")
+            raise ConfigError(f"every checkpoint in {run.path} is damaged; run: dbtrain train")
         return newest[0]
     if step not in found:
-        raise ConfigError(f"{run_dir} has no checkpoint of step {step}, only of {sorted(found)}")
+        raise ConfigError(f"{run.path} has no checkpoint of step {step}, only of {sorted(found)}")
     return found[step]

@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 
 from dbtrain.config import Config
-from dbtrain.runtime import console, dist, files
+from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder
 
 
 def push(cfg: Config, folder: Path | None = None) -> str | None:
@@ -17,7 +18,7 @@ def push(cfg: Config, folder: Path | None = None) -> str | None:
     or if the Hub refuses; the export on disk stays as it is.
     """
     dist.init()
-    folder = folder or files.expand(cfg.run_dir) / "export"
+    folder = folder or RunFolder(cfg.run_dir).export
     address = None
     with dist.agreed():
         if cfg.hub.repo and dist.is_main():
@@ -44,12 +45,11 @@ def _token() -> str:
 def uploaded(folder: Path) -> list[Path]:
     """The files of an export folder that are published, relative to it."""
     from dbtrain.adapters.formats import peft_folder
-    from dbtrain.adapters.formats.registry import FORMATS
-    from dbtrain.export import export  # here, as `check` needs none of what they import
+    from dbtrain.adapters.formats.registry import FORMATS  # here, as `check` needs none of what they import
 
     mains = [form.main for form in FORMATS.values() if form.main]
     peft = [path for name in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{name}")]
-    found = [folder / name for name in (*mains, "README.md", export.PICTURES)]
+    found = [folder / name for name in (*mains, "README.md", SAMPLES)]
     return [path.relative_to(folder) for path in sorted([*peft, *found]) if path.is_file()]
 
 

@@ -15,6 +15,7 @@ from dbtrain.config import Config
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import EMBEDDED, Pretrained
 from dbtrain.runtime import files
+from dbtrain.runtime.run_folder import RunFolder
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -55,6 +56,5 @@ KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 def _last_metrics(cfg: Config) -> dict[str, Any]:
     """The last line that the run logged."""
-    path = files.expand(cfg.run_dir) / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
+    lines = RunFolder(cfg.run_dir).read_metrics()
+    return lines[-1] if lines else {}

@@ -13,10 +13,10 @@ import torch
 
 from dbtrain import tiny
 from dbtrain.config import Model
-from dbtrain.runtime import dist, files, hashes
+from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
-from dbtrain.runtime.keys import content_key
 
 EMBEDDED = {"tiny": tiny.path}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -171,7 +171,7 @@ class Pretrained:
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
-        return content_key([[path.name, hashes.sha256_of(path)] for path in found])
+        return content_key([[path.name, hashing.cached_sha256_of(path)] for path in found])
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
@@ -215,7 +215,7 @@ def _converted(cfg: Model, path: Path) -> Path:
         raise ConfigError(
             f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
         )
-    return files.cache() / "single-files" / content_key([hashes.sha256_of(path), cfg.config])[:16]
+    return files.cache() / "single-files" / content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
 
 
 def _from_single_file(cfg: Model, path: Path) -> Path:

@@ -25,7 +25,7 @@ from dbtrain.models.pretrained import DTYPES, Pretrained
 from dbtrain.prepare import latents
 from dbtrain.runtime import console, dist, files, lock, preemption, rng
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
 
 # What `sampling.compile: auto` takes for worth compiling. Estimated for SD 1.5 at 512 px on an H200: half
 # a minute of compiling, a fifth of 0.15 s saved on each image. Larger models pay from fewer on.

@@ -17,9 +17,9 @@ from dbtrain.models.families.family import Family, sampled_moments
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.pretrained import DTYPES, Pretrained
 from dbtrain.prepare import latents
-from dbtrain.runtime import dist, files
+from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
 
 
 def image_encoder(
@@ -65,7 +65,7 @@ def prompt_table(
     parts = [*family.text_encoders, *family.text_encoders.values()]
     key = content_key([texts, [base.key(part) for part in parts]])
     path = folder / f"prompts-{key[:12]}.safetensors"
-    kept = old and old.file == path.name and path.exists() and files.sha256_of(path) == old.sha256
+    kept = old and old.file == path.name and path.exists() and hashing.sha256_of(path) == old.sha256
     if not kept:
         tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
         encoders = {name: base.load(name).to(dist.device()) for name in family.text_encoders}
@@ -76,7 +76,7 @@ def prompt_table(
         table |= {f"ids.{name}": tensor for name, tensor in ids.items()}
         table = {name: tensor.cpu().contiguous() for name, tensor in table.items()}
         files.write_atomically(path, safetensors.torch.save(table))
-    return shards.Prompts(file=path.name, sha256=files.sha256_of(path), texts=tuple(texts))
+    return shards.Prompts(file=path.name, sha256=hashing.sha256_of(path), texts=tuple(texts))
 
 
 def prompts_to_draw(

@@ -11,10 +11,10 @@ from dbtrain.data import photos, shards
 from dbtrain.models.families.family import Family, LatentSpace
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import class_images, latents
-from dbtrain.runtime import files
+from dbtrain.runtime import hashing
 from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows of a shard
 SHARDS = 64  # most shards while they fit that
@@ -100,17 +100,17 @@ def _kept_back(pictures: dict[str, list[Path]], prepare: Prepare, seed: int) -> 
     for role, paths in pictures.items():
         if (role == "instance" and not prepare.held_out) or (role == "class" and not prepare.class_held_out):
             continue
-        contents = {files.sha256_of(path) for path in paths}  # no twin of what is held out is trained on
+        contents = {hashing.sha256_of(path) for path in paths}  # no twin of what is held out is trained on
         count = len(contents) - left(prepare, role, len(contents))
         turns = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
-        every[role] = [path for path in paths if files.sha256_of(path) not in turns]
-        every[shards.HELD_OUT[role]] = [path for path in paths if files.sha256_of(path) in turns]
+        every[role] = [path for path in paths if hashing.sha256_of(path) not in turns]
+        every[shards.HELD_OUT[role]] = [path for path in paths if hashing.sha256_of(path) in turns]
     return every
 
 
 def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) -> list[tuple[str, dict]]:
     """(image path, description) of every stored crop of one image."""
-    photo_key = files.sha256_of(path)
+    photo_key = hashing.sha256_of(path)
     height, width = photos.size(path)
     if min(height, width) < prepare.resolution:
         say(f"{path} is {width} x {height} px and will be enlarged to {prepare.resolution} px")
@@ -128,7 +128,7 @@ def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) ->
 
 def _latent_row(path: Path, prompt: int, side: int, space: LatentSpace) -> tuple[str, dict]:
     """(path, description) of a class image that was kept as a latent: whole, and of its own size."""
-    key = content_key([shards.VERSION, latents.NAME, space.scale, space.shift, files.sha256_of(path)])
+    key = content_key([shards.VERSION, latents.NAME, space.scale, space.shift, hashing.sha256_of(path)])
     meta = {
         "source": path.name, "original_size": [side, side], "crop": [0, 0], "flip": False,
         "prompt": prompt, "key": key[:16],

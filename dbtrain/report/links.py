@@ -8,9 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from dbtrain.report.run import Run
-from dbtrain.train import fingerprint
-
-LOGS = ("config.yaml", "log.txt", "metrics.jsonl", "speed.jsonl", "validation.jsonl", "timesteps.jsonl")
+from dbtrain.runtime.run_folder import SHEET, TABLES
 
 
 @dataclass(frozen=True)
@@ -29,15 +27,16 @@ def of_run(run: Run, page: Path) -> list[Link]:
 
 
 def _files(run: Run) -> Iterator[tuple[str, Path]]:
-    folder = run.folder
-    for path in sorted((folder / "export").rglob("*")):
+    names = run.names
+    for path in sorted(names.export.rglob("*")):
         if path.is_file() and not path.name.startswith("."):
             yield ("adapter" if path.suffix == ".safetensors" else "export"), path
-    for place in ("samples/*", "scores", "validation/*"):
-        yield from (("pictures", path) for path in sorted(folder.glob(f"{place}/sheet.png")))
-    yield from (("scores", path) for path in sorted(folder.glob("scores/*.json")))
-    yield from (("checkpoint", path) for path in fingerprint.folders(folder))
-    yield from (("log", folder / name) for name in LOGS if (folder / name).is_file())
+    for folder, pattern in ((names.samples, "*/"), (names.scores, ""), (names.validation, "*/")):
+        yield from (("pictures", path) for path in sorted(folder.glob(pattern + SHEET)))
+    yield from (("scores", path) for path in sorted(names.scores.glob("*.json")))
+    yield from (("checkpoint", path) for path in names.checkpoints())
+    logs = (names.config, names.log, *map(names.table, TABLES))
+    yield from (("log", path) for path in logs if path.is_file())
 
 
 def _link(what: str, path: Path, page: Path) -> Link:

@@ -28,7 +28,6 @@ from dbtrain.report.run import Run, number, read_all
 from dbtrain.runtime import files
 
 HERE = Path(__file__).parent
-NAME = "report.html"
 COLOURS = 8  # of runs, in page.css; more runs begin again
 LOG_TAIL = 40  # last lines of log.txt on the page
 SECRETS = (  # in URLs: a name and password, a signed query
@@ -44,7 +43,7 @@ def report(folders: Sequence[Path], out: Path | None = None, most_crops: int = 6
     are decoded. Raises ConfigError if a folder is no run; what a run lacks is said in the page.
     """
     runs = read_all(folders)
-    page = (files.expand(out) if out else runs[0].folder / NAME).resolve()
+    page = (files.expand(out) if out else runs[0].names.report).resolve()
     files.write_atomically(page, render(runs, page, most_crops))
     return page
 

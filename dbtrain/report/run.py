@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config
-from dbtrain.runtime import files, lock, preemption
+from dbtrain.runtime import files, lock
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.train import fingerprint
+from dbtrain.runtime.run_folder import SCORES, RunFolder, step_of
 
 METRICS, SPEED, VALIDATION, TIMESTEPS = "metrics", "speed", "validation", "timesteps"
 TABLES = {  # *.jsonl of a run folder, and what a page lacks without it
@@ -39,6 +39,10 @@ class Run:
     lacks: list[str]  # sentences about what is missing or damaged
 
     @property
+    def names(self) -> RunFolder:
+        return RunFolder(self.folder)
+
+    @property
     def subject(self) -> str:
         """What the run was to learn, in the config's words."""
         return self.cfg.prepare.instance_prompt if self.cfg.prepare else self.folder.name
@@ -46,17 +50,17 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that was logged or saved."""
-        saved = [fingerprint.step_of(path) for path in fingerprint.folders(self.folder)]
+        saved = [step_of(path) for path in self.names.checkpoints()]
         return max([0, *(line["step"] for line in self.tables[METRICS]), *saved])
 
     @property
     def state(self) -> str:
         """Where the run stands, in words."""
         where = f"step {self.step} of {self.cfg.train.steps}"
-        if (self.folder / "DONE").is_file():
+        if self.names.done.is_file():
             return f"done, {where}"
-        if (self.folder / preemption.MARKER).is_file():
-            said = _text(self.folder / preemption.MARKER).strip()
+        if self.names.preempted.is_file():
+            said = _text(self.names.preempted).strip()
             return f"preempted at {where}" + (f": {said}" if said else "")
         if _is_fresh(self.folder / lock.NAME):
             return f"running, at {where}"
@@ -88,20 +92,21 @@ def read_all(folders: Sequence[Path]) -> list[Run]:
 
 def read(folder: Path, label: str) -> Run:
     """The run in a folder. Raises ConfigError if it is none; parts that are missing are named in `lacks`."""
-    if not (folder / "config.yaml").is_file():
+    names = RunFolder(folder)
+    if not names.config.is_file():
         raise ConfigError(
             f"{folder} is no run folder: it has no config.yaml; give the folder that run_dir names"
         )
     lacks: list[str] = []
-    tables = {name: _lines(folder / f"{name}.jsonl", lacks) for name in TABLES}
+    tables = {name: _lines(names.table(name), lacks) for name in TABLES}
     lacks += [f"{name}.jsonl is missing or empty: {TABLES[name]}" for name in TABLES if not tables[name]]
-    found = _json(folder / "scores" / "scores.json", dict, lacks)
-    rows = _json(folder / "scores" / "checkpoints.json", list, lacks)
+    found = _json(names.scores / SCORES, dict, lacks)
+    rows = _json(names.scores / "checkpoints.json", list, lacks)
     return Run(
-        folder, label, Config.load(folder / "config.yaml"), tables,
+        folder, label, Config.load(names.config), tables,
         {str(name): value for name, given in found.items() if (value := number(given)) is not None},
         sorted((row for row in rows if _has_step(row)), key=lambda row: row["step"]),
-        _text(folder / "log.txt").splitlines(), lacks,
+        _text(names.log).splitlines(), lacks,
     )  # fmt: skip
 
 

@@ -16,11 +16,12 @@ from PIL import Image
 from dbtrain.data.pictures import BROKEN, TEXT_KEY
 from dbtrain.report.run import Run
 from dbtrain.runtime.errors import reason
+from dbtrain.runtime.run_folder import SHEET, step_of
 
 THUMB = 256  # px, longest side
 SHOWN = (192, 512)  # px, longest side of a validation's pictures: the more there are, the smaller
 PIXELS = 60 * SHOWN[1] ** 2  # of all of them: about 3 MB
-SHEET = (1600, 12000)  # px, most width and height of a contact sheet; WebP holds no more than 16383
+MOST_SHEET = (1600, 12000)  # px, most width and height of a contact sheet; WebP holds no more than 16383
 MOST_STEPS = 24  # most validations on the timeline
 QUALITY = 88
 Rows = dict[tuple[int, int], dict[int, Path]]  # (seed, run) -> step -> file
@@ -87,12 +88,11 @@ def timelines(runs: Sequence[Run]) -> list[Timeline]:
     """For each prompt that any run drew at its validations, the pictures of all runs and seeds by step."""
     found: dict[str, Rows] = {}  # by prompt
     for at, run in enumerate(runs):
-        for folder in sorted((run.folder / "validation").glob("step-*")):
-            number = folder.name.removeprefix("step-")
-            for path in sorted(folder.glob("*-seed*.png")) if number.isdigit() else ():
+        for folder in run.names.validations():
+            for path in sorted(folder.glob("*-seed*.png")):
                 if name := re.fullmatch(r"(\d+)-seed(\d+)\.png", path.name):
                     prompt = _prompt(path) or _asked(run, int(name[1]))
-                    found.setdefault(prompt, {}).setdefault((int(name[2]), at), {})[int(number)] = path
+                    found.setdefault(prompt, {}).setdefault((int(name[2]), at), {})[step_of(folder)] = path
     lines = [_timeline(prompt, rows) for prompt, rows in found.items()]
     most = side(sum(len(line.steps) * len(rows) for line, rows in zip(lines, found.values(), strict=True)))
     for line, rows in zip(lines, found.values(), strict=True):
@@ -127,10 +127,10 @@ def spread(items: list[int], most: int) -> list[int]:
 
 def sheets(run: Run) -> list[Picture]:
     """The contact sheets of a run's samples and scores, the newest samples first."""
-    found = sorted((run.folder / "samples").glob("*/sheet.png"), reverse=True)
-    found += sorted((run.folder / "scores").glob("sheet.png"))
+    found = sorted(run.names.samples.glob(f"*/{SHEET}"), reverse=True)
+    found += [path for path in [run.names.scores / SHEET] if path.is_file()]
     return [
-        embed_file(path, f"contact sheet {path.parent.relative_to(run.folder)} of {run.label}", SHEET,
+        embed_file(path, f"contact sheet {path.parent.relative_to(run.folder)} of {run.label}", MOST_SHEET,
                    [str(path.relative_to(run.folder))])
         for path in found
     ]  # fmt: skip

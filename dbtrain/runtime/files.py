@@ -1,32 +1,15 @@
-"""Files that are either whole or not there, and their checksums."""
+"""Files that are either whole or not there."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 from dbtrain.runtime.errors import ConfigError
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; read once while its size and times of change stay the same."""
-    seen = path.stat()
-    return _sha256(path, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            checksum.update(block)
-    return checksum.hexdigest()
 
 
 def expand(text: str | Path) -> Path:

@@ -14,8 +14,8 @@ from types import FrameType
 
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import Preempted
+from dbtrain.runtime.run_folder import RunFolder
 
-MARKER = "PREEMPTED"
 REASONS = (
     "",
     "SIGTERM",
@@ -27,16 +27,16 @@ SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 
 _wish = 0  # number of a reason
 _deadline = float("inf")  # by time.time()
-_run_dir: Path | None = None
+_marker: Path | None = None
 
 
-def listen(run_dir: Path, stop_before_s: float = 0.0) -> None:
+def listen(run_dir: str | Path, stop_before_s: float = 0.0) -> None:
     """From now on, signals ask for a stop; and so does SLURM's time limit, `stop_before_s` ahead.
 
     A second SIGINT interrupts at once. `run_dir` is where the marker goes.
     """
-    global _wish, _deadline, _run_dir
-    _wish, _run_dir = 0, run_dir
+    global _wish, _deadline, _marker
+    _wish, _marker = 0, RunFolder(run_dir).preempted
     ends = os.environ.get("SLURM_JOB_END_TIME", "")
     _deadline = float(ends) - stop_before_s if ends.isdigit() else float("inf")
     for number in SIGNALS:
@@ -73,11 +73,11 @@ def interrupted() -> bool:
 
 def mark(text: str) -> None:
     """Leave the marker: a batch script that finds it runs the same command again."""
-    if _run_dir:
-        files.write_atomically(_run_dir / MARKER, text + "\n")
+    if _marker:
+        files.write_atomically(_marker, text + "\n")
 
 
 def unmark() -> None:
     """Remove the marker of an earlier start."""
-    if _run_dir:
-        (_run_dir / MARKER).unlink(missing_ok=True)
+    if _marker:
+        _marker.unlink(missing_ok=True)

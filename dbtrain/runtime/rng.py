@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dbtrain.runtime.keys import digest
+from dbtrain.runtime.hashing import digest
 
 
 def seed_of(*key: str | int) -> int:

@@ -16,9 +16,10 @@ from dbtrain.data.pictures import Row, contact_sheet, note_in, save_png
 from dbtrain.models import sampler
 from dbtrain.models.families import registry as families
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.runtime import console, dist, files, preemption
+from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import SHEET, RunFolder
 from dbtrain.sample.pipeline import AdapterPipeline
 
 
@@ -74,8 +75,8 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
         paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
-    out = out or files.expand(cfg.run_dir) / "samples" / f"sample-{key[:8]}"
-    sheet = out / "sheet.png"
+    out = out or RunFolder(cfg.run_dir).samples / f"sample-{key[:8]}"
+    sheet = out / SHEET
     names = [_name(*job) for job in _jobs(len(mixes), len(prompts), settings)]
     if dist.from_main(_is_made(sheet, key, names)):
         console.say(f"{sheet} is up to date: nothing to do")
@@ -106,7 +107,7 @@ def _key(
         "prompts": list(prompts), "side": side, "sampler": sampler.SAMPLER,
         "mixes": [[mix.label, [formats.content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
         **cfg.sample.model_dump(exclude={"prompts", "low_res"}),
-        "low_res": [files.sha256_of(files.expand(name)) for name in cfg.sample.low_res],
+        "low_res": [hashing.sha256_of(files.expand(name)) for name in cfg.sample.low_res],
     })  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def sample_run(cfg: Config) -> Path | None:
     """The pictures that `cfg.sample` asks for, without and with the run's adapter; None for none."""
     if not cfg.sample.prompts:
         return None
-    out = files.expand(cfg.run_dir) / "samples" / f"step-{cfg.train.steps:06d}"
+    out = RunFolder(cfg.run_dir).samples_of(cfg.train.steps)
     return sample(cfg, cfg.sample.prompts, without_and_with(cfg.run_dir), out)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dbtrain.runtime.keys import digest
+from dbtrain.runtime.hashing import digest
 
 SIDE = 64  # px of a picture
 FINE = 4  # drawn this much larger, then reduced: smooth edges

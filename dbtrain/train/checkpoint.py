@@ -20,11 +20,12 @@ from dbtrain.adapters import inject as adapters
 from dbtrain.adapters.formats import peft_folder
 from dbtrain.config import Config
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.runtime import console, dist, files
+from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import OPTIMIZER, STATE, RunFolder, read_state
 from dbtrain.train import optim
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.fingerprint import STATE, check_identity, folders, read_state
+from dbtrain.train.fingerprint import check_identity
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Progress:
         )  # fmt: skip
 
 
-def save(run_dir: Path, step: int, progress: Progress, who: Mapping[str, Any], keep: int) -> None:
+def save(run: RunFolder, step: int, progress: Progress, who: Mapping[str, Any], keep: int) -> None:
     """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`.
 
     Raises ConfigError if the ranks' adapters differ, which nothing else would show.
@@ -55,9 +56,9 @@ def save(run_dir: Path, step: int, progress: Progress, who: Mapping[str, Any], k
     check_ranks(progress.model)
     with dist.agreed():
         if dist.is_main():
-            path = run_dir / "checkpoints" / f"step-{step:06d}"
+            path = run.checkpoint(step)
             files.write_folder_atomically(path, lambda part: _fill(part, step, progress, who))
-            for old in folders(run_dir)[:-keep]:
+            for old in run.checkpoints()[:-keep]:
                 shutil.rmtree(old)
 
 
@@ -81,8 +82,8 @@ def _fill(part: Path, step: int, progress: Progress, who: Mapping[str, Any]) -> 
         for name, content in peft_folder.contents(adapter).items():
             files.write(part / component / name, content)
     moments = optim.state(progress.optimizer, progress.model.trainable())
-    files.write(part / "optimizer.safetensors", safetensors.torch.save(moments))
-    written = {str(path.relative_to(part)): files.sha256_of(path) for path in part.rglob("*.*")}
+    files.write(part / OPTIMIZER, safetensors.torch.save(moments))
+    written = {str(path.relative_to(part)): hashing.sha256_of(path) for path in part.rglob("*.*")}
     state = {
         "step": step, "skipped": progress.skipped.item(), "scaler": progress.scaler.state_dict(),
         "identity": who, "files": written,
@@ -90,12 +91,12 @@ def _fill(part: Path, step: int, progress: Progress, who: Mapping[str, Any]) -> 
     files.write(part / STATE, json.dumps(state, indent=1) + "\n")
 
 
-def latest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, and its state.
 
     Says which ones are not, and sets them aside: among the newest, they would push out good ones.
     """
-    for path in reversed(folders(run_dir)):
+    for path in reversed(run.checkpoints()):
         try:
             return path, read_state(path)
         except ConfigError as problem:
@@ -106,24 +107,24 @@ def latest(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_latest(run_dir: Path, progress: Progress, who: Mapping[str, Any]) -> int:
+def load_latest(run: RunFolder, progress: Progress, who: Mapping[str, Any]) -> int:
     """Put the newest whole checkpoint into `progress`; the step it was taken at.
 
     0 if there is none. Rank 0 chooses. Raises ConfigError that names each setting by which the run
     differs from the one that is to be continued.
     """
     with dist.agreed():
-        found = latest(run_dir) if dist.is_main() else None
-    name = dist.from_main(found and found[0].name)
-    if name is None:
+        found = latest(run) if dist.is_main() else None
+    step = dist.from_main(found and found[1]["step"])
+    if step is None:
         return 0
-    path = run_dir / "checkpoints" / name
+    path = run.checkpoint(step)
     with dist.agreed():
         state = read_state(path)
         check_identity(path, state["identity"], who)
         for component, module in progress.model.trained.items():
             adapters.restore(module, peft_folder.read(path / component).tensors)
-        saved = safetensors.torch.load_file(path / "optimizer.safetensors")
+        saved = safetensors.torch.load_file(path / OPTIMIZER)
         optim.load_state(progress.optimizer, progress.model.trainable(), saved)
         progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints
         if state["scaler"]:

@@ -1,9 +1,7 @@
-"""What a run is, and the checkpoints in its folder as they are read: no adapter, no library of adapters."""
+"""A run's fingerprint: what its checkpoints can only be continued with."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,22 +11,8 @@ from dbtrain.config.adapter import alpha_of
 from dbtrain.data.shards import Manifest
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.runtime import files
-from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.keys import content_key
-
-STATE = "state.json"
-
-
-def folders(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step-*")
-    whole = [path for path in found if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
-    return sorted(whole, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.hashing import content_key
 
 
 def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) -> dict[str, Any]:
@@ -62,20 +46,6 @@ def _shards_identity(manifest: Manifest) -> str:
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
     content = content_key(manifest.model_dump(mode="json", exclude={"base", "request"}))
     return f"{rows}, content {content[:12]}"
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises ConfigError if one of its files is missing or altered."""
-    try:
-        state = json.loads((path / STATE).read_bytes())
-        odd = [name for name, sha in state["files"].items() if files.sha256_of(path / name) != sha]
-        if state["step"] != step_of(path) or not isinstance(state["identity"], dict):
-            odd.append(STATE)
-    except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
-        raise ConfigError(f"checkpoint {path} is damaged: {reason(error)}") from error
-    if odd:
-        raise ConfigError(f"checkpoint {path} is damaged: {', '.join(odd)} differs from its sha256")
-    return state
 
 
 def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

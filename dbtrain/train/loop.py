@@ -26,7 +26,8 @@ from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import made_for
 from dbtrain.runtime import console, dist, files, lock, preemption, rng
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import checkpoint, fingerprint, metrics, optim
 from dbtrain.train import validation as validate
 from dbtrain.train.checkpoint import Progress
@@ -51,7 +52,7 @@ def train(cfg: Config, until: int | None = None) -> Path:
 
 
 def _train(cfg: Config, until: int | None) -> Path:
-    run_dir, place = files.expand(cfg.run_dir), Storage(cfg.data.shards, cfg.faults.retries)
+    run, place = RunFolder(cfg.run_dir), Storage(cfg.data.shards, cfg.faults.retries)
     base = Pretrained.find(cfg.model)
     with dist.agreed():
         share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
@@ -64,7 +65,7 @@ def _train(cfg: Config, until: int | None) -> Path:
         who = fingerprint.identity(cfg, base, family, manifest) if dist.is_main() else None
     who = dist.from_main(who)
     if _finished(cfg, family, manifest, who):
-        return run_dir
+        return run.path
 
     with dist.agreed():
         table = shards.read_prompts(place, manifest.prompts)
@@ -72,11 +73,11 @@ def _train(cfg: Config, until: int | None) -> Path:
         for name in cfg.export.formats:  # now, not after the last step
             formats.check(name, family, model.states())
         if dist.is_main():
-            files.write_atomically(run_dir / "config.yaml", cfg.dump())
-            (run_dir / "DONE").unlink(missing_ok=True)
+            files.write_atomically(run.config, cfg.dump())
+            run.done.unlink(missing_ok=True)
     validation = Validation.build(cfg, base, family, model, manifest, who)
     progress = Progress.begin(model.to(dist.device()), cfg)
-    start = checkpoint.load_latest(run_dir, progress, who)
+    start = checkpoint.load_latest(run, progress, who)
     checkpoint.check_ranks(model)
 
     role_weights = _role_weights(cfg, manifest)
@@ -88,7 +89,7 @@ def _train(cfg: Config, until: int | None) -> Path:
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     with dist.agreed():
-        meters = metrics.RunLog(run_dir, cfg, start, list(role_weights), stream.source)
+        meters = metrics.RunLog(run, cfg, start, list(role_weights), stream.source)
         if dist.is_main():
             validate.forget_after(cfg, who, start)
     console.say(_greeting(cfg, model, manifest, role_weights, start))
@@ -100,9 +101,9 @@ def _train(cfg: Config, until: int | None) -> Path:
             _compile(progress, stream, cfg)
         with dist.training(cfg.faults.timeout_s):
             _take_steps(progress, stream, meters, validation, range(start, cfg.train.steps), cfg, until)
-        export.save(cfg, base, family, model.states(), cfg.train.steps, run_dir / "export")
+        export.save(cfg, base, family, model.states(), cfg.train.steps, run.export)
         export.mark_done(cfg)
-    return run_dir
+    return run.path
 
 
 def _take_steps(
@@ -121,7 +122,7 @@ def _take_steps(
     def save(done: int) -> None:
         meters.report()  # so that no line is lost by a kill after the save
         with meters.untimed():
-            checkpoint.save(files.expand(cfg.run_dir), done, progress, validation.who, cfg.train.keep)
+            checkpoint.save(RunFolder(cfg.run_dir), done, progress, validation.who, cfg.train.keep)
 
     validation.look(steps.start, meters)
     for step in steps:
@@ -227,7 +228,7 @@ def _finished(cfg: Config, family: Family, manifest: Manifest, who: dict) -> boo
     Raises ConfigError if the newest checkpoint is another run's, or past `train.steps`.
     """
     with dist.agreed():
-        found = checkpoint.latest(files.expand(cfg.run_dir)) if dist.is_main() else None
+        found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
         if found:
             path, state = found
             fingerprint.check_continues(path, state, who, cfg.train.steps)

@@ -18,6 +18,7 @@ from torch import Tensor
 from dbtrain.config import Config
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.run_folder import TABLES, RunFolder
 from dbtrain.train import trackers
 
 TENTHS = 10  # parts of the range of timesteps whose losses are told apart
@@ -41,7 +42,7 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
+        self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
     ) -> None:
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
@@ -53,15 +54,14 @@ class RunLog:
         self.done, self.wait_s = start, 0.0
         self.since = time.perf_counter()
         self.bar = console.bar(cfg.train.steps, "train", "step", initial=start)
-        self.metrics, self.speed = folder / "metrics.jsonl", folder / "speed.jsonl"
-        self.timesteps, self.validation = folder / "timesteps.jsonl", folder / "validation.jsonl"
+        self.metrics, self.speed, self.validation, self.timesteps = map(run.table, TABLES)
         self.trackers: list[trackers.Tracker] = []
         if dist.is_main():
             for path in (self.metrics, self.speed, self.timesteps):
                 _forget_after(path, start)
-            self.file = console.ToFile(folder / "log.txt")
+            self.file = console.ToFile(run.log)
             console.logger.addHandler(self.file)
-            self.trackers = trackers.of(folder, cfg, start)
+            self.trackers = trackers.of(run, cfg, start)
 
     def __enter__(self) -> RunLog:
         return self

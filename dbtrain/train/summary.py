@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from dbtrain.config import Config
 from dbtrain.runtime import console, dist, files
+from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines
 
 # name of a phase's progress bar -> what it is called here
 PHASES = {
     "class images": "class images", "encode": "shards", "train": "training", "validation": "validation",
     "sample": "pictures", "upload": "upload",
 }  # fmt: skip
-PLACES = (
-    ("adapter", "export/*.safetensors"), ("adapter", "export/*/adapter_model.safetensors"),
-    ("pictures", "samples/*/sheet.png"), ("validation", "validation/*/sheet.png"), ("log", "log.txt"),
-)  # fmt: skip
 
 
 def summary(cfg: Config) -> None:
     """Say it on rank 0, and write it into log.txt."""
     if dist.is_main():
-        run_dir = files.expand(cfg.run_dir)
-        text = "\n".join(_times(run_dir) + [f"  {name:<14}{path}" for name, path in _places(run_dir)])
+        run = RunFolder(cfg.run_dir)
+        text = "\n".join(_times(run) + [f"  {name:<14}{path}" for name, path in _places(run)])
         console.say(text)
-        files.append(run_dir / "log.txt", text + "\n")
+        files.append(run.log, text + "\n")
 
 
-def _times(run_dir: Path) -> list[str]:
+def _times(run: RunFolder) -> list[str]:
     """A line a phase that did something, after their sum."""
     spent = {phase: console.spent_s.get(phase, 0.0) for phase in PHASES}
     spent["train"] -= min(spent["train"], spent["validation"])  # which is inside it
@@ -37,26 +33,24 @@ def _times(run_dir: Path) -> list[str]:
     lines = [f"done in {_human(all_s)}"]
     for phase, name in PHASES.items():
         if spent[phase] > 0.05:
-            rate = _rate(run_dir) if phase == "train" else ""
+            rate = _rate(run) if phase == "train" else ""
             lines.append(f"  {name:<14}{_human(spent[phase]):>10}{rate}")
     return [*lines, f"  {'the rest':<14}{_human(all_s - sum(spent.values())):>10}  (loading, saving)"]
 
 
-def _rate(run_dir: Path) -> str:
+def _rate(run: RunFolder) -> str:
     """The median of the rates that were logged."""
-    path = run_dir / "speed.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rates = sorted(json.loads(line)["samples_per_s"] for line in lines)
+    rates = sorted(line["samples_per_s"] for line in read_lines(run.table("speed")))
     return f"  {rates[len(rates) // 2]:.3g} samples/s" if rates else ""
 
 
-def _places(run_dir: Path) -> list[tuple[str, Path]]:
+def _places(run: RunFolder) -> list[tuple[str, Path]]:
     """Where the adapter and its pictures are; of several steps, the last."""
-    found = []
-    for name, pattern in PLACES:
-        paths = sorted(path for path in run_dir.glob(pattern) if not path.name.startswith("."))
-        found += [(name, path) for path in (paths if name == "adapter" else paths[-1:])]
-    return found
+    adapters = [*run.export.glob("*.safetensors"), *run.export.glob("*/adapter_model.safetensors")]
+    found = [("adapter", path) for path in sorted(adapters) if not path.name.startswith(".")]
+    for name, folder in (("pictures", run.samples), ("validation", run.validation)):
+        found += [(name, path) for path in sorted(folder.glob(f"*/{SHEET}"))[-1:]]
+    return [*found, ("log", run.log)]
 
 
 def _human(seconds: float) -> str:

@@ -11,7 +11,8 @@ from PIL import Image
 from dbtrain.config import Config
 from dbtrain.runtime import console, files
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import RunFolder
 
 
 class Tracker(Protocol):
@@ -66,13 +67,13 @@ class _WandB:
         self.run.finish()
 
 
-def of(folder: Path, cfg: Config, start: int) -> list[Tracker]:
+def of(run: RunFolder, cfg: Config, start: int) -> list[Tracker]:
     """The trackers of a run that goes on from step `start`."""
     found: list[Tracker] = []
     try:
-        found.append(_TensorBoard(folder / "tb", start))
+        found.append(_TensorBoard(run.tensorboard, start))
     except ImportError:
         console.say("no TensorBoard log: pip install 'dbtrain[tensorboard]' for one")
     if cfg.train.wandb:
-        found.append(_WandB(folder, cfg.train.wandb, cfg.model_dump(mode="json")))
+        found.append(_WandB(run.path, cfg.train.wandb, cfg.model_dump(mode="json")))
     return found

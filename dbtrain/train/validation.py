@@ -28,12 +28,11 @@ from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.pretrained import DTYPES, Pretrained
 from dbtrain.prepare import encode
 from dbtrain.runtime import console, dist, files, preemption
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import SHEET, RunFolder, step_of
 from dbtrain.train import held_out_loss
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.metrics import RunLog
-
-FOLDER, LOSSES = "validation", "validation.jsonl"
 
 
 def is_due(cfg: Config, manifest: Manifest, step: int) -> bool:
@@ -46,10 +45,10 @@ def lacking(cfg: Config, manifest: Manifest, who: Mapping[str, Any], step: int) 
     """What is still to be made of a run after `step` steps: its `pictures`, its `losses`, both or nothing."""
     if not is_due(cfg, manifest, step):
         return set()
-    run_dir, wanted = files.expand(cfg.run_dir), set()
-    if cfg.validation.prompts and note_in(sheet_of(run_dir, step)) != _pictures_key(cfg, who):
+    run, wanted = RunFolder(cfg.run_dir), set()
+    if cfg.validation.prompts and note_in(run.validation_sheet(step)) != _pictures_key(cfg, who):
         wanted.add("pictures")
-    lines = _lines(run_dir / LOSSES)
+    lines = _lines(run.table("validation"))
     if _roles(manifest) and not any((at, key) == (step, _losses_key(cfg, who)) for at, key, _ in lines):
         wanted.add("losses")
     return wanted
@@ -57,22 +56,15 @@ def lacking(cfg: Config, manifest: Manifest, who: Mapping[str, Any], step: int) 
 
 def forget_after(cfg: Config, who: Mapping[str, Any], step: int) -> None:
     """Remove what was made of steps that are taken again from `step` on, and losses of another kind."""
-    run_dir = files.expand(cfg.run_dir)
-    for path in (run_dir / FOLDER).glob("step-*"):
-        number = path.name.removeprefix("step-")
-        other = step == 0 and note_in(path / "sheet.png") != _pictures_key(cfg, who)
-        if number.isdecimal() and (int(number) > step or other):
+    run = RunFolder(cfg.run_dir)
+    losses = run.table("validation")
+    for path in run.validations():
+        other = step == 0 and note_in(path / SHEET) != _pictures_key(cfg, who)
+        if step_of(path) > step or other:
             shutil.rmtree(path)
-    if (run_dir / LOSSES).is_file():
-        kept = [
-            text for at, key, text in _lines(run_dir / LOSSES) if at <= step and key == _losses_key(cfg, who)
-        ]
-        files.write_atomically(run_dir / LOSSES, "".join(kept))
-
-
-def sheet_of(run_dir: Path, step: int) -> Path:
-    """The contact sheet of a run after `step` steps."""
-    return run_dir / FOLDER / f"step-{step:06d}" / "sheet.png"
+    if losses.is_file():
+        kept = [text for at, key, text in _lines(losses) if at <= step and key == _losses_key(cfg, who)]
+        files.write_atomically(losses, "".join(kept))
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class Validation:
             encoded = None
             if not model.text_encoders:
                 encoded = encode.prompts_to_draw(
-                    files.expand(cfg.run_dir) / FOLDER, base, family, manifest.components,
+                    RunFolder(cfg.run_dir).validation, base, family, manifest.components,
                     cfg.validation.prompts, cfg.sample.guidance, cfg.train.precision,
                 )  # fmt: skip
             with dist.agreed():
@@ -135,7 +127,7 @@ class Validation:
     def _draw(self, step: int) -> Path:
         """The pictures of all prompts and seeds, each a file, and one sheet of them."""
         assert self.pictures
-        sheet = sheet_of(files.expand(self.cfg.run_dir), step)
+        sheet = RunFolder(self.cfg.run_dir).validation_sheet(step)
         prompts, seeds = self.cfg.validation.prompts, self.pictures.seeds
         with dist.agreed():
             self.pictures.draw(sheet.parent, step)

@@ -30,6 +30,7 @@ from dbtrain.models.families import registry as families
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.sample.sample import sample_run
 from dbtrain.train.dreambooth import DreamBooth
@@ -78,7 +79,6 @@ def first_batch(cfg: Config, family: families.Family) -> Batch:
 def network(cfg: Config) -> DreamBooth:
     """The trained module as `train` left it: built anew, weights from the last checkpoint."""
     from dbtrain.adapters import inject as adapters
-    from dbtrain.train import fingerprint
 
     base = Pretrained.find(cfg.model)
     folder = Path(cfg.data.shards)
@@ -86,7 +86,7 @@ def network(cfg: Config) -> DreamBooth:
     family = families.detect(base, cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
     model = DreamBooth.build(base, family, manifest, table, cfg)
-    newest = fingerprint.folders(Path(cfg.run_dir))[-1]
+    newest = RunFolder(cfg.run_dir).checkpoints()[-1]
     for component, module in model.trained.items():
         adapters.restore(module, peft_folder.read(newest / component).tensors)
     return model.eval()

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dbtrain.runtime import files, hashes
+from dbtrain.runtime import files, hashing
 
-BYTES = b"0123456789abcdef" * (hashes.SMALL // 16)
+BYTES = b"0123456789abcdef" * (hashing.SMALL // 16)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(files, "sha256_of", reads)
+    monkeypatch.setattr(hashing, "sha256_of", reads)
     return names
 
 
@@ -33,14 +33,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of weights, and a cache of its own; files count as at rest at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hashes, "REST_S", -1.0)
+    monkeypatch.setattr(hashing, "REST_S", -1.0)
     path = tmp_path / "model.safetensors"
     path.write_bytes(BYTES)
     return path
 
 
 def right(path: Path) -> bool:
-    return hashes.sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashing.cached_sha256_of(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def change_first_byte(path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_link_that_points_elsewhere_is_another_file(weights: Path, read: list[
 def test_a_file_that_has_just_changed_is_read_again(
     weights: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hashes, "REST_S", 3600.0)  # it may change once more within a tick of the clock
+    monkeypatch.setattr(hashing, "REST_S", 3600.0)  # it may change once more within a tick of the clock
     assert right(weights) and right(weights)
     assert len(read) == 2
     assert not entries()
@@ -113,8 +113,8 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
         return hashlib.sha256(BYTES).hexdigest()
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sha256_of", reads)
-        hashes.sha256_of(weights)
+        patch.setattr(hashing, "sha256_of", reads)
+        hashing.cached_sha256_of(weights)
     assert right(weights)
 
 

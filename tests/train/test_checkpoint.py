@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import fingerprint
+from dbtrain.runtime.run_folder import RunFolder, step_of
 from dbtrain.train.loop import train
 from tests import bases
 from tests.conftest import Make, command, dbtrain
@@ -56,7 +56,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_adapter(make: Make, t
     killed = tmp_path / "killed"
     process = subprocess.Popen(command("train", tmp_path / "c.yaml"), stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
-    while not fingerprint.folders(killed) and time.time() < deadline:
+    while not RunFolder(killed).checkpoints() and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -72,9 +72,9 @@ def test_a_half_written_checkpoint_is_ignored(make: Make, tmp_path: Path) -> Non
     run = train(make(train__steps=2))
     half = run / "checkpoints" / ".step-000003.tmp"
     shutil.copytree(run / "checkpoints" / "step-000002", half)
-    assert [path.name for path in fingerprint.folders(run)] == ["step-000002"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000002"]
     train(make(train__steps=4))
-    assert [path.name for path in fingerprint.folders(run)] == ["step-000002", "step-000004"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000002", "step-000004"]
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing", "no state", "another step"])
@@ -102,7 +102,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
 
 def test_only_the_newest_are_kept(make: Make) -> None:
     run = train(make(train__steps=6, train__checkpoint_every=1, train__keep=2))
-    assert [path.name for path in fingerprint.folders(run)] == ["step-000005", "step-000006"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000005", "step-000006"]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_a_damaged_checkpoint_does_not_push_out_good_ones(make: Make) -> None:
     run = train(make(train__steps=6, **settings))
     (run / "checkpoints" / "step-000006" / "state.json").write_text("{}")
     train(make(train__steps=2, **settings))
-    assert [path.name for path in fingerprint.folders(run)] == ["step-000002"]
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000002"]
 
 
 def test_checkpoints_are_ordered_by_number(tmp_path: Path) -> None:
     for step in (999_900, 1_000_000, 500):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
-    assert [fingerprint.step_of(path) for path in fingerprint.folders(tmp_path)] == [500, 999_900, 1_000_000]
+    assert [step_of(path) for path in RunFolder(tmp_path).checkpoints()] == [500, 999_900, 1_000_000]
 
 
 def test_spoilt_metrics_do_not_stop_a_run(make: Make) -> None:
@@ -193,6 +193,6 @@ def test_a_result_that_is_not_finite_is_neither_saved_nor_exported(make: Make) -
     with pytest.raises(ConfigError, match="NaN or infinite by step 1"):
         train(make(train__steps=1, optim__lr=1e39))
     run = Path(make().run_dir)
-    assert not fingerprint.folders(run)
+    assert not RunFolder(run).checkpoints()
     assert not (run / "export").exists()
     assert "NaN or infinite" in (run / "log.txt").read_text()

@@ -24,10 +24,11 @@ from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.runtime.files import sha256_of
+from dbtrain.runtime.hashing import sha256_of
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample import sample
 from dbtrain.sample.sample import NO_ADAPTER, Mix
-from dbtrain.train import held_out_loss, loop, validation
+from dbtrain.train import held_out_loss, loop
 from tests import bases
 from tests.conftest import Make, at, dbtrain, draw_photo
 
@@ -74,13 +75,13 @@ def test_the_pictures_are_those_of_sample(make: Make, tmp_path: Path, prepared: 
     for number, step in enumerate((0, cfg.train.steps)):
         for prompt in range(len(PROMPTS)):
             for seed in range(2):
-                mine = validation.sheet_of(Path(cfg.run_dir), step).parent / f"{prompt:02d}-seed{seed}.png"
+                mine = RunFolder(cfg.run_dir).validation_sheet(step).parent / f"{prompt:02d}-seed{seed}.png"
                 gap = pixels(mine) - pixels(drawn / f"{number:02d}-{prompt:02d}-seed{seed}.png")
                 assert abs(gap).max() <= 1, (step, prompt, seed)  # sums in another order, rounded to bytes
     events = EventAccumulator(str(Path(cfg.run_dir) / "tb")).Reload()
     assert [image.step for image in events.Images("validation")] == [0, 4]
-    gone = pixels(validation.sheet_of(Path(cfg.run_dir), 0)) - pixels(
-        validation.sheet_of(Path(cfg.run_dir), 4)
+    gone = pixels(RunFolder(cfg.run_dir).validation_sheet(0)) - pixels(
+        RunFolder(cfg.run_dir).validation_sheet(4)
     )
     assert abs(gone).max() > 1
 
@@ -102,7 +103,7 @@ def test_every_family_is_shown(make: Make, tmp_path: Path, base: str) -> None:
     cfg = make(model__path=str(getattr(bases, base.split()[0])()), train__steps=2, optim__lr=1e-2, **changes)
     prepare(cfg)
     loop.train(cfg)
-    before, after = (pixels(validation.sheet_of(Path(cfg.run_dir), step)) for step in (0, 2))
+    before, after = (pixels(RunFolder(cfg.run_dir).validation_sheet(step)) for step in (0, 2))
     assert before.shape == after.shape and (before != after).any()
 
 
@@ -164,7 +165,7 @@ def test_losses_of_another_kind_are_measured_anew_and_pictures_of_old_prompts_go
     cfg = same(validation__prompts=PROMPTS)
     prepare(cfg)
     loop.train(cfg)
-    folder = validation.sheet_of(Path(cfg.run_dir), 2).parent
+    folder = RunFolder(cfg.run_dir).validation_sheet(2).parent
     drawn = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     loop.train(same(validation__prompts=PROMPTS, validation__timesteps=3))
     found = lines(cfg.run_dir, "validation.jsonl")
@@ -243,7 +244,7 @@ def test_a_run_that_is_stopped_while_it_is_looked_at_goes_on_there(
     monkeypatch.undo()
     run = Path(cfg.run_dir)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000003"]
-    assert not validation.sheet_of(run, 3).exists()
+    assert not RunFolder(run).validation_sheet(3).exists()
     after = trained(cfg)
     del (
         whole["checkpoints/step-000004/optimizer.safetensors"],
@@ -251,14 +252,14 @@ def test_a_run_that_is_stopped_while_it_is_looked_at_goes_on_there(
     )
     assert {name: after[name] for name in whole if name in after}.items() <= whole.items()
     for step in (0, 3, 4):
-        mine, theirs = (validation.sheet_of(tmp_path / name, step) for name in ("stopped", "whole"))
+        mine, theirs = (RunFolder(tmp_path / name).validation_sheet(step) for name in ("stopped", "whole"))
         assert mine.read_bytes() == theirs.read_bytes()
 
 
 def test_a_last_look_that_a_kill_left_out_is_made_up_for(make: Make, prepared: Path) -> None:
     cfg = make(data__shards=str(prepared), validation__prompts=PROMPTS)
     before = trained(cfg)
-    sheet = validation.sheet_of(Path(cfg.run_dir), cfg.train.steps)
+    sheet = RunFolder(cfg.run_dir).validation_sheet(cfg.train.steps)
     shown = sheet.read_bytes()
     sheet.unlink()
     assert trained(cfg) == before
@@ -315,7 +316,9 @@ def test_two_ranks_see_what_one_sees(make: Make, tmp_path: Path) -> None:
     ):
         assert one["held_out_instance"] == pytest.approx(two["held_out_instance"], rel=1e-3)
         assert one["step"] == two["step"]
-    before = [validation.sheet_of(run, 0).read_bytes() for run in (Path(cfg.run_dir), tmp_path / "two")]
+    before = [
+        RunFolder(run).validation_sheet(0).read_bytes() for run in (Path(cfg.run_dir), tmp_path / "two")
+    ]
     assert before[0] == before[1]
-    after = [pixels(validation.sheet_of(run, 2)) for run in (Path(cfg.run_dir), tmp_path / "two")]
+    after = [pixels(RunFolder(run).validation_sheet(2)) for run in (Path(cfg.run_dir), tmp_path / "two")]
     assert abs(after[0] - after[1]).max() <= 3

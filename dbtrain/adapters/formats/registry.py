@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from dbtrain.adapters.formats import diffusers_file, kohya_file, peft_folder
 from dbtrain.adapters.formats.common import Modules, States, by_module, one_rank, scale_of
 from dbtrain.models.families.family import Family
-from dbtrain.runtime import files
+from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.keys import content_key
+from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import RunFolder
 
 KINDS = ("LORA", "LOHA", "LOKR")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -84,7 +85,7 @@ def find(adapter: str | Path) -> Path:
         return path.parent
     if path.is_file():
         return path
-    for folder in (path / "export", path):
+    for folder in (RunFolder(path).export, path):
         for main in (form.main for form in FORMATS.values() if form.main):
             if (folder / main).is_file():
                 return folder / main
@@ -99,7 +100,7 @@ def find(adapter: str | Path) -> Path:
 def content_of(path: Path) -> str:
     """A name for an adapter's content."""
     found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
-    return content_key([[file.name, files.sha256_of(file)] for file in found])
+    return content_key([[file.name, hashing.sha256_of(file)] for file in found])
 
 
 def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> States:

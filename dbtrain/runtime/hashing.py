@@ -1,39 +1,75 @@
-"""sha256 of a base's files without reading gigabytes at every start: told by the Hub's cache, or kept.
+"""Hashes: names made from content, the root of all randomness, and checksums of files.
 
-A hash is kept with everything that changes when a file does: its real path, inode, size, and both
-its times. The time of the inode's change is the kernel's own: no program can set it back.
+`sha256_of` reads a file once in a process. `cached_sha256_of` is for a base model's gigabytes: it takes
+the hash from the Hub's cache, or from an earlier run as long as the file is in the same state. That state
+is its real path, inode, size and both its times; the time of the inode's change is the kernel's own, which
+no program can set back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from dbtrain.runtime import files
-from dbtrain.runtime.keys import content_key
 
-# A file changed once more within a tick of its file system's clock keeps its times: a hash is kept
+# A file that changes twice within a tick of its file system's clock keeps its times: a hash is kept
 # only if the file was at rest for this long, which also covers a server whose clock is behind.
 REST_S = 10.0
-SMALL = 1 << 20  # bytes that are read sooner than a kept hash
+SMALL = 1 << 20  # bytes; reading so few is faster than looking up a hash
+
+
+def digest(*parts: str | int) -> bytes:
+    """16 bytes that depend on `parts` alone: the root of all randomness here."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+
+
+def shuffled(count: int, *key: str | int) -> list[int]:
+    """A permutation of range(count) that depends on `count` and `key` alone.
+
+    Sorted by digest, not `random.shuffle`, whose order no Python version promises to keep.
+    """
+    return sorted(range(count), key=lambda i: digest(*key, i))
+
+
+def content_key(value: object) -> str:
+    """sha256 of a JSON-able value, in hex."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; reads them only if it is not known."""
+    """sha256 of a file's bytes, in hex; read once while its size and times of change stay the same."""
+    seen = path.stat()
+    return _sha256(path, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
+    checksum = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def cached_sha256_of(path: Path) -> str:
+    """sha256 of a large file's bytes, in hex: from the Hub's cache or an earlier run where it is known."""
     real = path.resolve()
     if name := _hub_blob(real):
         return name
     seen = real.stat()
     if seen.st_size < SMALL:
-        return files.sha256_of(real)
+        return sha256_of(real)
     kept, state = _place(real), _state(real, seen)
     if known := _kept(kept, state):
         return known
-    sha256 = files.sha256_of(real)
+    sha256 = sha256_of(real)
     at_rest = time.time() - max(seen.st_mtime, seen.st_ctime) > REST_S
     if kept and at_rest and _state(real, real.stat()) == state:
         entry = {"file": state, "sha256": sha256}
