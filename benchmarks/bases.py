@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from dbtrain import tiny
 from dbtrain.config import Model
 from dbtrain.data import shards
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import Pretrained, hush
+from dbtrain.models.locate import hush
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import console, dist, files, rng
 
 MODELS = ("tiny", "sd15", "sdxl")
@@ -201,7 +203,7 @@ class Random(Pretrained):
 @contextmanager
 def without_weights() -> Iterator[None]:
     """In the block, bases are `Random` wherever their folder holds no weights."""
-    find = Pretrained.find
+    find = Base.find
 
     def found(cfg: Model) -> Pretrained:
         base = find(cfg)
@@ -216,7 +218,7 @@ def write_shards(place: Path, model: str, base: Pretrained, rows: int, roles: tu
     if (place / shards.MANIFEST).exists():
         return place
     place.mkdir(parents=True, exist_ok=True)
-    family = families.detect(base, Model(path=base.name))
+    family = base.family
     space = family.space(base, SIDES[model])
     draw = torch.Generator().manual_seed(0)
     made = {role: tuple(_shard(place, role, n, min(SHARD_ROWS, rows - n), space.shape, SIDES[model], draw)

@@ -22,7 +22,7 @@ from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.storage import Storage
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console
 
 
@@ -69,7 +69,7 @@ def _shards(model: str, work: Path, rows: int) -> Storage:
     path = "tiny" if model == "tiny" else str(bases.outline(model, work))
     place = work / f"data-{model}"
     with bases.without_weights():
-        base = Pretrained.find(Model(path=path))
+        base = Base.find(Model(path=path))
     return Storage(str(bases.write_shards(place, model, base, rows, ("instance",))))
 
 

@@ -8,8 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbtrain.adapters import inject as adapters
-from dbtrain.config import Adapter, Model
-from dbtrain.models.families import registry as families
+from dbtrain.config import Adapter
 from dbtrain.models.pretrained import DTYPES, Pretrained
 
 SOURCE = (
@@ -19,7 +18,7 @@ SOURCE = (
 
 def of_step(base: Pretrained, side: int, adapter: Adapter) -> tuple[float, float]:
     """FLOPs of one sample's (forward, forward and backward) through the denoiser with its adapter."""
-    family = families.detect(base, Model(path=base.name))
+    family = base.family
     unet = base.skeleton(family.denoiser).requires_grad_(False)
     adapters.attach(unet, adapter, "denoiser", 0)
     space = family.space(base, side)
@@ -40,7 +39,7 @@ def of_step(base: Pretrained, side: int, adapter: Adapter) -> tuple[float, float
 
 def of_picture(base: Pretrained, side: int, steps: int, guided: bool) -> float:
     """FLOPs of drawing one picture: the denoiser's forwards, twice with guidance, and the VAE's decoder."""
-    family = families.detect(base, Model(path=base.name))
+    family = base.family
     forward, _ = of_step(base, side, Adapter(rank=1))
     vae = base.skeleton("vae")
     with torch.device("meta"):

@@ -118,11 +118,11 @@ def make(spec: Spec, rows: int = 64) -> None:
     """Make the base and the shards of a spec, once, before anything is timed."""
     from benchmarks import bases
     from dbtrain.config import Model
-    from dbtrain.models.pretrained import Pretrained
+    from dbtrain.models.base import Base
 
     path = "tiny" if spec.model == "tiny" else str(_base(spec))
     with bases.without_weights():
-        base = Pretrained.find(Model(path=path))
+        base = Base.find(Model(path=path))
     bases.write_shards(
         Path(spec.work) / f"shards-{spec.model}", spec.model, base, rows, ("instance", "class")
     )

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import bases, common, flops, job, throughput
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Adapter, Model
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console
 
 SMALL = 2  # images a step, and fewer: the host's work, not the GPU's, takes the time
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     with console.bar(rounds * len(specs), f"ladder {args.model}", "run") as bar:
         found = dict(zip(specs, throughput.rounds_of(list(specs.values()), rounds, bar), strict=True))
     path = "tiny" if args.model == "tiny" else str(bases.outline(args.model, work))
-    _, each = flops.of_step(Pretrained.find(Model(path=path)), bases.SIDES[args.model], Adapter(rank=8))
+    _, each = flops.of_step(Base.find(Model(path=path)), bases.SIDES[args.model], Adapter(rank=8))
     rows = [_row(rung, specs, found, args, each) for rung in wanted]
     part = "" if set(args.rows) == set(GROUPS) else "-" + "-".join(args.rows)
     subject = f"{args.model}-batch{args.batch}-{args.device}{part}"

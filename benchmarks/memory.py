@@ -30,14 +30,14 @@ from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.doctor import memory
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train_step
+from dbtrain.train.step import train_step
 
 BOUND = 0.10  # how far a prediction may be off
 BLOCKS, EIGHT = "train.gradient_checkpointing=blocks", "train.base_linears=int8"
@@ -73,11 +73,11 @@ def configured(model: str, path: Path, work: Path, side: int, changes: Iterable[
 
 def measured(cfg: Config) -> int:
     """Bytes at the fullest moment of a step, of tensors on this process's device."""
-    base, place = Pretrained.find(cfg.model), Storage(cfg.data.shards, 0)
+    base, place = Base.find(cfg.model), Storage(cfg.data.shards, 0)
     manifest = Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
     family = families.get(manifest.family)
-    model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+    model = DreamBooth.build(base, manifest, table, cfg).to(dist.device())
     progress = Progress.begin(model, cfg)
     share = Share(cfg.train.global_batch, cfg.train.micro_batch)
     stream = LatentStream(
@@ -128,12 +128,12 @@ def run(args: argparse.Namespace, work: Path) -> Result:
             world.main(Path(cfg.prepare.photos), "mug")  # type: ignore[union-attr]
             prepare(cfg)
         else:
-            base = Pretrained.find(cfg.model)
+            base = Base.find(cfg.model)
             bases.write_shards(Path(cfg.data.shards), model, base, 8, ("instance",))
         with console.bar(len(names), "memory", "mode") as bar:
             for name in names:
                 cfg = configured(model, path, work, side, MODES[name])
-                found = memory.predict(cfg, Pretrained.find(cfg.model), device)
+                found = memory.predict(cfg, Base.find(cfg.model), device)
                 counts: dict[str, Any] = {
                     f"{part}, MiB": round(size / 2**20, 2) for part, size in vars(found).items()
                 } | {"predicted, MiB": round(found.peak / 2**20, 1)}  # fmt: skip

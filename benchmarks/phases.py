@@ -43,12 +43,12 @@ def main(ask: Path, out: Path) -> None:
     from dbtrain.prepare.prepare import prepare
     from dbtrain.runtime import console
     from dbtrain.train.loop import train
-    from dbtrain.train.metrics import RunLog
+    from dbtrain.train.metrics import Metrics
 
     console.start()
     cfg = Config.load(given["config"], given["overrides"])
     clock.end("imports")
-    ensure, step = class_images.ensure, RunLog.step
+    ensure, step = class_images.ensure, Metrics.step
 
     def ensured(*args: Any, **kwargs: Any) -> Any:
         clock.end("encode")  # what prepare does before it
@@ -56,14 +56,14 @@ def main(ask: Path, out: Path) -> None:
         clock.end("class images")
         return found
 
-    def stepped(log: RunLog, done: int, *args: Any, **kwargs: Any) -> None:
+    def stepped(log: Metrics, done: int, *args: Any, **kwargs: Any) -> None:
         step(log, done, *args, **kwargs)
         if done == 1:
             clock.end("train start")
         if done == cfg.train.steps:
             clock.end("steps")
 
-    with mock.patch.object(class_images, "ensure", ensured), mock.patch.object(RunLog, "step", stepped):
+    with mock.patch.object(class_images, "ensure", ensured), mock.patch.object(Metrics, "step", stepped):
         prepare(cfg)
         clock.end("encode")
         train(cfg)

@@ -21,7 +21,7 @@ import torch
 from benchmarks import bases, common, flops
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Model, Prepare, Sampling
-from dbtrain.models.families import registry as families
+from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import class_images
 from dbtrain.runtime import console
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         torch.set_num_threads(1)
     path = bases.folder(args.model, work)
     model = Model(path="tiny" if args.model == "tiny" else str(path))
-    base = Pretrained.find(model)
+    base = Base.find(model)
     batches = args.batches or BATCHES[args.model]
     side = bases.SIDES[args.model]
     each = flops.of_picture(base, side, args.steps, guided=True)
@@ -83,7 +83,7 @@ def _seconds(base: Pretrained, model: Model, sampling: Sampling, count: int, sid
     )  # fmt: skip
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     before = clock()
-    made = class_images.ensure(base, families.detect(base, model), wanted)
+    made = class_images.ensure(base, wanted)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = clock() - before

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import bases, common, flops, job
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Adapter, Model
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console
 
 WINDOW = {"tiny": 10, "sd15": 50, "sdxl": 20}  # steps
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
             f"error: --windows x --rounds is {spec.windows * rounds}; use {common.LEAST} or more"
         )
     path = "tiny" if args.model == "tiny" else str(bases.outline(args.model, work))
-    _, each = flops.of_step(Pretrained.find(Model(path=path)), bases.SIDES[args.model], _adapter(args.set))
+    _, each = flops.of_step(Base.find(Model(path=path)), bases.SIDES[args.model], _adapter(args.set))
     sweep = "sweep" in args.parts
     first = "first" in args.parts
     caches = ("cold",) if args.smoke else ("cold", "warm")

@@ -1,4 +1,4 @@
-"""A training run seen from outside: stamps and counts around `RunLog.step`, called once a step."""
+"""A training run seen from outside: stamps and counts around `Metrics.step`, called once a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbtrain.train import checkpoint
-from dbtrain.train.metrics import RunLog
+from dbtrain.train.metrics import Metrics
 
 COUNTED = 3  # steps after the timed ones: dispatched ops, profile, host syncs
 READS = "_local_scalar_dense"  # what every read of a tensor's value on the host comes down to
@@ -92,10 +92,10 @@ class Watch:
 
     @contextmanager
     def run(self) -> Iterator[Seen]:
-        step, begin = RunLog.step, checkpoint.Progress.begin
+        step, begin = Metrics.step, checkpoint.Progress.begin
         signature = inspect.signature(step)
 
-        def watched(log: RunLog, *args: Any, **kwargs: Any) -> None:
+        def watched(log: Metrics, *args: Any, **kwargs: Any) -> None:
             given = signature.bind(log, *args, **kwargs).arguments
             self._before(given["done"], given["wait_s"])
             step(log, *args, **kwargs)
@@ -108,7 +108,7 @@ class Watch:
             return begin(*args, **kwargs)
 
         with (
-            mock.patch.object(RunLog, "step", watched),
+            mock.patch.object(Metrics, "step", watched),
             mock.patch.object(checkpoint.Progress, "begin", loaded),
         ):
             self.began = time.perf_counter()

@@ -70,12 +70,12 @@ def train(
     """Shards to an adapter; goes on from the newest checkpoint."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
-        from dbtrain.export import hub
-        from dbtrain.train import loop as verb
-        from dbtrain.train import summary
+        from dbtrain.export import export, hub
+        from dbtrain.train import loop, summary
 
     hub.check(cfg)
-    verb.train(cfg, until)
+    loop.train(cfg, until)
+    export.finish(cfg)
     hub.push(cfg)
     summary.summary(cfg)
 
@@ -113,6 +113,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     hub.check(cfg)
     prepare.prepare(cfg)
     loop.train(cfg)
+    export.finish(cfg)
     export.show(cfg, sample.sample_run(cfg))
     hub.push(cfg)
     summary.summary(cfg)

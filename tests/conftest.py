@@ -177,3 +177,13 @@ def dbtrain(*args: object, ranks: int = 1, **env: str) -> subprocess.CompletedPr
     )
     print(done.stdout, done.stderr, sep="\n")
     return done
+
+
+def train(cfg: Config, until: int | None = None) -> Path:
+    """What `dbtrain train` does: the loop, then the export."""
+    from dbtrain.export import export
+    from dbtrain.train import loop
+
+    folder = loop.train(cfg, until)
+    export.finish(cfg)
+    return folder

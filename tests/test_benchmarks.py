@@ -38,7 +38,7 @@ from benchmarks.common import Hardware, Measure, Result, Row
 from benchmarks.subject_fidelity import Cell
 from dbtrain.config import Adapter, Model
 from dbtrain.evaluate.tiny_judge import Scores
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console
 from tests import bases
 from tests.conftest import ROOT
@@ -179,8 +179,7 @@ def test_the_flops_of_a_step_are_those_of_the_published_architectures() -> None:
         patch.setattr(random_bases, "_words", bases._words)
         work = Path(bases.FOLDER.name)
         found = {
-            name: Pretrained.find(Model(path=str(random_bases.outline(name, work))))
-            for name in ("sd15", "sdxl")
+            name: Base.find(Model(path=str(random_bases.outline(name, work)))) for name in ("sd15", "sdxl")
         }
     parameters = {n: sum(p.numel() for p in base.skeleton("unet").parameters()) for n, base in found.items()}
     assert parameters == {"sd15": 859_520_964, "sdxl": 2_567_463_684}
@@ -190,7 +189,7 @@ def test_the_flops_of_a_step_are_those_of_the_published_architectures() -> None:
 
 def test_random_bases_are_made_without_reading_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = bases.sd()
-    real = Pretrained.find(Model(path=str(folder))).load("unet").state_dict()
+    real = Base.find(Model(path=str(folder))).load("unet").state_dict()
     monkeypatch.setattr("safetensors.torch.load_file", None)
     base = random_bases.Random(str(folder), folder, None)
     one, again = (base.load("unet", torch.bfloat16).state_dict() for _ in range(2))

@@ -31,7 +31,7 @@ from benchmarks.common import Measure, Result
 from benchmarks.side_by_side import compare, pages, runs, witness
 from benchmarks.side_by_side.runs import HOOK, LORA, STANDIN, Reference, Run, Task
 from dbtrain.config import Config
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from tests.conftest import ROOT, Make
 
 SCRIPT, PYTHON = os.environ.get("DBTRAIN_REFERENCE"), os.environ.get("DBTRAIN_REFERENCE_PYTHON")
@@ -136,7 +136,7 @@ def test_gradients_are_compared_as_one_vector() -> None:
 def test_the_references_batch_is_taken_by_dbtrains_own_step(make: Make, prepared: Path) -> None:
     cfg = make(data__shards=str(prepared))
     model = witness._model(cfg)
-    space = torch.randn(4, *model.family.space(Pretrained.find(cfg.model), 64).shape)
+    space = torch.randn(4, *model.family.space(Base.find(cfg.model), 64).shape)
     found = {"x0": space, "noise": torch.randn_like(space), "t": torch.tensor([5, 900, 5, 900])}
     batch = witness._batch(found, model, cfg)
     torch.testing.assert_close(model.x0(batch), space)

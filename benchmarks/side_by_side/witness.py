@@ -19,16 +19,16 @@ from torch import Tensor
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Config
 from dbtrain.data import shards
-from dbtrain.data.dataloader import Batch
+from dbtrain.data.batch import Batch
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import DTYPES, Pretrained
+from dbtrain.models.base import Base
+from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import dist
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train_step
+from dbtrain.train.step import train_step
 
 
 class OneBatch:
@@ -90,7 +90,7 @@ class Floor:
     def __init__(self, kept: Path, config: Path) -> None:
         self.cfg = Config.load(config, ())
         self.model = _model(self.cfg)
-        self.bare = Pretrained.find(self.cfg.model).load("unet", DTYPES[self.cfg.train.precision]).train()
+        self.bare = Base.find(self.cfg.model).load("unet", DTYPES[self.cfg.train.precision]).train()
         self.batch = _batch(safetensors.torch.load_file(kept), self.model, self.cfg)
 
     def measure(self, calls: int) -> tuple[float, float]:
@@ -119,10 +119,10 @@ class Floor:
 
 
 def _model(cfg: Config) -> DreamBooth:
-    base, place = Pretrained.find(cfg.model), Storage(cfg.data.shards)
-    family, manifest = families.detect(base, cfg.model), Manifest.read(place)
+    base, place = Base.find(cfg.model), Storage(cfg.data.shards)
+    family, manifest = base.family, Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
-    return DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+    return DreamBooth.build(base, manifest, table, cfg).to(dist.device())
 
 
 def _part(found: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

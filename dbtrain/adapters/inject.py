@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,13 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dbtrain.config.adapter import PRESETS, Adapter, AdapterSettings, alpha_of
+from dbtrain.adapters import targets
+from dbtrain.adapters.state import AdapterState
+from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError, reason
 
 NAME = "default"  # PEFT's name of the one adapter that is trained
-LAYERS = (nn.Linear, nn.Conv2d)  # what every kind can adapt
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,6 @@ KINDS = {
     "lokr": Kind(LoKrConfig, _lokr_options, _start_lokr, LoKrLayer),
 }
 
-SETTINGS = {"denoiser": "adapter", "text_encoder": "adapter.text_encoder"}  # config section of each part
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """An adapter's weights, fp32 on the CPU, and its PEFT config as JSON-able values."""
-
-    tensors: dict[str, Tensor]
-    config: dict[str, Any]
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """All but the values: what two adapters that can take each other's place have in common."""
-        strength = {
-            key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha", "alpha", "use_rslora")
-        }
-        return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
 
 def attach(
     module: nn.Module, cfg: AdapterSettings, part: str, seed: int, without: Sequence[str] = ()
@@ -117,13 +99,13 @@ def attach(
     are left alone. Raises ConfigError if a target names no module.
     """
     kind = KINDS[cfg.kind]
-    chosen = targets(module, cfg.targets, PRESETS[part], without, SETTINGS[part])
+    chosen = targets.select(targets.Modules.of(module, without), cfg.targets, part)
     _silence_dropout(module)
-    config = kind.config(r=cfg.rank, target_modules=list(chosen), **kind.options(cfg))
+    config = kind.config(r=cfg.rank, target_modules=chosen, **kind.options(cfg))
     try:
         inject_adapter_in_model(config, module, adapter_name=NAME)
     except (ValueError, TypeError) as error:  # a target of a type that PEFT cannot adapt
-        raise ConfigError(f"{SETTINGS[part]}.targets is {cfg.targets!r}: {reason(error)}") from error
+        raise ConfigError(f"{targets.SECTIONS[part]}.targets is {cfg.targets!r}: {reason(error)}") from error
     # Start in fp32, whatever the base is in: the same start in every precision.
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()
@@ -132,67 +114,6 @@ def attach(
             if isinstance(layer, kind.layer):
                 kind.start(layer, cfg)
     _train_mode(module, cfg)
-
-
-def targets(
-    module: nn.Module,
-    wanted: str | Sequence[str],
-    presets: Mapping[str, Sequence[str]],
-    without: Sequence[str] = (),
-    section: str = "adapter",
-) -> list[str]:
-    """The names that select the modules to adapt, as PEFT takes them: names, or full names.
-
-    Raises ConfigError, with near misses, if one selects nothing.
-    """
-    names = [
-        name
-        for name, _ in module.named_modules()
-        if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in without)
-    ]
-    layers = {name for name, layer in module.named_modules() if isinstance(layer, LAYERS)} & set(names)
-    if isinstance(wanted, str) and wanted in presets:
-        found = _ending(names, presets[wanted])
-        if not found:
-            raise ConfigError(f"{section}.targets is '{wanted}', which names no module of a {_kind(module)}")
-        hit = {name for hits in found.values() for name in hits}
-        # By full name where a suffix also stands for something else, or for a layer to leave alone.
-        return list(found) if hit <= layers and not without else sorted(hit & layers)
-    if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+", wanted):
-        return _matching(layers, wanted, section, _kind(module))
-    listed = (wanted,) if isinstance(wanted, str) else wanted
-    found = _ending(names, listed)
-    if idle := [want for want in listed if want not in found]:
-        usual = _ending(names, presets["attention"])
-        raise ConfigError(
-            f"{section}.targets: no module of a {_kind(module)} is called {', '.join(map(repr, idle))}; "
-            f"use one of {', '.join(map(repr, presets))}, or names such as {', '.join(map(repr, usual))}"
-        )
-    return sorted({name for hits in found.values() for name in hits}) if without else list(found)
-
-
-def _ending(names: Sequence[str], wanted: Sequence[str]) -> dict[str, list[str]]:
-    """The wanted suffixes that some names end in, and those names."""
-    found = {want: [name for name in names if f".{name}".endswith(f".{want}")] for want in wanted}
-    return {want: hits for want, hits in found.items() if hits}
-
-
-def _matching(layers: set[str], pattern: str, section: str, kind: str) -> list[str]:
-    """The layers whose whole name a regular expression matches."""
-    try:
-        found = sorted(name for name in layers if re.fullmatch(pattern, name))
-    except re.error as error:
-        raise ConfigError(f"{section}.targets is '{pattern}', no regular expression: {error}") from error
-    if not found:
-        raise ConfigError(
-            f"{section}.targets: no linear or convolution layer of a {kind} has a whole name that matches "
-            f"'{pattern}'; names look like {min(layers, default='')!r}"
-        )
-    return found
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__
 
 
 def _silence_dropout(module: nn.Module) -> None:

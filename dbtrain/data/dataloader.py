@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -20,53 +20,12 @@ import torch
 from torch import Tensor
 
 from dbtrain.data import shards
+from dbtrain.data.batch import Batch
 from dbtrain.data.order import Order, Share
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import rng
 
 AHEAD = 4  # micro-batches read ahead
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: instance rows first, then as many class rows (none without prior preservation)."""
-
-    stored: dict[str, Tensor]  # what the family's `encode_images` gave, (rows, C, H, W) each
-    posterior: Tensor  # (rows, C, H, W) normals for the VAE's posterior
-    noise: Tensor  # (rows, C, H, W)
-    u: Tensor  # (rows,) uniform in [0, 1), becomes the timestep
-    prompt: Tensor  # (rows,) int64, row of the prompt table
-    weight: Tensor  # (rows,) share of the row in the step's loss
-    level: Tensor  # (rows,) uniform in [0, 1), for upscalers
-    position: Tensor  # (rows,) fp64
-    extra: dict[str, Tensor]  # what the rows' descriptions add to the condition, (rows, ...) each
-    first: int  # position of the first instance row
-    seen: int  # sum of numbers made of each row's role, position and content: to compare runs by
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, without waiting for the copy."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> Batch:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def take(self, other: Batch) -> None:
-        """Copy another batch's tensors into this one's."""
-        for field in fields(self):
-            mine, given = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, dict):
-                for name, tensor in mine.items():
-                    tensor.copy_(given[name])
-            elif isinstance(mine, Tensor):
-                mine.copy_(given)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def changed(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: change(tensor) for name, tensor in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
-
-        return Batch(**{field.name: changed(getattr(self, field.name)) for field in fields(self)})
 
 
 class ShardCache:
@@ -207,26 +166,19 @@ class LatentStream:
             rng.row_draws(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
             for role, position in positions
         ]
-        extras = [self.extra(row.meta) for row in rows]
-        weights = [self.role_weights[role] / self.share.global_batch for role, _ in positions]
+        stored = None
         if self.resident:
             stored = self.resident.numbers([
                 (self.manifest.roles[role][place.shard].file, place.row)
                 for (role, _), place in zip(positions, places, strict=True)
             ])  # fmt: skip
-        else:
-            stored = {name: torch.stack([row.tensors[name] for row in rows]) for name in rows[0].tensors}
-        return Batch(
+        return Batch.collate(
+            rows,
+            draws,
+            [self.extra(row.meta) for row in rows],
             stored=stored,
-            posterior=torch.stack([draw.posterior for draw in draws]),
-            noise=torch.stack([draw.noise for draw in draws]),
-            u=torch.stack([draw.u for draw in draws]),
-            prompt=torch.tensor([row.meta["prompt"] for row in rows]),
-            weight=torch.tensor(weights, dtype=torch.float32),
-            level=torch.stack([draw.level for draw in draws]),
-            position=torch.tensor([position for _, position in positions], dtype=torch.float64),
-            extra={name: torch.stack([extra[name] for extra in extras]) for name in extras[0]},
-            first=positions[0][1],
+            weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
+            positions=[position for _, position in positions],
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits: sums of 2^23 rows fit in 63
                 for (role, position), row in zip(positions, rows, strict=True)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dbtrain.config.adapter import PRESETS, AdapterSettings
+from dbtrain.adapters import targets
+from dbtrain.config.adapter import AdapterSettings
 from dbtrain.doctor.case import Case, Found, error, ok, refused, ruled, size, warning
-from dbtrain.models.families import registry as families
+from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import files
@@ -26,26 +26,26 @@ def model(case: Case) -> Iterator[Found]:
     """The folder, its family, and each component that is used."""
     path = case.cfg.model.path
     try:
-        base = Pretrained.here(case.cfg.model)
-        if base is None:
+        here = Pretrained.here(case.cfg.model)
+        if here is None:
             yield from _absent(path)
             return
-        family = families.detect(base, case.cfg.model)
+        base = Base.of(here, case.cfg.model)
     except ConfigError as problem:
         yield from refused(problem, "give a whole Diffusers folder, a Hub id, or tiny")
         return
-    found = [line for name in models_of(family) for line in _weights(base, name)]
-    for name in family.text_encoders.values():
+    found = [line for name in models_of(base.family) for line in _weights(base, name)]
+    for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
         found += ruled(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]
     if case.cfg.prepare:
         side = case.cfg.prepare.resolution
-        found += ruled(lambda: family.space(base, side), "use another prepare.resolution")
+        found += ruled(lambda: base.family.space(base, side), "use another prepare.resolution")
     yield from found
-    case.base, case.family = base, family
-    total = sum(file.stat().st_size for name in models_of(family) for file in weight_files(base, name))
+    case.base = base
+    total = sum(file.stat().st_size for name in models_of(base.family) for file in weight_files(base, name))
     if not any(line.level == "error" for line in found):
-        yield ok(f"{path}: {family.name}, {size(total)} of weights in {base.folder}")
+        yield ok(f"{path}: {base.family.name}, {size(total)} of weights in {base.folder}")
 
 
 def models_of(family: Family) -> list[str]:
@@ -139,63 +139,42 @@ def adapter(case: Case) -> Iterator[Found]:
     """What the adapter is on, from the names and shapes in the headers of the weights."""
     parts = [part for part in _parts(case) if weight_files(case.base, part[0])]
     for component, cfg, part in parts:
-        layers = _layers(case.base, component)
-        usual = [name for name in PRESETS[part]["attention"] if any(_chosen(one, name) for one in layers)]
-        idle = [want for want in _wanted(cfg, part) if not any(_chosen(name, want) for name in layers)]
-        by_name = not isinstance(cfg.targets, str) or cfg.targets not in PRESETS[part]
-        if len(idle) == len(_wanted(cfg, part)) or (idle and by_name):
-            yield error(
-                f"{component} has no layer that {SECTIONS[part]}.targets asks for: {', '.join(idle)}",
-                f"use one of {', '.join(PRESETS[part])}, or names such as {', '.join(usual)}",
-            )
+        modules = targets.Modules.of_layers(_class_of(case.base, component), _layers(case.base, component))
+        yield from ruled(lambda: targets.select(modules, cfg.targets, part), "use attention")  # noqa: B023
     total = adapter_bytes(case) // 4
     names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, _ in parts)
     yield ok(f"{names}: about {total:,} parameters" if total else "not known without weights")
 
 
-SECTIONS = {"denoiser": "adapter", "text_encoder": "adapter.text_encoder"}
-
-
 def _parts(case: Case) -> list[tuple[str, AdapterSettings, str]]:
     """(component, settings, row of PRESETS) of each adapter."""
-    found: list[tuple[str, AdapterSettings, str]] = [(case.family.denoiser, case.cfg.adapter, "denoiser")]
+    family = case.base.family
+    found: list[tuple[str, AdapterSettings, str]] = [(family.denoiser, case.cfg.adapter, "denoiser")]
     if case.cfg.adapter.text_encoder:
-        found += [(name, case.cfg.adapter.text_encoder, "text_encoder") for name in case.family.text_encoders]
+        found += [(name, case.cfg.adapter.text_encoder, "text_encoder") for name in family.text_encoders]
     return found
 
 
 def adapter_bytes(case: Case) -> int:
-    """About how large the adapter is, fp32."""
+    """About how large the adapter is, fp32; 0 where its targets select nothing."""
     count = 0
     for component, cfg, part in _parts(case):
-        sizes = [
-            shape[0] + math.prod(shape[1:])
-            for name, shape in _layers(case.base, component).items()
-            if any(_chosen(name, want) for want in _wanted(cfg, part))
-        ]
+        layers = _layers(case.base, component)
+        modules = targets.Modules.of_layers(_class_of(case.base, component), layers)
+        try:
+            chosen = targets.selected(modules, targets.select(modules, cfg.targets, part))
+        except ConfigError:  # which `adapter` tells
+            continue
+        sizes = [layers[name][0] + math.prod(layers[name][1:]) for name in chosen]
         count += cfg.rank * sum(sizes) * (2 if cfg.kind == "loha" else 1)
     return 4 * count
 
 
-def _wanted(cfg: AdapterSettings, part: str) -> tuple[str, ...]:
-    if isinstance(cfg.targets, str):
-        return tuple(PRESETS[part].get(cfg.targets, (cfg.targets,)))
-    return cfg.targets
+def _class_of(base: Base, component: str) -> str:
+    return str(base.index[component][1])
 
 
-def _chosen(layer: str, want: str) -> bool:
-    """Whether a layer is meant: by the end of its name, or by an expression for all of it."""
-    if re.fullmatch(r"[\w.]+", want):
-        return f".{layer}".endswith(f".{want}")
-    try:
-        return bool(re.fullmatch(want, layer))
-    except re.error as problem:
-        raise ConfigError(
-            f"adapter.targets has '{want}', no regular expression: {problem}; correct it"
-        ) from problem
-
-
-def _layers(base: Pretrained, component: str) -> dict[str, list[int]]:
+def _layers(base: Base, component: str) -> dict[str, list[int]]:
     """Shape of the weight of each linear and convolution layer of a component, by the layer's name."""
     found: dict[str, list[int]] = {}
     for path in weight_files(base, component):

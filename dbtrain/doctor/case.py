@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from dbtrain.config import Config
     from dbtrain.data.photo_quality import Look
     from dbtrain.data.shards import Manifest
-    from dbtrain.models.families.family import Family
-    from dbtrain.models.pretrained import Pretrained
+    from dbtrain.models.base import Base
 
 Answer = TypeVar("Answer")
 LEVELS = ("ok", "warning", "error", "skipped", "")
@@ -63,7 +62,7 @@ class Unknown(Exception):
     """What a check builds on is not known; the check named in it has told why."""
 
 
-FROM = {"base": "model", "family": "model", "photos": "photos", "manifest": "shards"}
+FROM = {"base": "model", "photos": "photos", "manifest": "shards"}
 
 
 @dataclass
@@ -74,8 +73,7 @@ class Case:
     ranks: int | None = None  # as asked for
     gib: float | None = None  # memory of a GPU elsewhere
     memory: bool = False  # whether to predict it
-    base: Pretrained = field(init=False)
-    family: Family = field(init=False)
+    base: Base = field(init=False)
     photos: list[tuple[Path, Look]] = field(init=False)  # those that can be read
     manifest: Manifest | None = field(init=False)  # None: there are no shards yet
 

@@ -91,16 +91,16 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     prepare, place = cfg.prepare, Storage(cfg.data.shards).folder
     if prepare is None or place is None:
         return
-    latent = 4 * math.prod(case.family.space(case.base, prepare.resolution).shape)
+    latent = 4 * math.prod(case.base.family.space(case.base, prepare.resolution).shape)
     own = class_images.find_own(prepare) if prepare.class_prompt else []
     count = prepare.class_images if prepare.class_prompt else 0
     if case.manifest is None:
         crops = len(case.photos) * prepare.variants * (1 + prepare.flip) if case.knows("photos") else 0
         # Mean and spread of the VAE's posterior; of models of pixels a byte each instead of four.
-        row = 2 * latent if case.family.vae else latent / 4
+        row = 2 * latent if case.base.family.vae else latent / 4
         yield "shards", place, (crops + count) * row
-    if prepare.class_prompt and case.family.enlarges == 1:
+    if prepare.class_prompt and case.base.family.enlarges == 1:
         missing = count - len(own) - sum(path.exists() for path in generated(case, count - len(own)))
         pictures = prepare.resolution**2 * PNG
-        each = latent if class_images.as_latents(case.family, prepare) else pictures
+        each = latent if class_images.as_latents(case.base.family, prepare) else pictures
         yield "class images", class_images.root(prepare), missing * each

@@ -17,9 +17,9 @@ from dbtrain.config import Config
 from dbtrain.data import photos
 from dbtrain.doctor.case import Case, Found, error, ok, ranks_of
 from dbtrain.doctor.gpu import gpus
-from dbtrain.models import kernels
 from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import RunFolder, read_lines
+from dbtrain.train import cuda_graph
 
 STEPS = 2
 PICTURES = 2  # photos, and class images
@@ -63,7 +63,7 @@ def _processes(ranks: int) -> str:
 def shortened(cfg: Config, folder: Path) -> Config:
     """The config for two steps on few pictures, all of it below `folder`; what computes stays as it is."""
     # A recording is made after some steps, and replayed from then on.
-    steps = kernels.WARM_UP[True] + STEPS if cfg.train.cuda_graph else STEPS
+    steps = cuda_graph.WARM_UP[True] + STEPS if cfg.train.cuda_graph else STEPS
     changes = {
         "run_dir": str(folder / "run"), "hub": type(cfg.hub)(),
         "train": cfg.train.model_copy(

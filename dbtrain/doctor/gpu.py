@@ -13,6 +13,7 @@ from dbtrain.doctor.base_model import weight_files
 from dbtrain.doctor.case import Case, Found, error, ok, ruled, size, warning
 from dbtrain.models import kernels
 from dbtrain.runtime import dist
+from dbtrain.train import cuda_graph
 
 LARGE = 200 << 20  # bytes of a denoiser that no one trains on a CPU
 
@@ -36,11 +37,11 @@ def gpu(case: Case) -> Iterator[Found]:
         yield warning("train.cuda_graph is true: this machine has no GPU to try that on",
                       "run doctor there too")  # fmt: skip
     elif not case.gib:
-        yield from ruled(lambda: kernels.check_graph(train.cuda_graph, dist.device()), "set it to false")
+        yield from ruled(lambda: cuda_graph.check(train.cuda_graph, dist.device()), "set it to false")
 
 
 def _none(case: Case) -> Iterator[Found]:
-    files = weight_files(case.base, case.family.denoiser) if case.knows("base") else []
+    files = weight_files(case.base, case.base.family.denoiser) if case.knows("base") else []
     weights = sum(path.stat().st_size for path in files)
     text = "no CUDA GPU here: trains on the CPU"
     if weights > LARGE:

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
-from dbtrain.data.dataloader import Batch, LatentStream
+from dbtrain.data.batch import Batch
+from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.memory_counter import Tally, like_cuda
-from dbtrain.models.families import registry as families
+from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train_step
+from dbtrain.train.step import train_step
 
 GIB = 2**30
 BLOCK = {"cuda": 512, "cpu": 64}  # a tensor takes a multiple of this, bytes
@@ -63,19 +63,19 @@ class Prediction:
         return int(self.peak * (1 + IDLE) + CONTEXT_GIB * GIB)
 
 
-def predict(cfg: Config, base: Pretrained, device: str, ranks: int = 1) -> Prediction:
+def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     """The memory that training as `cfg` says takes on each of `ranks` devices: `cuda` or `cpu`.
 
     Reads the base's config files and tokenizers, no weights. A compiled run is predicted as if it were
     not; it keeps less. Raises ConfigError where training would.
     """
-    family = families.detect(base, cfg.model)
-    hollow = _Hollow(base.name, base.folder, base.variant)
-    task = _Task.of(cfg, base, family)
+    family = base.family
+    hollow = _Hollow(base.name, base.folder, base.variant, family)
+    task = _Task.of(cfg, base)
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
     share = Share(cfg.train.micro_batch, cfg.train.micro_batch)
-    table, stored = _content(hollow, family, task)
-    model = DreamBooth.build(hollow, family, task.manifest(), table, cfg)
+    table, stored = _content(hollow, task)
+    model = DreamBooth.build(hollow, task.manifest(), table, cfg)
     vae = hollow.load(family.vae) if family.vae else None
     math = like_cuda() if device == "cuda" else nullcontext()
     with FakeTensorMode(), math, Tally(BLOCK[device]) as tally:
@@ -128,16 +128,16 @@ def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
             yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
 
 
-def _content(base: Pretrained, family: Family, task: _Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _content(base: Base, task: _Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A prompt table and one stored image, as `prepare` would make them: tensors without content."""
-    tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
-    ids = family.tokenize(tokenizers, [""] * task.prompts)
-    encoders = {name: base.load(name) for name in family.text_encoders}
-    vae = base.load(family.vae) if family.vae else None
+    tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
+    ids = base.family.tokenize(tokenizers, [""] * task.prompts)
+    encoders = {name: base.load(name) for name in base.family.text_encoders}
+    vae = base.load(base.family.vae) if base.family.vae else None
     with FakeTensorMode() as fake, torch.no_grad():
-        stored = family.encode_images(vae and _filled(vae), torch.empty(1, 3, task.side, task.side))
+        stored = base.family.encode_images(vae and _filled(vae), torch.empty(1, 3, task.side, task.side))
         given = {name: fake.from_tensor(tensor) for name, tensor in ids.items()}
-        condition = family.embed({name: _filled(part) for name, part in encoders.items()}, given)
+        condition = base.family.embed({name: _filled(part) for name, part in encoders.items()}, given)
     table = {f"condition.{name}": tensor for name, tensor in condition.items()}
     table |= {f"ids.{name}": tensor for name, tensor in ids.items()}
     return _empty(table), _empty(stored)
@@ -147,7 +147,7 @@ def _empty(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
 
 
-class _Hollow(Pretrained):
+class _Hollow(Base):
     """A base whose components come without their weights."""
 
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -188,7 +188,7 @@ class _Task:
     prompts: int
 
     @classmethod
-    def of(cls, cfg: Config, base: Pretrained, family: Family) -> _Task:
+    def of(cls, cfg: Config, base: Base) -> _Task:
         """As `prepare` says, or as the shards are. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
@@ -199,7 +199,7 @@ class _Task:
             side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
             prompts = roles if not cfg.prepare.captions else 1000  # more than rows: each row is encoded
         roles = roles if cfg.loss.prior_weight else 1
-        return cls(side, family.space(base, side), roles, prompts)
+        return cls(side, base.family.space(base, side), roles, prompts)
 
     def manifest(self) -> Manifest:
         """What the model is told of the shards."""
@@ -212,6 +212,7 @@ class _Rows:
     """A stream of micro-batches without content."""
 
     device = torch.device("cpu")
+    wait_s = 0.0
 
     def __init__(self, task: _Task, family: Family, stored: Mapping[str, Tensor], share: Share) -> None:
         self.task, self.family, self.stored, self.share = task, family, stored, share
@@ -252,7 +253,7 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
     `gib`: memory of the GPU to train on, if it is not this machine's. Without either, for the CPU.
     Raises ConfigError at its end, with what would fit, if it does not.
     """
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     device = "cuda" if gib or torch.cuda.is_available() else "cpu"
     found = predict(cfg, base, device, ranks)
     yield f"of training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"

@@ -154,9 +154,7 @@ def of_class(case: Case) -> Iterator[Found]:
     for path in own:
         yield from ruled(lambda path=path: images.size(path), "replace or remove it")  # type: ignore[misc]
     count = cfg.class_images - len(own)
-    if count and (
-        found := ruled(lambda: class_images.check_draws(case.base, case.family, cfg, len(own)), "")
-    ):
+    if count and (found := ruled(lambda: class_images.check_draws(case.base, cfg, len(own)), "")):
         yield from found
         return
     plan.left(cfg, "class", cfg.class_images)
@@ -173,7 +171,7 @@ def drawn(case: Case) -> Iterator[Found]:
     at_the_end = 2 * len(cfg.sample.prompts) * cfg.sample.images
     if count + at_the_end:
         side = cfg.prepare.resolution if cfg.prepare else None
-        sampler.small_pictures(cfg.sample.low_res, case.family, side)
+        sampler.small_pictures(cfg.sample.low_res, case.base.family, side)
         yield ok(f"{count} in {looks} validations, {at_the_end} at the end, of {cfg.sample.steps} steps each")
     else:
         yield ok("none: validation.prompts would show whether it learns")
@@ -185,8 +183,8 @@ def generated(case: Case, count: int) -> list[Path]:
     assert cfg is not None
     if not count:
         return []
-    place = class_images.places(case.family, cfg, {}, 1)[0].parent
+    place = class_images.places(case.base.family, cfg, {}, 1)[0].parent
     if not any(place.parent.glob(f"{place.name.rpartition('-')[0]}-*")):
         return []
-    about = class_images.about_of(case.base, case.family, cfg)
-    return class_images.places(case.family, cfg, about, count)
+    about = class_images.about_of(case.base, cfg)
+    return class_images.places(case.base.family, cfg, about, count)

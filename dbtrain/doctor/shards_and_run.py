@@ -9,7 +9,7 @@ from dbtrain.data.order import Order, Share
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.case import Case, Found, error, ok, ranks_of, refused, ruled, size, warning
 from dbtrain.doctor.gpu import gpus
-from dbtrain.prepare import made_for
+from dbtrain.prepare import plan
 from dbtrain.runtime import lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, read_state
@@ -37,7 +37,7 @@ def shards(case: Case) -> Iterator[Found]:
         yield from _busy("data.shards", *busy)
     manifest = case.manifest = stored.Manifest.read(place)
     found = ruled(lambda: manifest.check_files(place), REMAKE)
-    found += ruled(lambda: made_for.check(cfg, case.base, manifest), REMAKE)
+    found += ruled(lambda: plan.check(cfg, case.base, manifest), REMAKE)
     yield from (Found(one.level, one.what, REMAKE) for one in found)
     if not found:
         counts = ", ".join(f"{sum(manifest.rows(role))} {role} rows" for role in manifest.roles)
@@ -116,7 +116,7 @@ def run_folder(case: Case) -> Iterator[Found]:
             yield warning(f"{path} is there, but not the shards: whether it can be continued is not known",
                           "run `dbtrain prepare`, then doctor again")  # fmt: skip
             return
-        who = fingerprint.identity(case.cfg, case.base, case.family, case.manifest)
+        who = fingerprint.of(case.cfg, case.base, case.manifest)
         fingerprint.check_continues(path, state, who, case.cfg.train.steps)
         if state["step"] == case.cfg.train.steps:
             yield warning(f"{path}: trained to step {state['step']} already, nothing would be trained",

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dbtrain.models.pretrained import hush
+from dbtrain.models.locate import hush
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import content_key

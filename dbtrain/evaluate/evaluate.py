@@ -19,8 +19,8 @@ from dbtrain.data.pictures import save_png
 from dbtrain.evaluate import dino_clip, tiny_judge
 from dbtrain.evaluate import plot as chart
 from dbtrain.evaluate import scores as fidelity
-from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import EMBEDDED, Pretrained
+from dbtrain.models.base import Base
+from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_state, step_of
@@ -46,7 +46,7 @@ CLASSIFIER = Judge(tiny_judge.evaluate, tiny_judge.Scores.load, tiny_judge.table
 
 def judge_of(cfg: Config) -> Judge:
     """The embedded base's own judge for it, unless a DINO is asked for."""
-    return CLASSIFIER if cfg.model.path in EMBEDDED and cfg.evaluation.dino is None else DINO_AND_CLIP
+    return CLASSIFIER if cfg.model.path == EMBEDDED and cfg.evaluation.dino is None else DINO_AND_CLIP
 
 
 def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
@@ -80,7 +80,7 @@ def checkpoints(cfg: Config) -> Iterator[str]:
     All of them share the bare base's pictures. Writes `scores/checkpoints.json` and `.png`.
     """
     dist.init()
-    judge, run, base = judge_of(cfg), RunFolder(cfg.run_dir), Pretrained.find(cfg.model)
+    judge, run, base = judge_of(cfg), RunFolder(cfg.run_dir), Base.find(cfg.model)
     with dist.agreed():
         found = candidates(cfg, base, run)
     rows: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def checkpoints(cfg: Config) -> Iterator[str]:
     yield from lines
 
 
-def candidates(cfg: Config, base: Pretrained, run: RunFolder) -> list[Candidate]:
+def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
     """Checkpoints of a run, oldest first, and its export if that is of none of them.
 
     Raises ConfigError if there is nothing, or a checkpoint is damaged.
@@ -119,13 +119,12 @@ def candidates(cfg: Config, base: Pretrained, run: RunFolder) -> list[Candidate]
     return found
 
 
-def _source(cfg: Config, base: Pretrained, export: Path, paths: Sequence[Path]) -> Path | None:
+def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Path | None:
     """The checkpoint that was exported; None if it is not kept."""
-    family = families.detect(base, cfg.model)
     modules = cache(base.module_names)
-    ours = formats.read(export, family, modules)
+    ours = formats.read(export, base.family, modules)
     for path in reversed(paths):
-        theirs = formats.read(path, family, modules)
+        theirs = formats.read(path, base.family, modules)
         if theirs.keys() == ours.keys() and all(
             mine.tensors.keys() == theirs[name].tensors.keys()
             and all(tensor.equal(theirs[name].tensors[key]) for key, tensor in mine.tensors.items())

@@ -9,10 +9,8 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States
 from dbtrain.config import Config
 from dbtrain.export.model_card import card
-from dbtrain.models.families import registry as families
-from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import Pretrained
-from dbtrain.runtime import console, dist, files, hashing
+from dbtrain.models.base import Base
+from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SAMPLES, RunFolder, read_state, step_of
 from dbtrain.train import checkpoint
@@ -28,42 +26,46 @@ def export(
     """
     dist.init()
     run = RunFolder(cfg.run_dir)
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     if adapter is not None:
         if out is None:
             raise ConfigError("a converted adapter needs a folder of its own: give --out", shared=True)
         with dist.agreed():
-            family = families.detect(base, cfg.model)
-            states = formats.read(formats.find(adapter), family, base.module_names)
-        return save(cfg, base, family, states, None, out)
+            states = formats.read(formats.find(adapter), base.family, base.module_names)
+        return save(cfg, base, states, None, out)
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
-        family = families.detect(base, cfg.model)
         state = read_state(path)
-        components = [entry.parent.name for entry in sorted(path.glob(f"*/{peft_folder.CONFIG}"))]
+        components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
         states = {name: peft_folder.read(path / name) for name in components}
-    return save(cfg, base, family, states, state["step"], out or run.export)
+    return save(cfg, base, states, state["step"], out or run.export)
 
 
-def save(
-    cfg: Config, base: Pretrained, family: Family, states: States, step: int | None, folder: Path
-) -> Path:
+def save(cfg: Config, base: Base, states: States, step: int | None, folder: Path) -> Path:
     """Write an export folder on rank 0: the adapter in every format asked for, and the model card."""
-    names = cfg.export.formats or formats.natural(family, states)
+    names = cfg.export.formats or formats.natural(base.family, states)
     with dist.agreed():
         for name in names:
-            formats.check(name, family, states)  # all of them, before any is written
+            formats.check(name, base.family, states)  # all of them, before any is written
         if dist.is_main():
             for name in names:
-                path = formats.write(name, folder, family, states)
+                path = formats.write(name, folder, base.family, states)
                 what = "converted" if step is None else f"exported step {step}"
                 console.say(f"{what} to {path} ({name})")
             pictures = [SAMPLES] if (folder / SAMPLES).is_file() else []
-            text = card(cfg, base, family, states, step, names, pictures)
+            text = card(cfg, base, states, step, names, pictures)
             files.write_atomically(folder / "README.md", text)
     return folder / formats.FORMATS[names[0]].main
+
+
+def finish(cfg: Config) -> None:
+    """Export a trained run and mark it as done; nothing if it is."""
+    with lock.held(RunFolder(cfg.run_dir).path, "run_dir"):
+        if not dist.from_main(is_done(cfg)):
+            export(cfg)
+            mark_done(cfg)
 
 
 def show(cfg: Config, sheet: Path | None) -> None:

@@ -12,8 +12,8 @@ import yaml
 
 from dbtrain.adapters.formats.common import States, alpha_in
 from dbtrain.config import Config
-from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import EMBEDDED, Pretrained
+from dbtrain.models.base import Base
+from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import RunFolder
 
@@ -21,28 +21,28 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def card(
-    cfg: Config, base: Pretrained, family: Family, states: States, step: int | None, formats: Sequence[str],
+    cfg: Config, base: Base, states: States, step: int | None, formats: Sequence[str],
     pictures: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The README.md of an export. `step` None: a file that was converted; `pictures`: names beside it."""
     prompt = cfg.prepare.instance_prompt if cfg.prepare else "a photo of the subject"
-    model = str(base.folder) if cfg.model.path in EMBEDDED else cfg.model.path
+    model = str(base.folder) if cfg.model.path == EMBEDDED else cfg.model.path
     kinds = sorted({state.config["peft_type"].lower() for state in states.values()})
     facts: dict[str, Any] = {"library_name": "diffusers", "instance_prompt": prompt}
-    if base.folder != files.expand(cfg.model.path) and cfg.model.path not in EMBEDDED:
+    if base.folder != files.expand(cfg.model.path) and cfg.model.path != EMBEDDED:
         facts["base_model"] = model  # the Hub takes nothing but its own ids here
     if cfg.hub.license:
         facts["license"] = cfg.hub.license
     facts["tags"] = ["text-to-image", "diffusers", *kinds, "dreambooth", "dbtrain"]
     if pictures:
         facts["widget"] = [{"text": prompt, "output": {"url": name}} for name in pictures]
-    changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in family.sampler.items())
+    changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in base.family.sampler.items())
     sampler = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {changes})\n"
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=family,
+        cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=base.family,
         sampler=sampler if changes else "",
         name=files.expand(cfg.run_dir).name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
         model=model, prompt=prompt, step=step, formats=formats, pictures=pictures,

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from dbtrain import tiny
 from dbtrain.config import Model
-from dbtrain.runtime import dist, files, hashing
+from dbtrain.models import locate
+from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
 
-EMBEDDED = {"tiny": tiny.path}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SENTENCEPIECE = "spiece.model"  # T5's vocabulary, where nobody made a tokenizer.json of it
-LIBRARIES = ("diffusers", "transformers")  # a model folder may name classes of these, nothing else
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ class Pretrained:
 
         Raises ConfigError if there is no such model.
         """
-        folder = _folder_here(cfg)
+        folder = locate.folder_here(cfg)
         if folder is None and files.expand(cfg.path).is_file():
-            folder = _from_single_file(cfg, files.expand(cfg.path))
-        return cls._in(folder or _download(cfg), cfg)
+            folder = locate.from_single_file(cfg, files.expand(cfg.path))
+        return cls._in(folder or locate.download(cfg), cfg)
 
     @classmethod
     def here(cls, cfg: Model) -> Pretrained | None:
@@ -49,7 +47,7 @@ class Pretrained:
 
         Raises ConfigError if there can be no such model.
         """
-        folder = _folder_here(cfg) or _cached(cfg)
+        folder = locate.folder_here(cfg) or locate.cached(cfg)
         return cls._in(folder, cfg) if folder else None
 
     @classmethod
@@ -84,7 +82,7 @@ class Pretrained:
         """
         self.config(component)  # names the missing folder
         kind = self._class(component)
-        hush()
+        locate.hush()
         options: dict[str, Any] = {}
         if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
             self.check_vocabulary(component)
@@ -112,10 +110,10 @@ class Pretrained:
     def _class(self, component: str) -> Any:
         """The class that model_index.json names for a component, of a library that may be loaded."""
         entry = self.index.get(component)
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in LIBRARIES):
+        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in locate.LIBRARIES):
             raise ConfigError(
                 f"{self.name}: component '{component}' is {'.'.join(map(str, entry or ['missing']))}; "
-                f"only classes of {' and '.join(LIBRARIES)} are loaded"
+                f"only classes of {' and '.join(locate.LIBRARIES)} are loaded"
             )
         with importing():  # the libraries import a class's module when it is first asked for
             kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
@@ -188,107 +186,3 @@ def _installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of its parent
         return False
-
-
-def hush() -> None:
-    """Turn off the libraries' bars over loading and their remarks: ours show what takes time."""
-    for library in LIBRARIES:
-        speech = importlib.import_module(f"{library}.utils.logging")
-        speech.disable_progress_bar()
-        speech.set_verbosity_error()
-
-
-def _folder_here(cfg: Model) -> Path | None:
-    """The folder that `model.path` is or stands for, if it is here. Raises ConfigError for a pickle."""
-    path = files.expand(cfg.path)
-    if cfg.path in EMBEDDED:
-        return EMBEDDED[cfg.path]()
-    if path.is_file():
-        folder = _converted(cfg, path)
-        return folder if folder.exists() else None
-    return path if path.exists() else None
-
-
-def _converted(cfg: Model, path: Path) -> Path:
-    """Where a single file is kept as a Diffusers folder."""
-    if path.suffix != ".safetensors":
-        raise ConfigError(
-            f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
-        )
-    return files.cache() / "single-files" / content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
-
-
-def _from_single_file(cfg: Model, path: Path) -> Path:
-    """A whole model in one file, as A1111 and ComfyUI have it, as a Diffusers folder in the user's cache."""
-    folder = _converted(cfg, path)
-    with dist.agreed():
-        if dist.local_rank() == 0 and not folder.exists():
-            try:
-                pipe = _single_file_pipeline(cfg, path)
-            except Exception as error:  # a broken file makes the libraries raise anything
-                raise ConfigError(
-                    f"model.path is '{cfg.path}', which holds no model that Diffusers can read: "
-                    f"{reason(error)}; model.config may name a Diffusers folder or Hub id of the same "
-                    "architecture"
-                ) from error
-            files.write_folder_atomically(folder, pipe.save_pretrained)
-    return folder
-
-
-def _single_file_pipeline(cfg: Model, path: Path) -> Any:
-    import diffusers
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-    from safetensors.torch import load_file
-
-    hush()
-    tensors = load_file(path)
-    if cfg.config:
-        name = diffusers.DiffusionPipeline.load_config(cfg.config)["_class_name"]
-    else:
-        xl = infer_diffusers_model_type(tensors).startswith("xl")
-        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
-    dtype = next(tensor.dtype for key, tensor in tensors.items() if "diffusion_model" in key)
-    return getattr(diffusers, name).from_single_file(
-        str(path), config=cfg.config, torch_dtype=dtype, safety_checker=None
-    )
-
-
-def _cached(cfg: Model) -> Path | None:
-    """The folder of a Hub id in the Hub's cache, as far as it was downloaded."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    if files.expand(cfg.path).is_file():
-        return None
-    try:
-        index = try_to_load_from_cache(cfg.path, "model_index.json", revision=cfg.revision)
-    except HFValidationError as error:
-        raise ConfigError(
-            f"model.path is '{cfg.path}', which is neither a folder here nor the name of a model on the Hub; "
-            "give one of these, or tiny"
-        ) from error
-    return Path(index).parent if isinstance(index, str) else None
-
-
-def _download(cfg: Model) -> Path:
-    """The cached folder of a Hub id. One rank a node downloads, the others find it done."""
-    from diffusers import DiffusionPipeline
-
-    def fetch() -> Path:
-        return Path(
-            DiffusionPipeline.download(
-                cfg.path, revision=cfg.revision, variant=cfg.variant, use_safetensors=True,
-                safety_checker=None,
-            )
-        )  # fmt: skip
-
-    with dist.agreed():
-        if dist.local_rank() == 0:
-            try:
-                fetch()
-            except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
-                raise ConfigError(
-                    f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
-                    f"could be downloaded from the Hub: {reason(error)}"
-                ) from error
-    return fetch()

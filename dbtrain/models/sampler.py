@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from dbtrain.data import photos
+from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
-from dbtrain.models.pretrained import Pretrained
-from dbtrain.runtime import files
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.runtime import dist, files
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
@@ -22,8 +26,7 @@ ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "n
 
 
 def build(
-    base: Pretrained,
-    family: Family,
+    base: Base,
     dtype: torch.dtype,
     device: torch.device,
     given: Mapping[str, Any] | None = None,
@@ -36,13 +39,13 @@ def build(
     with importing():  # here, as most calls of `prepare` draw nothing
         import diffusers
 
-    parts = {part: given[part] if part in given else base.load(part, dtype) for part in family.parts}
+    parts = {part: given[part] if part in given else base.load(part, dtype) for part in base.family.parts}
     with importing():
-        kind = getattr(diffusers, family.pipeline)
+        kind = getattr(diffusers, base.family.pipeline)
     # Components that are handed over are not loaded again; the rest of a base is optional.
     pipe = kind.from_pretrained(base.folder, **dict.fromkeys(kind._optional_components) | parts)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **family.sampler
+        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -84,6 +87,43 @@ def encode(pipe: Any, prompts: Sequence[str], guidance: float) -> list[dict[str,
         {name: tensor for name, tensor in zip(ENCODED, found, strict=False) if tensor is not None}
         for found in every
     ]
+
+
+def encode_once(
+    folder: Path,
+    base: Base,
+    components: Mapping[str, str],
+    prompts: Sequence[str],
+    guidance: float,
+    precision: str,
+) -> list[dict[str, Tensor]]:
+    """What a pipeline of the base takes in place of each prompt, by frozen text encoders; on the CPU.
+
+    Rank 0 encodes them, with nothing else on its device, and keeps them in `folder` for all other ranks
+    and starts. `components`: keys of the base's parts.
+    """
+    parts = [components[name] for name in (*base.family.text_encoders, *base.family.text_encoders.values())]
+    key = content_key([parts, list(prompts), guidance > 1, precision])
+    path = folder / f"prompts-{key[:12]}.safetensors"
+    with dist.agreed():
+        if dist.is_main() and not path.is_file():
+            tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
+            base.family.tokenize(tokenizers, prompts)  # says which are too long
+            others = {base.family.denoiser: None} | ({base.family.vae: None} if base.family.vae else {})
+            pipe = build(base, PRECISIONS[precision].dtype, dist.device(), others)
+            made = {
+                f"{number}.{name}": tensor.cpu().contiguous()
+                for number, one in enumerate(encode(pipe, prompts, guidance))
+                for name, tensor in one.items()
+            }
+            files.write_atomically(path, safetensors.torch.save(made))
+    with dist.agreed():
+        found = safetensors.torch.load_file(path)
+    encoded: list[dict[str, Tensor]] = [{} for _ in prompts]
+    for name, tensor in found.items():
+        number, _, argument = name.partition(".")
+        encoded[int(number)][argument] = tensor
+    return encoded
 
 
 def draw_encoded(

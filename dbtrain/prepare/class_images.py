@@ -14,22 +14,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
 from dbtrain.config import Prepare
 from dbtrain.data import photos
 from dbtrain.data.pictures import save_png
 from dbtrain.models import kernels, sampler
+from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import DTYPES, Pretrained
-from dbtrain.prepare import latents
+from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import console, dist, files, lock, preemption, rng
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import content_key
 
 # What `sampling.compile: auto` takes for worth compiling. Estimated for SD 1.5 at 512 px on an H200: half
 # a minute of compiling, a fifth of 0.15 s saved on each image. Larger models pay from fewer on.
 MANY = 1000
+SUFFIX, LATENT = ".safetensors", "x0"  # of a file with an image's latent, and of the only tensor in it
 
 
 def as_latents(family: Family, cfg: Prepare) -> bool:
@@ -37,7 +41,7 @@ def as_latents(family: Family, cfg: Prepare) -> bool:
     return family.vae is not None and not cfg.class_pictures
 
 
-def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
+def ensure(base: Base, cfg: Prepare) -> list[Path]:
     """Paths of exactly `cfg.class_images` class images, generating what is missing over all ranks.
 
     Raises ConfigError if they cannot be read or written.
@@ -48,23 +52,23 @@ def ensure(base: Pretrained, family: Family, cfg: Prepare) -> list[Path]:
     if count == 0:
         return own
     with dist.agreed():
-        check_draws(base, family, cfg, len(own))
-        about = about_of(base, family, cfg) if dist.is_main() else None
+        check_draws(base, cfg, len(own))
+        about = about_of(base, cfg) if dist.is_main() else None
     about = dist.from_main(about)
-    paths = places(family, cfg, about, count)
+    paths = places(base.family, cfg, about, count)
     folder = paths[0].parent
     if not dist.from_main(all(path.exists() for path in paths)):
         with lock.held(folder, "class images in", wait=True):  # by another subject's run, it may be
             with dist.agreed():
                 if dist.is_main():
                     files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
-            _complete(base, family, cfg, len(own), paths)
+            _complete(base, cfg, len(own), paths)
     return own + paths
 
 
-def check_draws(base: Pretrained, family: Family, cfg: Prepare, own: int) -> None:
+def check_draws(base: Base, cfg: Prepare, own: int) -> None:
     """Raise ConfigError if the base cannot draw the class images that are missing beside `own` ones."""
-    if family.enlarges > 1:
+    if base.family.enlarges > 1:
         raise ConfigError(
             f"{base.name} enlarges pictures, so it cannot draw class images from a prompt; put "
             f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or leave "
@@ -76,11 +80,11 @@ def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -
     """Where `count` generated class images are kept that depend on what `about_of` says."""
     words = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
     folder = root(cfg) / f"{words}-{content_key(about)[:16]}"
-    suffix = latents.SUFFIX if as_latents(family, cfg) else ".png"
+    suffix = SUFFIX if as_latents(family, cfg) else ".png"
     return [folder / f"{index:05d}{suffix}" for index in range(count)]
 
 
-def _complete(base: Pretrained, family: Family, cfg: Prepare, own: int, paths: list[Path]) -> None:
+def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
     """Generate what is not there of `paths`, over all ranks."""
     count = len(paths)
     batches = [range(i, min(i + cfg.sampling.batch, count)) for i in range(0, count, cfg.sampling.batch)]
@@ -90,7 +94,7 @@ def _complete(base: Pretrained, family: Family, cfg: Prepare, own: int, paths: l
         lacking = sum(len(lacks) for _, lacks in wanted)
         console.say(f"class images: {own} of yours, {count - lacking} kept, {lacking} to generate")
         with dist.agreed():
-            _generate(base, family, cfg, wanted[dist.rank() :: dist.world()], paths)
+            _generate(base, cfg, wanted[dist.rank() :: dist.world()], paths)
         with dist.agreed():
             unseen = [path for path in paths if not path.exists()] if dist.is_main() else []
             if unseen:
@@ -100,14 +104,12 @@ def _complete(base: Pretrained, family: Family, cfg: Prepare, own: int, paths: l
                 )
 
 
-def _generate(
-    base: Pretrained, family: Family, cfg: Prepare, wanted: list[tuple[range, list[int]]], paths: list[Path]
-) -> None:
+def _generate(base: Base, cfg: Prepare, wanted: list[tuple[range, list[int]]], paths: list[Path]) -> None:
     """Draw this rank's batches. Each image is a whole file as soon as it has its name."""
     if not wanted:
         return
     compiled = compiles(cfg, len(paths), dist.device())
-    draw, save = _sampler(base, family, cfg, compiled)
+    draw, save = _sampler(base, cfg, compiled)
     with console.bar(sum(len(lacks) for _, lacks in wanted), "class images", "image", share=True) as bar:
         for batch, lacks in wanted:
             preemption.check()
@@ -132,16 +134,16 @@ def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
 
 
 def _sampler(
-    base: Pretrained, family: Family, cfg: Prepare, compiled: bool
+    base: Base, cfg: Prepare, compiled: bool
 ) -> tuple[Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
     """What draws one class image a generator, and what writes such an image to a file."""
     prompt = cfg.class_prompt or ""
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
-    kept = family.vae is not None and as_latents(family, cfg)
-    given: dict[str, Any] = {str(family.vae): None} if kept else {}
-    pipe = sampler.build(base, family, DTYPES[cfg.sampling.precision], dist.device(), given)
+    kept = base.family.vae is not None and as_latents(base.family, cfg)
+    given: dict[str, Any] = {str(base.family.vae): None} if kept else {}
+    pipe = sampler.build(base, DTYPES[cfg.sampling.precision], dist.device(), given)
     if compiled:
-        kernels.compile_module(getattr(pipe, family.denoiser), True)
+        kernels.compile_module(getattr(pipe, base.family.denoiser), True)
 
     def pictures(seeds: Sequence[torch.Generator]) -> list[Any]:
         return sampler.draw(pipe, [prompt] * len(seeds), seeds, *how)
@@ -149,24 +151,24 @@ def _sampler(
     if not kept:
         return pictures, save_png
     # What the pipeline would have read from its VAE: it guesses 8 without one.
-    pipe.vae_scale_factor = cfg.resolution // family.space(base, cfg.resolution).shape[-1]
+    pipe.vae_scale_factor = cfg.resolution // base.family.space(base, cfg.resolution).shape[-1]
     encoded = sampler.encode(pipe, [prompt], cfg.sampling.guidance)
-    for name in family.text_encoders:
+    for name in base.family.text_encoders:
         setattr(pipe, name, None)  # frees it
 
     def made(seeds: Sequence[torch.Generator]) -> list[Any]:
         return sampler.draw_encoded(pipe, encoded * len(seeds), seeds, *how, latents=True)
 
-    return made, latents.save
+    return made, save_latent
 
 
-def about_of(base: Pretrained, family: Family, cfg: Prepare) -> dict[str, object]:
+def about_of(base: Base, cfg: Prepare) -> dict[str, object]:
     """Everything a generated image depends on, but its index."""
     kept: dict[str, object] = {}
-    parts = family.parts
-    if as_latents(family, cfg):  # which no VAE has seen, but for how many pixels one of its cells is
-        kept = {"latent_shape": family.space(base, cfg.resolution).shape}
-        parts = tuple(part for part in parts if part != family.vae)
+    parts = base.family.parts
+    if as_latents(base.family, cfg):  # which no VAE has seen, but for how many pixels one of its cells is
+        kept = {"latent_shape": base.family.space(base, cfg.resolution).shape}
+        parts = tuple(part for part in parts if part != base.family.vae)
     return kept | {
         "base": {part: base.key(part) for part in parts},
         "prompt": cfg.class_prompt, "sampler": sampler.SAMPLER, "steps": cfg.sampling.steps,
@@ -186,3 +188,28 @@ def find_own(cfg: Prepare) -> list[Path]:
     if not cfg.class_dir or not files.expand(cfg.class_dir).exists():
         return []
     return photos.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]
+
+
+def save_latent(path: Path, x0: Tensor) -> None:
+    """Write a whole file or none. `x0`: (C, h, w), scaled as the denoiser has it, in any precision.
+
+    Raises ConfigError if it is not finite.
+    """
+    if not x0.isfinite().all():
+        raise ConfigError(
+            f"class image {path.name} came out NaN or infinite; use prepare.sampling.precision: fp32"
+        )
+    files.write_atomically(path, safetensors.torch.save({LATENT: x0.cpu().contiguous()}))
+
+
+def load_latent(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """What `save_latent` wrote, `shape` (C, h, w) fp32. Raises ConfigError that names a damaged file."""
+    try:
+        x0 = safetensors.torch.load(path.read_bytes())[LATENT].float()
+        if tuple(x0.shape) != shape or not x0.isfinite().all():
+            raise ValueError(f"it holds no finite latent of shape {shape}")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read class image {path}: {reason(error)}; remove it, and prepare draws it anew"
+        ) from error
+    return x0

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dbtrain.config import Prepare
+from dbtrain.config import Config, Prepare
 from dbtrain.data import photos, shards
+from dbtrain.data.shards import Manifest
+from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
-from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import class_images, latents
+from dbtrain.prepare import class_images
 from dbtrain.runtime import hashing
 from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError
@@ -44,14 +45,14 @@ ONCE = {"class_pictures": True, "held_out": 0, "class_held_out": 0}
 
 
 def plan_shards(
-    base: Pretrained, family: Family, prepare: Prepare, seed: int, pictures: dict[str, list[Path]]
+    base: Base, prepare: Prepare, seed: int, pictures: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
     """(prompts, keys of the base's components, planned shards of each role), JSON-able."""
-    encoders = family.text_encoders
-    vae = [family.vae] if family.vae else []
+    encoders = base.family.text_encoders
+    vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
     encoder = f"{components['vae']} {prepare.vae_precision}" if vae else "pixels"
-    space = family.space(base, prepare.resolution)
+    space = base.family.space(base, prepare.resolution)
     texts: list[str] = []
     plans = {}
     for role, paths in _kept_back(pictures, prepare, seed).items():
@@ -63,7 +64,7 @@ def plan_shards(
                 text = photos.caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
-            if path.suffix == latents.SUFFIX:
+            if path.suffix == class_images.SUFFIX:
                 rows.append(_latent_row(path, texts.index(text), prepare.resolution, space))
             else:
                 rows += _rows(path, texts.index(text), settings, seed, encoder)
@@ -128,7 +129,9 @@ def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) ->
 
 def _latent_row(path: Path, prompt: int, side: int, space: LatentSpace) -> tuple[str, dict]:
     """(path, description) of a class image that was kept as a latent: whole, and of its own size."""
-    key = content_key([shards.VERSION, latents.NAME, space.scale, space.shift, hashing.sha256_of(path)])
+    key = content_key(
+        [shards.VERSION, class_images.LATENT, space.scale, space.shift, hashing.sha256_of(path)]
+    )
     meta = {
         "source": path.name, "original_size": [side, side], "crop": [0, 0], "flip": False,
         "prompt": prompt, "key": key[:16],
@@ -150,3 +153,24 @@ def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, 
     metas = [meta for _, meta in rows]
     file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
     return {"file": file, "sources": [source for source, _ in rows], "metas": metas}
+
+
+def check(cfg: Config, base: Base, manifest: Manifest) -> None:
+    """Raise ConfigError unless the shards are what this config's `prepare` makes with its base."""
+    parts = [part for part, key in manifest.components.items() if base.key(part) != key]
+    if parts:
+        raise ConfigError(
+            f"{cfg.data.shards} was made for base model '{manifest.base}', but model.path is "
+            f"'{cfg.model.path}', whose {' and '.join(parts)} differ; {shards.CURE}"
+        )
+    if (family := base.family.name) != manifest.family:
+        raise ConfigError(
+            f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
+        )
+    if cfg.prepare:
+        asked = request(cfg.prepare, base.family)
+        made = ONCE | manifest.request
+        odd = [key for key in asked if asked[key] != made.get(key)]
+        if odd:
+            changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {asked[key]!r}" for key in odd)
+            raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")

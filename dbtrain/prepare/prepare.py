@@ -15,10 +15,8 @@ from dbtrain.config import Config, Prepare
 from dbtrain.data import photos as images
 from dbtrain.data import shards
 from dbtrain.data.storage import Storage
-from dbtrain.models.families import registry as families
-from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import class_images, encode, latents
+from dbtrain.models.base import Base
+from dbtrain.prepare import class_images, encode
 from dbtrain.prepare.plan import Planned, plan_shards, request
 from dbtrain.runtime import console, dist, files, lock, preemption
 from dbtrain.runtime.errors import ConfigError
@@ -35,8 +33,7 @@ class Task:
 
     cfg: Config
     settings: Prepare
-    base: Pretrained
-    family: Family
+    base: Base
     folder: Path
     place: Storage  # the same folder
     old: shards.Manifest | None
@@ -51,7 +48,7 @@ def prepare(cfg: Config) -> Path:
         raise ConfigError("the config has no 'prepare' section; give prepare.photos and "
                           "prepare.instance_prompt")  # fmt: skip
     dist.init()
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     with dist.agreed():
         place = Storage(cfg.data.shards)
         folder = place.folder
@@ -60,23 +57,22 @@ def prepare(cfg: Config) -> Path:
                 f"data.shards is '{cfg.data.shards}'; prepare writes to a folder on this machine, "
                 "which can then be copied there"
             )
-        family = families.detect(base, cfg.model)
-        family.space(base, cfg.prepare.resolution)  # raises now, not after all the encoding
+        base.family.space(base, cfg.prepare.resolution)  # raises now, not after all the encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards is '{cfg.data.shards}', which is no folder")
         photos = images.of_subject(cfg.prepare)
     pictures = {"instance": photos}
     if cfg.prepare.class_prompt:
-        pictures["class"] = class_images.ensure(base, family, cfg.prepare)
+        pictures["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
-        return _fill(Task(cfg, cfg.prepare, base, family, folder, place, _old_manifest(place)), pictures)
+        return _fill(Task(cfg, cfg.prepare, base, folder, place, _old_manifest(place)), pictures)
 
 
 def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
     """Make what the folder lacks of the planned shards, and publish the manifest."""
     with dist.agreed():
-        wanted = (task.base, task.family, task.settings, task.cfg.seed, pictures)
+        wanted = (task.base, task.settings, task.cfg.seed, pictures)
         answer = plan_shards(*wanted) if dist.is_main() else None
     texts, components, plans = dist.from_main(answer)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
@@ -129,7 +125,7 @@ def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
     if not mine:
         return {}
     settings = task.settings
-    encoder = encode.image_encoder(task.base, task.family, settings.vae_precision, settings.resolution)
+    encoder = encode.image_encoder(task.base, settings.vae_precision, settings.resolution)
     kept = _kept_rows(task, {meta["key"] for plan in mine for meta in plan.metas})
     encoded = 0
     made = {}
@@ -140,7 +136,7 @@ def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
                 preemption.check()
                 tensors = kept.get(meta["key"])
                 rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
-                encoded += tensors is None and not source.endswith(latents.SUFFIX)
+                encoded += tensors is None and not source.endswith(class_images.SUFFIX)
                 bar.update()
             data = shards.pack(rows)
             files.write_atomically(task.folder / plan.file, data)
@@ -176,11 +172,11 @@ def _manifest(
     vouched: dict[str, dict[str, Any]],
 ) -> shards.Manifest:
     old_prompts = task.old.prompts if task.old else None
-    prompts = encode.prompt_table(task.base, task.family, texts, task.folder, old_prompts)
-    space = task.family.space(task.base, task.settings.resolution)
+    prompts = encode.prompt_table(task.base, texts, task.folder, old_prompts)
+    space = task.base.family.space(task.base, task.settings.resolution)
     return shards.Manifest(
-        version=shards.VERSION, family=task.family.name, base=task.base.name, components=components,
-        request=request(task.settings, task.family), latent_shape=space.shape,
+        version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,
+        request=request(task.settings, task.base.family), latent_shape=space.shape,
         latent_scale=space.scale, latent_shift=space.shift, prompts=prompts,
         roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
                for role, every in planned.items()},

@@ -1,4 +1,4 @@
-"""Ranks and what they say to each other: the only file that imports torch.distributed.
+"""Ranks and what they say to each other; beside `train.parallel` the only user of torch.distributed.
 
 Every function works without a process group too, as a world of one rank. Control messages are
 CPU tensors on gloo, so that they never stall a GPU stream; gradients take the device's backend.
@@ -11,16 +11,14 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
 from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Pulse
@@ -87,6 +85,11 @@ def patiently() -> Iterator[None]:
         yield
     finally:
         _wait = before
+
+
+def group() -> torch_dist.ProcessGroup | None:
+    """The group that gradients are averaged in; None for the default one."""
+    return _group
 
 
 def at(step: int) -> None:
@@ -281,30 +284,3 @@ def min_over_ranks(values: Tensor) -> Tensor:
     if world() > 1:
         torch_dist.all_reduce(least, torch_dist.ReduceOp.MIN, group=_group)
     return least
-
-
-def wrap(module: nn.Module) -> nn.Module:
-    """The module under DDP, which averages gradients over ranks; itself in a world of one.
-
-    `init_sync` is off: the adapter starts from the seed, the base from files, both the same on
-    every rank, and broadcasting gigabytes of frozen weights would only cost time.
-    """
-    if world() == 1:
-        return module
-    with warnings.catch_warnings():  # torch 2.13 has a new name for broadcast_buffers, 2.10 has not
-        warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
-            module,
-            process_group=_group,
-            init_sync=False,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            bucket_cap_mb=1 << 20,  # one bucket: an adapter is small, and each all-reduce has its latency
-        )
-
-
-def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Context of one micro-batch: gradients are exchanged in the last one of a step only."""
-    if last or not isinstance(module, DistributedDataParallel):
-        return nullcontext()
-    return module.no_sync()

@@ -52,7 +52,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _wish = _wish or SIGNALS[signal.Signals(number)]
 
 
-def wish() -> int:
+def stop_requested() -> int:
     """Number of this process's reason to stop, by `REASONS`; 0 for none."""
     global _wish
     if not _wish and time.time() > _deadline:
@@ -62,13 +62,13 @@ def wish() -> int:
 
 def check() -> None:
     """Raise Preempted if there is a reason to stop: to be asked between two pieces of work."""
-    if reason := wish():
+    if reason := stop_requested():
         raise Preempted(REASONS[reason])
 
 
 def interrupted() -> bool:
     """Whether it was a person, at a terminal, who asked."""
-    return wish() == SIGNALS[signal.SIGINT]
+    return stop_requested() == SIGNALS[signal.SIGINT]
 
 
 def mark(text: str) -> None:

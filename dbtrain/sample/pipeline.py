@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.inject import KINDS, AdapterState
+from dbtrain.adapters.inject import KINDS
+from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Model
 from dbtrain.models import sampler
-from dbtrain.models.families import registry as families
-from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import DTYPES, Pretrained
+from dbtrain.models.base import Base
+from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -35,13 +35,13 @@ class AdapterPipeline:
     >>> pictures = pipe.generate("a photo of sks dog", seeds=[0, 1])
     """
 
-    def __init__(
-        self, base: Pretrained, family: Family, precision: str, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, base: Base, precision: str, device: torch.device | None = None) -> None:
         self.base = base
-        self.family = family
-        self.pipe = sampler.build(base, family, DTYPES[precision], device or dist.device())
-        self.components: dict[str, nn.Module] = {name: getattr(self.pipe, name) for name in family.adaptable}
+        self.family = base.family
+        self.pipe = sampler.build(base, DTYPES[precision], device or dist.device())
+        self.components: dict[str, nn.Module] = {
+            name: getattr(self.pipe, name) for name in base.family.adaptable
+        }
         self.modules = {name: [n for n, _ in m.named_modules()] for name, m in self.components.items()}
         self.added: dict[str, dict[str, Any]] = {}  # layout of each adapter, by component
         self.biases: dict[str, dict[nn.Parameter, Tensor]] = {}  # changes to the base's, by adapter
@@ -53,8 +53,7 @@ class AdapterPipeline:
         cls, model: Model, precision: str = "fp32", device: torch.device | None = None
     ) -> AdapterPipeline:
         """The base that a config's `model` section names, downloaded first if it is a Hub id."""
-        base = Pretrained.find(model)
-        return cls(base, families.detect(base, model), precision, device)
+        return cls(Base.find(model), precision, device)
 
     def add(self, name: str, adapter: str | Path) -> None:
         """Load an adapter (a run folder, a file or a PEFT folder) under `name`; `use` puts it to work.

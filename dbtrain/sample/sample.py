@@ -14,8 +14,7 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config, Sample
 from dbtrain.data.pictures import Row, contact_sheet, note_in, save_png
 from dbtrain.models import sampler
-from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -68,10 +67,10 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     settings = cfg.sample
     if not prompts:
         raise ConfigError("there is no prompt to draw; give --prompt or sample.prompts", shared=True)
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
-        small = sampler.small_pictures(cfg.sample.low_res, families.detect(base, cfg.model), side)
+        small = sampler.small_pictures(cfg.sample.low_res, base.family, side)
         paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
@@ -95,7 +94,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
 
 def _key(
     cfg: Config,
-    base: Pretrained,
+    base: Base,
     prompts: Sequence[str],
     mixes: Sequence[Mix],
     paths: Mapping[str, Path],
@@ -103,7 +102,7 @@ def _key(
 ) -> str:
     """A name for all that the pictures depend on; reads the base and the adapters whole."""
     return content_key({
-        "model": [base.key(part) for part in families.detect(base, cfg.model).parts],
+        "model": [base.key(part) for part in base.family.parts],
         "prompts": list(prompts), "side": side, "sampler": sampler.SAMPLER,
         "mixes": [[mix.label, [formats.content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
         **cfg.sample.model_dump(exclude={"prompts", "low_res"}),
@@ -126,7 +125,7 @@ def without_and_with(run_dir: str) -> list[Mix]:
 
 def _draw(
     cfg: Config,
-    base: Pretrained,
+    base: Base,
     mixes: Sequence[Mix],
     paths: Mapping[str, Path],
     prompts: Sequence[str],
@@ -147,11 +146,10 @@ def _draw(
     mine = [batch for batch in batches[dist.rank() :: dist.world()] if not kept.issuperset(batch)]
     if not mine:
         return
-    family = families.detect(base, cfg.model)
-    pipe = AdapterPipeline(base, family, settings.precision)
+    pipe = AdapterPipeline(base, settings.precision)
     if dist.is_main():  # says which prompts are too long for the base
-        family.tokenize(
-            {name: getattr(pipe.pipe, part) for name, part in family.text_encoders.items()}, prompts
+        base.family.tokenize(
+            {name: getattr(pipe.pipe, part) for name, part in base.family.text_encoders.items()}, prompts
         )
     names = {path: f"adapter{number}" for number, path in enumerate(paths)}
     for path, name in names.items():

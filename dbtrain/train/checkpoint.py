@@ -48,7 +48,7 @@ class Progress:
         )  # fmt: skip
 
 
-def save(run: RunFolder, step: int, progress: Progress, who: Mapping[str, Any], keep: int) -> None:
+def save(run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str, Any], keep: int) -> None:
     """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`.
 
     Raises ConfigError if the ranks' adapters differ, which nothing else would show.
@@ -57,7 +57,7 @@ def save(run: RunFolder, step: int, progress: Progress, who: Mapping[str, Any], 
     with dist.agreed():
         if dist.is_main():
             path = run.checkpoint(step)
-            files.write_folder_atomically(path, lambda part: _fill(part, step, progress, who))
+            files.write_folder_atomically(path, lambda part: _fill(part, step, progress, fingerprint))
             for old in run.checkpoints()[:-keep]:
                 shutil.rmtree(old)
 
@@ -71,7 +71,7 @@ def check_ranks(model: DreamBooth) -> None:
         dist.assert_same(weights.hexdigest(), "the adapter")
 
 
-def _fill(part: Path, step: int, progress: Progress, who: Mapping[str, Any]) -> None:
+def _fill(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, Any]) -> None:
     for component, adapter in progress.model.states().items():
         if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
             raise ConfigError(
@@ -86,7 +86,7 @@ def _fill(part: Path, step: int, progress: Progress, who: Mapping[str, Any]) -> 
     written = {str(path.relative_to(part)): hashing.sha256_of(path) for path in part.rglob("*.*")}
     state = {
         "step": step, "skipped": progress.skipped.item(), "scaler": progress.scaler.state_dict(),
-        "identity": who, "files": written,
+        "identity": fingerprint, "files": written,
     }  # fmt: skip
     files.write(part / STATE, json.dumps(state, indent=1) + "\n")
 
@@ -107,7 +107,7 @@ def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_latest(run: RunFolder, progress: Progress, who: Mapping[str, Any]) -> int:
+def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, Any]) -> int:
     """Put the newest whole checkpoint into `progress`; the step it was taken at.
 
     0 if there is none. Rank 0 chooses. Raises ConfigError that names each setting by which the run
@@ -121,7 +121,7 @@ def load_latest(run: RunFolder, progress: Progress, who: Mapping[str, Any]) -> i
     path = run.checkpoint(step)
     with dist.agreed():
         state = read_state(path)
-        check_identity(path, state["identity"], who)
+        check_identity(path, state["identity"], fingerprint)
         for component, module in progress.model.trained.items():
             adapters.restore(module, peft_folder.read(path / component).tensors)
         saved = safetensors.torch.load_file(path / OPTIMIZER)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject as adapters
-from dbtrain.adapters.inject import AdapterState
+from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Config
-from dbtrain.data.dataloader import Batch
+from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
 from dbtrain.models import activation_checkpointing, quantization
+from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import DDPM
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
-from dbtrain.models.pretrained import Pretrained
 
 
 class DreamBooth(nn.Module):
@@ -54,38 +54,36 @@ class DreamBooth(nn.Module):
         self.working_copies = WorkingCopies(self, learnt, dtype)
 
     @classmethod
-    def build(
-        cls, base: Pretrained, family: Family, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config
-    ) -> DreamBooth:
+    def build(cls, base: Base, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config) -> DreamBooth:
         """The base's denoiser (and text encoders) with new adapters, on the CPU.
 
         `table` is the shards' prompt table: embeddings where the text encoders stay frozen, token
         ids where they learn.
         """
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
-        denoiser = base.load(family.denoiser, dtype)
+        denoiser = base.load(base.family.denoiser, dtype)
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)
         if cfg.train.base_linears != "full":
             quantization.quantize(denoiser, cfg.train.base_linears)
         adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
-        encoders = {name: base.load(name, dtype) for name in family.text_encoders} if settings else {}
+        encoders = {name: base.load(name, dtype) for name in base.family.text_encoders} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
             assert settings is not None
-            idle = family.idle(name, encoder)
+            idle = base.family.idle(name, encoder)
             adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, idle)
         activation_checkpointing.checkpoint_activations(
             denoiser, list(encoders.values()), cfg.train.gradient_checkpointing
         )
-        objective = DDPM.of(base.config("scheduler"), cfg.loss.min_snr_gamma)
+        objective = base.family.objective(base.config("scheduler"), cfg.loss.min_snr_gamma)
         wanted = "ids." if encoders else "condition."
         prompts = {
             name.removeprefix(wanted): tensor for name, tensor in table.items() if name.startswith(wanted)
         }
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
-        noising = DDPM.of(base.config(family.noising), None) if family.noising else None
-        sees = family.sees.get(cfg.model.low_res)
-        return cls(family, denoiser, encoders, objective, prompts, space, noising, sees, dtype)
+        noising = DDPM.of(base.config(base.family.noising), None) if base.family.noising else None
+        sees = base.family.sees.get(cfg.model.low_res)
+        return cls(base.family, denoiser, encoders, objective, prompts, space, noising, sees, dtype)
 
     @property
     def trained(self) -> dict[str, nn.Module]:

@@ -9,20 +9,19 @@ from typing import Any
 from dbtrain.config import Config
 from dbtrain.config.adapter import alpha_of
 from dbtrain.data.shards import Manifest
-from dbtrain.models.families.family import Family
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 
 
-def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) -> dict[str, Any]:
+def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
     """What a checkpoint can only be continued with, by the config key a user knows it by.
 
     Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision,
     memory settings and ranks may change: the data and the noise of a step do not depend on them.
     """
     parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
-    trained = family.text_encoders if cfg.adapter.text_encoder else ()
+    trained = base.family.text_encoders if cfg.adapter.text_encoder else ()
     settings = {
         f"{part}.{key}": value
         for part, one in parts.items()
@@ -30,19 +29,19 @@ def identity(cfg: Config, base: Pretrained, family: Family, manifest: Manifest) 
         for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
         if key != "text_encoder"
     }
-    base_content = [base.key(part) for part in (family.denoiser, "scheduler", *trained)]
+    base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
     return {
         "seed": cfg.seed,
         "model.path": f"content {content_key(base_content)[:12]}",
-        "data.shards": _shards_identity(manifest),
-        **({"model.low_res": cfg.model.low_res} if family.sees else {}),
+        "data.shards": _shards_content(manifest),
+        **({"model.low_res": cfg.model.low_res} if base.family.sees else {}),
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
         "train.global_batch": cfg.train.global_batch,
     }
 
 
-def _shards_identity(manifest: Manifest) -> str:
+def _shards_content(manifest: Manifest) -> str:
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
     content = content_key(manifest.model_dump(mode="json", exclude={"base", "request"}))
     return f"{rows}, content {content[:12]}"

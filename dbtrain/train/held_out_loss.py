@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dbtrain.config import Config
 from dbtrain.data import shards
-from dbtrain.data.dataloader import Batch
+from dbtrain.data.batch import Batch
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models.families.family import Family
@@ -76,17 +76,10 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
 
 def batch_of(rows: Sequence[HeldOut]) -> Batch:
     """The rows as training has them, with noise that depends on the image and the timestep alone."""
-    first, count = rows[0], len(rows)
-    shape = next(iter(first.row.tensors.values())).shape
-    draws = [rng.row_draws(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0) for one in rows]
-    return Batch(
-        stored={n: torch.stack([one.row.tensors[n] for one in rows]) for n in first.row.tensors},
-        posterior=torch.stack([draw.posterior for draw in draws]),
-        noise=torch.stack([draw.noise for draw in draws]),
-        u=torch.tensor([one.u for one in rows]),
-        prompt=torch.tensor([one.row.meta["prompt"] for one in rows]),
-        weight=torch.zeros(count), level=torch.tensor([one.u for one in rows]),
-        position=torch.zeros(count, dtype=torch.float64),
-        extra={n: torch.stack([one.extra[n] for one in rows]) for n in first.extra},
-        first=0, seen=0,
-    )  # fmt: skip
+    draws = []
+    for one in rows:
+        shape = tuple(next(iter(one.row.tensors.values())).shape)
+        drawn = rng.row_draws(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
+        at = torch.tensor(one.u)
+        draws.append(drawn._replace(u=at, level=at))
+    return Batch.collate([one.row for one in rows], draws, [one.extra for one in rows])

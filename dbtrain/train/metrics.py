@@ -32,9 +32,11 @@ class Outcome(NamedTuple):
     bad: Tensor  # (2,) fp64, this rank's first instance and class position of no finite loss; or inf
     spread: Tensor  # (2, 2, TENTHS) this rank's instance and class rows by timestep: count, sum of losses
     seen: int  # sum of the numbers of this rank's rows
+    lr: float = 0.0
+    wait_s: float = 0.0  # that this rank waited for data
 
 
-class RunLog:
+class Metrics:
     """Losses and meters of one run. They stay on the device, and are read at log steps only.
 
     metrics.jsonl gets a line a step with what is the same in every run of a config, so that two runs
@@ -63,7 +65,7 @@ class RunLog:
             console.logger.addHandler(self.file)
             self.trackers = trackers.of(run, cfg, start)
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type | None, problem: BaseException | None, trace: object) -> None:
@@ -75,18 +77,18 @@ class RunLog:
         if dist.is_main():
             console.logger.removeHandler(self.file)
 
-    def step(self, done: int, outcome: Outcome, skipped: Tensor, lr: float, wait_s: float) -> None:
+    def step(self, done: int, outcome: Outcome, skipped: Tensor) -> None:
         """Count step number `done` of this rank; `skipped` steps were left out so far, ()."""
         norm = outcome.grad_norm
         if self.train.precision == "fp16":  # an infinite gradient is the scaler's business: no step
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
-        self.pending.append((torch.cat([outcome.losses, norm[None]]), outcome.seen, lr))
+        self.pending.append((torch.cat([outcome.losses, norm[None]]), outcome.seen, outcome.lr))
         bad_norm = torch.where(norm.isfinite(), math.inf, float(done)).double()
         self.first_bad = torch.minimum(self.first_bad, torch.cat([outcome.bad, bad_norm[None]]))
         self.spread += outcome.spread
         self.skipped = skipped
         self.done = done
-        self.wait_s += wait_s
+        self.wait_s += outcome.wait_s
         self.bar.update()
         if done % self.train.log_every == 0 or done == self.train.steps:
             self.report()

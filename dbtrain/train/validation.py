@@ -23,16 +23,15 @@ from dbtrain.data.pictures import Row, contact_sheet, note_in, save_png
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models import sampler
-from dbtrain.models.families.family import Family
+from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.models.pretrained import DTYPES, Pretrained
-from dbtrain.prepare import encode
+from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SHEET, RunFolder, step_of
 from dbtrain.train import held_out_loss
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.metrics import RunLog
+from dbtrain.train.metrics import Metrics
 
 
 def is_due(cfg: Config, manifest: Manifest, step: int) -> bool:
@@ -41,29 +40,33 @@ def is_due(cfg: Config, manifest: Manifest, step: int) -> bool:
     return wanted and (step % cfg.validation.every == 0 or step == cfg.train.steps)
 
 
-def lacking(cfg: Config, manifest: Manifest, who: Mapping[str, Any], step: int) -> set[str]:
+def lacking(cfg: Config, manifest: Manifest, fingerprint: Mapping[str, Any], step: int) -> set[str]:
     """What is still to be made of a run after `step` steps: its `pictures`, its `losses`, both or nothing."""
     if not is_due(cfg, manifest, step):
         return set()
     run, wanted = RunFolder(cfg.run_dir), set()
-    if cfg.validation.prompts and note_in(run.validation_sheet(step)) != _pictures_key(cfg, who):
+    if cfg.validation.prompts and note_in(run.validation_sheet(step)) != _pictures_key(cfg, fingerprint):
         wanted.add("pictures")
     lines = _lines(run.table("validation"))
-    if _roles(manifest) and not any((at, key) == (step, _losses_key(cfg, who)) for at, key, _ in lines):
+    if _roles(manifest) and not any(
+        (at, key) == (step, _losses_key(cfg, fingerprint)) for at, key, _ in lines
+    ):
         wanted.add("losses")
     return wanted
 
 
-def forget_after(cfg: Config, who: Mapping[str, Any], step: int) -> None:
+def forget_after(cfg: Config, fingerprint: Mapping[str, Any], step: int) -> None:
     """Remove what was made of steps that are taken again from `step` on, and losses of another kind."""
     run = RunFolder(cfg.run_dir)
     losses = run.table("validation")
     for path in run.validations():
-        other = step == 0 and note_in(path / SHEET) != _pictures_key(cfg, who)
+        other = step == 0 and note_in(path / SHEET) != _pictures_key(cfg, fingerprint)
         if step_of(path) > step or other:
             shutil.rmtree(path)
     if losses.is_file():
-        kept = [text for at, key, text in _lines(losses) if at <= step and key == _losses_key(cfg, who)]
+        kept = [
+            text for at, key, text in _lines(losses) if at <= step and key == _losses_key(cfg, fingerprint)
+        ]
         files.write_atomically(losses, "".join(kept))
 
 
@@ -76,11 +79,11 @@ class Validation:
     model: DreamBooth
     pictures: Pictures | None
     kept_back: list[held_out_loss.HeldOut]
-    who: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
 
     @classmethod
     def build(
-        cls, cfg: Config, base: Pretrained, family: Family, model: DreamBooth, manifest: Manifest, who: dict
+        cls, cfg: Config, base: Base, model: DreamBooth, manifest: Manifest, fingerprint: Mapping[str, Any]
     ) -> Validation:
         """Reads what was kept back, and encodes the prompts, on rank 0 and before `model` is on its device.
 
@@ -90,39 +93,42 @@ class Validation:
         if cfg.validation.prompts:
             encoded = None
             if not model.text_encoders:
-                encoded = encode.prompts_to_draw(
-                    RunFolder(cfg.run_dir).validation, base, family, manifest.components,
+                encoded = sampler.encode_once(
+                    RunFolder(cfg.run_dir).validation, base, manifest.components,
                     cfg.validation.prompts, cfg.sample.guidance, cfg.train.precision,
                 )  # fmt: skip
             with dist.agreed():
-                pictures = Pictures(cfg, base, family, model, manifest.request["resolution"], encoded)
+                pictures = Pictures(cfg, base, model, manifest.request["resolution"], encoded)
         with dist.agreed():
             place = Storage(cfg.data.shards, cfg.faults.retries)
             kept_back = [
                 row
                 for role in _roles(manifest)
-                for row in held_out_loss.rows(manifest, place, family, role, cfg.validation.timesteps)
+                for row in held_out_loss.rows(manifest, place, base.family, role, cfg.validation.timesteps)
             ]
-        return cls(cfg, manifest, model, pictures, kept_back, who)
+        return cls(cfg, manifest, model, pictures, kept_back, fingerprint)
+
+    def is_due(self, step: int) -> bool:
+        return is_due(self.cfg, self.manifest, step)
 
     def lacking(self, step: int) -> set[str]:
         """As rank 0 sees the run folder."""
-        found = lacking(self.cfg, self.manifest, self.who, step) if dist.is_main() else ()
+        found = lacking(self.cfg, self.manifest, self.fingerprint, step) if dist.is_main() else ()
         return set(dist.from_main(sorted(found)))
 
-    def look(self, step: int, meters: RunLog) -> None:
+    def run(self, step: int, metrics: Metrics) -> None:
         """Make what the run folder lacks of the run as it is after `step` steps, over all ranks."""
         wanted = self.lacking(step)
         if not wanted:
             return
-        with meters.untimed(), console.timed("validation"), dist.patiently(), _looking(self.model, self.cfg):
+        with metrics.untimed(), console.timed("validation"), dist.patiently(), _looking(self.model, self.cfg):
             found = {}
             if "losses" in wanted:
                 found = held_out_loss.measure(self.model, self.kept_back, self.cfg)
-                found |= {"key": _losses_key(self.cfg, self.who)}
+                found |= {"key": _losses_key(self.cfg, self.fingerprint)}
             sheet = self._draw(step) if "pictures" in wanted else None
             with dist.agreed():
-                meters.validated(step, found, sheet)
+                metrics.validated(step, found, sheet)
 
     def _draw(self, step: int) -> Path:
         """The pictures of all prompts and seeds, each a file, and one sheet of them."""
@@ -142,7 +148,7 @@ class Validation:
                     made = [Image.open(sheet.parent / name) for name in names[number]]
                     captions = () if number else [f"seed {seed}" for seed in seeds]
                     rows.append(Row(made, prompt, "" if number else f"step {step}", captions))
-                save_png(sheet, contact_sheet(rows), _pictures_key(self.cfg, self.who))
+                save_png(sheet, contact_sheet(rows), _pictures_key(self.cfg, self.fingerprint))
         return sheet
 
 
@@ -152,16 +158,15 @@ class Pictures:
     def __init__(
         self,
         cfg: Config,
-        base: Pretrained,
-        family: Family,
+        base: Base,
         model: DreamBooth,
         side: int,
         encoded: list[dict[str, Tensor]] | None,
     ) -> None:
         """`encoded`: the prompts, unless the model's own text encoders are trained."""
-        self.cfg, self.base, self.family, self.model, self.side = cfg, base, family, model, side
+        self.cfg, self.base, self.family, self.model, self.side = cfg, base, base.family, model, side
         self.seeds = range(cfg.sample.seed, cfg.sample.seed + cfg.validation.images)
-        self.small = sampler.small_pictures(cfg.sample.low_res, family, side)
+        self.small = sampler.small_pictures(cfg.sample.low_res, base.family, side)
         self.encoded = encoded
         self.vae: nn.Module | None = None
         self.pipe: Any = None
@@ -173,7 +178,7 @@ class Pictures:
         if family.vae:
             given[family.vae] = None
         dtype = PRECISIONS[self.cfg.train.precision].dtype
-        self.pipe = sampler.build(self.base, family, dtype, dist.device(), given)
+        self.pipe = sampler.build(self.base, dtype, dist.device(), given)
         if family.vae:  # what the pipeline would have read from its VAE: it guesses 8 without one
             space = family.space(self.base, self.side)
             self.pipe.vae_scale_factor = self.side // space.shape[-1]
@@ -252,15 +257,15 @@ def _roles(manifest: Manifest) -> list[str]:
     return [role for role, kept_back in HELD_OUT.items() if kept_back in manifest.roles]
 
 
-def _pictures_key(cfg: Config, who: Mapping[str, Any]) -> str:
+def _pictures_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A name for all that a step's pictures depend on, but the step."""
     settings = cfg.sample.model_dump(mode="json", exclude={"prompts", "images", "batch", "precision"})
-    return content_key([who, cfg.validation.prompts, cfg.validation.images, settings])
+    return content_key([fingerprint, cfg.validation.prompts, cfg.validation.images, settings])
 
 
-def _losses_key(cfg: Config, who: Mapping[str, Any]) -> str:
+def _losses_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A name for all that a step's held-out losses depend on, but the step."""
-    return content_key([who, cfg.validation.timesteps])[:12]
+    return content_key([fingerprint, cfg.validation.timesteps])[:12]
 
 
 def _lines(path: Path) -> list[tuple[int, str, str]]:

@@ -14,19 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dbtrain.adapters import inject as adapters
+from dbtrain.adapters import targets
 from dbtrain.adapters.formats import kohya_file, peft_folder
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.config import Adapter, AdapterSettings, Config, Model, Optim
+from dbtrain.config.adapter import PRESETS
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.train import optim
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, train
 
 GOLDEN = Path(__file__).with_name("golden_targets.json")
 BASES = {"sd": bases.sd, "sdxl": bases.sdxl, "deepfloyd": bases.if_1, "deepfloyd-2": bases.if_2}
@@ -36,10 +37,10 @@ def matched() -> dict[str, dict[str, list[str]]]:
     """family component preset -> names of the modules that get an adapter."""
     found: dict[str, dict[str, list[str]]] = {}
     for family_name, make in BASES.items():
-        base, family = Pretrained.find(Model(path=str(make()))), families.get(family_name)
+        base, family = Base.find(Model(path=str(make()))), families.get(family_name)
         for component in family.adaptable:
             part = "denoiser" if component == family.denoiser else "text_encoder"
-            for preset in adapters.PRESETS[part]:
+            for preset in PRESETS[part]:
                 module = base.load(component)
                 without = () if part == "denoiser" else family.idle(component, module)
                 adapters.attach(module, AdapterSettings(targets=preset), part, 0, without)
@@ -49,23 +50,23 @@ def matched() -> dict[str, dict[str, list[str]]]:
 
 
 def test_presets_select_the_modules_of_the_golden_file() -> None:
-    """`python -m tests.test_adapters` writes it anew: then read the difference."""
+    """`python -m tests.adapters.test_inject` writes it anew: then read the difference."""
     assert matched() == json.loads(GOLDEN.read_text())
 
 
 def test_a_list_a_name_and_a_regular_expression_select_too() -> None:
-    unet = Pretrained.find(Model(path=str(bases.sd()))).load("unet")
-    presets = adapters.PRESETS["denoiser"]
-    assert adapters.targets(unet, ("to_q", "conv1"), presets) == ["to_q", "conv1"]
-    assert adapters.targets(unet, "to_out.0", presets) == ["to_out.0"]
-    middle = adapters.targets(unet, r"mid_block\..*attn1\.to_[qk]", presets)
+    unet = Base.find(Model(path=str(bases.sd()))).load("unet")
+    modules = targets.Modules.of(unet)
+    assert targets.select(modules, ("to_q", "conv1"), "denoiser") == ["to_q", "conv1"]
+    assert targets.select(modules, "to_out.0", "denoiser") == ["to_out.0"]
+    middle = targets.select(modules, r"mid_block\..*attn1\.to_[qk]", "denoiser")
     assert [name.rsplit(".", 1)[1] for name in middle] == ["to_k", "to_q"]
     assert all(name.startswith("mid_block.") for name in middle)
 
 
 @pytest.mark.parametrize("kind", adapters.KINDS)
 def test_every_kind_starts_as_nothing_and_learns_from_the_first_step(kind: str) -> None:
-    base = Pretrained.find(Model(path=str(bases.sd())))
+    base = Base.find(Model(path=str(bases.sd())))
     unet = base.load("unet")
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([5, 500]), torch.randn(2, 32, 64)
     before = unet(x, t, c).sample
@@ -86,7 +87,7 @@ def test_every_kind_starts_as_nothing_and_learns_from_the_first_step(kind: str) 
 
 
 def test_the_same_seed_gives_the_same_start_in_every_precision() -> None:
-    base = Pretrained.find(Model(path=str(bases.sd())))
+    base = Base.find(Model(path=str(bases.sd())))
     for kind in adapters.KINDS:
         starts = []
         for dtype in (torch.float32, torch.bfloat16):
@@ -103,7 +104,7 @@ def test_the_same_seed_gives_the_same_start_in_every_precision() -> None:
     ids=str,
 )  # fmt: skip
 def test_lora_options(settings: dict[str, Any], scale: float) -> None:
-    unet = Pretrained.find(Model(path=str(bases.sd()))).load("unet")
+    unet = Base.find(Model(path=str(bases.sd()))).load("unet")
     adapters.attach(unet, Adapter(**{"rank": 4, "alpha": 8, **settings}), "denoiser", 0)
     layers = [layer for layer in unet.modules() if isinstance(layer, adapters.LoraLayer)]
     assert {layer.scaling["default"] for layer in layers} == {scale}
@@ -152,7 +153,7 @@ def test_trained_biases_are_kept_by_peft_s_format_and_taken_off_again(make: Make
     prepare(cfg)
     run = train(cfg)
     tensors = load_file(run / "export" / "unet" / peft_folder.WEIGHTS)
-    base = Pretrained.find(cfg.model).load("unet").state_dict()
+    base = Base.find(cfg.model).load("unet").state_dict()
     changed = [name for name, tensor in tensors.items() if name.endswith("conv_in.bias")
                and not torch.equal(tensor, base["conv_in.bias"])]  # fmt: skip
     assert changed
@@ -290,9 +291,7 @@ def test_an_adapter_for_another_family_is_refused(
     run: tuple[Config, Path], make: Make, tmp_path: Path
 ) -> None:
     cfg, folder = run
-    states = formats.read(
-        folder / "export" / FILE, families.get("sd"), Pretrained.find(cfg.model).module_names
-    )
+    states = formats.read(folder / "export" / FILE, families.get("sd"), Base.find(cfg.model).module_names)
     formats.write("kohya", tmp_path / "k", families.get("sd"), states)
     pipe = AdapterPipeline.load(Model(path=str(bases.if_1())))
     for path in (folder, tmp_path / "k" / kohya_file.FILE):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbtrain.data.dataloader import Batch, LatentStream
+from dbtrain.data.batch import Batch
+from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Order, Share
 from dbtrain.data.shards import Manifest
 from dbtrain.runtime import rng

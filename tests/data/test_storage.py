@@ -13,8 +13,7 @@ import pytest
 from dbtrain.data import storage
 from dbtrain.data.storage import Storage
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.loop import train
-from tests.conftest import Make, dbtrain
+from tests.conftest import Make, dbtrain, train
 from tests.multi.test_two_processes import EXPORT
 
 

@@ -20,8 +20,7 @@ from dbtrain.data.shards import MANIFEST
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.loop import train
-from tests.conftest import Make, config_in
+from tests.conftest import Make, config_in, train
 from tests.multi.test_two_processes import EXPORT
 
 STEPS = 6

@@ -23,9 +23,8 @@ from safetensors.torch import load_file
 from dbtrain.doctor import doctor
 from dbtrain.doctor.case import Found
 from dbtrain.runtime import lock
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import config_in, dbtrain, draw_photo
+from tests.conftest import config_in, dbtrain, draw_photo, train
 
 Rows = list[tuple[str, Found]]
 
@@ -340,7 +339,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (config(prepare__resolution=60), "model", "error", "cannot divide"),
     (config(adapter__targets=["to_q", "to_x"]), "adapter", "error", "to_x"),
     (config(adapter__targets="no.*such"), "adapter", "error", "no.*such"),
-    (config(adapter__targets="(to_q"), "adapter", "error", "no regular expression"),
+    (config(adapter__targets="(to_q"), "adapter", "error", "not a valid regular expression"),
     (lambda site: site.options.update(ranks=3), "batch", "error", "which 3 ranks"),
     (many_ranks_and_no_memory, "batch", "warning", "4 ranks, but 1 shards"),
     (truncated_shard, "shards", "error", "truncated or altered"),

@@ -16,8 +16,8 @@ from benchmarks.memory import BOUND, configured, measured
 from dbtrain.doctor import memory
 from dbtrain.doctor.memory import GIB, Prediction
 from dbtrain.doctor.memory_counter import Tally, like_cuda
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
@@ -69,13 +69,13 @@ def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str,
     path = getattr(bases, base)()
     cfg = make(**{"model__path": str(path), "prepare__class_prompt": None, **settings})
     prepare(cfg)
-    found = memory.predict(cfg, Pretrained.find(cfg.model), "cpu")
+    found = memory.predict(cfg, Base.find(cfg.model), "cpu")
     assert found.peak == pytest.approx(measured(cfg), rel=BOUND)
 
 
 def test_class_images_and_ranks_take_more(make: Make) -> None:
     cfg = make(train__global_batch=1)
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     both = memory.predict(cfg, base, "cuda")
     alone = memory.predict(make(train__global_batch=1, loss__prior_weight=0.0), base, "cuda")
     assert 1.6 < both.activations / alone.activations < 2.4
@@ -86,7 +86,7 @@ def test_class_images_and_ranks_take_more(make: Make) -> None:
 
 def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
     cfg = make(validation__prompts=["a photo of sks dog"], validation__images=1)
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     found = memory.predict(cfg, base, "cpu")
     vae = base.load("vae")
     with Tally(64) as tally, torch.no_grad():
@@ -107,10 +107,10 @@ def test_what_does_not_fit_because_of_pictures_is_said(make: Make, monkeypatch: 
 
 def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
     cfg = make()
-    whole = memory.predict(cfg, Pretrained.find(cfg.model), "cuda")
+    whole = memory.predict(cfg, Base.find(cfg.model), "cuda")
     folder = shutil.copytree(bases.sd(), tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
     cfg = make(model__path=str(folder))
-    assert memory.predict(cfg, Pretrained.find(cfg.model), "cuda") == whole
+    assert memory.predict(cfg, Base.find(cfg.model), "cuda") == whole
 
 
 def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +157,11 @@ def test_real_architectures_take_what_was_counted(
     tmp_path: Path, model: str, changes: list[str], gib: float
 ) -> None:
     cfg = configured(model, real.outline(model, tmp_path), tmp_path, real.SIDES[model], changes)
-    assert memory.predict(cfg, Pretrained.find(cfg.model), "cuda").peak / GIB == pytest.approx(gib, rel=0.03)
+    assert memory.predict(cfg, Base.find(cfg.model), "cuda").peak / GIB == pytest.approx(gib, rel=0.03)
 
 
 @pytest.mark.slow
 def test_sdxl_with_an_8_bit_base_fits_into_4_5_gib(tmp_path: Path) -> None:
     changes = ["train.gradient_checkpointing=blocks", "train.base_linears=int8"]
     cfg = configured("sdxl", real.outline("sdxl", tmp_path), tmp_path, 1024, changes)
-    assert memory.predict(cfg, Pretrained.find(cfg.model), "cuda").peak <= 4.5 * GIB
+    assert memory.predict(cfg, Base.find(cfg.model), "cuda").peak <= 4.5 * GIB

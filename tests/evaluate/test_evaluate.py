@@ -23,13 +23,12 @@ from dbtrain.evaluate import dino_clip, encoders, evaluate, tiny_judge
 from dbtrain.evaluate import plot as chart
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate import scores as fidelity
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.tiny import world
-from dbtrain.train.loop import train
 from tests import eyes
-from tests.conftest import ROOT, Make, config_in, dbtrain, draw_photo
+from tests.conftest import ROOT, Make, config_in, dbtrain, draw_photo, train
 
 PROMPTS = ["a {} in the snow", "a photo of sks dog on a beach", "a {} at night"]
 WITHOUT = ["a dog in the snow", "a photo of dog on a beach", "a dog at night"]
@@ -233,7 +232,7 @@ def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
     with Image.open(run / "scores" / "checkpoints.png") as plot:
         assert np.asarray(plot).std() > 10
     shutil.rmtree(run / "checkpoints")
-    names = [(one.name, one.step) for one in evaluate.candidates(ran, Pretrained.find(ran.model), run)]
+    names = [(one.name, one.step) for one in evaluate.candidates(ran, Base.find(ran.model), run)]
     assert names == [("export", None)], "an export of a checkpoint that is not kept stays a candidate"
 
 

@@ -15,8 +15,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import render
-from dbtrain.train.loop import train
-from tests.conftest import Make, dbtrain, draw_photo
+from tests.conftest import Make, dbtrain, draw_photo, train
 
 MUGS = [s for s in (world.scene(n, "test") for n in range(400)) if s.kind == "mug"][:24]
 PROMPTED = "a photo of sks mug"

@@ -21,9 +21,8 @@ from dbtrain.config import Adapter
 from dbtrain.export.export import export
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, train
 
 
 @pytest.fixture(autouse=True)

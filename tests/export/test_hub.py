@@ -16,8 +16,7 @@ from PIL import Image
 
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.prepare.prepare import prepare
-from dbtrain.train.loop import train
-from tests.conftest import Make, dbtrain
+from tests.conftest import Make, dbtrain, train
 
 TOKEN = "hf_" + "s3cret" * 6
 

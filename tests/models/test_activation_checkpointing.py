@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dbtrain.config import Model
 from dbtrain.models import kernels
 from dbtrain.models.activation_checkpointing import checkpoint_activations
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.loop import train_step
+from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make
 
@@ -59,7 +59,7 @@ def test_text_encoders_recompute_too(make: Make, prepared: Path) -> None:
 
 
 def test_a_denoiser_without_transformer_blocks_says_so() -> None:
-    unet = Pretrained.find(Model(path=str(bases.if_1()))).load("unet")
+    unet = Base.find(Model(path=str(bases.if_1()))).load("unet")
     with pytest.raises(ConfigError, match="no transformer blocks; use blocks"):
         checkpoint_activations(unet, [], "transformer")
     checkpoint_activations(unet, [], "blocks")

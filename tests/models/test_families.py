@@ -23,20 +23,20 @@ from dbtrain.adapters.formats.common import scale_of
 from dbtrain.adapters.formats.diffusers_file import FILE as DIFFUSERS
 from dbtrain.config import Config, Model
 from dbtrain.data import shards
-from dbtrain.data.dataloader import Batch, LatentStream
+from dbtrain.data.batch import Batch
+from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.sample.sample import sample_run
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo
+from tests.conftest import Make, at, dbtrain, draw_photo, train
 
 BASES: dict[str, Callable[[], Path]] = {
     "sd": bases.sd, "sd-v": lambda: bases.sd("v_prediction"), "sdxl": bases.sdxl, "if-1": bases.if_1,
@@ -50,7 +50,7 @@ def configured(make: Make, tmp_path: Path, base: str, **changes: Any) -> Config:
     """A small run of this base; class images are drawn by us, which upscalers need."""
     folder = BASES[base]()
     model = Model(path=str(folder))
-    family = families.detect(Pretrained.find(model), model)
+    family = Base.find(model).family
     pictures = tmp_path / "class-of-ours"
     pictures.mkdir(exist_ok=True)
     for number in range(4):
@@ -80,12 +80,12 @@ def network(cfg: Config) -> DreamBooth:
     """The trained module as `train` left it: built anew, weights from the last checkpoint."""
     from dbtrain.adapters import inject as adapters
 
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
-    family = families.detect(base, cfg.model)
+    family = base.family
     table = shards.read_prompts(at(folder), manifest.prompts)
-    model = DreamBooth.build(base, family, manifest, table, cfg)
+    model = DreamBooth.build(base, manifest, table, cfg)
     newest = RunFolder(cfg.run_dir).checkpoints()[-1]
     for component, module in model.trained.items():
         adapters.restore(module, peft_folder.read(newest / component).tensors)
@@ -108,8 +108,8 @@ def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module
 
 def stock(cfg: Config, folder: Path, form: str) -> Any:
     """The base with the exported adapter, loaded as the format's own users do."""
-    base = Pretrained.find(cfg.model)
-    family = families.detect(base, cfg.model)
+    base = Base.find(cfg.model)
+    family = base.family
     pipe = getattr(diffusers, family.pipeline).from_pretrained(cfg.model.path, dtype=torch.float32)
     if form == "peft":
         for component in family.adaptable:
@@ -149,7 +149,7 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     batch = first_batch(cfg, family)
     pipe = stock(cfg, folder, form)
     encoders = {name: getattr(pipe, name) for name in family.text_encoders}
-    base_model = Pretrained.find(cfg.model)
+    base_model = Base.find(cfg.model)
     plain = {name: base_model.load(name) for name in family.text_encoders}
     with torch.no_grad():
         ours = prediction(model, model.denoiser, dict(model.text_encoders.items()), batch)
@@ -207,7 +207,7 @@ def test_rows_have_their_own_prompt_size_and_crop(make: Make, tmp_path: Path) ->
     batch = first_batch(cfg, family)
     assert batch.prompt.tolist() == [0, 0, 1, 1]
     table = shards.read_prompts(at(Path(cfg.data.shards)), manifest.prompts)
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(cfg.model.path, dtype=torch.float32)
     for number, text in enumerate(["a photo of sks dog", "a photo of a dog"]):
         embeds, _, pooled, _ = pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)
@@ -259,8 +259,8 @@ def test_conversions_between_all_formats_come_back_the_same(
     )  # fmt: skip
     prepare(cfg)
     run = train(cfg)
-    original = Pretrained.find(cfg.model)
-    family = families.detect(original, cfg.model)
+    original = Base.find(cfg.model)
+    family = original.family
     truth = {
         path.parent.name: peft_folder.read(path.parent) for path in run.glob("export/*/adapter_config.json")
     }
@@ -292,7 +292,7 @@ def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets
     )  # fmt: skip
     prepare(cfg)
     out = train(cfg) / "export"
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     family = families.get("sd")
     batch = first_batch(cfg, family)
     model = network(cfg)
@@ -374,7 +374,7 @@ def test_t5_s_vocabulary_as_deepfloyd_publishes_it(make: Make, tmp_path: Path, m
     folder = shutil.copytree(bases.if_1(), tmp_path / "if")
     words = folder / "tokenizer"
     (words / "tokenizer.json").unlink()
-    base = Pretrained.find(Model(path=str(folder)))
+    base = Base.find(Model(path=str(folder)))
     with pytest.raises(ConfigError, match="holds no vocabulary"):
         base.load("tokenizer")
     lines = [
@@ -409,7 +409,7 @@ def test_dropout_of_rows_and_layers_is_a_function_of_the_step(make: Make, tmp_pa
 
 
 def test_the_table_of_families_is_complete() -> None:
-    tested = {families.detect(Pretrained.find(m), m).name
+    tested = {Base.find(m).family.name
               for m in (Model(path=str(make())) for make in BASES.values())}  # fmt: skip
     assert tested == set(families.FAMILIES)
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
@@ -425,8 +425,8 @@ def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -
     cfg = configured(make, tmp_path, base, **changes)
     done = dbtrain("run", tmp_path / "c.yaml", ranks=2)
     assert done.returncode == 0
-    original = Pretrained.find(cfg.model)
-    family = families.detect(original, cfg.model)
+    original = Base.find(cfg.model)
+    family = original.family
     two = formats.read(formats.find(tmp_path / "run"), family, original.module_names)
     assert (tmp_path / "run" / "samples" / "step-000002" / "sheet.png").is_file()
     alone = cfg.model_copy(update={"run_dir": str(tmp_path / "alone")})

@@ -11,7 +11,7 @@ from tests.test_network import build, stream
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import compute_step, train_step
+from dbtrain.train.step import compute_step, train_step
 from tests.conftest import Make
 
 

@@ -14,14 +14,14 @@ from dbtrain.adapters import inject as adapters
 from dbtrain.adapters.formats import diffusers_file
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.export import export
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.models.quantization import Linear8bit, quantize
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.loop import train, train_step
+from dbtrain.train.step import train_step
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, train
 
 ERROR = {"int8": 0.01, "fp8": 0.03}  # largest relative error of a product, weights normal
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,7 +91,7 @@ def test_autograd_keeps_the_codes_and_no_decoded_weight(storage: str) -> None:
 
 @pytest.mark.parametrize("storage", ERROR)
 def test_a_denoiser_shrinks_by_its_wide_linears(storage: str) -> None:
-    base = Pretrained.find(Model(path=str(bases.sd())))
+    base = Base.find(Model(path=str(bases.sd())))
     unet = base.load("unet", torch.bfloat16)
     whole = sum(p.nbytes for p in unet.parameters())
     wide = [m for m in unet.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64]
@@ -121,7 +121,7 @@ def test_a_component_without_wide_layers_says_so() -> None:
 )
 def test_every_adapter_learns_on_it(settings: dict[str, Any], storage: str) -> None:
     """Its first gradient is that on the full layers, up to their error."""
-    base, grads = Pretrained.find(Model(path=str(bases.sd()))), []
+    base, grads = Base.find(Model(path=str(bases.sd()))), []
     x, t, c = numbers(2, 4, 8, 8), torch.tensor([5, 500]), numbers(2, 32, 64)
     for eight_bit in (False, True):
         unet = base.load("unet")

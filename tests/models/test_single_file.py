@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dbtrain.config import Model
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
 from tests.conftest import Make, dbtrain
@@ -88,8 +88,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
-    base = Pretrained.find(Model(path=str(single_file), config=str(bases.sd())))
-    original = Pretrained.find(Model(path=str(bases.sd())))
+    base = Base.find(Model(path=str(single_file), config=str(bases.sd())))
+    original = Base.find(Model(path=str(bases.sd())))
     for component in ("unet", "vae", "text_encoder"):
         here, there = (one.load(component).state_dict() for one in (base, original))
         assert here.keys() == there.keys()
@@ -107,8 +107,8 @@ def test_the_whole_job_with_a_single_file(make: Make, tmp_path: Path, single_fil
 def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match=r"no \.safetensors file; others are pickles"):
-        Pretrained.find(Model(path=str(tmp_path / "model.ckpt")))
+        Base.find(Model(path=str(tmp_path / "model.ckpt")))
     (tmp_path / "cut.safetensors").write_bytes(single_file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="holds no model"):
-        Pretrained.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd())))
+        Base.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd())))
     assert not list((tmp_path / "cache").rglob("model_index.json"))

@@ -20,12 +20,12 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.storage import Storage
 from dbtrain.models import kernels
-from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import dist
+from dbtrain.train import parallel
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train_step
+from dbtrain.train.step import train_step
 
 WARM_UP, STEPS = 2, 3
 
@@ -36,7 +36,7 @@ def main() -> None:
     place = Storage(cfg.data.shards)
     manifest = shards.Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
-    model = DreamBooth.build(Pretrained.find(cfg.model), families.get("sd"), manifest, table, cfg)
+    model = DreamBooth.build(Base.find(cfg.model), manifest, table, cfg)
     compiled: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -47,7 +47,7 @@ def main() -> None:
     share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
     stream = LatentStream(place, manifest, share, {"instance": 1.0, "class": 1.0}, seed=0)
     progress = Progress.begin(model, cfg)
-    ddp = dist.wrap(model)
+    ddp = parallel.wrap(model)
     graphs = []
     for step in range(WARM_UP):
         train_step(ddp, progress, stream, step, cfg)

@@ -21,16 +21,16 @@ from transformers import CLIPTextModel
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import LatentSpace
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import class_images, latents
+from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare, request
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make, at
+from tests.conftest import Make, at, train
 
 LATENT_BASES: dict[str, Callable[[], Path | str]] = {
     "tiny": lambda: "tiny",
@@ -56,8 +56,8 @@ def drawn(make: Make, tmp_path: Path) -> Callable[..., tuple[Config, list[Path]]
 
 def ensure(cfg: Config) -> list[Path]:
     assert cfg.prepare
-    base = Pretrained.find(cfg.model)
-    return class_images.ensure(base, families.detect(base, cfg.model), cfg.prepare)
+    base = Base.find(cfg.model)
+    return class_images.ensure(base, cfg.prepare)
 
 
 def class_rows(folder: Path) -> list[shards.Row]:
@@ -70,12 +70,14 @@ def test_a_latent_is_what_the_picture_was_decoded_from(drawn: Any, base: str) ->
     """Without a VAE at its side and with the prompt encoded once, the pipeline draws the same."""
     cfg, kept = drawn(LATENT_BASES[base]())
     _, pictures = drawn(LATENT_BASES[base](), prepare__class_pictures=True)
-    model = Pretrained.find(cfg.model)
-    vae, space = model.load("vae"), families.detect(model, cfg.model).space(model, 64)
+    model = Base.find(cfg.model)
+    vae, space = model.load("vae"), model.family.space(model, 64)
     for latent, picture in zip(kept, pictures, strict=True):
         assert latent.parent != picture.parent
         with torch.no_grad():
-            decoded = vae.decode(space.unscaled(latents.load(latent, space.shape))[None]).sample[0]
+            decoded = vae.decode(space.unscaled(class_images.load_latent(latent, space.shape))[None]).sample[
+                0
+            ]
         values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
         assert np.abs(values - np.asarray(Image.open(picture), dtype=np.float32)).max() < 0.6
 
@@ -134,10 +136,10 @@ def test_training_sees_the_sampler_s_latent(drawn: Any, tmp_path: Path, base: st
     )  # fmt: skip
     files = {path.name: load_file(path)["x0"] for path in kept}
     out = prepare(cfg)
-    manifest, model = Manifest.read(at(out)), Pretrained.find(cfg.model)
-    family = families.detect(model, cfg.model)
+    manifest, model = Manifest.read(at(out)), Base.find(cfg.model)
+    family = model.family
     table = shards.read_prompts(at(out), manifest.prompts)
-    network = DreamBooth.build(model, family, manifest, table, cfg)
+    network = DreamBooth.build(model, manifest, table, cfg)
     seen = network.x0(first_batch(cfg, family))[2:]  # the class images follow the instance images
     assert len(seen) == 2
     for x0 in seen:
@@ -191,7 +193,7 @@ def test_a_damaged_file_is_named_and_once_removed_drawn_anew(drawn: Any, damage:
 
 def test_a_latent_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"NaN or infinite; use prepare\.sampling\.precision: fp32"):
-        latents.save(tmp_path / "00000.safetensors", torch.tensor([[[torch.nan]]]))
+        class_images.save_latent(tmp_path / "00000.safetensors", torch.tensor([[[torch.nan]]]))
     assert not list(tmp_path.iterdir())
 
 
@@ -199,7 +201,7 @@ def test_bf16_latents_are_kept_in_bf16(drawn: Any) -> None:
     _, kept = drawn(bases.sd(), prepare__sampling__precision="bf16")
     for path in kept:
         assert load_file(path)["x0"].dtype == torch.bfloat16
-        assert latents.load(path, (4, 8, 8)).dtype == torch.float32
+        assert class_images.load_latent(path, (4, 8, 8)).dtype == torch.float32
 
 
 def test_unscaled_is_the_inverse_of_the_network_s_scaling() -> None:
@@ -214,9 +216,9 @@ def test_pictures_have_the_name_they_always_had(drawn: Any, base: str, asked: li
         cfg, kept = drawn(
             BASES[base](), prepare__resolution=16 if base == "if-1" else 64, prepare__class_pictures=pictures
         )
-        model = Pretrained.find(cfg.model)
+        model = Base.find(cfg.model)
         assert json.loads((kept[0].parent / "about.json").read_text()) == {
-            "base": {part: model.key(part) for part in families.detect(model, cfg.model).parts},
+            "base": {part: model.key(part) for part in model.family.parts},
             "prompt": "a photo of a dog", "sampler": "DPM-Solver++ 2M", "steps": 2, "guidance": 7.5,
             "side_px": cfg.prepare.resolution, "precision": "fp32",
         }  # fmt: skip

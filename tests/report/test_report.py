@@ -25,9 +25,8 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.sample import sample_run
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make, at, config_in, dbtrain
+from tests.conftest import Make, at, config_in, dbtrain, train
 
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "dog" & \'sks\''
 VALIDATIONS = (0, 2, 4)

@@ -14,9 +14,8 @@ from dbtrain.config import Model
 from dbtrain.models import sampler
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.sample import AdapterPipeline, Mix, sample, sample_run
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, train
 
 
 @pytest.fixture

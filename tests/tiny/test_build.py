@@ -10,8 +10,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from dbtrain.config import Model
+from dbtrain.models.base import Base
 from dbtrain.models.families.registry import detect
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.tiny import build, fit, parts, world
 
 
@@ -29,7 +29,7 @@ def test_the_build_makes_an_ordinary_diffusers_folder(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     picture = pipe("a photo of a mug", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
     assert picture.images[0].size == (64, 64)
-    base = Pretrained.find(Model(path=str(folder)))
+    base = Base.find(Model(path=str(folder)))
     assert detect(base, Model(path=str(folder))).name == "sd"
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= 16 * 2**20
 

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
-from dbtrain.train.loop import train
 from tests import bases
-from tests.conftest import Make, command, dbtrain
+from tests.conftest import Make, command, dbtrain, train
 
 
 @pytest.fixture(autouse=True)

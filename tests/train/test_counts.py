@@ -19,14 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter, Config, Train
-from dbtrain.data.dataloader import Batch
+from dbtrain.data.batch import Batch
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import LatentSpace
 from dbtrain.models.objectives import DDPM
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import compute_step
+from dbtrain.train.step import compute_step
 from tests.conftest import ROOT, Make
 
 FREE = (

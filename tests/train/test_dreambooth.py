@@ -17,22 +17,21 @@ from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Share
 from dbtrain.data.shards import Manifest
-from dbtrain.models.families import registry as families
+from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train_step
+from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make, at
 
 
 def build(cfg: Config, folder: Path) -> DreamBooth:
     manifest = Manifest.read(at(folder))
-    base = Pretrained.find(cfg.model)
+    base = Base.find(cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
-    return DreamBooth.build(base, families.get("sd"), manifest, table, cfg)
+    return DreamBooth.build(base, manifest, table, cfg)
 
 
 def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:

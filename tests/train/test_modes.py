@@ -12,12 +12,13 @@ from tests.test_network import build, stream
 from tests.test_precision import awake
 from torch import Tensor
 
-from dbtrain.data.dataloader import Batch
+from dbtrain.data.batch import Batch
 from dbtrain.models import kernels
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import cuda_graph
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.loop import compute_step, train, train_step
-from tests.conftest import Make
+from dbtrain.train.step import compute_step, train_step
+from tests.conftest import Make, train
 
 STEPS = 3
 
@@ -141,8 +142,8 @@ def test_a_replayed_graph_gives_the_unrecorded_step(make: Make, prepared: Path, 
         cfg = make(train__micro_batch=2, train__precision=precision, train__cuda_graph=recorded)
         model = awake(build(cfg, prepared)).cuda()
         batches = stream(cfg, prepared, device=torch.device("cuda"))
-        with kernels.on_side_stream(recorded):
-            compute = kernels.Recorded(compute_step, distributed=False) if recorded else compute_step
+        with cuda_graph.on_side_stream(recorded):
+            compute = cuda_graph.Recorded(compute_step, distributed=False) if recorded else compute_step
             progress, losses = Progress.begin(model, cfg), []
             for step in range(8):
                 losses.append(train_step(model, progress, batches, step, cfg, compute).losses.clone())

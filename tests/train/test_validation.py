@@ -19,8 +19,8 @@ from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.models import kernels, sampler
+from dbtrain.models.base import Base
 from dbtrain.models.families import sd
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
@@ -28,7 +28,7 @@ from dbtrain.runtime.hashing import sha256_of
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample import sample
 from dbtrain.sample.sample import NO_ADAPTER, Mix
-from dbtrain.train import held_out_loss, loop
+from dbtrain.train import held_out_loss, loop, setup
 from tests import bases
 from tests.conftest import Make, at, dbtrain, draw_photo
 
@@ -141,7 +141,7 @@ def test_the_held_out_loss_is_the_objective_s_own(make: Make) -> None:
             assert line[name] == pytest.approx(np.mean(line["by_timestep"][role]))
 
     # The base's own loss of the photo, by Diffusers' scheduler and UNet.
-    base, manifest = Pretrained.find(cfg.model), Manifest.read(place)
+    base, manifest = Base.find(cfg.model), Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
     unet, noising = base.load("unet"), DDPMScheduler.from_pretrained(base.folder / "scheduler")
     losses = []
@@ -270,7 +270,7 @@ def test_steps_between_two_looks_launch_no_more(
     make: Make, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts: list[int] = []
-    original = loop.compute_step
+    original = setup.compute_step
 
     def counted(*args: Any) -> Any:
         with Dispatched() as mode:
@@ -278,7 +278,7 @@ def test_steps_between_two_looks_launch_no_more(
         counts.append(mode.total)
         return outcome
 
-    monkeypatch.setattr(loop, "compute_step", counted)
+    monkeypatch.setattr(setup, "compute_step", counted)
     for name, prompts in (("off", []), ("on", PROMPTS)):
         loop.train(make(data__shards=str(prepared), run_dir=str(tmp_path / name), train__precision="bf16",
                          validation__prompts=prompts, validation__every=2))  # fmt: skip

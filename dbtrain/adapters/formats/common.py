@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dbtrain.adapters.inject import AdapterState
+from dbtrain.adapters.state import AdapterState
 from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component

@@ -13,7 +13,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import Tensor
 
 from dbtrain.adapters.formats.common import Modules, States, lora_config, native, nested
-from dbtrain.adapters.inject import AdapterState
+from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 

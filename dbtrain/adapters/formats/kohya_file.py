@@ -23,7 +23,7 @@ from dbtrain.adapters.formats.common import (
     one_rank,
     scale_of,
 )
-from dbtrain.adapters.inject import AdapterState
+from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError

@@ -9,7 +9,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.inject import AdapterState
+from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason

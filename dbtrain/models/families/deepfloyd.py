@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from dbtrain.data.dataloader import Batch
+from dbtrain.data.batch import Batch
 from dbtrain.models.families.family import Family, matching, padded, pixel_space
 from dbtrain.models.objectives import DDPM
 from dbtrain.models.pretrained import Pretrained

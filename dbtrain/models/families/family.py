@@ -15,7 +15,7 @@ from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dbtrain.data.dataloader import Batch
+    from dbtrain.data.batch import Batch
 
 
 Sees = Callable[[Tensor, Tensor, Tensor, "Batch", DDPM | None], dict[str, Tensor]]
@@ -47,6 +47,8 @@ class Family:
     """Raises ConfigError if the components of a base do not fit together; reads configs only."""
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     """(denoiser, x_t, t (rows,), condition) -> prediction, shaped like x_t."""
+    objective: Callable[[Mapping[str, Any], float | None], DDPM] = DDPM.of
+    """(the scheduler's config, gamma of min-SNR or None) -> what the denoiser learns."""
     vae: str | None = "vae"  # None: the denoiser works on pixels
     row: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda meta, side: {}
     """(a stored row's description, side in px) -> what it adds to the condition, one tensor each."""

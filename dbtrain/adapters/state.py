@@ -1,0 +1,24 @@
+"""An adapter's weights and settings, apart from any model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """An adapter's weights, fp32 on the CPU, and its PEFT config as JSON-able values."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """All but the values: what two adapters that can take each other's place have in common."""
+        strength = {
+            key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha", "alpha", "use_rslora")
+        }
+        return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}

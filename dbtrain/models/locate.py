@@ -1,0 +1,125 @@
+"""Where a base model is: the embedded one, a folder, the Hub's cache, one file to convert, the Hub."""
+
+from __future__ import annotations
+
+import importlib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from dbtrain.config import Model
+from dbtrain.runtime import dist, files, hashing
+from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.hashing import content_key
+
+EMBEDDED = "tiny"  # the `model.path` of the base that comes with the package
+LIBRARIES = ("diffusers", "transformers")  # a model folder may name classes of these, nothing else
+
+
+def embedded() -> Path:
+    """The folder of the embedded base."""
+    return Path(str(resources.files("dbtrain") / "tiny" / "model"))
+
+
+def hush() -> None:
+    """Turn off the libraries' bars over loading and their remarks: ours show what takes time."""
+    for library in LIBRARIES:
+        speech = importlib.import_module(f"{library}.utils.logging")
+        speech.disable_progress_bar()
+        speech.set_verbosity_error()
+
+
+def folder_here(cfg: Model) -> Path | None:
+    """The folder that `model.path` is or stands for, if it is here. Raises ConfigError for a pickle."""
+    path = files.expand(cfg.path)
+    if cfg.path == EMBEDDED:
+        return embedded()
+    if path.is_file():
+        folder = _converted(cfg, path)
+        return folder if folder.exists() else None
+    return path if path.exists() else None
+
+
+def _converted(cfg: Model, path: Path) -> Path:
+    """Where a single file is kept as a Diffusers folder."""
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
+        )
+    return files.cache() / "single-files" / content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
+
+
+def from_single_file(cfg: Model, path: Path) -> Path:
+    """A whole model in one file, as A1111 and ComfyUI have it, as a Diffusers folder in the user's cache."""
+    folder = _converted(cfg, path)
+    with dist.agreed():
+        if dist.local_rank() == 0 and not folder.exists():
+            try:
+                pipe = _single_file_pipeline(cfg, path)
+            except Exception as error:  # a broken file makes the libraries raise anything
+                raise ConfigError(
+                    f"model.path is '{cfg.path}', which holds no model that Diffusers can read: "
+                    f"{reason(error)}; model.config may name a Diffusers folder or Hub id of the same "
+                    "architecture"
+                ) from error
+            files.write_folder_atomically(folder, pipe.save_pretrained)
+    return folder
+
+
+def _single_file_pipeline(cfg: Model, path: Path) -> Any:
+    import diffusers
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors.torch import load_file
+
+    hush()
+    tensors = load_file(path)
+    if cfg.config:
+        name = diffusers.DiffusionPipeline.load_config(cfg.config)["_class_name"]
+    else:
+        xl = infer_diffusers_model_type(tensors).startswith("xl")
+        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+    dtype = next(tensor.dtype for key, tensor in tensors.items() if "diffusion_model" in key)
+    return getattr(diffusers, name).from_single_file(
+        str(path), config=cfg.config, torch_dtype=dtype, safety_checker=None
+    )
+
+
+def cached(cfg: Model) -> Path | None:
+    """The folder of a Hub id in the Hub's cache, as far as it was downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if files.expand(cfg.path).is_file():
+        return None
+    try:
+        index = try_to_load_from_cache(cfg.path, "model_index.json", revision=cfg.revision)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.path is '{cfg.path}', which is neither a folder here nor the name of a model on the Hub; "
+            "give one of these, or tiny"
+        ) from error
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def download(cfg: Model) -> Path:
+    """The cached folder of a Hub id. One rank a node downloads, the others find it done."""
+    from diffusers import DiffusionPipeline
+
+    def fetch() -> Path:
+        return Path(
+            DiffusionPipeline.download(
+                cfg.path, revision=cfg.revision, variant=cfg.variant, use_safetensors=True,
+                safety_checker=None,
+            )
+        )  # fmt: skip
+
+    with dist.agreed():
+        if dist.local_rank() == 0:
+            try:
+                fetch()
+            except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
+                raise ConfigError(
+                    f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
+                    f"could be downloaded from the Hub: {reason(error)}"
+                ) from error
+    return fetch()

@@ -1,0 +1,212 @@
+"""What a run trains with, made once before its first step: the `Job` that the loop holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dbtrain.adapters import inject as adapters
+from dbtrain.adapters.formats import registry as formats
+from dbtrain.config import Config
+from dbtrain.data import shards
+from dbtrain.data.dataloader import LatentStream
+from dbtrain.data.order import Share
+from dbtrain.data.shards import Manifest
+from dbtrain.data.storage import Storage
+from dbtrain.models import kernels
+from dbtrain.models.base import Base
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.prepare import plan
+from dbtrain.runtime import console, dist, files, preemption
+from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.train import checkpoint, cuda_graph, fingerprint, parallel, validation
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.metrics import Metrics
+from dbtrain.train.step import Compute, compute_step
+from dbtrain.train.validation import Validation
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, looked up before anything is loaded; the same on every rank."""
+
+    base: Base
+    storage: Storage
+    manifest: Manifest
+    share: Share
+    fingerprint: Mapping[str, Any]
+
+    @classmethod
+    def find(cls, cfg: Config) -> Inputs:
+        """Raises ConfigError if the shards are missing, or made for another base or other settings."""
+        storage = Storage(cfg.data.shards, cfg.faults.retries)
+        base = Base.find(cfg.model)
+        with dist.agreed():
+            share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
+            manifest = Manifest.read(storage)
+            cuda_graph.check(cfg.train.cuda_graph, dist.device())
+            found = None
+            if dist.is_main():
+                manifest.check_files(storage)
+                plan.check(cfg, base, manifest)
+                found = fingerprint.of(cfg, base, manifest)
+        return cls(base, storage, manifest, share, dist.from_main(found))
+
+    def is_trained(self, cfg: Config) -> bool:
+        """Whether no step is left, and nothing to validate.
+
+        Raises ConfigError if the newest checkpoint is another run's, or past `train.steps`.
+        """
+        with dist.agreed():
+            found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
+            if found:
+                fingerprint.check_continues(*found, self.fingerprint, cfg.train.steps)
+            trained = (
+                found is not None
+                and found[1]["step"] == cfg.train.steps
+                and not validation.lacking(cfg, self.manifest, self.fingerprint, cfg.train.steps)
+            )
+        return dist.from_main(trained)
+
+
+class Stop:
+    """Why all ranks stop after a step: agreed one step late, so that no rank waits for the answer."""
+
+    def __init__(self, until: int | None) -> None:
+        self.votes, self.until = dist.Vote(), until
+
+    def reason(self, step: int) -> str:
+        """In words; "" to go on. The same on every rank."""
+        wish = self.votes.cast(preemption.stop_requested())
+        return preemption.REASONS[wish] or ("as asked" if step == self.until else "")
+
+
+@dataclass
+class Job:
+    """A run that is ready to train from step `start` on."""
+
+    cfg: Config
+    run: RunFolder
+    progress: Progress
+    stream: LatentStream
+    metrics: Metrics
+    validation: Validation
+    compute: Compute
+    start: int
+
+    @contextmanager
+    def open(self, until: int | None = None) -> Iterator[tuple[nn.Module, Stop]]:
+        """The module to call, wrapped for these ranks, and the stop signal; all is closed at the end."""
+        train, device = self.cfg.train, dist.device()
+        with (
+            closing(self.stream), self.metrics,
+            kernels.attention(train.attention, device), cuda_graph.on_side_stream(train.cuda_graph),
+        ):  # fmt: skip
+            if train.compile:
+                _compile(self.progress, self.stream, self.cfg)
+            with dist.training(self.cfg.faults.timeout_s):
+                ddp, stop = parallel.wrap(self.progress.model), Stop(until)
+                self.validation.run(self.start, self.metrics)
+                yield ddp, stop
+
+    def is_save_step(self, step: int) -> bool:
+        return step == self.cfg.train.steps or step % self.cfg.train.checkpoint_every == 0
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`, after its log lines: a kill after the save loses none."""
+        self.metrics.report()
+        with self.metrics.untimed():
+            checkpoint.save(self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep)
+
+    def validate(self, step: int, saved: bool) -> None:
+        """Validate, if it is due; a run that is stopped meanwhile saves first, unless it has."""
+        if not self.validation.is_due(step):
+            return
+        try:
+            self.validation.run(step, self.metrics)
+        except (Preempted, ConfigError):  # on all ranks; a resumed run makes up for it
+            if not saved:
+                self.save(step)
+            raise
+
+
+def setup(cfg: Config, inputs: Inputs) -> Job:
+    """Build the model, load the newest checkpoint and start reading ahead, on every rank.
+
+    Raises ConfigError for what a user can fix.
+    """
+    run, manifest, found = RunFolder(cfg.run_dir), inputs.manifest, inputs.fingerprint
+    # The model, and what follows from its adapter.
+    with dist.agreed():
+        table = shards.read_prompts(inputs.storage, manifest.prompts)
+        model = DreamBooth.build(inputs.base, manifest, table, cfg)
+        for name in cfg.export.formats:  # now, not after the last step
+            formats.check(name, inputs.base.family, model.states())
+        if dist.is_main():
+            files.write_atomically(run.config, cfg.dump())
+            run.done.unlink(missing_ok=True)
+    watcher = Validation.build(cfg, inputs.base, model, manifest, found)
+    progress = Progress.begin(model.to(dist.device()), cfg)
+    start = checkpoint.load_latest(run, progress, found)
+    checkpoint.check_ranks(model)
+
+    # The data, from the step on that comes next.
+    weights = _role_weights(cfg, manifest)
+    stream = LatentStream(
+        inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
+        noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
+        resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
+        extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
+    )  # fmt: skip
+
+    # The log, without the steps that are taken again.
+    with dist.agreed():
+        metrics = Metrics(run, cfg, start, list(weights), stream.source)
+        if dist.is_main():
+            validation.forget_after(cfg, found, start)
+    console.say(_greeting(cfg, model, manifest, weights, start))
+    compute = compute_step
+    if cfg.train.cuda_graph:
+        compute = cuda_graph.Recorded(compute_step, dist.world() > 1)
+    return Job(cfg, run, progress, stream, metrics, watcher, compute, start)
+
+
+def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
+    """Compile the denoiser; of several ranks on a node one does it, the others find it in the cache."""
+    model, device = progress.model, dist.device()
+    kernels.compile_module(model.denoiser, cfg.train.compile, activation_memory=cfg.train.activation_memory)
+    if dist.world() == 1:
+        return
+    with dist.leaders_first(), model.working_copies.in_place():
+        with PRECISIONS[cfg.train.precision].forward(device):
+            loss = model(stream.peek()).sum()
+        loss.backward()
+    progress.optimizer.zero_grad()
+
+
+def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
+    """Weight of each role's mean loss; class images of weight 0 are not drawn at all."""
+    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
+    return {role: weights[role] for role in ("instance", "class") if role in manifest.roles and weights[role]}
+
+
+def _greeting(
+    cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: Mapping[str, float], start: int
+) -> str:
+    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in role_weights)
+    sizes = []
+    for name, module in model.trained.items():
+        trained = sum(p.numel() for p in adapters.trainable(module).values())
+        sizes.append(f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters of {name}")
+    where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
+    go_on = f"going on from step {start}; " if start else ""
+    return (
+        f"{go_on}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
+        f"batches of {cfg.train.global_batch} on {where}"
+    )

@@ -1,0 +1,83 @@
+"""One optimizer step on this rank's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from dbtrain.adapters import inject as adapters
+from dbtrain.config import Config
+from dbtrain.data.batch import Batch
+from dbtrain.data.dataloader import LatentStream
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.runtime import dist, rng
+from dbtrain.train import optim, parallel
+from dbtrain.train.checkpoint import Progress
+from dbtrain.train.metrics import TENTHS, Outcome
+
+Compute = Callable[[nn.Module, Progress, Sequence[Batch], Config], Outcome]
+
+
+def train_step(
+    ddp: nn.Module,
+    progress: Progress,
+    stream: LatentStream,
+    step: int,
+    cfg: Config,
+    compute: Compute | None = None,
+) -> Outcome:
+    """Optimizer step number `step`, counted from 0, on the stream's next micro-batches."""
+    lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
+    optim.set_lr(progress.optimizer, lr)
+    waited = stream.wait_s
+    batches = [next(stream) for _ in range(stream.share.micro_batches)]
+    outcome = (compute or compute_step)(ddp, progress, batches, cfg)
+    return outcome._replace(lr=lr, wait_s=stream.wait_s - waited)
+
+
+def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
+    """The step's work on the device; nothing in it reads a tensor back to the host."""
+    model, optimizer, scaler = progress.model, progress.optimizer, progress.scaler
+    precision, device = PRECISIONS[cfg.train.precision], batches[0].weight.device
+    losses = torch.zeros(2, device=device)
+    tenths = torch.arange(TENTHS, device=device)
+    spread = torch.zeros(2, 2, TENTHS, device=device)
+    bad = torch.full((2,), torch.inf, dtype=torch.float64, device=device)
+    optimizer.zero_grad(set_to_none=not cfg.train.cuda_graph)
+
+    # Forward and backward of each micro-batch; gradients add up.
+    with model.working_copies.in_place():
+        for number, batch in enumerate(batches):
+            if adapters.drops(cfg.adapter):
+                step = batch.first // cfg.train.global_batch
+                rng.seed_dropout(cfg.seed, "dropout", step, batch.first)
+            with parallel.accumulating(ddp, last=number == len(batches) - 1):
+                with precision.forward(device):
+                    per_image = ddp(batch)  # (rows,): instance rows, then class rows
+                # The weights make a sum over all rows of all ranks; DDP gives the mean over ranks.
+                loss = (batch.weight * per_image).sum() * dist.world()
+                scaler.scale(loss).backward()
+
+            # What the log wants to know, kept on the device: losses by role, by timestep, the first bad row.
+            by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
+            roles = len(by_role)
+            losses[:roles] += by_role.sum(1) / cfg.train.global_batch
+            own = (batch.u * TENTHS).long().view_as(by_role)[..., None] == tenths
+            spread[:roles, 0] += own.sum(1)
+            spread[:roles, 1] += torch.where(own, by_role[..., None], 0).sum(1)
+            first = torch.where(by_role.isfinite(), torch.inf, batch.position.view_as(by_role)).amin(1)
+            bad[:roles] = torch.minimum(bad[:roles], first)
+
+    # Clip, and step unless something was NaN or infinite.
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.optim.clip)
+    if cfg.faults.nonfinite == "skip" and not scaler.is_enabled():
+        leave_out = ~grad_norm.isfinite()
+        optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]  # as the scaler tells AdamW
+        progress.skipped += leave_out
+    scaler.step(optimizer)
+    scaler.update()
+    return Outcome(losses, grad_norm, bad, spread, sum(batch.seen for batch in batches))
