@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -113,7 +112,6 @@ class LatentStream:
             for shard in order.shards_of(share)
         ]
         self.resident = Resident(mine) if sum(s.bytes for s in mine) <= resident_gib * 2**30 else None
-        self.wait_s = 0.0  # time that `next` waited, s
         self.ahead: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self.peeked: Batch | None = None
         self.closed = threading.Event()
@@ -127,9 +125,7 @@ class LatentStream:
         if self.peeked:
             batch, self.peeked = self.peeked, None
             return batch
-        before = time.perf_counter()
         item = self.ahead.get()
-        self.wait_s += time.perf_counter() - before
         if isinstance(item, BaseException):
             raise item
         batch = item.to(self.device)

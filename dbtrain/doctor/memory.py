@@ -212,7 +212,6 @@ class _Rows:
     """A stream of micro-batches without content."""
 
     device = torch.device("cpu")
-    wait_s = 0.0
 
     def __init__(self, task: _Task, family: Family, stored: Mapping[str, Tensor], share: Share) -> None:
         self.task, self.family, self.stored, self.share = task, family, stored, share

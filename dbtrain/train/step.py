@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,10 +32,11 @@ def train_step(
     """Optimizer step number `step`, counted from 0, on the stream's next micro-batches."""
     lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
     optim.set_lr(progress.optimizer, lr)
-    waited = stream.wait_s
+    before = time.perf_counter()
     batches = [next(stream) for _ in range(stream.share.micro_batches)]
+    wait_s = time.perf_counter() - before
     outcome = (compute or compute_step)(ddp, progress, batches, cfg)
-    return outcome._replace(lr=lr, wait_s=stream.wait_s - waited)
+    return outcome._replace(lr=lr, wait_s=wait_s)
 
 
 def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_network import build, stream
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbtrain.config import Model
@@ -19,6 +18,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make
+from tests.train.test_dreambooth import build, stream
 
 MODES = ("none", "transformer", "blocks")
 ADAPTERS: list[dict[str, Any]] = [

@@ -83,7 +83,6 @@ def network(cfg: Config) -> DreamBooth:
     base = Base.find(cfg.model)
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
-    family = base.family
     table = shards.read_prompts(at(folder), manifest.prompts)
     model = DreamBooth.build(base, manifest, table, cfg)
     newest = RunFolder(cfg.run_dir).checkpoints()[-1]
@@ -109,7 +108,6 @@ def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module
 def stock(cfg: Config, folder: Path, form: str) -> Any:
     """The base with the exported adapter, loaded as the format's own users do."""
     base = Base.find(cfg.model)
-    family = base.family
     pipe = getattr(diffusers, family.pipeline).from_pretrained(cfg.model.path, dtype=torch.float32)
     if form == "peft":
         for component in family.adaptable:

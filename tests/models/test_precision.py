@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_network import build, stream
 
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step, train_step
 from tests.conftest import Make
+from tests.train.test_dreambooth import build, stream
 
 
 def awake(model: DreamBooth) -> DreamBooth:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save
-from tests.test_families import BASES, first_batch
 from torch import Tensor
 from transformers import CLIPTextModel
 
@@ -31,6 +30,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
 from tests.conftest import Make, at, train
+from tests.models.test_families import BASES, first_batch
 
 LATENT_BASES: dict[str, Callable[[], Path | str]] = {
     "tiny": lambda: "tiny",

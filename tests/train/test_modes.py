@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_network import build, stream
-from tests.test_precision import awake
 from torch import Tensor
 
 from dbtrain.data.batch import Batch
@@ -19,6 +17,8 @@ from dbtrain.train import cuda_graph
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import compute_step, train_step
 from tests.conftest import Make, train
+from tests.models.test_precision import awake
+from tests.train.test_dreambooth import build, stream
 
 STEPS = 3
 

@@ -13,7 +13,6 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.test_counts import Dispatched
 
 from dbtrain.config import Config
 from dbtrain.data import shards
@@ -31,6 +30,7 @@ from dbtrain.sample.sample import NO_ADAPTER, Mix
 from dbtrain.train import held_out_loss, loop, setup
 from tests import bases
 from tests.conftest import Make, at, dbtrain, draw_photo
+from tests.train.test_counts import Dispatched
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog in the snow"]
 HELD = {"prepare__held_out": 1, "prepare__class_held_out": 3, "validation__timesteps": 4}
