@@ -50,6 +50,22 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
 
 @app.command()
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run and the shards")],
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder with the photos of the subject")],
+    base: Annotated[str, typer.Option(help="base model: sd15, sd21, sdxl, deepfloyd, deepfloyd-2, tiny")],
+    word: Annotated[
+        str | None, typer.Option(help="what the photos show, e.g. dog (default: the folder's name)")
+    ] = None,
+) -> None:
+    """Write a config for a folder of photos, and copy the launch scripts."""
+    from dbtrain.prepare import init as verb
+
+    for line in verb.init(name, photos, base, word):
+        print(line)
+
+
+@app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Photos (and class images) to shards of VAE latents and a prompt table."""
     cfg = _load(config, overrides)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dbtrain.config import Prepare
+from dbtrain.data.photo_files import FORMATS, SUFFIXES, is_photo, naming
+from dbtrain.data.photo_files import size as size
 from dbtrain.runtime import files, rng
 from dbtrain.runtime.console import say
-from dbtrain.runtime.errors import ConfigError, reason
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # whatever the name says
-LONGEST = 50  # most that the long side may be of the short one
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+from dbtrain.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
         if entry.is_symlink() and not entry.exists() and entry.suffix.lower() in SUFFIXES:
             raise ConfigError(f"photo {entry} is a link to {entry.readlink()}, which does not exist")
     entries = sorted(entry for entry in root.iterdir() if entry.is_file())
-    photos = [e for e in entries if e.suffix.lower() in SUFFIXES and not e.name.startswith(".")]
+    photos = [e for e in entries if is_photo(e)]
     skipped = [e.name for e in entries if e not in photos and e.suffix.lower() not in ignore]
     if skipped:
         say(f"{folder}: skipped {len(skipped)} files that are no photos: {', '.join(skipped[:5])}"
@@ -62,30 +57,9 @@ def of_subject(cfg: Prepare) -> list[Path]:
     return photos
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn whatever a broken picture makes Pillow raise into one line that names the file."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise a dozen kinds on broken files
-        raise ConfigError(f"cannot read photo {path}: {reason(error)}; replace or remove it") from error
-
-
-def size(path: Path) -> tuple[int, int]:
-    """(height, width) of a photo as it is seen, px; reads its header only."""
-    with _naming(path), Image.open(path, formats=FORMATS) as photo:
-        width, height = photo.size
-        sideways = photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-    if max(height, width) > LONGEST * min(height, width):
-        raise ConfigError(f"photo {path} is {width} x {height} px, too thin to crop; replace or remove it")
-    return (width, height) if sideways else (height, width)
-
-
 def load(path: Path) -> Image.Image:
     """A photo upright and in RGB: EXIF rotation applied, transparency over white, 16 bits to 8."""
-    with _naming(path), Image.open(path, formats=FORMATS) as photo:
+    with naming(path), Image.open(path, formats=FORMATS) as photo:
         photo.load()
         upright = ImageOps.exif_transpose(photo)
         if upright.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
