@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,18 @@ def _section(field: Any) -> type[Section] | None:
 
 def _values(prefix: str, name: str) -> str:
     """What a key takes, from the config's JSON schema."""
-    schema: dict[str, Any] = Config.model_json_schema()
-    node = schema
+    node = schema = _schema()
     for part in [*prefix.split(".")[:-1], name]:
         node = node["properties"][part]
         for option in (node, *node.get("anyOf", ())):
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].split("/")[-1]]
     return _of_type(node)
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Config.model_json_schema()
 
 
 def _of_type(node: dict[str, Any]) -> str:
