@@ -1,4 +1,4 @@
-"""One YAML describes one subject: typed sections, strict and frozen."""
+"""The config: one YAML file per subject, read into strict, frozen, typed sections."""
 
 from dbtrain.config.adapter import Adapter, AdapterSettings
 from dbtrain.config.config import Config, fields

@@ -1,4 +1,4 @@
-"""What is trained: adapters of each kind."""
+"""The adapter: its kind, size and target modules."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from dbtrain.config.base import Count, Positive, Section, Share, Targets
 
 
 class AdapterSettings(Section):
-    """An adapter on one kind of component; every kind of adapter has some of the options."""
+    """An adapter on the denoiser or on the text encoders. Each kind supports some of the options."""
 
-    kind: Literal["lora", "loha", "lokr"] = Field("lora", description="adapter kind")
-    rank: Count = Field(16, description="rank of the update")
+    kind: Literal["lora", "loha", "lokr"] = Field("lora", description="adapter type")
+    rank: Count = Field(16, description="rank of the weight update")
     alpha: Positive | None = Field(
-        None, description="strength: the update is scaled by alpha / rank (null: alpha = rank)"
+        None, description="the weight update is scaled by alpha / rank (null: alpha = rank)"
     )
     targets: Targets = Field(
         "attention",
-        description="modules to adapt: `attention`, `minimal`, `all`, a list of names, or a regular "
-        "expression for the whole name",
+        description="modules to adapt: a preset (`attention`, `minimal`, `all`), a list of module names, or "
+        "a regular expression that matches full module names",
     )
-    dropout: Share = Field(0.0, description="LoRA: dropout before the adapter")
+    dropout: Share = Field(0.0, description="LoRA: dropout probability on the adapter's input")
     init: Literal["gaussian", "kaiming", "orthogonal"] = Field(
-        "gaussian", description="LoRA: start of the down projection"
+        "gaussian", description="LoRA: initialization of the down projection"
     )
-    rslora: bool = Field(False, description="LoRA: scale by alpha / sqrt(rank)")
-    dora: bool = Field(False, description="LoRA: train the weights' magnitudes as well (DoRA)")
+    rslora: bool = Field(False, description="LoRA: scale by alpha / sqrt(rank) instead (rsLoRA)")
+    dora: bool = Field(False, description="LoRA: also train the magnitudes of the weights (DoRA)")
     bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="LoRA: biases of the base to train as well; kept by the format peft only"
+        "none", description="LoRA: biases of the base model to train too; only the `peft` format stores them"
     )
-    rank_dropout: Share = Field(0.0, description="LoHa, LoKr: dropout of the update's rows")
-    module_dropout: Share = Field(0.0, description="LoHa, LoKr: how often a whole layer's update is left out")
-    effective_conv2d: bool = Field(False, description="LoHa, LoKr: decompose 3x3 convolutions by CP")
-    decompose_both: bool = Field(False, description="LoKr: decompose the left factor too")
-    decompose_factor: int = Field(-1, description="LoKr: size of the left factor (-1: near the square root)")
+    rank_dropout: Share = Field(0.0, description="LoHa, LoKr: probability of dropping a row of the update")
+    module_dropout: Share = Field(
+        0.0, description="LoHa, LoKr: probability of dropping a layer's whole update"
+    )
+    effective_conv2d: bool = Field(False, description="LoHa, LoKr: CP decomposition for convolutions")
+    decompose_both: bool = Field(False, description="LoKr: also decompose the left factor")
+    decompose_factor: int = Field(
+        -1, description="LoKr: size of the left factor (-1: close to the square root)"
+    )
 
     @model_validator(mode="after")
     def _options_of_the_kind(self) -> AdapterSettings:
@@ -46,8 +50,8 @@ class AdapterSettings(Section):
         ]
         if strange:
             raise ValueError(
-                f"{', '.join(strange)} is no option of kind {self.kind}, "
-                f"which has {', '.join(OPTIONS[self.kind])}"
+                f"{', '.join(strange)}: not available for kind '{self.kind}'; "
+                f"its options are {', '.join(OPTIONS[self.kind])}"
             )
         if not self.targets:
             raise ValueError("targets is empty; use 'attention'")
@@ -65,11 +69,11 @@ OPTIONS = {
 
 class Adapter(AdapterSettings):
     text_encoder: AdapterSettings | None = Field(
-        None, description="train the text encoders too, with an adapter of its own; null: they stay frozen"
+        None, description="adapter for the text encoders; null: they stay frozen"
     )
 
 
-# Names by preset, as suffixes of a module's name. A name that a component lacks is passed over.
+# Module names of each preset, as suffixes. Names that a component does not have are ignored.
 _DENOISER = ("to_q", "to_k", "to_v", "to_out.0")
 _CLIP, _T5 = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q", "k", "v", "o")
 PRESETS = {
@@ -88,6 +92,6 @@ PRESETS = {
 
 
 def alpha_of(cfg: AdapterSettings) -> Any:
-    """The alpha that is meant; 8.0 as 8, as most readers write it."""
+    """The effective alpha; an int where it is whole, as other programs write it."""
     alpha = cfg.alpha or cfg.rank
     return int(alpha) if alpha == int(alpha) else alpha

@@ -1,4 +1,4 @@
-"""What settings are made of: strict, frozen sections and the kinds of values in them."""
+"""Building blocks of the config: the section base class and the value types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Base of every section: no unknown keys, no silent conversions, no edits."""
+    """Base class of all sections: no unknown keys, no silent conversions, immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -20,11 +20,11 @@ def listed(value: Any) -> Any:
 
 
 def no_number(value: Any) -> Any:
-    """1 equals True, and would pass for it."""
+    """An int as text: 1 == True, so pydantic would accept it for a boolean literal."""
     return str(value) if type(value) is int else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(listed)]  # YAML has lists, frozen models want tuples
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]  # YAML has lists, frozen models need tuples
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(listed)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
@@ -32,6 +32,6 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
-Steps = Annotated[int, Field(ge=1, le=1000)]  # of a sampler: no more than a base was trained with
+Steps = Annotated[int, Field(ge=1, le=1000)]  # of a sampler; base models have 1000 training timesteps
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -1,4 +1,4 @@
-"""One YAML describes one subject: frozen, strict, typed sections, and errors a user can act on."""
+"""The config of one subject: loading it, and every problem in it reported at once."""
 
 from __future__ import annotations
 
@@ -19,27 +19,32 @@ from dbtrain.runtime.errors import ConfigError
 
 
 class Config(Section):
-    run_dir: Text = Field(description="folder of the run: checkpoints, logs, export, samples")
-    seed: Seed = Field(0, description="root of all randomness of the run")
+    run_dir: Text = Field(description="run folder: checkpoints, logs, exported files, samples")
+    seed: Seed = Field(0, description="seed of everything random in the run")
     model: Model = Field(default=Model(), description="the base model")
-    prepare: Prepare | None = Field(None, description="how photos become shards")
-    data: Data = Field(description="the shards")
-    adapter: Adapter = Field(default=Adapter(), description="what is trained")
-    loss: Loss = Field(default=Loss(), description="what is minimised")
-    optim: Optim = Field(default=Optim(), description="how it is minimised")
-    train: Train = Field(default=Train(), description="the training loop")
-    faults: Faults = Field(default=Faults(), description="what to do when something fails")
-    validation: Validation = Field(default=Validation(), description="pictures and losses while it trains")
-    export: Export = Field(default=Export(), description="files of the result")
-    hub: Hub = Field(default=Hub(), description="where the result is published")
-    sample: Sample = Field(default=Sample(), description="pictures drawn with the result")
-    evaluation: Evaluation = Field(default=Evaluation(), description="how the result is judged")
+    prepare: Prepare | None = Field(None, description="how photos are turned into shards")
+    data: Data = Field(description="where the shards are, and how they are read")
+    adapter: Adapter = Field(default=Adapter(), description="the adapter that is trained")
+    loss: Loss = Field(default=Loss(), description="the training loss")
+    optim: Optim = Field(default=Optim(), description="optimizer and learning rate")
+    train: Train = Field(
+        default=Train(), description="training loop: length, batches, precision, memory, checkpoints"
+    )
+    faults: Faults = Field(default=Faults(), description="timeouts, preemption and retries")
+    validation: Validation = Field(
+        default=Validation(), description="images and held-out losses during training"
+    )
+    export: Export = Field(default=Export(), description="files that are written after training")
+    hub: Hub = Field(default=Hub(), description="publishing to the Hugging Face Hub")
+    sample: Sample = Field(default=Sample(), description="images generated with the trained adapter")
+    evaluation: Evaluation = Field(default=Evaluation(), description="how `evaluate` scores the result")
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Config:
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
-                f"optim.warmup_steps is {self.optim.warmup_steps}, more than train.steps ({self.train.steps})"
+                f"optim.warmup_steps is {self.optim.warmup_steps}, but train.steps is only "
+                f"{self.train.steps}; use fewer warm-up steps"
             )
         return self
 
@@ -48,16 +53,16 @@ class Config(Section):
         every = [part for part in (self.adapter, self.adapter.text_encoder) if part]
         if self.train.cuda_graph and any(p.dropout or p.rank_dropout or p.module_dropout for p in every):
             raise ValueError(
-                "train.cuda_graph is true, but a recorded step cannot draw an adapter's dropout anew; "
-                "turn one of them off"
+                "train.cuda_graph is true, but a recorded step would reuse the adapter's dropout masks; "
+                "set train.cuda_graph to false, or the dropout to 0"
             )
         return self
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
-        """The config in a YAML file, with `section.key=value` overrides put over it.
+        """The config in a YAML file, with `section.key=value` overrides applied.
 
-        Raises ConfigError that lists every problem at once.
+        Raises a ConfigError that lists every problem.
         """
         values = loading.read_yaml(Path(path))
         problems = [problem for item in overrides if (problem := loading.override(values, item))]
@@ -75,7 +80,7 @@ class Config(Section):
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, pydantic field) of every setting, in order."""
+    """(dotted key, pydantic field) of every setting, in order of definition."""
     for name, field in section.model_fields.items():
         inner = [
             kind

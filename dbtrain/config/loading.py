@@ -1,4 +1,4 @@
-"""From YAML and the command line to values, and from pydantic's complaints to lines a user can act on."""
+"""Reads YAML and overrides, and turns pydantic's errors into messages a user can act on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dbtrain.runtime.errors import ConfigError
 
-# What other trainers call things.
+# Names of the same settings in other trainers.
 SYNONYMS = {
     "learning_rate": "optim.lr", "lr_scheduler": "optim.schedule", "lr_warmup_steps": "optim.warmup_steps",
     "max_grad_norm": "optim.clip", "max_train_steps": "train.steps", "train_batch_size": "train.micro_batch",
@@ -28,26 +28,26 @@ SYNONYMS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number, and a key stands once."""
+    """YAML as people expect it: `1e-4` is a number, and duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise ConfigError(f"key '{key.value}' stands twice, line {key.start_mark.line + 1}")
+                raise ConfigError(f"duplicate key '{key.value}' on line {key.start_mark.line + 1}")
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",  # YAML 1.1 as PyYAML reads it wants a dot in 1.e-4
+    "tag:yaml.org,2002:float",  # PyYAML follows YAML 1.1, where 1e-4 needs a dot: 1.e-4
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError for anything else."""
+    """The mapping in a YAML file. Raises ConfigError if there is none."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except OSError as error:
@@ -55,12 +55,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's constructors raise these
         raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no `key: value` pairs")
+        raise ConfigError(f"{path} is not a valid config: it has no `key: value` pairs")
     return values
 
 
 def override(values: dict[str, Any], item: str) -> str | None:
-    """Put one `a.b=value` into `values`; what is wrong with it, if anything."""
+    """Apply one `a.b=value` to `values`. Returns the problem with it, or None."""
     name, equals, text = item.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
@@ -68,7 +68,7 @@ def override(values: dict[str, Any], item: str) -> str | None:
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return f"override '{item}': the value is not YAML"
+        return f"override '{item}': the value is not valid YAML"
     for key in keys[:-1]:
         inner = values.get(key)
         if inner is None:
@@ -81,15 +81,15 @@ def override(values: dict[str, Any], item: str) -> str | None:
 
 
 def problems(error: ValidationError, known: Sequence[str]) -> list[str]:
-    """One line for each place that pydantic complains of. `known` are all settings' dotted names."""
+    """One message per invalid setting. `known`: the dotted names of all settings."""
     told: dict[str, str] = {}
-    for detail in error.errors():  # a union complains once a branch: its first line will do
+    for detail in error.errors():  # a union reports every branch: keep the first
         told.setdefault(_place(detail["loc"]), _explain(dict(detail), known))
     return list(told.values())
 
 
 def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
-    """One line for one pydantic error: what, which value, what to do."""
+    """One message for a pydantic error: what is wrong, which value, what to do."""
     place = _place(error["loc"])
     value, context = error.get("input"), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
@@ -101,17 +101,17 @@ def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
     if error["type"] == "value_error":
         return f"{place}.{context['error']}" if place else str(context["error"])
     if error["type"] == "model_type":
-        return f"'{place}' is a section of keys, not {value!r}"
+        return f"'{place}' is a section with keys of its own, not a single value; got {value!r}"
     return f"{place} is {value!r}: {error['msg'].removeprefix('Input ')}"
 
 
 def _place(loc: Sequence[str | int]) -> str:
-    """The dotted key of an error, without the names that pydantic gives to branches of unions."""
+    """The dotted key of an error, without pydantic's names for the branches of a union."""
     return ".".join(str(part) for part in loc if re.fullmatch(r"[\w-]+", str(part)))
 
 
 def _did_you_mean(place: str, known: Sequence[str]) -> str:
-    """The setting that was meant: another trainer's word, the same key elsewhere, a near spelling."""
+    """A suggestion: the name in another trainer, the same key in another section, or a close spelling."""
     key = place.split(".")[-1]
     if key in SYNONYMS:
         return f"; did you mean '{SYNONYMS[key]}'?"

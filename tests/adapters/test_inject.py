@@ -128,9 +128,9 @@ def test_learning_rates_of_text_encoders_and_of_lora_plus() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"kind": "loha", "dora": True}, "dora is no option of kind loha"),
-        ({"kind": "lora", "rank_dropout": 0.1}, "rank_dropout is no option of kind lora"),
-        ({"kind": "loha", "decompose_both": True}, "decompose_both is no option of kind loha"),
+        ({"kind": "loha", "dora": True}, "dora: not available for kind 'loha'"),
+        ({"kind": "lora", "rank_dropout": 0.1}, "rank_dropout: not available for kind 'lora'"),
+        ({"kind": "loha", "decompose_both": True}, "decompose_both: not available for kind 'loha'"),
         ({"init": "pissa"}, "init"),
         ({"targets": []}, "targets is empty"),
     ],

@@ -66,7 +66,7 @@ def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tmp_path: Path) -> Non
         ("train=3", "'train' is a section"),
         ("train.steps.deep=3", "train.steps"),
         ("optim.warmup_steps=501", "optim.warmup_steps is 501"),
-        ("train.micro_batch=3", "global_batch is 4, which micro_batch 3 does not divide"),
+        ("train.micro_batch=3", "global_batch is 4, which is not divisible by micro_batch (3)"),
         ("adapter.targets=7", "adapter.targets is 7"),
     ],
 )
@@ -104,7 +104,7 @@ def test_every_key_has_a_line_of_help() -> None:
 
 
 def test_class_images_are_only_held_out_where_there_are_any() -> None:
-    with pytest.raises(ValidationError, match="class_held_out is 2, but there is no class_prompt"):
+    with pytest.raises(ValidationError, match="class_held_out is 2, but there are no class images"):
         Prepare(photos="photos", instance_prompt="a photo of sks dog", class_held_out=2)
 
 

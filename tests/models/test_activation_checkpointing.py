@@ -75,7 +75,7 @@ def test_the_old_switch_is_told_the_choices(make: Make, old: bool) -> None:
 
 
 def test_a_budget_for_activations_needs_compile(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"activation_memory is 0.5, which needs compile: true"):
+    with pytest.raises(ConfigError, match=r"activation_memory is 0.5, but compile is false"):
         make(train__activation_memory=0.5)
     for wrong in (0.0, 1.5):
         with pytest.raises(ConfigError, match=r"train.activation_memory"):
