@@ -22,7 +22,7 @@ from dbtrain.data.pictures import Row, contact_sheet, save_png
 from dbtrain.evaluate import encoders
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate.encoders import Eye
-from dbtrain.evaluate.scores import Scores, Seen, scored
+from dbtrain.evaluate.scores import TABLE, Scores, Seen, scored
 from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -174,7 +174,8 @@ def _write(task: Task, scores: Scores, key: str) -> None:
     counts = {"photos": len(task.photos), "prompts": len(task.prompts), "images": ours.images,
               "class_images": ours.class_images}  # fmt: skip
     values = {name: value for name, value in asdict(scores).items() if value is not None}
-    whole = {"judge": "dino and clip", **values, **counts, **task.about_models(), "key": key}
+    whole = {"judge": "dino and clip", **values, **counts, **task.about_models(), "key": key,
+             "labels": dict(TABLE)}  # fmt: skip
     several = task.groups["subject"][:: ours.images][:SHOWN]
     rows = [
         Row([ImageOps.fit(images.load(path), (256, 256)) for path in task.photos[:SHOWN]], "the photos"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
@@ -52,8 +52,9 @@ class Scores:
     def load(cls, path: Path) -> Scores:
         """The scores in a `scores.json`. Raises ConfigError if it holds none."""
         try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            values = json.loads(path.read_text())
+            return cls(*(values[field.name] for field in fields(cls)))
+        except (ValueError, TypeError, LookupError) as error:
             raise ConfigError(f"{path} holds no scores: {error}") from error
 
     @property
@@ -73,6 +74,7 @@ TABLE = (
     ("diversity_base", "", "diversity of the class, base"),
     ("diversity", "", "diversity of the class, adapter"),
 )
+LABELS = {name: f"share {text}" if unit else text for name, unit, text in TABLE}
 
 
 def shown(scores: Scores) -> list[tuple[str, str]]:
@@ -107,7 +109,8 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     base, kept = (_pictures(folder, 0) for folder in (base_out, out / "class"))
     plain, *placed = (_pictures(out / "subject", prompt) for prompt in range(len(prompts)))
     scores = judged(Judge.load(), kind, photos, base, kept, plain, placed)
-    files.write_atomically(out / SCORES, json.dumps(asdict(scores), indent=1) + "\n")
+    whole = asdict(scores) | {"labels": LABELS}
+    files.write_atomically(out / SCORES, json.dumps(whole, indent=1) + "\n")
     order = list(world.PLACE_WORDS)
     rows = [
         Row(photos[:5], "the photos"),

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dbtrain.evaluate import tiny_judge
 from dbtrain.report.curves import mean
 from dbtrain.report.run import METRICS, SPEED, VALIDATION, Run
 
 SCORES = 4  # of scores.json in the summary; a table has all
-# What the embedded base's judge says.
-MEANINGS = {name: f"share {text}" if unit else text for name, unit, text in tiny_judge.TABLE}
 WAITS = 0.1  # share of the time waiting for data from which on it is said to be much
 
 
@@ -67,7 +64,7 @@ def _trained(run: Run, key: str, label: str) -> Figure | None:
 
 def _scores(run: Run) -> list[Figure]:
     shown = [
-        Figure(name.replace("_", " ").capitalize(), short(value), MEANINGS.get(name, ""))
+        Figure(name.replace("_", " ").capitalize(), short(value), run.score_labels.get(name, ""))
         for name, value in list(run.scores.items())[:SCORES]
     ]
     best = [str(row["step"]) for row in run.checkpoint_scores if row.get("suggested")]

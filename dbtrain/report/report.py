@@ -13,16 +13,15 @@ import hashlib
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import jinja2
-import torch
 
 import dbtrain
 from dbtrain.report import crops, curves, figures, links, thumbs
-from dbtrain.report.figures import MEANINGS, Figure, short
+from dbtrain.report.figures import Figure, short
 from dbtrain.report.links import href_of
 from dbtrain.report.run import Run, number, read_all
 from dbtrain.runtime import files
@@ -62,10 +61,11 @@ def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
         style=_part("uPlot.min.css") + _part("page.css"), script=script, licence=_part("uPlot.LICENSE"),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         figures=table([figures.of_run(run) for run in runs]), groups=curves.groups(runs),
-        scores=_scores(runs), score_curves=curves.scores(runs), timelines=thumbs.timelines(runs),
+        scores=_scores(runs), meanings={k: text for run in runs for k, text in run.score_labels.items()},
+        score_curves=curves.scores(runs), timelines=thumbs.timelines(runs),
         sheets=[thumbs.sheets(run) for run in runs], data=crops.data_sheets(runs, most_crops),
         differences=differences(runs), links=[links.of_run(run, page) for run in runs],
-        href=lambda path: href_of(path, page), number=number, meanings=MEANINGS, log_tail=LOG_TAIL,
+        href=lambda path: href_of(path, page), number=number, log_tail=LOG_TAIL,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def _title(runs: Sequence[Run]) -> str:
 def _versions() -> dict[str, str]:
     """What made the page."""
     return {
-        "dbtrain": dbtrain.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
+        "dbtrain": dbtrain.__version__, "torch": version("torch"), "diffusers": version("diffusers"),
         "Python": platform.python_version(),
     }  # fmt: skip
 

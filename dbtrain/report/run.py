@@ -34,6 +34,7 @@ class Run:
     cfg: Config
     tables: dict[str, list[Line]]
     scores: dict[str, float]
+    score_labels: dict[str, str]  # what a score says; none in files of older versions
     checkpoint_scores: list[Line]
     log: list[str]
     lacks: list[str]  # sentences about what is missing or damaged
@@ -101,10 +102,12 @@ def read(folder: Path, label: str) -> Run:
     tables = {name: _lines(names.table(name), lacks) for name in TABLES}
     lacks += [f"{name}.jsonl is missing or empty: {TABLES[name]}" for name in TABLES if not tables[name]]
     found = _json(names.scores / SCORES, dict, lacks)
+    labels = found.get("labels")
     rows = _json(names.scores / "checkpoints.json", list, lacks)
     return Run(
         folder, label, Config.load(names.config), tables,
         {str(name): value for name, given in found.items() if (value := number(given)) is not None},
+        {name: str(text) for name, text in labels.items()} if isinstance(labels, dict) else {},
         sorted((row for row in rows if _has_step(row)), key=lambda row: row["step"]),
         _text(names.log).splitlines(), lacks,
     )  # fmt: skip

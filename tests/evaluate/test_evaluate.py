@@ -125,6 +125,7 @@ def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
         assert values["preservation" + end] == pytest.approx(expected, abs=1e-5)
     assert values["dino"] != values["dino_base"] and values["clip_t"] != values["clip_t_base"]
     assert (values["prompts"], values["images"], values["photos"]) == (3, 3, len(real))
+    assert values["labels"]["clip_t"] == "CLIP-T, adapter: does the prompt count"
     assert (
         "short side 36 px bicubic antialiased, centre 32 px, mean 0.4/0.5/0.6" in values["dino_preprocessing"]
     )

@@ -15,7 +15,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import render
-from tests.conftest import Make, dbtrain, draw_photo, train
+from tests.conftest import ROOT, Make, dbtrain, draw_photo, train
 
 MUGS = [s for s in (world.scene(n, "test") for n in range(400)) if s.kind == "mug"][:24]
 PROMPTED = "a photo of sks mug"
@@ -62,6 +62,7 @@ def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
     scores = tiny_judge.Scores(0.1, 0.7, 0.9, 0.8, 0.9, 0.04, 0.0, 0.6, 0.9)
     text = tiny_judge.table(scores, scores)
     assert "75%       75%" in next(line for line in text.splitlines() if line.startswith("of the way"))
+    assert tiny_judge.Scores.load(ROOT / "benchmarks" / "results" / "quickstart.json"), "without labels"
     (tmp_path / "s.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds no scores"):
         tiny_judge.Scores.load(tmp_path / "s.json")
@@ -88,7 +89,9 @@ def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) ->
     assert again.returncode == 0 and "expected" in again.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}, "drawn again"
     assert tiny_judge.Scores.load(out / "scores.json") == scores
-    assert json.loads((out / "scores.json").read_text())["place"] == scores.place
+    values = json.loads((out / "scores.json").read_text())
+    assert values["place"] == scores.place
+    assert values["labels"]["place"] == "share of the subject's pictures in the place asked for"
 
 
 def test_checkpoints_are_compared_by_likeness_and_place(

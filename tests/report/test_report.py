@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from dbtrain.sample.sample import sample_run
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
 from tests import bases
-from tests.conftest import Make, at, config_in, dbtrain, train
+from tests.conftest import ROOT, Make, at, config_in, dbtrain, train
 
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "dog" & \'sks\''
 VALIDATIONS = (0, 2, 4)
@@ -54,7 +56,10 @@ def plant(folder: Path, prompts: tuple[str, ...]) -> None:
     rows = [{"step": step, "instance": tenths, "prior": tenths} for step in (2, 4)]
     (folder / "timesteps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "scores").mkdir()
-    (folder / "scores" / "scores.json").write_text(json.dumps({"likeness": 0.75, "place": 1.0}))
+    labels = {"likeness": "likeness of the adapter's pictures of the subject"}
+    (folder / "scores" / "scores.json").write_text(
+        json.dumps({"likeness": 0.75, "place": 1.0, "labels": labels})
+    )
     of_checkpoints = [
         {"step": 2, "likeness": 0.5, "suggested": False}, {"step": 4, "likeness": 0.75, "suggested": True}
     ]  # fmt: skip
@@ -318,6 +323,12 @@ def test_a_folder_with_nothing_but_a_config_gives_a_page(make: Make, tmp_path: P
     assert "metrics.jsonl is missing or empty" in text and "No step was logged yet" in text
 
 
+def test_the_report_imports_neither_peft_nor_the_compiler() -> None:
+    code = "import sys, dbtrain.report.report; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"peft", "diffusers", "torch._dynamo", "torch._inductor"} & set(done.stdout.split())
+
+
 def test_a_base_that_is_not_here_is_said_and_not_downloaded(
     runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +406,9 @@ def test_figures_say_where_the_held_out_loss_was_lowest(runs: list[Path], tmp_pa
     figure = found["Held-out loss, instance"]
     assert (figure.value, figure.note) == ("0.4 → 0.3", "−25%, lowest at step 10, 0.2; it has risen since")
     assert found["Suggested checkpoint"].value == "step 4"
+    likeness, place = found["Likeness"], found["Place"]
+    assert (likeness.value, likeness.note) == ("0.75", "likeness of the adapter's pictures of the subject")
+    assert (place.value, place.note) == ("1", ""), "a score without a label, as older versions wrote them"
     assert "Held-out loss, class" not in found
 
 
