@@ -81,7 +81,8 @@ def _models(model: str) -> dict[str, Callable[[], Any]]:
 
 def _words() -> Any:
     """CLIP's tokenizer with a small vocabulary, padded to CLIP's length."""
-    from dbtrain.tiny import parts, world
+    from benchmarks.tiny import parts
+    from dbtrain.tiny import world
 
     words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
     words.model_max_length = TOKENS
