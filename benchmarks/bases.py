@@ -97,6 +97,13 @@ def _scheduler() -> Any:
     )
 
 
+def model(name: str, work: Path, weights: bool = False) -> Model:
+    """The config's model: the embedded base, a folder with random weights, or one without weights."""
+    if name == "tiny":
+        return Model()
+    return Model(path=str((folder if weights else outline)(name, work)), variant=None)
+
+
 def outline(model: str, work: Path) -> Path:
     """The model's folder without weights: index, configs, tokenizers and scheduler."""
     return _made(model, work, weights=False)
