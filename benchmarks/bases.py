@@ -83,7 +83,8 @@ def _models(model: str) -> dict[str, Callable[[], Any]]:
 
 def _words() -> Any:
     """CLIP's tokenizer with a small vocabulary, padded to CLIP's length."""
-    from dbtrain.tiny import parts, world
+    from benchmarks.tiny import parts
+    from dbtrain.tiny import world
 
     words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
     words.model_max_length = TOKENS
@@ -96,6 +97,13 @@ def _scheduler() -> Any:
     return DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
     )
+
+
+def model(name: str, work: Path, weights: bool = False) -> Model:
+    """The config's model: the embedded base, a folder with random weights, or one without weights."""
+    if name == "tiny":
+        return Model()
+    return Model(path=str((folder if weights else outline)(name, work)), variant=None)
 
 
 def outline(model: str, work: Path) -> Path:

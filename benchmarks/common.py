@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -213,6 +214,8 @@ def main(run: Callable[[argparse.Namespace, Path], Result], words: argparse.Argu
     args = words.parse_args()
     console.start()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     out = args.out or (ROOT / "runs" / "smoke" if args.smoke else RESULTS)
     with tempfile.TemporaryDirectory(prefix="dbtrain-benchmark-") as temporary:
         work = (args.work or Path(temporary)).absolute()
@@ -220,6 +223,16 @@ def main(run: Callable[[argparse.Namespace, Path], Result], words: argparse.Argu
         found = run(args, work)
         path = out / f"{found.file}.json"
         (found.added_to(Result.read(path)) if args.append and path.exists() else found).write(out)
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Seconds that other programs do not lengthen: wall on a GPU, once it is idle; CPU time on a CPU."""
+
+    def wall_s() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return wall_s if device == "cuda" else time.process_time
 
 
 def result(args: argparse.Namespace, name: str, subject: str, rows: Sequence[Row], *notes: str) -> Result:

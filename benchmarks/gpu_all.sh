@@ -4,7 +4,6 @@
 #   no PART   lists the parts
 #   PART      a part's number, or "all": one after another
 # Set WORK to the folder of bases (SD-1.5: 2 GB, SDXL: 7 GB) and runs; parts share what is in it.
-# Set REFERENCE to an unmodified train_dreambooth_lora.py for the parts side by side with Diffusers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
@@ -29,6 +28,7 @@ parts=(
   "end_to_end $sd --steps 800 --batch 1 --class-images 200 --append --repeats 1"
   "scaling $sd --processes 1 2 4 8"
   "data"
+  "vs_diffusers $sd --precision bf16"
 )
 for batch in 2 16; do
   for rows in "eager memory graph" "regional compile" "compile-nhwc budget" "pure pure-nhwc" "all all-graph"; do
@@ -38,13 +38,6 @@ done
 for rows in "eager memory graph" regional compile compile-nhwc budget pure pure-nhwc all all-graph; do
   parts+=("ladder $xl --batch 4 --rows $rows --window 10")
 done
-if [[ -n ${REFERENCE:-} ]]; then
-  for _ in 1 2 3; do
-    parts+=("vs_diffusers $sd --precision bf16 --script $REFERENCE --parts given --repeats 1 --append")
-  done
-  parts+=("vs_diffusers $sd --precision bf16 --script $REFERENCE --parts drawn --repeats 1")
-fi
-
 if [[ $# -eq 0 ]]; then
   for number in "${!parts[@]}"; do echo "$number  python -m benchmarks.${parts[$number]}"; done
   exit

@@ -39,8 +39,10 @@ EXPECTED = (
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
     ("prior", "sd15-cuda", "class images of SD-1.5 on a GPU"),
     ("prior", "sdxl-cuda", "class images of SDXL on a GPU"),
-    ("vs_diffusers", "tiny-fp32-cpu", "side by side with Diffusers' script, on a CPU"),
-    ("vs_diffusers", "sd15-bf16-cuda", "side by side with Diffusers' script, SD-1.5 on a GPU"),
+    ("vs_diffusers", "step-tiny-fp32-cpu", "a step beside one of Diffusers' script, on a CPU"),
+    ("vs_diffusers", "step-sd15-bf16-cuda", "a step beside one of Diffusers' script, SD-1.5 on a GPU"),
+    ("vs_diffusers", "tiny-fp32-cpu", "Diffusers' unmodified script, photos to adapter, on a CPU"),
+    ("vs_diffusers", "tiny-fp32-cpu-drawn", "the same with class images, which each generates itself"),
 )
 
 

@@ -1,245 +1,182 @@
-"""Side by side with Diffusers' own training script: the same task, one after the other, in turns.
+"""dbtrain's step beside the one of Diffusers' script: same draws, same losses, and the time of each.
 
-    python -m benchmarks.vs_diffusers --script train_dreambooth_lora.py --python VENV/bin/python
+    python -m benchmarks.vs_diffusers --model sd15 --precision bf16
 
-The script is not part of dbtrain: give an unmodified copy of Diffusers'
-examples/dreambooth/train_dreambooth_lora.py, and a Python that has accelerate. It runs under
-`accelerate launch`; dbtrain as `dbtrain run`. Both get the same base, photos, class images, resolution,
-batch, rank, targets, optimizer, precision and threads, and are timed from outside.
-
-Three comparisons, which are never mixed up: *as shipped* (photos to adapter, and steps in which the
-reference encodes its images), *as shipped, drawing class images* (photos to adapter when each draws its
-own first), *compute-matched* (steps only, with the reference's VAE replaced by a table of what it gave
-for each image). CPU time is the main figure on CPUs: wall time depends on who else uses the machine.
+The reference is the loop of Diffusers' examples/dreambooth/train_dreambooth_lora.py with prior preservation
+and precomputed prompt embeddings: the same calls of Diffusers, PEFT and torch in the same order, without
+Accelerate and without reading pictures, which is in its favour. Both train the same adapter from the same
+start, on the latents, noise and timesteps of dbtrain's own batches, so that every loss has its counterpart.
+They take turns, a window of steps each.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
-from benchmarks import bases, common
+from benchmarks import bases, common, trainer
 from benchmarks.common import Measure, Result, Row
-from benchmarks.side_by_side import compare, pages, runs, witness
-from benchmarks.side_by_side.runs import Reference, Run, Task
-from dbtrain.runtime import console
-from dbtrain.tiny import world
+from dbtrain.config import Config
+from dbtrain.models.precision import PRECISIONS
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime import console, dist
 
-PARTS = ("given", "drawn")
-SETTLE = 10  # first steps that no figure counts
-
-
-@dataclass
-class Found:
-    """All runs, by what was compared: pairs in the order they were made."""
-
-    shipped: list[Run] = field(default_factory=list)
-    ours: list[Run] = field(default_factory=list)
-    matched: list[Run] = field(default_factory=list)
-    drawing: list[Run] = field(default_factory=list)
-    ours_drawing: list[Run] = field(default_factory=list)
-    floors: list[tuple[float, float]] = field(default_factory=list)
-    """CPU ms of the denoiser alone, forward and backward: with the adapter, and without."""
+TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
 
 
-@dataclass(frozen=True)
-class Witness:
-    """A run of each that was watched closely, and what the reference's first step left."""
+class Reference:
+    """What the script holds when its loop begins."""
 
-    theirs: Run
-    ours: Run
-    kept: Path
+    def __init__(self, cfg: Config, start: Mapping[str, Tensor]) -> None:
+        base, self.dtype = Pretrained.find(cfg.model), PRECISIONS[str(cfg.train.precision)].dtype
+        self.device, self.prior_weight, self.clip = dist.device(), cfg.loss.prior_weight, cfg.optim.clip
+        self.vae = base.load("vae", self.dtype).to(self.device)
+        self.unet = base.load("unet", self.dtype).to(self.device).requires_grad_(False)
+        self.unet.add_adapter(
+            LoraConfig(r=cfg.adapter.rank, lora_alpha=cfg.adapter.rank, target_modules=TARGETS)
+        )
+        cast_training_params(self.unet)
+        self.weights = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        if self.weights.keys() != start.keys():
+            raise SystemExit("error: dbtrain and the script adapt different layers of this base")
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                parameter.copy_(start[name])
+        self.optimizer = torch.optim.AdamW(self.weights.values(), lr=cfg.optim.lr, weight_decay=1e-2)
+        self.schedule = get_scheduler("constant", self.optimizer)
+        self.scheduler = base.load("scheduler")
+        self.unet.train()
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """What the script does with its pictures in every step; this loop is given the latents."""
+        return self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor
+
+    def step(self, x0: Tensor, noise: Tensor, t: Tensor, embeds: Tensor) -> float:
+        """One optimizer step; the loss, which the script reads back every time for its progress bar."""
+        x_t = self.scheduler.add_noise(x0, noise, t)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            predicted = self.unet(x_t, t, embeds, return_dict=False)[0]
+        prediction = self.scheduler.config.prediction_type
+        target = noise if prediction == "epsilon" else self.scheduler.get_velocity(x0, noise, t)
+        (instance, prior), (goal, prior_goal) = predicted.chunk(2), target.chunk(2)
+        loss = mse_loss(instance.float(), goal.float())
+        loss = loss + self.prior_weight * mse_loss(prior.float(), prior_goal.float())
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights.values(), self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return loss.detach().item()
 
 
-def task_of(args: argparse.Namespace, work: Path) -> Task:
-    """The task, with its photos made and its base at hand."""
-    photos = args.photos.absolute() if args.photos else work / "photos"
-    if not args.photos:
-        world.main(photos)
-    side = args.resolution or bases.SIDES[args.model]
-    return Task(
-        base=bases.folder(args.model, work), photos=photos, class_images=args.class_images, resolution=side,
-        batch=args.batch, accumulation=args.accumulation, rank=args.rank, lr=args.lr, steps=args.steps,
-        precision=args.precision, threads=args.threads, device=args.device,
+def configured(args: argparse.Namespace, work: Path) -> Config:
+    """The task of both, with its base and shards made."""
+    model = bases.model(args.model, work, weights=True)
+    place = work / f"vs-{args.model}"
+    bases.write_shards(place, args.model, Pretrained.find(model), 32, ("instance", "class"))
+    return Config(
+        run_dir=str(work / "run"), model=model, data={"shards": str(place)}, adapter={"rank": args.rank},
+        train={"global_batch": args.batch, "micro_batch": args.batch, "precision": args.precision},
     )  # fmt: skip
 
 
-def windows(task: Task) -> tuple[int, int]:
-    """First steps that are left out: as shipped, and until the table of latents is complete."""
-    first = min(SETTLE, task.steps // 3)
-    matched = max(first, task.epoch)
-    if matched > task.steps - 2:
-        raise SystemExit(
-            f"--steps is {task.steps}, but the reference has seen all pictures only after {task.epoch} "
-            "steps: use more steps, or fewer --class-images"
-        )
-    return first, matched
-
-
-def measure(
-    args: argparse.Namespace,
-    reference: Reference,
-    task: Task,
-    seen: Witness | None,
-    classes: Path,
-    work: Path,
-) -> Found:
-    """All timed runs, in turns: reference, dbtrain, reference without its VAE, dbtrain, and so on."""
-    found = Found()
-    floor = None
-    if seen and task.device == "cpu":
-        floor = witness.Floor(seen.kept, seen.ours.folder / "config.yaml")
-    kinds = sum({"given": 3, "drawn": 2}[part] for part in args.parts)
-    with console.bar(args.repeats * kinds, "timed", "run") as bar:
-        for number in range(args.repeats):
-            place = work / f"repeat-{number}"
-            turns = _turns(reference, task, classes, place, number, args.parts)
-            if args.smoke and seen:
-                turns = _few(reference, task, classes, place, seen)
-            for kind, run in turns:
-                getattr(found, kind).append(run)
-                bar.update()
-            if floor:
-                found.floors.append(floor.measure(3 if args.smoke else 15))
-    return found
-
-
-def _turns(
-    reference: Reference, task: Task, classes: Path, place: Path, seed: int, parts: Sequence[str]
-) -> Iterator[tuple[str, Run]]:
-    """One repeat: every kind of run once."""
-    first, late = windows(task)
-    if "given" in parts:
-        yield "shipped", runs.run_reference(reference, task, classes, place / "shipped", seed, first=first)
-        yield "ours", runs.run_ours(task, classes, place / "ours", seed, first=first)
-        table = {"first": late, "stub_vae": True}
-        matched = runs.run_reference(reference, task, classes, place / "matched", seed, **table)
-        assert max(matched.seen["encoded_at"]) <= late, "an image was encoded in a step that is timed"
-        yield "matched", matched
-    if "drawn" in parts:
-        empty = place / "drawing" / "classes"
-        yield "drawing", runs.run_reference(reference, task, empty, place / "drawing", seed, first=first)
-        yield "ours_drawing", runs.run_ours(task, place / "none", place / "ours-drawing", seed, first=first)
-
-
-def _few(
-    reference: Reference, task: Task, classes: Path, place: Path, seen: Witness
-) -> Iterator[tuple[str, Run]]:
-    """What `--smoke` has time for: the runs that were watched closely stand for timed ones."""
-    yield "shipped", runs.run_reference(reference, task, classes, place, first=windows(task)[0])
-    yield from (("ours", seen.ours), ("matched", seen.theirs))
-
-
-def tables(task: Task, found: Found) -> list[Row]:
-    """The rows of the result: comparison by comparison."""
-    first, matched = windows(task)
-    whole, main = compare.WHOLE, "photos → adapter, CPU" if task.device == "cpu" else "photos → adapter, wall"
-    step = "step, CPU" if task.device == "cpu" else "step, wall"
-    rows = []
-    if found.ours:
-        rows += compare.rows("as shipped", found.shipped, found.ours, whole | compare.steps(first), main)
-    if found.drawing:
-        rows += compare.rows(
-            "as shipped, drawing class images", found.drawing, found.ours_drawing, whole, main
-        )
-    if found.ours:
-        rows += compare.rows("compute-matched", found.matched, found.ours, compare.steps(matched), step)
-    for name, values in zip(("with", "without"), zip(*found.floors, strict=True), strict=False):
-        cost = {"step, CPU": Measure.of("ms", values)}
-        rows.append(Row(label=f"the denoiser alone, {name} adapter, forward and backward", measures=cost))
-    return rows
-
-
-def watched(reference: Reference, task: Task, classes: Path, place: Path, at_once: bool) -> Witness:
-    """A run of each, watched too closely to be timed: one after the other, or both `at_once`."""
-    kept = place / "kept"
-    kept.mkdir(parents=True, exist_ok=True)
-    late = windows(task)[1]
-    watch = {"first": late, "count": late, "profile": [late + 1, min(late + 10, task.steps)]}
-    closely = watch | {"stub_vae": True, "witness": str(kept)}
-    with ThreadPoolExecutor(2 if at_once else 1) as pool:
-        theirs = pool.submit(runs.run_reference, reference, task, classes, place / "theirs", **closely)
-        ours = pool.submit(runs.run_ours, task, classes, place / "ours", **watch)
-        return Witness(theirs.result(), ours.result(), kept / "first_step.safetensors")
-
-
 def run(args: argparse.Namespace, work: Path) -> Result:
-    reference = Reference.find(args.script, args.python)
-    task = task_of(args, work)
-    windows(task)  # raises now, not after all the runs
-    classes = work / "class-images"
     if args.smoke:
-        world.main(classes, "ball")  # pictures are pictures
-    elif "given" in args.parts:
-        console.say("class images for both, by dbtrain")
-        runs.prepare_ours(task, classes, work / "prepared")
-    seen, told, shown = None, {}, []
-    if "given" in args.parts:
-        console.say("equal work: a run of each that is watched closely and warms the caches, not timed")
-        seen = watched(reference, task, classes, work / "witness", at_once=args.smoke)
-        kept = seen.kept if task.accumulation == 1 else None
-        told, shown = pages.equal_work(seen.theirs, seen.ours, kept)
-    found = measure(args, reference, task, seen, classes, work)
-    subject = f"{args.model}-{args.precision}-{args.device}"
-    if tuple(args.parts) == ("drawn",):
-        subject += "-drawn"
-    first, matched = windows(task)
-    notes = [
-        pages.about(reference),
-        f"{task.steps} steps of {task.batch}+{task.batch} images{_times(task)} at {task.resolution} px, rank "
-        f"{task.rank}, {len(list(task.photos.iterdir()))} photos, {task.class_images} class images, "
-        f"{task.threads} thread(s). Median (least to most) of {args.repeats} runs each, made in turns; the "
-        "ratio is taken from pair to pair. Where the two ranges overlap, the verdict is 'no difference'. A "
-        "step is all that happens from one optimizer step to the next, over the steps after the first "
-        f"{first} (compute-matched: {matched}, when the reference's table of latents is complete). As "
-        "shipped, the reference draws class images in its pipeline's default 50 steps, dbtrain in 25.",
-        *pages.limit([run.step(matched)["cpu"] for run in found.matched], found.floors),
-        *shown,
-    ]
-    rows = tables(task, found) + ([Row(label="equal work (below)", config=told)] if told else [])
-    return common.result(args, "vs_diffusers", subject, rows, *notes)
+        args.model, args.windows, args.window = "tiny", 1, 2
+    cfg, clock, side = configured(args, work), common.clock(args.device), bases.SIDES[args.model]
+    spent: dict[str, list[float]] = {"dbtrain": [], "reference": [], "encoding": []}
+    losses: list[tuple[float, float]] = []  # (dbtrain's, the reference's) of each step
+    weights = torch.tensor([1.0, cfg.loss.prior_weight], device=dist.device())
+    with trainer.steps(cfg) as ours, console.bar(args.windows + 1, "vs Diffusers", "window") as bar:
+        mine = {name.removeprefix("unet."): p for name, p in ours.model.trainable().items()}
+        start = {name: p.detach().clone() for name, p in mine.items()}
+        theirs = Reference(cfg, start)
+        pixels = torch.rand(2 * args.batch, 3, side, side, device=dist.device(), dtype=theirs.dtype) * 2 - 1
+        batches: list[Any] = []
+        ours.model.register_forward_pre_hook(lambda _, given: batches.append(given[0]))
+        for first in range(0, (args.windows + 1) * args.window, args.window):
+            batches.clear()
+            times = [clock()]
+            outcomes = [ours.take(first + number) for number in range(args.window)]
+            times.append(clock())
+            given = [_given(ours.model, batch, theirs.dtype) for batch in batches]
+            times.append(clock())
+            found = [theirs.step(*inputs) for inputs in given]
+            times.append(clock())
+            for _ in given:
+                theirs.encode(pixels)
+            times.append(clock())
+            own = [(outcome.losses * weights).sum().item() for outcome in outcomes]
+            losses += zip(own, found, strict=True)
+            if first:  # the first window warms up
+                for name, number in (("dbtrain", 0), ("reference", 2), ("encoding", 3)):
+                    spent[name].append(1000 * (times[number + 1] - times[number]) / args.window)
+            bar.update()
+        learnt = [{name: p.detach() - start[name] for name, p in each.items()}
+                  for each in (mine, theirs.weights)]  # fmt: skip
+    means = [sum(column) / len(losses) for column in zip(*losses, strict=True)]
+    same = {
+        "steps": len(losses), "mean loss, dbtrain": means[0], "mean loss, reference": means[1],
+        "losses, largest relative gap": f"{max(abs(a / b - 1) for a, b in losses):.1e}",
+        "what the adapters learnt, relative gap": f"{_gap(*learnt):.1e}",
+    }  # fmt: skip
+    kind = "wall" if args.device == "cuda" else "CPU"
+    return common.result(
+        args, "vs_diffusers", f"step-{args.model}-{args.precision}-{args.device}",
+        [*_rows(spent), Row(label="same work", counts=same)],
+        f"{args.batch}+{args.batch} images at {side} px, rank {args.rank}; {kind} time a step over windows "
+        f"of {args.window} steps in turns. The script encodes its pictures anew in every step, dbtrain once "
+        "before training.",
+    )  # fmt: skip
 
 
-def _times(task: Task) -> str:
-    return f" x {task.accumulation} micro-batches" if task.accumulation > 1 else ""
+@torch.no_grad()
+def _given(model: Any, batch: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the reference is given of a batch: latents, noise, timesteps and prompt embeddings."""
+    x0, embeds = model.x0(batch), model.condition(batch.prompt)["prompt_embeds"]
+    return x0.to(dtype), batch.noise.to(dtype), model.objective.timesteps(batch.u), embeds.to(dtype)
 
 
-def words() -> argparse.ArgumentParser:
-    parser = common.parser(__doc__)
-    add = parser.add_argument
-    add("--script", type=Path, required=True, help="Diffusers' train_dreambooth_lora.py")
-    add("--python", default="python", help="Python with accelerate, for the script")
-    add("--model", default="tiny", choices=[name for name in bases.MODELS if name != "sdxl"])
-    add("--photos", type=Path, help="folder of photos (default: the embedded base's five of a mug)")
-    add("--resolution", type=int, help="px (default: the model's own)")
-    add("--class-images", type=int, default=32)
-    add("--batch", type=int, default=2, help="instance images of a forward pass; as many class images")
-    add("--accumulation", type=int, default=1, help="forward passes of a step")
-    add("--rank", type=int, default=4)
-    add("--lr", type=float, default=1e-4)
-    add("--steps", type=int, default=100)
-    add("--precision", default="fp32", choices=["fp32", "bf16"])
-    add("--threads", type=int, default=1)
-    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="class images given to both (and "
-        "compute-matched steps), or drawn by each")  # fmt: skip
-    return parser
+def _gap(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Norm of the difference over the norm of the reference's."""
+    a, b = (torch.cat([each[name].flatten().double() for name in theirs]) for each in (ours, theirs))
+    return float((a - b).norm() / b.norm())
 
 
-def small(args: argparse.Namespace) -> argparse.Namespace:
-    """What `--smoke` makes of the arguments."""
-    given = {"steps": 6, "class_images": 5, "repeats": 1, "parts": ["given"]}
-    return argparse.Namespace(**{**vars(args), **given}) if args.smoke else args
+def _rows(spent: Mapping[str, list[float]]) -> list[Row]:
+    whole = [sum(parts) for parts in zip(spent["reference"], spent["encoding"], strict=True)]
+    times = {
+        "dbtrain": spent["dbtrain"], "reference, latents given": spent["reference"],
+        "reference, encoding its pictures": whole,
+    }  # fmt: skip
+    return [
+        Row(label=label, measures={
+            "step": Measure.of("ms", ms),
+            "over dbtrain's": Measure.of("x", [a / b for a, b in zip(ms, spent["dbtrain"], strict=True)]),
+        }) for label, ms in times.items()
+    ]  # fmt: skip
 
 
-def main() -> None:
-    common.main(lambda args, work: run(small(args), work), words())
+def parser() -> argparse.ArgumentParser:
+    words = common.parser(__doc__)
+    words.add_argument("--model", choices=("tiny", "sd15"), default="tiny")
+    words.add_argument("--batch", type=int, default=2, help="instance images of a step; as many class images")
+    words.add_argument("--rank", type=int, default=4)
+    words.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    words.add_argument("--windows", type=int, default=5, help="timed windows of each")
+    words.add_argument("--window", type=int, default=10, help="steps of a window")
+    return words
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    common.main(run, parser())

@@ -19,8 +19,9 @@ from transformers import (
     T5Tokenizer,
 )
 
+from benchmarks.tiny import parts
 from dbtrain.runtime import rng
-from dbtrain.tiny import parts, world
+from dbtrain.tiny import world
 
 TOKENS = 32
 FOLDER = tempfile.TemporaryDirectory(prefix="dbtrain-bases-")  # removed when the tests end

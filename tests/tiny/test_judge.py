@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbtrain.tiny import judge as module
+from benchmarks.tiny import judge as training
+from benchmarks.tiny.judge import measure
 from dbtrain.tiny import world
-from dbtrain.tiny.judge import WEIGHTS, Judge, measure
+from dbtrain.tiny.judge import WEIGHTS, Judge
 from dbtrain.tiny.paint import render
 
 
@@ -47,7 +48,7 @@ def test_it_is_small() -> None:
 
 def test_it_is_trained_by_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PICTURES": 64, "SUBJECTS": 40, "EACH": 2}.items():
-        monkeypatch.setattr(module, name, value)
-    fitted = module.fit(tmp_path, steps=2, batch=8)
-    again = module.fit(tmp_path, steps=2, batch=8)  # resumed at its end: the same judge
+        monkeypatch.setattr(training, name, value)
+    fitted = training.fit(tmp_path, steps=2, batch=8)
+    again = training.fit(tmp_path, steps=2, batch=8)  # resumed at its end: the same judge
     assert all(torch.equal(a, b) for a, b in zip(fitted.parameters(), again.parameters(), strict=True))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from benchmarks.tiny import measure
 from dbtrain import tiny
 from dbtrain.config import Model
 from dbtrain.sample.pipeline import AdapterPipeline
-from dbtrain.tiny import measure, world
+from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import KINDS
 
 
 def test_it_draws_what_it_is_asked_for() -> None:
-    """A short form of `python -m dbtrain.tiny.measure`, with seeds of its own."""
+    """A short form of `python -m benchmarks.tiny.measure`, with seeds of its own."""
     base = AdapterPipeline.load(Model())
     asked = [(kind, place) for kind in KINDS for place in world.PLACES]
     texts = [f"a photo of a {kind} {world.PLACE_WORDS[place]}" for kind, place in asked]
@@ -29,5 +30,5 @@ def test_it_draws_what_it_is_asked_for() -> None:
 
 def test_its_page_says_what_was_measured() -> None:
     page = (tiny.path() / "README.md").read_text()
-    for row in ("| class |", "| place |", "PSNR", "python -m dbtrain.tiny.measure"):
+    for row in ("| class |", "| place |", "PSNR", "python -m benchmarks.tiny.measure"):
         assert row in page

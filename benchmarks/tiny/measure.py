@@ -1,6 +1,6 @@
 """How good the embedded base is, on prompts and seeds that its build never saw.
 
-`python -m dbtrain.tiny.measure` prints the tables of `dbtrain/tiny/model/README.md`.
+`python -m benchmarks.tiny.measure` prints the tables of `dbtrain/tiny/model/README.md`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.tiny.judge import labels
 from dbtrain import tiny
 from dbtrain.config import Model
 from dbtrain.models import sampler
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.tiny import world
-from dbtrain.tiny.judge import Judge, as_tensor, labels
+from dbtrain.tiny.judge import Judge, as_tensor
 from dbtrain.tiny.paint import KINDS, Scene, render
 
 Table = dict[str, float]
@@ -127,7 +128,7 @@ def tables(folder: Path, guidance: float, pictures: int, each: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny.measure", description=__doc__)
     parser.add_argument("--model", type=Path, default=tiny.path())
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--pictures", type=int, default=world.PICTURES, help="pictures that the build saw")

@@ -1,4 +1,4 @@
-"""How the embedded base model is made: `python -m dbtrain.tiny.build --work FOLDER`.
+"""How the embedded base model is made: `python -m benchmarks.tiny.build --work FOLDER`.
 
 An ordinary Stable Diffusion in miniature, trained from scratch on the pictures of `world`: a
 tokenizer learnt from the captions, then the VAE, then text encoder and UNet together. Seeded;
@@ -24,14 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from benchmarks.tiny import judge, measure
+from benchmarks.tiny.fit import Stage, drawn, spent
+from benchmarks.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 from dbtrain import tiny
 from dbtrain.models.objectives import DDPM
 from dbtrain.runtime import files, rng
-from dbtrain.tiny import judge, measure, world
-from dbtrain.tiny.fit import Stage, drawn, spent
+from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import KINDS, SIDE, Scene
-from dbtrain.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 
 DROP = 0.1  # share of captions left empty: classifier-free guidance
 
@@ -198,7 +199,7 @@ def about(args: argparse.Namespace, folder: Path, pipe: Any, device: torch.devic
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dbtrain.tiny.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny.build", description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of what is resumed from")
     parser.add_argument("--out", type=Path, default=tiny.path(), help="folder of the finished model")
     parser.add_argument("--pictures", type=int, default=world.PICTURES)

@@ -1,0 +1,105 @@
+"""Where the benchmarks meet dbtrain's training code: all that depends on its inside is here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from dbtrain.config import Config
+from dbtrain.data import shards
+from dbtrain.data.dataloader import LatentStream
+from dbtrain.data.order import Share
+from dbtrain.data.shards import Manifest
+from dbtrain.data.storage import Storage
+from dbtrain.export.export import export
+from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.prepare import class_images
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime import dist
+from dbtrain.train import checkpoint
+from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.loop import train, train_step
+from dbtrain.train.metrics import Outcome, RunLog
+
+__all__ = ["Steps", "each_step", "export", "making_class_images", "prepare", "steps", "train", "when_loaded"]
+
+
+@dataclass
+class Steps:
+    """A model, its optimizer and its batches: `train`'s steps without the run around them."""
+
+    cfg: Config
+    model: DreamBooth
+    progress: checkpoint.Progress
+    stream: LatentStream
+
+    def take(self, step: int) -> Outcome:
+        return train_step(self.model, self.progress, self.stream, step, self.cfg)
+
+
+@contextmanager
+def steps(cfg: Config) -> Iterator[Steps]:
+    """The steps of a config whose shards are there, on this process's device."""
+    base, place = Pretrained.find(cfg.model), Storage(cfg.data.shards, 0)
+    manifest = Manifest.read(place)
+    table = shards.read_prompts(place, manifest.prompts)
+    family = families.get(manifest.family)
+    model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+    progress = checkpoint.Progress.begin(model, cfg)
+    share = Share(cfg.train.global_batch, cfg.train.micro_batch)
+    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
+    stream = LatentStream(
+        place, manifest, share, {role: weights[role] for role in manifest.roles if weights[role]}, seed=0,
+        device=dist.device(), extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+    )  # fmt: skip
+    with closing(stream):
+        yield Steps(cfg, model, progress, stream)
+
+
+@contextmanager
+def each_step(queued: Callable[[int, float], None], kept: Callable[[int], None]) -> Iterator[None]:
+    """In the block, `queued(done, wait_s)` and `kept(done)` are called before and after a step is logged."""
+    step = RunLog.step
+    signature = inspect.signature(step)
+
+    def watched(log: RunLog, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(log, *args, **kwargs).arguments
+        queued(given["done"], given["wait_s"])
+        step(log, *args, **kwargs)
+        kept(given["done"])
+
+    with mock.patch.object(RunLog, "step", watched):
+        yield
+
+
+@contextmanager
+def when_loaded(loaded: Callable[[], None]) -> Iterator[None]:
+    """In the block, `loaded()` is called when a run's model is built, before its first step."""
+    with _around(checkpoint.Progress, "begin", loaded, lambda: None):
+        yield
+
+
+@contextmanager
+def making_class_images(begin: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """In the block, `begin()` and `end()` are called around the making of class images."""
+    with _around(class_images, "ensure", begin, end):
+        yield
+
+
+@contextmanager
+def _around(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        before()
+        found = original(*args, **kwargs)
+        after()
+        return found
+
+    with mock.patch.object(owner, name, wrapped):
+        yield
