@@ -16,7 +16,6 @@ DISTRIBUTED = {"runtime/dist.py", "train/parallel.py"}
 
 # A folder imports only from folders on lower floors.
 FLOORS = [
-    {"__init__"},
     {"runtime"},
     {"config"},
     {"data"},
@@ -25,7 +24,7 @@ FLOORS = [
     {"train", "sample"},
     {"export", "report", "tiny"},
     {"doctor", "evaluate"},
-    {"__main__"},
+    {"__init__", "__main__"},
 ]
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,30 @@ class Config(Section):
 
         Raises a ConfigError that lists every problem.
         """
-        values = loading.read_yaml(Path(path))
-        problems = [problem for item in overrides if (problem := loading.override(values, item))]
+        return cls.from_dict(loading.read_yaml(Path(path)), overrides)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+        """The config in nested dicts, whose paths may be `Path`s, with `section.key=value` overrides applied.
+
+        Raises a ConfigError that lists every problem.
+        """
+        given = loading.plain(values)
+        problems = [problem for item in overrides if (problem := loading.override(given, item))]
         try:
-            config = cls.model_validate(values)
+            config = cls.model_validate(given)
         except ValidationError as error:
             problems += loading.problems(error, [name for name, _ in fields()])
         if problems:
             raise ConfigError(*problems)
         return config
+
+    def override(self, *overrides: str) -> Config:
+        """A copy with `section.key=value` overrides applied.
+
+        Raises a ConfigError that lists every problem.
+        """
+        return self.from_dict(self.model_dump(mode="json"), overrides)
 
     def dump(self) -> str:
         """The resolved config as YAML: every key, every value."""

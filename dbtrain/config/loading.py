@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a valid config: it has no `key: value` pairs")
     return values
+
+
+def plain(values: Any) -> Any:
+    """A copy of nested values in which mappings are dicts, tuples are lists and paths are text."""
+    if isinstance(values, Mapping):
+        return {name: plain(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(value) for value in values]
+    return str(values) if isinstance(values, os.PathLike) else values
 
 
 def override(values: dict[str, Any], item: str) -> str | None:

@@ -108,9 +108,9 @@ def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module
 def stock(cfg: Config, folder: Path, form: str) -> Any:
     """The base with the exported adapter, loaded as the format's own users do."""
     base = Base.find(cfg.model)
-    pipe = getattr(diffusers, family.pipeline).from_pretrained(cfg.model.path, dtype=torch.float32)
+    pipe = getattr(diffusers, base.family.pipeline).from_pretrained(cfg.model.path, dtype=torch.float32)
     if form == "peft":
-        for component in family.adaptable:
+        for component in base.family.adaptable:
             if (folder / component).is_dir():
                 module = PeftModel.from_pretrained(getattr(pipe, component), folder / component)
                 setattr(pipe, component, module)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from benchmarks.tiny import build, fit, parts
 from dbtrain.config import Model
-from dbtrain.models.families.registry import detect
 from dbtrain.models.base import Base
+from dbtrain.models.families.registry import detect
 from dbtrain.tiny import world
 
 
