@@ -20,7 +20,7 @@ from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Model
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
@@ -84,13 +84,13 @@ def _cpu_s(work: Callable[[], object]) -> float:
     return time.thread_time() - before
 
 
-def _stream(place: Storage, share: Share) -> LatentStream:
+def _stream(place: Storage, share: RankSlice) -> LatentStream:
     return LatentStream(place, shards.Manifest.read(place), share, {"instance": 1.0}, seed=0)
 
 
 def _batches(place: Storage, manifest: shards.Manifest, count: int) -> float:
     """CPU seconds of the main thread for `count` micro-batches of 4, of shards that are in memory."""
-    stream = _stream(place, Share(4, 4))
+    stream = _stream(place, RankSlice(4, 4))
     stream.close()  # its thread reads ahead, and would take part
     for shard in manifest.roles["instance"]:
         stream.cache.rows(shard)
@@ -119,7 +119,7 @@ def _amplification(world: int, place: Storage) -> Row:
     share = sum(every.values()) / world
     ratios = []
     for rank in range(world):
-        stream = _stream(place, Share(world, 1, rank, world))
+        stream = _stream(place, RankSlice(world, 1, rank, world))
         for _ in range(rows // world):
             next(stream)
         stream.close()

@@ -26,7 +26,7 @@ from benchmarks.common import Result, Row
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.doctor import memory
@@ -79,7 +79,7 @@ def measured(cfg: Config) -> int:
     family = families.get(manifest.family)
     model = DreamBooth.build(base, manifest, table, cfg).to(dist.device())
     progress = Progress.begin(model, cfg)
-    share = Share(cfg.train.global_batch, cfg.train.micro_batch)
+    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
     stream = LatentStream(
         place, manifest, share, {"instance": 1.0}, seed=0, device=dist.device(),
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),

@@ -12,7 +12,7 @@ from unittest import mock
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.export.export import export
@@ -51,7 +51,7 @@ def steps(cfg: Config) -> Iterator[Steps]:
     family = families.get(manifest.family)
     model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
     progress = checkpoint.Progress.begin(model, cfg)
-    share = Share(cfg.train.global_batch, cfg.train.micro_batch)
+    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
     stream = LatentStream(
         place, manifest, share, {role: weights[role] for role in manifest.roles if weights[role]}, seed=0,

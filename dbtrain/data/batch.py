@@ -33,7 +33,7 @@ class Batch:
     def collate(
         cls,
         rows: Sequence[shards.Row],
-        draws: Sequence[rng.Draws],
+        draws: Sequence[rng.RowNoise],
         extras: Sequence[Mapping[str, Tensor]],
         *,
         stored: Mapping[str, Tensor] | None = None,

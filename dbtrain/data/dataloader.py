@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
-from dbtrain.data.order import Order, Share
+from dbtrain.data.order import Order, RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import rng
 
@@ -30,15 +30,15 @@ AHEAD = 4  # micro-batches read ahead
 class ShardCache:
     """Decoded shards, the least recently used forgotten beyond `limit` bytes."""
 
-    def __init__(self, place: Storage, limit: float) -> None:
-        self.place = place
+    def __init__(self, storage: Storage, limit: float) -> None:
+        self.storage = storage
         self.limit = limit
         self.kept: OrderedDict[str, list[shards.Row]] = OrderedDict()
         self.reads: Counter[str] = Counter()
 
     def rows(self, shard: shards.Shard) -> list[shards.Row]:
         if shard.file not in self.kept:
-            self.kept[shard.file] = shards.read(self.place, shard)
+            self.kept[shard.file] = shards.read(self.storage, shard)
             self.reads[shard.file] += 1
             while len(self.kept) > 1 and self._nbytes() > self.limit:
                 self.kept.popitem(last=False)
@@ -63,9 +63,9 @@ class Resident:
         rows = [row.tensors for shard in self.mine for row in cache.rows(shard)]
         self.tables = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
 
-    def numbers(self, places: list[tuple[str, int]]) -> dict[str, Tensor]:
+    def numbers(self, locations: list[tuple[str, int]]) -> dict[str, Tensor]:
         """What `gather` takes, for rows by (shard file, row)."""
-        return {"number": torch.tensor([self.starts[file] + row for file, row in places])}
+        return {"number": torch.tensor([self.starts[file] + row for file, row in locations])}
 
     def gather(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: table[numbers["number"]] for name, table in self.tables.items()}
@@ -81,9 +81,9 @@ class LatentStream:
 
     def __init__(
         self,
-        place: Storage,
+        storage: Storage,
         manifest: shards.Manifest,
-        share: Share,
+        share: RankSlice,
         role_weights: dict[str, float],
         *,
         seed: int,
@@ -105,7 +105,7 @@ class LatentStream:
         self.orders = {
             role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
         }
-        self.cache = ShardCache(place, cache_gib * 2**30)
+        self.cache = ShardCache(storage, cache_gib * 2**30)
         mine = [
             manifest.roles[role][shard]
             for role, order in self.orders.items()
@@ -138,8 +138,8 @@ class LatentStream:
 
     def source(self, role: str, position: int) -> str:
         """The picture that the row at a position was made of; reads its shard."""
-        place = self.orders[role].locate(position)
-        return self.cache.rows(self.manifest.roles[role][place.shard])[place.row].meta["source"]
+        at = self.orders[role].locate(position)
+        return self.cache.rows(self.manifest.roles[role][at.shard])[at.row].meta["source"]
 
     def close(self) -> None:
         """End the reading thread."""
@@ -153,20 +153,20 @@ class LatentStream:
         positions = [
             (role, position) for role in self.role_weights for position in self.share.positions(step, micro)
         ]
-        places = [self.orders[role].locate(position) for role, position in positions]
+        locations = [self.orders[role].locate(position) for role, position in positions]
         rows = [
-            self.cache.rows(self.manifest.roles[role][place.shard])[place.row]
-            for (role, _), place in zip(positions, places, strict=True)
+            self.cache.rows(self.manifest.roles[role][location.shard])[location.row]
+            for (role, _), location in zip(positions, locations, strict=True)
         ]
         draws = [
-            rng.row_draws(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
+            rng.sample_noise(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
             for role, position in positions
         ]
         stored = None
         if self.resident:
             stored = self.resident.numbers([
-                (self.manifest.roles[role][place.shard].file, place.row)
-                for (role, _), place in zip(positions, places, strict=True)
+                (self.manifest.roles[role][location.shard].file, location.row)
+                for (role, _), location in zip(positions, locations, strict=True)
             ])  # fmt: skip
         return Batch.collate(
             rows,

@@ -19,7 +19,7 @@ WINDOW = 1024  # rows shuffled together: whole small sets, and what a shuffle bu
 UNEVEN = 32  # columns may differ by 1/32 of their rows: no image is seen 3% more often than another
 
 
-class Place(NamedTuple):
+class RowLocation(NamedTuple):
     """Where a row is stored, and in which pass over its column it is read."""
 
     epoch: int
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSlice:
     """The slots of every global batch that one rank carries: whole micro-batches, side by side."""
 
     global_batch: int
@@ -81,7 +81,7 @@ class Order:
                 return count
         return 1
 
-    def shards_of(self, share: Share) -> list[int]:
+    def shards_of(self, share: RankSlice) -> list[int]:
         """The shards that a rank reads: those of the columns that own its slots."""
         slots = self.global_batch // self.columns
         mine = {
@@ -91,7 +91,7 @@ class Order:
         }
         return [shard for shard in range(len(self.shard_rows)) if shard % self.columns in mine]
 
-    def locate(self, position: int) -> Place:
+    def locate(self, position: int) -> RowLocation:
         """The place of one position. Every rank that asks gets the same answer."""
         slots = self.global_batch // self.columns
         step, slot = divmod(position, self.global_batch)
@@ -101,7 +101,7 @@ class Order:
         epoch, index = divmod(step * slots + slot % slots, rows)
         windows, starts = _windows(self, shards, epoch)
         window = bisect_right(starts, index) - 1
-        return Place(epoch, *_shuffled_window(self, windows[window], epoch)[index - starts[window]])
+        return RowLocation(epoch, *_shuffled_window(self, windows[window], epoch)[index - starts[window]])
 
 
 @lru_cache(maxsize=1024)  # more than the columns of a large batch, each of which comes back every step

@@ -28,7 +28,7 @@ LEFT_OUT = 0.4  # share of a photo's area outside the centre square: 16:9 leaves
 
 
 @dataclass(frozen=True)
-class Look:
+class PhotoQuality:
     """What one photo looks like."""
 
     height: int
@@ -41,7 +41,7 @@ class Look:
     best: float  # where that square lies: 0 left or top, 1 right or bottom
 
 
-def look(photo: Image.Image) -> Look:
+def quality_of(photo: Image.Image) -> PhotoQuality:
     """What an upright RGB photo looks like."""
     width, height = photo.size
     scale = min(1.0, SIDE / min(width, height))  # a small one is not enlarged: that would blur it
@@ -50,7 +50,7 @@ def look(photo: Image.Image) -> Look:
     values = np.asarray(grey.resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
     missed, best = _squares(values)
     left_out = 1 - min(height, width) / max(height, width)
-    return Look(
+    return PhotoQuality(
         height, width, sharpness(values), difference_bits(grey), miniature(photo), left_out, missed, best
     )
 
@@ -83,12 +83,12 @@ def miniature(photo: Image.Image) -> NDArray[np.float64]:
     return values / max(float(np.linalg.norm(values)), 1e-9)
 
 
-def alike(looks: list[Look]) -> list[tuple[int, int]]:
+def alike(qualities: list[PhotoQuality]) -> list[tuple[int, int]]:
     """Pairs of photos, by number, that show the same picture."""
-    if not looks:
+    if not qualities:
         return []
-    bits = np.stack([one.bits for one in looks]).astype(np.int16)
-    colours = np.stack([one.colours for one in looks])
+    bits = np.stack([one.bits for one in qualities]).astype(np.int16)
+    colours = np.stack([one.colours for one in qualities])
     same = ((bits[:, None] != bits[None]).sum(-1) <= BITS) & (colours @ colours.T >= COLOURS)
     return [(int(a), int(b)) for a, b in np.argwhere(np.triu(same, k=1))]
 

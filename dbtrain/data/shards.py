@@ -76,19 +76,21 @@ class Manifest(Section):
         return roles
 
     @classmethod
-    def read(cls, place: Storage) -> Manifest:
+    def read(cls, storage: Storage) -> Manifest:
         """The manifest of a place of shards.
 
         Raises ConfigError if there is none, or one that this version cannot read.
         """
         try:
-            return cls.model_validate_json(place.read(MANIFEST), strict=False)
+            return cls.model_validate_json(storage.read(MANIFEST), strict=False)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ConfigError(
-                f"data.shards is '{place.location}', where there is no {MANIFEST}; {CURE}"
+                f"data.shards is '{storage.location}', where there is no {MANIFEST}; {CURE}"
             ) from error
         except ValidationError as error:
-            raise ConfigError(f"{place.where(MANIFEST)} is damaged or of another version; {CURE}") from error
+            raise ConfigError(
+                f"{storage.where(MANIFEST)} is damaged or of another version; {CURE}"
+            ) from error
 
     def text(self) -> str:
         return self.model_dump_json(indent=1) + "\n"
@@ -102,14 +104,14 @@ class Manifest(Section):
         """Rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
 
-    def check_files(self, place: Storage) -> None:
+    def check_files(self, storage: Storage) -> None:
         """Raise ConfigError that lists every shard or table that is missing or of the wrong size.
 
         What lies on another machine is looked at when it is read.
         """
-        problems = [problem for shard in self.shards if (problem := _size_problem(place, shard))]
-        if not place.has(self.prompts.file):
-            problems.append(f"prompt table {place.where(self.prompts.file)} is missing; {CURE}")
+        problems = [problem for shard in self.shards if (problem := _size_problem(storage, shard))]
+        if not storage.has(self.prompts.file):
+            problems.append(f"prompt table {storage.where(self.prompts.file)} is missing; {CURE}")
         if problems:
             raise ConfigError(*problems)
 
@@ -139,16 +141,16 @@ def pack(rows: list[Row]) -> bytes:
     return buffer.getvalue()
 
 
-def read(place: Storage, shard: Shard) -> list[Row]:
+def read(storage: Storage, shard: Shard) -> list[Row]:
     """All rows of a shard, in order.
 
     Raises ConfigError if the file is missing, truncated or not the one the manifest vouches for. Only
     the two kinds of members that `pack` writes are looked at: webdataset's own decoder would unpickle.
     """
-    if problem := _size_problem(place, shard):
+    if problem := _size_problem(storage, shard):
         raise ConfigError(problem)
-    path = place.where(shard.file)
-    opened = [{"url": path, "stream": io.BytesIO(_vouched(place, "shard", shard.file, shard.sha256))}]
+    path = storage.where(shard.file)
+    opened = [{"url": path, "stream": io.BytesIO(_checked(storage, "shard", shard.file, shard.sha256))}]
     try:
         samples = wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(opened))
         rows = [
@@ -165,24 +167,24 @@ def read(place: Storage, shard: Shard) -> list[Row]:
     return rows
 
 
-def read_prompts(place: Storage, prompts: Prompts) -> dict[str, Tensor]:
+def read_prompts(storage: Storage, prompts: Prompts) -> dict[str, Tensor]:
     """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row a prompt."""
-    return safetensors.torch.load(_vouched(place, "prompt table", prompts.file, prompts.sha256))
+    return safetensors.torch.load(_checked(storage, "prompt table", prompts.file, prompts.sha256))
 
 
-def _vouched(place: Storage, what: str, file: str, sha256: str) -> bytes:
+def _checked(storage: Storage, what: str, file: str, sha256: str) -> bytes:
     try:
-        return place.read(file, sha256)
+        return storage.read(file, sha256)
     except FileNotFoundError as error:
-        raise ConfigError(f"{what} {place.where(file)} is missing; {CURE}") from error
+        raise ConfigError(f"{what} {storage.where(file)} is missing; {CURE}") from error
     except ConfigError as problem:
         raise ConfigError(f"{what} {problem}; {CURE}") from problem
 
 
-def _size_problem(place: Storage, shard: Shard) -> str | None:
-    if place.folder is None:
+def _size_problem(storage: Storage, shard: Shard) -> str | None:
+    if storage.folder is None:
         return None
-    path = place.folder / shard.file
+    path = storage.folder / shard.file
     if not path.is_file():
         return f"shard {path} is missing; {CURE}"
     if path.stat().st_size != shard.bytes:

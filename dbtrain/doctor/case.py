@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dbtrain.config import Config
-    from dbtrain.data.photo_quality import Look
+    from dbtrain.data.photo_quality import PhotoQuality
     from dbtrain.data.shards import Manifest
     from dbtrain.models.base import Base
 
@@ -74,7 +74,7 @@ class Case:
     gib: float | None = None  # memory of a GPU elsewhere
     memory: bool = False  # whether to predict it
     base: Base = field(init=False)
-    photos: list[tuple[Path, Look]] = field(init=False)  # those that can be read
+    photos: list[tuple[Path, PhotoQuality]] = field(init=False)  # those that can be read
     manifest: Manifest | None = field(init=False)  # None: there are no shards yet
 
     def __getattr__(self, name: str) -> Any:

@@ -82,7 +82,7 @@ def check(
             with importing(at_start=True):
                 from dbtrain.doctor import dry_run as rehearsal
 
-            yield from (("dry run", found) for found in looked(rehearsal.rehearse, case))
+            yield from (("dry run", found) for found in looked(rehearsal.dry_run, case))
 
 
 def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Found]]:

@@ -25,7 +25,7 @@ STEPS = 2
 PICTURES = 2  # photos, and class images
 
 
-def rehearse(case: Case) -> Iterator[Found]:
+def dry_run(case: Case) -> Iterator[Found]:
     """Prepare a few pictures, train two steps, export; a line each, or the run's own error."""
     _ = case.base  # raises Unknown: it would be downloaded
     ranks = _possible(case)

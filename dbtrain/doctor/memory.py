@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.doctor.memory_counter import Tally, like_cuda
+from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
 from dbtrain.models.precision import PRECISIONS
@@ -71,45 +71,45 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     """
     family = base.family
     hollow = _Hollow(base.name, base.folder, base.variant, family)
-    task = _Task.of(cfg, base)
+    shapes = _Shapes.of(cfg, base)
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
-    share = Share(cfg.train.micro_batch, cfg.train.micro_batch)
-    table, stored = _content(hollow, task)
-    model = DreamBooth.build(hollow, task.manifest(), table, cfg)
+    share = RankSlice(cfg.train.micro_batch, cfg.train.micro_batch)
+    table, stored = _content(hollow, shapes)
+    model = DreamBooth.build(hollow, shapes.manifest(), table, cfg)
     vae = hollow.load(family.vae) if family.vae else None
     math = like_cuda() if device == "cuda" else nullcontext()
-    with FakeTensorMode(), math, Tally(BLOCK[device]) as tally:
+    with FakeTensorMode(), math, MemoryCounter(BLOCK[device]) as counter:
         _filled(model)
-        adapter = tally.of(model.trainable().values())
-        base_bytes = tally.live - adapter
+        adapter = counter.of(model.trainable().values())
+        base_bytes = counter.live - adapter
         progress = _with_moments(model, cfg)
-        held = tally.peak = tally.live
-        train_step(model, progress, cast(LatentStream, _Rows(task, family, stored, share)), 0, cfg)
-        activations = tally.peak - held
-        drawing = _drawing(tally, model, vae, task, family, stored, cfg) if cfg.validation.prompts else 0
+        held = counter.peak = counter.live
+        train_step(model, progress, cast(LatentStream, _Rows(shapes, family, stored, share)), 0, cfg)
+        activations = counter.peak - held
+        drawing = _drawing(counter, model, vae, shapes, family, stored, cfg) if cfg.validation.prompts else 0
     kept = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
     return Prediction(base_bytes, adapter, held - base_bytes - adapter, activations, kept, drawing)
 
 
 def _drawing(
-    tally: Tally,
+    counter: MemoryCounter,
     model: DreamBooth,
     vae: Any,
-    task: _Task,
+    shapes: _Shapes,
     family: Family,
     stored: Mapping[str, Tensor],
     cfg: Config,
 ) -> int:
     """What a look at the run takes besides what lives throughout: the denoiser with guidance, or the VAE."""
     rows = min(cfg.sample.batch, cfg.validation.images) * (2 if cfg.sample.guidance > 1 else 1)
-    alone = replace(task, roles=1)
-    before = tally.peak = tally.live
+    alone = replace(shapes, roles=1)
+    before = counter.peak = counter.live
     with torch.no_grad(), model.working_copies.in_place():
         with PRECISIONS[cfg.train.precision].forward(torch.device("cpu")):
-            model(next(_Rows(alone, family, stored, Share(rows, rows))))
+            model(next(_Rows(alone, family, stored, RankSlice(rows, rows))))
         if vae:
-            _filled(vae).decode(torch.empty(1, *task.space.shape), return_dict=False)
-    return tally.peak - before
+            _filled(vae).decode(torch.empty(1, *shapes.space.shape), return_dict=False)
+    return counter.peak - before
 
 
 def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
@@ -128,14 +128,14 @@ def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
             yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
 
 
-def _content(base: Base, task: _Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _content(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A prompt table and one stored image, as `prepare` would make them: tensors without content."""
     tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-    ids = base.family.tokenize(tokenizers, [""] * task.prompts)
+    ids = base.family.tokenize(tokenizers, [""] * shapes.prompts)
     encoders = {name: base.load(name) for name in base.family.text_encoders}
     vae = base.load(base.family.vae) if base.family.vae else None
     with FakeTensorMode() as fake, torch.no_grad():
-        stored = base.family.encode_images(vae and _filled(vae), torch.empty(1, 3, task.side, task.side))
+        stored = base.family.encode_images(vae and _filled(vae), torch.empty(1, 3, shapes.side, shapes.side))
         given = {name: fake.from_tensor(tensor) for name, tensor in ids.items()}
         condition = base.family.embed({name: _filled(part) for name, part in encoders.items()}, given)
     table = {f"condition.{name}": tensor for name, tensor in condition.items()}
@@ -179,7 +179,7 @@ def _filled(module: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _Task:
+class _Shapes:
     """The shapes of what is trained on."""
 
     side: int  # px
@@ -188,7 +188,7 @@ class _Task:
     prompts: int
 
     @classmethod
-    def of(cls, cfg: Config, base: Base) -> _Task:
+    def of(cls, cfg: Config, base: Base) -> _Shapes:
         """As `prepare` says, or as the shards are. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
@@ -213,15 +213,17 @@ class _Rows:
 
     device = torch.device("cpu")
 
-    def __init__(self, task: _Task, family: Family, stored: Mapping[str, Tensor], share: Share) -> None:
-        self.task, self.family, self.stored, self.share = task, family, stored, share
+    def __init__(
+        self, shapes: _Shapes, family: Family, stored: Mapping[str, Tensor], share: RankSlice
+    ) -> None:
+        self.shapes, self.family, self.stored, self.share = shapes, family, stored, share
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        rows, side = self.share.micro_batch * self.task.roles, self.task.side
-        shape = (rows, *self.task.space.shape)
+        rows, side = self.share.micro_batch * self.shapes.roles, self.shapes.side
+        shape = (rows, *self.shapes.space.shape)
         extra = self.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
 
         def like(values: Mapping[str, Tensor], skip: int) -> dict[str, Tensor]:

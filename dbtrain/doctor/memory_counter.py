@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 
-class Tally(TorchDispatchMode):
+class MemoryCounter(TorchDispatchMode):
     """Bytes of the storages that operators under this mode made and that are still alive; their peak.
 
     `block`: an allocator rounds each storage up to a multiple of this, bytes. What a kernel allocates

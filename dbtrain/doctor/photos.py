@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dbtrain.config import Prepare
 from dbtrain.data import photos as images
-from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, Look, alike, look
+from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
 from dbtrain.doctor.case import Case, Found, listed, ok, refused, ruled, warning
 from dbtrain.models import sampler
 from dbtrain.prepare import class_images, plan
@@ -38,7 +38,9 @@ def photos(case: Case) -> Iterator[Found]:
     for one in opened:
         if isinstance(one, ConfigError):
             yield from refused(one, "replace or remove it")
-    case.photos = [(path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, Look)]
+    case.photos = [
+        (path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)
+    ]
     if cfg.captions:
         for path in paths:
             yield from ruled(lambda path=path: images.caption(path),  # type: ignore[misc]
@@ -52,10 +54,10 @@ def photos(case: Case) -> Iterator[Found]:
     yield ok(f"{len(case.photos)} of {len(paths)} in {cfg.photos} can be read{shortest}")
 
 
-def _open(path: Path) -> Look | ConfigError:
+def _open(path: Path) -> PhotoQuality | ConfigError:
     try:
         images.size(path)  # refuses what is too thin to crop
-        return look(images.load(path))
+        return quality_of(images.load(path))
     except ConfigError as problem:
         return problem
 
@@ -71,7 +73,7 @@ def _count(count: int) -> Iterator[Found]:
         )
 
 
-def _single(looks: list[tuple[Path, Look]], cfg: Prepare) -> Iterator[Found]:
+def _single(looks: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
     """Photos that are too small or blurred."""
     small = [f"{p.name} ({one.width} x {one.height})" for p, one in looks
              if min(one.height, one.width) < cfg.resolution]  # fmt: skip
@@ -87,7 +89,7 @@ def _single(looks: list[tuple[Path, Look]], cfg: Prepare) -> Iterator[Found]:
         )
 
 
-def _twins(looks: list[tuple[Path, Look]]) -> Iterator[Found]:
+def _twins(looks: list[tuple[Path, PhotoQuality]]) -> Iterator[Found]:
     """Photos that stand there twice: those count double in training."""
     hashes = [hashing.sha256_of(path) for path, _ in looks]
     pairs = alike([one for _, one in looks])
@@ -101,7 +103,7 @@ def _twins(looks: list[tuple[Path, Look]]) -> Iterator[Found]:
         yield warning(f"nearly the same picture: {listed(near)}", "keep one of them; other views teach more")
 
 
-def _crops(looks: list[tuple[Path, Look]], cfg: Prepare) -> Iterator[Found]:
+def _crops(looks: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
     """Photos whose centre square leaves out much, or holds less of the details than another square."""
     if cfg.crop != "center":
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dbtrain.data import shards as stored
-from dbtrain.data.order import Order, Share
+from dbtrain.data.order import Order, RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.case import Case, Found, error, ok, ranks_of, refused, ruled, size, warning
 from dbtrain.doctor.gpu import gpus
@@ -22,21 +22,21 @@ NEXT = 64  # ranks up to which a fitting number is looked for
 def shards(case: Case) -> Iterator[Found]:
     """The manifest, the files that it vouches for, and whether they are this config's."""
     cfg = case.cfg
-    place = Storage(cfg.data.shards, retries=0)
+    storage = Storage(cfg.data.shards, retries=0)
     case.manifest = None
-    if place.folder is None:
+    if storage.folder is None:
         yield ok(f"{cfg.data.shards} is not on this machine: not read")
         if cfg.prepare:
             yield warning("prepare writes to a folder on this machine only, so `dbtrain run` would refuse",
                           "start `dbtrain train`, or prepare into a folder and copy it there")  # fmt: skip
         return
-    if cfg.prepare and not place.has(stored.MANIFEST):
-        yield ok(f"none in {place.folder} yet: prepare makes them")
+    if cfg.prepare and not storage.has(stored.MANIFEST):
+        yield ok(f"none in {storage.folder} yet: prepare makes them")
         return
-    if busy := lock.holder(place.folder):
+    if busy := lock.holder(storage.folder):
         yield from _busy("data.shards", *busy)
-    manifest = case.manifest = stored.Manifest.read(place)
-    found = ruled(lambda: manifest.check_files(place), REMAKE)
+    manifest = case.manifest = stored.Manifest.read(storage)
+    found = ruled(lambda: manifest.check_files(storage), REMAKE)
     found += ruled(lambda: plan.check(cfg, case.base, manifest), REMAKE)
     yield from (Found(one.level, one.what, REMAKE) for one in found)
     if not found:
@@ -49,7 +49,7 @@ def batch(case: Case) -> Iterator[Found]:
     train = case.cfg.train
     ranks = ranks_of(case, gpus(case))
     try:
-        share = Share(train.global_batch, train.micro_batch, 0, ranks)
+        share = RankSlice(train.global_batch, train.micro_batch, 0, ranks)
     except ConfigError as problem:
         for one in refused(problem):
             yield error(one.what, _fitting(train.global_batch, train.micro_batch, ranks))
@@ -72,7 +72,7 @@ def _fitting(images: int, micro: int, ranks: int) -> str:
     )
 
 
-def _reading(case: Case, share: Share) -> Iterator[Found]:
+def _reading(case: Case, share: RankSlice) -> Iterator[Found]:
     """Ranks that outnumber the shards read the same ones: dear only where these do not stay in memory."""
     cfg, manifest = case.cfg, case.manifest
     assert manifest is not None

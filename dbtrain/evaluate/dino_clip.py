@@ -21,7 +21,7 @@ from dbtrain.data import photos as images
 from dbtrain.data.pictures import Row, contact_sheet, save_png
 from dbtrain.evaluate import encoders
 from dbtrain.evaluate import prompts as subject
-from dbtrain.evaluate.encoders import Eye
+from dbtrain.evaluate.encoders import Encoder
 from dbtrain.evaluate.scores import TABLE, Scores, Seen, scored
 from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
@@ -33,15 +33,15 @@ SHOWN = 5  # pictures in a row of the sheet
 
 
 @dataclass(frozen=True)
-class Task:
+class Scenario:
     """All that is looked at: files by what they show, and the models that look."""
 
     cfg: Config
     about: subject.Subject
     prompts: Sequence[tuple[str, str]]  # (drawn, without the token)
     photos: Sequence[Path]
-    dino: Eye
-    clip: Eye
+    dino: Encoder
+    clip: Encoder
     out: Path
     base_out: Path
 
@@ -82,30 +82,30 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     Raises ConfigError for what a user can fix, before anything is drawn.
     """
     dist.init()
-    task = _plan(cfg, adapter, out, base_out or out / "base")
-    prompts, of_class = [text for text, _ in task.prompts], [task.about.class_prompt]
+    scenario = _plan(cfg, adapter, out, base_out or out / "base")
+    prompts, of_class = [text for text, _ in scenario.prompts], [scenario.about.class_prompt]
     few, many = (_sampling(cfg, count) for count in (cfg.evaluation.images, cfg.evaluation.class_images))
-    for mix, folder in zip(without_and_with(adapter), (task.base_out, out), strict=True):
+    for mix, folder in zip(without_and_with(adapter), (scenario.base_out, out), strict=True):
         sample(few, prompts, [mix], folder / "subject")
         sample(many, of_class, [mix], folder / "class")
     with dist.agreed():
-        key = task.key() if dist.is_main() else ""
+        key = scenario.key() if dist.is_main() else ""
         made = _made(out, key) if dist.is_main() else None
     if dist.from_main(made is not None):
         console.say(f"{out / 'scores.json'} is up to date: nothing to do")
         return made
-    scores = _look(task)
+    scores = _look(scenario)
     with dist.agreed():
         if scores:
-            _write(task, scores, key)
+            _write(scenario, scores, key)
     return scores
 
 
-def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Task:
+def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Scenario:
     """What is to be done; models are downloaded by one rank a node."""
     ours = cfg.evaluation
 
-    def models() -> tuple[Eye, Eye]:
+    def models() -> tuple[Encoder, Encoder]:
         return encoders.dino(ours.dino or encoders.DINO), encoders.clip(ours.clip or encoders.CLIP)
 
     with dist.agreed():
@@ -119,7 +119,7 @@ def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Task:
         formats.find(adapter)  # now, not after the base's pictures
     with dist.agreed():
         dino, clip = models()
-    return Task(cfg, about, prompts, photos, dino, clip, out, base_out)
+    return Scenario(cfg, about, prompts, photos, dino, clip, out, base_out)
 
 
 def _sampling(cfg: Config, count: int) -> Config:
@@ -136,55 +136,55 @@ def _made(out: Path, key: str) -> Scores | None:
         return None  # none, or damaged: they are made again
 
 
-def _look(task: Task) -> Scores | None:
+def _look(scenario: Scenario) -> Scores | None:
     """The scores, on rank 0. Batches are the same for any number of ranks, and so are their sums."""
-    everything = [path for paths in task.groups.values() for path in paths]
-    size = task.cfg.evaluation.batch
+    everything = [path for paths in scenario.groups.values() for path in paths]
+    size = scenario.cfg.evaluation.batch
     batches = [everything[i : i + size] for i in range(0, len(everything), size)]
     with dist.agreed():
-        dino = encoders.dino_pictures(task.dino)
-        clip, read = encoders.clip_pictures_and_texts(task.clip)
+        dino = encoders.dino_pictures(scenario.dino)
+        clip, read = encoders.clip_pictures_and_texts(scenario.clip)
         mine = []
         with console.bar(math.ceil(len(batches) / dist.world()), "look", "batch", share=True) as bar:
             for batch in batches[dist.rank() :: dist.world()]:
                 preemption.check()
-                mine.append([encoders.embed(batch, images.load, eye.view, network).tolist()
-                             for eye, network in ((task.dino, dino), (task.clip, clip))])  # fmt: skip
+                both = (scenario.dino.view, dino), (scenario.clip.view, clip)
+                mine.append([encoders.embed(batch, images.load, *one).tolist() for one in both])
                 bar.update()
     everyone = dist.gather_json(mine)
     if not dist.is_main():
         return None
     turns = [everyone[k % dist.world()][k // dist.world()] for k in range(len(batches))]
-    by_dino, by_clip = (_seen(task, [row for both in turns for row in both[which]]) for which in (0, 1))
-    texts = torch.no_grad()(read)([text for _, text in task.prompts]).cpu()
+    by_dino, by_clip = (_seen(scenario, [row for both in turns for row in both[which]]) for which in (0, 1))
+    texts = torch.no_grad()(read)([text for _, text in scenario.prompts]).cpu()
     return scored(by_dino, by_clip, texts)
 
 
-def _seen(task: Task, rows: Sequence[Sequence[float]]) -> Seen:
+def _seen(scenario: Scenario, rows: Sequence[Sequence[float]]) -> Seen:
     """Embeddings of all files, taken apart again."""
-    vectors = torch.tensor(rows).split([len(paths) for paths in task.groups.values()])
-    found = dict(zip(task.groups, vectors, strict=True))
+    vectors = torch.tensor(rows).split([len(paths) for paths in scenario.groups.values()])
+    found = dict(zip(scenario.groups, vectors, strict=True))
     for name in ("subject", "subject_base"):
-        found[name] = found[name].unflatten(0, (len(task.prompts), -1))
+        found[name] = found[name].unflatten(0, (len(scenario.prompts), -1))
     return Seen(**found)
 
 
-def _write(task: Task, scores: Scores, key: str) -> None:
-    ours = task.cfg.evaluation
-    counts = {"photos": len(task.photos), "prompts": len(task.prompts), "images": ours.images,
+def _write(scenario: Scenario, scores: Scores, key: str) -> None:
+    ours = scenario.cfg.evaluation
+    counts = {"photos": len(scenario.photos), "prompts": len(scenario.prompts), "images": ours.images,
               "class_images": ours.class_images}  # fmt: skip
     values = {name: value for name, value in asdict(scores).items() if value is not None}
-    whole = {"judge": "dino and clip", **values, **counts, **task.about_models(), "key": key,
+    whole = {"judge": "dino and clip", **values, **counts, **scenario.about_models(), "key": key,
              "labels": dict(TABLE)}  # fmt: skip
-    several = task.groups["subject"][:: ours.images][:SHOWN]
+    several = scenario.groups["subject"][:: ours.images][:SHOWN]
     rows = [
-        Row([ImageOps.fit(images.load(path), (256, 256)) for path in task.photos[:SHOWN]], "the photos"),
-        Row([Image.open(path) for path in task.groups["of_class_base"][:SHOWN]], "base",
-            f'"{task.about.class_prompt}"'),
+        Row([ImageOps.fit(images.load(path), (256, 256)) for path in scenario.photos[:SHOWN]], "the photos"),
+        Row([Image.open(path) for path in scenario.groups["of_class_base"][:SHOWN]], "base",
+            f'"{scenario.about.class_prompt}"'),
         Row([Image.open(path) for path in several], "adapter", "; ".join(
-            f'"{text}"' for text, _ in task.prompts[:SHOWN])),
-        Row([Image.open(path) for path in task.groups["of_class"][:SHOWN]], "",
-            f'"{task.about.class_prompt}"'),
+            f'"{text}"' for text, _ in scenario.prompts[:SHOWN])),
+        Row([Image.open(path) for path in scenario.groups["of_class"][:SHOWN]], "",
+            f'"{scenario.about.class_prompt}"'),
     ]  # fmt: skip
-    save_png(task.out / SHEET, contact_sheet(rows, least_cell=128))
-    files.write_atomically(task.out / SCORES, json.dumps(whole, indent=1) + "\n")
+    save_png(scenario.out / SHEET, contact_sheet(rows, least_cell=128))
+    files.write_atomically(scenario.out / SCORES, json.dumps(whole, indent=1) + "\n")

@@ -61,7 +61,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Eye:
+class Encoder:
     """A model folder, checked but not loaded: which it is, and how it sees pictures."""
 
     setting: str  # of the config, for messages
@@ -99,19 +99,19 @@ class Eye:
         return model.requires_grad_(False).eval().to(dist.device())
 
 
-def dino(name: str) -> Eye:
+def dino(name: str) -> Encoder:
     """A DINO: seen as its authors do, resized to 8/7 of what is cut out (256 and 224 px)."""
     folder = _find(name, "evaluation.dino")
     told, model = _processor(folder), _json(folder / "config.json")
     if not isinstance(model.get("image_size"), int):
         raise ConfigError(f"evaluation.dino is '{name}', a {model.get('model_type')} and no ViT")
     crop = _side(told.get("crop_size") or told.get("size")) or model["image_size"]
-    return Eye(
+    return Encoder(
         "evaluation.dino", _short(name), folder, View(crop * 8 // 7, crop, *_statistics(told, IMAGENET))
     )
 
 
-def clip(name: str) -> Eye:
+def clip(name: str) -> Encoder:
     """A CLIP: seen as its own image processor does (both sizes are 224 px)."""
     folder = _find(name, "evaluation.clip")
     told, model = _processor(folder), _json(folder / "config.json")
@@ -121,14 +121,14 @@ def clip(name: str) -> Eye:
         raise ConfigError(f"evaluation.clip is '{name}': {folder} holds no vocabulary (tokenizer.json)")
     side = _side((model.get("vision_config") or {}).get("image_size")) or 224
     crop, resize = _side(told.get("crop_size")) or side, _side(told.get("size")) or side
-    return Eye(
+    return Encoder(
         "evaluation.clip", _short(name), folder, View(max(resize, crop), crop, *_statistics(told, OPENAI))
     )
 
 
-def dino_pictures(eye: Eye) -> Callable[[Tensor], Tensor]:
+def dino_pictures(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     """(B, 3, s, s) -> the last layer's CLS token, (B, D), unit."""
-    model = eye.load("AutoModel")
+    model = encoder.load("AutoModel")
 
     def embed(pixels: Tensor) -> Tensor:
         return _unit(model(pixel_values=pixels.to(dist.device())).last_hidden_state[:, 0])
@@ -137,16 +137,16 @@ def dino_pictures(eye: Eye) -> Callable[[Tensor], Tensor]:
 
 
 def clip_pictures_and_texts(
-    eye: Eye,
+    encoder: Encoder,
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
     """(B, 3, s, s) -> (B, D), and texts -> (texts, D): projected into CLIP's common space, unit."""
-    model = eye.load("CLIPModel")
+    model = encoder.load("CLIPModel")
     with importing():
         from transformers import CLIPTokenizer
     try:
-        words = CLIPTokenizer.from_pretrained(eye.folder)
+        words = CLIPTokenizer.from_pretrained(encoder.folder)
     except Exception as error:  # a broken vocabulary makes the library raise anything
-        raise ConfigError(f"cannot read the vocabulary of {eye.name}: {reason(error)}") from error
+        raise ConfigError(f"cannot read the vocabulary of {encoder.name}: {reason(error)}") from error
     longest = model.config.text_config.max_position_embeddings
 
     # Not get_image_features: what that returns changed within transformers 5.

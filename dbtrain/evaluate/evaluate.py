@@ -29,7 +29,7 @@ FEW = 3  # checkpoints that are hardly a choice
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """Who scores, and by which two scores checkpoints are compared."""
 
     evaluate: Callable[[Config, str, Path, Path | None], Any]  # scores on rank 0
@@ -40,11 +40,11 @@ class Judge:
     slack: float  # by how much less of that a checkpoint still counts as good
 
 
-DINO_AND_CLIP = Judge(dino_clip.evaluate, fidelity.Scores.load, fidelity.table, "dino", "clip_t", 0.01)
-CLASSIFIER = Judge(tiny_judge.evaluate, tiny_judge.Scores.load, tiny_judge.table, "likeness", "place", 0.1)
+DINO_AND_CLIP = Scorer(dino_clip.evaluate, fidelity.Scores.load, fidelity.table, "dino", "clip_t", 0.01)
+CLASSIFIER = Scorer(tiny_judge.evaluate, tiny_judge.Scores.load, tiny_judge.table, "likeness", "place", 0.1)
 
 
-def judge_of(cfg: Config) -> Judge:
+def judge_of(cfg: Config) -> Scorer:
     """The embedded base's own judge for it, unless a DINO is asked for."""
     return CLASSIFIER if cfg.model.path == EMBEDDED and cfg.evaluation.dino is None else DINO_AND_CLIP
 
@@ -134,7 +134,7 @@ def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Pat
     return None
 
 
-def suggestion(rows: Sequence[Mapping[str, Any]], judge: Judge) -> tuple[Mapping[str, Any], str]:
+def suggestion(rows: Sequence[Mapping[str, Any]], judge: Scorer) -> tuple[Mapping[str, Any], str]:
     """The one to take, and why: the most like the subject of those that follow prompts well enough.
 
     Well enough is within the judge's slack of the one that does best; of equals, the earlier.
@@ -153,7 +153,7 @@ def _numbers(scores: Any) -> dict[str, float]:
     return {name: value for name, value in asdict(scores).items() if value is not None}
 
 
-def _publish(rows: Sequence[dict[str, Any]], judge: Judge, folder: Path) -> list[str]:
+def _publish(rows: Sequence[dict[str, Any]], judge: Scorer, folder: Path) -> list[str]:
     """Write the rows and their plot; a line for each, with the two scores that count, and the suggestion."""
     best, why = suggestion(rows, judge)
     rows = [row | {"suggested": row is best} for row in rows]

@@ -51,7 +51,7 @@ def build(
     return pipe.to(device)
 
 
-def draw(
+def generate(
     pipe: Any,
     prompts: Sequence[str],
     generators: Sequence[torch.Generator],
@@ -126,7 +126,7 @@ def encode_once(
     return encoded
 
 
-def draw_encoded(
+def generate_encoded(
     pipe: Any,
     encoded: Sequence[Mapping[str, Tensor]],
     generators: Sequence[torch.Generator],
@@ -137,7 +137,7 @@ def draw_encoded(
     *,
     latents: bool,
 ) -> list[Any]:
-    """Like `draw`, of prompts that were encoded before, one a picture: needs no text encoder.
+    """Like `generate`, of prompts that were encoded before, one a picture: needs no text encoder.
 
     `latents`: x0 as the denoiser has it, (C, h, w) each, instead of pictures: needs no VAE.
     """

@@ -146,7 +146,7 @@ def _sampler(
         kernels.compile_module(getattr(pipe, base.family.denoiser), True)
 
     def pictures(seeds: Sequence[torch.Generator]) -> list[Any]:
-        return sampler.draw(pipe, [prompt] * len(seeds), seeds, *how)
+        return sampler.generate(pipe, [prompt] * len(seeds), seeds, *how)
 
     if not kept:
         return pictures, save_png
@@ -157,7 +157,7 @@ def _sampler(
         setattr(pipe, name, None)  # frees it
 
     def made(seeds: Sequence[torch.Generator]) -> list[Any]:
-        return sampler.draw_encoded(pipe, encoded * len(seeds), seeds, *how, latents=True)
+        return sampler.generate_encoded(pipe, encoded * len(seeds), seeds, *how, latents=True)
 
     return made, save_latent
 

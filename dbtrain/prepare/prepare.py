@@ -35,7 +35,7 @@ class Task:
     settings: Prepare
     base: Base
     folder: Path
-    place: Storage  # the same folder
+    storage: Storage  # the same folder
     old: shards.Manifest | None
 
 
@@ -50,8 +50,8 @@ def prepare(cfg: Config) -> Path:
     dist.init()
     base = Base.find(cfg.model)
     with dist.agreed():
-        place = Storage(cfg.data.shards)
-        folder = place.folder
+        storage = Storage(cfg.data.shards)
+        folder = storage.folder
         if folder is None:
             raise ConfigError(
                 f"data.shards is '{cfg.data.shards}'; prepare writes to a folder on this machine, "
@@ -66,7 +66,7 @@ def prepare(cfg: Config) -> Path:
         pictures["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
-        return _fill(Task(cfg, cfg.prepare, base, folder, place, _old_manifest(place)), pictures)
+        return _fill(Task(cfg, cfg.prepare, base, folder, storage, _old_manifest(storage)), pictures)
 
 
 def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
@@ -91,11 +91,11 @@ def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
     return task.folder
 
 
-def _old_manifest(place: Storage) -> shards.Manifest | None:
+def _old_manifest(storage: Storage) -> shards.Manifest | None:
     """The manifest that is there, on every rank; None if there is none that can be used."""
     with dist.agreed():
         try:
-            old = shards.Manifest.read(place).text() if dist.is_main() else None
+            old = shards.Manifest.read(storage).text() if dist.is_main() else None
         except ConfigError:
             old = None  # missing or damaged: all is made anew, and said so at the end
     text = dist.from_main(old)
@@ -113,7 +113,7 @@ def _good_files(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any]]
         entry = _entry(plan, path.read_bytes())
         shard = vouched.get(plan.file) or shards.Shard(**entry)  # not vouched for: a killed prepare's
         try:
-            if [row.meta for row in shards.read(task.place, shard)] == plan.metas:
+            if [row.meta for row in shards.read(task.storage, shard)] == plan.metas:
                 good[plan.file] = entry
         except ConfigError as problem:
             console.say(f"{problem}: making it anew")
@@ -152,7 +152,7 @@ def _kept_rows(task: Task, wanted: set[str]) -> dict[str, Any]:
     for shard in task.old.shards if task.old else ():
         if wanted & set(shard.keys):
             try:
-                rows = shards.read(task.place, shard)
+                rows = shards.read(task.storage, shard)
             except ConfigError:
                 continue  # harmed: `_good_files` or the encoder takes care of its rows
             kept |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in wanted}

@@ -95,10 +95,10 @@ def _photo(path: Path) -> Picture:
 
 def _stored(cfg: Config, crops: int) -> list[Part]:
     """For each role of the shards, its first rows as pictures; what cannot be reached says why."""
-    place = Storage(cfg.data.shards, retries=1)
+    storage = Storage(cfg.data.shards, retries=1)
     unread = Part(_title("instance"))
     with _telling(unread):
-        manifest = shards.Manifest.read(place)
+        manifest = shards.Manifest.read(storage)
     if unread.problem:
         return [unread]
     decode: Decode | None = None
@@ -106,7 +106,7 @@ def _stored(cfg: Config, crops: int) -> list[Part]:
     for role in manifest.roles:
         part = Part(_title(role), total=sum(manifest.rows(role)), note=DECODED if role == "instance" else "")
         with _telling(part):
-            rows = _rows(place, manifest, role, crops if role == "instance" else -(-crops // FEW))
+            rows = _rows(storage, manifest, role, crops if role == "instance" else -(-crops // FEW))
             if rows:
                 decode = decode or _decoder(cfg)
                 part.pictures = _decoded(rows, decode, manifest.prompts.texts, f"decode {role}")
@@ -132,12 +132,12 @@ def _title(role: str) -> str:
     return (known | held_out)[role]
 
 
-def _rows(place: Storage, manifest: shards.Manifest, role: str, most: int) -> list[shards.Row]:
+def _rows(storage: Storage, manifest: shards.Manifest, role: str, most: int) -> list[shards.Row]:
     """The first `most` rows of a role, those of a photo together; reads no more shards than that takes."""
     rows: list[shards.Row] = []
     for shard in manifest.roles[role]:
         if len(rows) < most:
-            rows += shards.read(place, shard)
+            rows += shards.read(storage, shard)
     return sorted(rows[:most], key=lambda row: (row.meta["source"], row.meta["crop"], row.meta["flip"]))
 
 
@@ -151,7 +151,9 @@ def _decoder(cfg: Config) -> Decode:
 
     @torch.no_grad()
     def decode(row: shards.Row) -> Image.Image:
-        x0 = family.draw(row.tensors, torch.zeros(()))[None]  # without noise: the posterior's mean
+        x0 = family.sample_posterior(row.tensors, torch.zeros(()))[
+            None
+        ]  # without noise: the posterior's mean
         pixels = vae.decode(x0.to(dist.device())).sample if vae else x0
         values = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())

@@ -21,19 +21,19 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
-from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Pulse
+from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Heartbeat
 
 PATIENCE = timedelta(hours=2)  # with ranks that prepare: shares of work differ, and one may download
 
 _group: torch_dist.ProcessGroup | None = None  # of ranks that train, which wait no longer than they are told
 _groups: dict[float, torch_dist.ProcessGroup] = {}  # by the seconds that they wait
 _wait = PATIENCE
-_pulse: Pulse | None = None
+_heartbeat: Heartbeat | None = None
 
 
 def init() -> None:
     """Join the process group that torchrun's (or srun's) variables describe; a world of one joins none."""
-    global _pulse
+    global _heartbeat
     adopt_slurm()
     if world() == 1 or is_initialized():
         return
@@ -43,7 +43,7 @@ def init() -> None:
     torch_dist.init_process_group(
         _backend(), timeout=PATIENCE, store=_store("ranks", hosts, PATIENCE), rank=rank(), world_size=world()
     )
-    _pulse = Pulse(_store("pulse", False, timedelta(seconds=30)), rank(), world())
+    _heartbeat = Heartbeat(_store("pulse", False, timedelta(seconds=30)), rank(), world())
 
 
 def _store(what: str, hosts: bool, timeout: timedelta) -> torch_dist.Store:
@@ -94,8 +94,8 @@ def group() -> torch_dist.ProcessGroup | None:
 
 def at(step: int) -> None:
     """Say which step this rank takes, for others to tell if it should not come back."""
-    if _pulse:
-        _pulse.step = step
+    if _heartbeat:
+        _heartbeat.step = step
 
 
 def _backend() -> str:
@@ -152,13 +152,13 @@ def device() -> torch.device:
 def lost(error: Exception) -> Lost | None:
     """What to tell of an error that means that another rank is gone, or does not answer; else None."""
     of_torch = isinstance(error, torch_dist.DistError) or "connectFullMesh" in str(error)
-    if of_torch and not _pulse:
+    if of_torch and not _heartbeat:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         return Lost(f"cannot join the other ranks at {place}: {reason(error)}", ended=True)
-    if not _pulse or not (of_torch or any(word in str(error) for word in ("gloo", "NCCL", "imed out"))):
+    if not _heartbeat or not (of_torch or any(word in str(error) for word in ("gloo", "NCCL", "imed out"))):
         return None
-    who, ended = _pulse.absent()
-    return Lost(f"{who}; this rank gives up at step {_pulse.step}: {reason(error)}", ended)
+    who, ended = _heartbeat.absent()
+    return Lost(f"{who}; this rank gives up at step {_heartbeat.step}: {reason(error)}", ended)
 
 
 def finish(code: int) -> None:
@@ -168,8 +168,8 @@ def finish(code: int) -> None:
     (torch 2.13): flush, then leave without the interpreter's shutdown.
     """
     if is_initialized():
-        if _pulse:
-            _pulse.close(GAVE_UP if code == 3 else f"exit code {code}" if code else "")
+        if _heartbeat:
+            _heartbeat.close(GAVE_UP if code == 3 else f"exit code {code}" if code else "")
         if rank() == 0 and code in (1, 2, 3) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(2 * PATIENCE_S)  # the store ends with this process: let the others read it
         sys.stdout.flush()

@@ -22,7 +22,7 @@ class Sign(NamedTuple):
     end: str  # how it ended, if it could say so
 
 
-class Pulse:
+class Heartbeat:
     """Beats once a period, from a thread of its own: also while its rank computes or waits.
 
     `store` has `set(key, text)` and `multi_get(keys)`, and raises once its host is gone.

@@ -22,7 +22,7 @@ def generator(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-class Draws(NamedTuple):
+class RowNoise(NamedTuple):
     """All that is random about one training row."""
 
     u: Tensor  # () uniform in [0, 1), becomes the timestep
@@ -31,7 +31,9 @@ class Draws(NamedTuple):
     level: Tensor  # () uniform in [0, 1), for an upscaler: how rough the image is that it is given
 
 
-def row_draws(seed: int, role: str, position: int, shape: tuple[int, ...], noise_offset: float) -> Draws:
+def sample_noise(
+    seed: int, role: str, position: int, shape: tuple[int, ...], noise_offset: float
+) -> RowNoise:
     """The draws of the row at `position`, for a latent of `shape` (C, H, W).
 
     `noise_offset` adds a normal number for each channel to the noise, scaled by it.
@@ -46,7 +48,7 @@ def row_draws(seed: int, role: str, position: int, shape: tuple[int, ...], noise
     if noise_offset:  # drawn last: turning it on leaves the other draws as they were
         noise = noise + noise_offset * torch.randn((shape[0], 1, 1), **how)
     level = torch.rand((), **how)
-    return Draws(u, noise, posterior, level)
+    return RowNoise(u, noise, posterior, level)
 
 
 @contextmanager

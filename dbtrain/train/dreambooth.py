@@ -116,7 +116,7 @@ class DreamBooth(nn.Module):
 
     def x0(self, batch: Batch) -> Tensor:
         """What the denoiser learns to recover, (rows, C, H, W) fp32."""
-        drawn = self.family.draw(batch.stored, batch.posterior)
+        drawn = self.family.sample_posterior(batch.stored, batch.posterior)
         return (drawn - self.get_buffer("latent_shift")) * self.get_buffer("latent_scale")
 
     def condition(self, prompt: Tensor) -> dict[str, Tensor]:

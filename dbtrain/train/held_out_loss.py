@@ -38,10 +38,12 @@ class HeldOut:
     extra: Mapping[str, Tensor]
 
 
-def rows(manifest: Manifest, place: Storage, family: Family, role: str, timesteps: int) -> Iterator[HeldOut]:
+def rows(
+    manifest: Manifest, storage: Storage, family: Family, role: str, timesteps: int
+) -> Iterator[HeldOut]:
     """Every row of a role that was kept back, at the middle of each of `timesteps` parts of their range."""
     for shard in manifest.roles[HELD_OUT[role]]:
-        for row in shards.read(place, shard):
+        for row in shards.read(storage, shard):
             extra = family.row(row.meta, manifest.request["resolution"])
             for number in range(timesteps):
                 yield HeldOut(role, number, (number + 0.5) / timesteps, row, extra)
@@ -79,7 +81,7 @@ def batch_of(rows: Sequence[HeldOut]) -> Batch:
     draws = []
     for one in rows:
         shape = tuple(next(iter(one.row.tensors.values())).shape)
-        drawn = rng.row_draws(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
+        drawn = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
         at = torch.tensor(one.u)
         draws.append(drawn._replace(u=at, level=at))
     return Batch.collate([one.row for one in rows], draws, [one.extra for one in rows])

@@ -14,7 +14,7 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models import kernels
@@ -29,7 +29,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.metrics import Metrics
 from dbtrain.train.step import Compute, compute_step
-from dbtrain.train.validation import Validation
+from dbtrain.train.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Inputs:
     base: Base
     storage: Storage
     manifest: Manifest
-    share: Share
+    share: RankSlice
     fingerprint: Mapping[str, Any]
 
     @classmethod
@@ -48,7 +48,7 @@ class Inputs:
         storage = Storage(cfg.data.shards, cfg.faults.retries)
         base = Base.find(cfg.model)
         with dist.agreed():
-            share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
+            share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
             manifest = Manifest.read(storage)
             cuda_graph.check(cfg.train.cuda_graph, dist.device())
             found = None
@@ -96,7 +96,7 @@ class Job:
     progress: Progress
     stream: LatentStream
     metrics: Metrics
-    validation: Validation
+    validation: Validator
     compute: Compute
     start: int
 
@@ -151,7 +151,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         if dist.is_main():
             files.write_atomically(run.config, cfg.dump())
             run.done.unlink(missing_ok=True)
-    watcher = Validation.build(cfg, inputs.base, model, manifest, found)
+    watcher = Validator.build(cfg, inputs.base, model, manifest, found)
     progress = Progress.begin(model.to(dist.device()), cfg)
     start = checkpoint.load_latest(run, progress, found)
     checkpoint.check_ranks(model)

@@ -71,7 +71,7 @@ def forget_after(cfg: Config, fingerprint: Mapping[str, Any], step: int) -> None
 
 
 @dataclass(frozen=True)
-class Validation:
+class Validator:
     """What a run is looked at with: made once, before its first step."""
 
     cfg: Config
@@ -84,7 +84,7 @@ class Validation:
     @classmethod
     def build(
         cls, cfg: Config, base: Base, model: DreamBooth, manifest: Manifest, fingerprint: Mapping[str, Any]
-    ) -> Validation:
+    ) -> Validator:
         """Reads what was kept back, and encodes the prompts, on rank 0 and before `model` is on its device.
 
         Raises ConfigError for what a user can fix.
@@ -100,11 +100,11 @@ class Validation:
             with dist.agreed():
                 pictures = Pictures(cfg, base, model, manifest.request["resolution"], encoded)
         with dist.agreed():
-            place = Storage(cfg.data.shards, cfg.faults.retries)
+            storage = Storage(cfg.data.shards, cfg.faults.retries)
             kept_back = [
                 row
                 for role in _roles(manifest)
-                for row in held_out_loss.rows(manifest, place, base.family, role, cfg.validation.timesteps)
+                for row in held_out_loss.rows(manifest, storage, base.family, role, cfg.validation.timesteps)
             ]
         return cls(cfg, manifest, model, pictures, kept_back, fingerprint)
 
@@ -211,7 +211,7 @@ class Pictures:
                 small = [self.small[turn % len(self.small)] for turn in turns] if self.small else []
                 sources = [torch.Generator().manual_seed(seed) for seed in seeds]
                 with precision.forward(dist.device()):
-                    drawn += sampler.draw_encoded(
+                    drawn += sampler.generate_encoded(
                         self.pipe, [encoded[number]] * len(seeds), sources, settings.steps, settings.guidance,
                         self.side, small, latents=self.family.vae is not None,
                     )  # fmt: skip

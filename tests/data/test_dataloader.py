@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dbtrain.data.batch import Batch
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Order, Share
+from dbtrain.data.order import Order, RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.runtime import rng
 from tests.conftest import at
@@ -19,7 +19,7 @@ from tests.conftest import at
 WEIGHTS = {"instance": 1.0, "class": 0.5}
 
 
-def stream(folder: Path, share: Share, **options: object) -> LatentStream:
+def stream(folder: Path, share: RankSlice, **options: object) -> LatentStream:
     return LatentStream(at(folder), Manifest.read(at(folder)), share, WEIGHTS, seed=7, **options)  # type: ignore[arg-type]
 
 
@@ -28,7 +28,7 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 
 def test_a_stream_started_at_step_k_continues_the_first_one(prepared: Path) -> None:
-    whole, late = stream(prepared, Share(4, 2)), stream(prepared, Share(4, 2), start=3)
+    whole, late = stream(prepared, RankSlice(4, 2)), stream(prepared, RankSlice(4, 2), start=3)
     first = [next(whole) for _ in range(10)]
     for one, other in zip(first[6:], [next(late) for _ in range(4)], strict=True):
         assert all(map(torch.equal, tensors(one), tensors(other)))
@@ -37,8 +37,8 @@ def test_a_stream_started_at_step_k_continues_the_first_one(prepared: Path) -> N
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 2), (1, 1), (2, 2), (4, 1)])
 def test_ranks_together_see_what_one_rank_sees(prepared: Path, world: int, micro_batch: int) -> None:
-    one = stream(prepared, Share(4, 4))
-    many = [stream(prepared, Share(4, micro_batch, rank, world)) for rank in range(world)]
+    one = stream(prepared, RankSlice(4, 4))
+    many = [stream(prepared, RankSlice(4, micro_batch, rank, world)) for rank in range(world)]
     for _ in range(3):
         whole = next(one)
         parts = [next(s) for s in many for _ in range(s.share.micro_batches)]
@@ -52,16 +52,16 @@ def test_ranks_together_see_what_one_rank_sees(prepared: Path, world: int, micro
 
 
 def test_rows_weigh_their_role_s_mean(prepared: Path) -> None:
-    batches = stream(prepared, Share(4, 2))
+    batches = stream(prepared, RankSlice(4, 2))
     assert next(batches).weight.tolist() == [0.25, 0.25, 0.125, 0.125]
     batches.close()
 
 
 def test_draws_are_keyed_by_role_and_position(prepared: Path) -> None:
-    batches = stream(prepared, Share(4, 2))
+    batches = stream(prepared, RankSlice(4, 2))
     batch = [next(batches) for _ in range(4)][3]  # step 1, second micro-batch: positions 6 and 7
     for row, (role, position) in enumerate([("instance", 6), ("instance", 7), ("class", 6), ("class", 7)]):
-        draws = rng.row_draws(7, role, position, (4, 8, 8), 0.0)
+        draws = rng.sample_noise(7, role, position, (4, 8, 8), 0.0)
         assert torch.equal(batch.noise[row], draws.noise)
         assert torch.equal(batch.posterior[row], draws.posterior)
         assert torch.equal(batch.u[row], draws.u)
@@ -70,7 +70,7 @@ def test_draws_are_keyed_by_role_and_position(prepared: Path) -> None:
 
 
 def test_noise_offset_shifts_channels_and_leaves_the_other_draws() -> None:
-    plain, offset = (rng.row_draws(0, "instance", 3, (4, 8, 8), value) for value in (0.0, 0.1))
+    plain, offset = (rng.sample_noise(0, "instance", 3, (4, 8, 8), value) for value in (0.0, 0.1))
     difference = offset.noise - plain.noise
     assert torch.allclose(difference, difference[:, :1, :1].expand(4, 8, 8), atol=1e-6)
     assert difference.abs().min() > 0
@@ -79,14 +79,14 @@ def test_noise_offset_shifts_channels_and_leaves_the_other_draws() -> None:
 
 
 def test_prompts_follow_their_rows(prepared: Path) -> None:
-    batches = stream(prepared, Share(4, 2))
+    batches = stream(prepared, RankSlice(4, 2))
     for _ in range(4):
         assert next(batches).prompt.tolist() == [0, 0, 1, 1]
     batches.close()
 
 
 def test_a_small_cache_gives_the_same_batches_and_reads_more(prepared: Path) -> None:
-    rich, poor = stream(prepared, Share(4, 4)), stream(prepared, Share(4, 4), cache_gib=1e-9)
+    rich, poor = stream(prepared, RankSlice(4, 4)), stream(prepared, RankSlice(4, 4), cache_gib=1e-9)
     for _ in range(12):
         assert all(map(torch.equal, tensors(next(rich)), tensors(next(poor))))
     rich.close(), poor.close()
@@ -98,7 +98,7 @@ def test_a_rank_reads_only_what_its_positions_need(prepared: Path) -> None:
     manifest = Manifest.read(at(prepared))
     order = Order(manifest.rows("class"), 2, 7, "class")
     assert order.columns == 2
-    ranks = [stream(prepared, Share(2, 1, rank, 2)) for rank in range(2)]
+    ranks = [stream(prepared, RankSlice(2, 1, rank, 2)) for rank in range(2)]
     for s in ranks:
         for _ in range(12):
             next(s)
@@ -108,7 +108,7 @@ def test_a_rank_reads_only_what_its_positions_need(prepared: Path) -> None:
 
 
 def test_the_reading_thread_ends(prepared: Path) -> None:
-    batches = stream(prepared, Share(4, 1))
+    batches = stream(prepared, RankSlice(4, 1))
     next(batches)
     batches.close()
     assert not [t for t in threading.enumerate() if t is batches.thread]
@@ -116,10 +116,10 @@ def test_the_reading_thread_ends(prepared: Path) -> None:
 
 def test_draws_do_not_depend_on_the_default_dtype() -> None:
     """Libraries change it for all threads while they load a model, and a thread draws ahead meanwhile."""
-    draws = rng.row_draws(0, "instance", 3, (4, 8, 8), 0.1)
+    draws = rng.sample_noise(0, "instance", 3, (4, 8, 8), 0.1)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        others = rng.row_draws(0, "instance", 3, (4, 8, 8), 0.1)
+        others = rng.sample_noise(0, "instance", 3, (4, 8, 8), 0.1)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(draws, others, strict=True))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from dbtrain.data.order import Order, Share
+from dbtrain.data.order import Order, RankSlice
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ def test_with_as_many_shards_as_ranks_no_shard_is_read_by_every_rank() -> None:
     order, world = Order((6,) * 8, 8, seed=0, role="class"), 4
     read: dict[int, set[int]] = {}
     for rank in range(world):
-        share = Share(8, 1, rank, world)
+        share = RankSlice(8, 1, rank, world)
         for step in range(60):
             for micro in range(share.micro_batches):
                 for position in share.positions(step, micro):
@@ -80,14 +80,14 @@ def test_uneven_columns_are_not_used() -> None:
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 8), (1, 2), (2, 4), (4, 2), (8, 1), (2, 1)])
 def test_ranks_and_micro_batches_share_out_the_same_positions(world: int, micro_batch: int) -> None:
-    shares = [Share(8, micro_batch, rank, world) for rank in range(world)]
+    shares = [RankSlice(8, micro_batch, rank, world) for rank in range(world)]
     step_3 = [p for s in shares for micro in range(s.micro_batches) for p in s.positions(3, micro)]
     assert step_3 == list(range(24, 32))
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"global_batch is 6, .* 4 ranks .* use a multiple of 8"):
-        Share(6, 2, rank=0, world=4)
+        RankSlice(6, 2, rank=0, world=4)
 
 
 SHARDS = (1, 2, 4, 32, 100, 512, 1000, 4096)
@@ -104,7 +104,7 @@ def test_at_scale(count: int) -> None:
     first = [(place.shard, place.row) for place in found if place.epoch == 0]
     assert sorted(first) == [(shard, row) for shard in range(count) for row in range(each)]
     for ranks in RANKS:
-        shares = [Share(batch, batch // ranks, rank, ranks) for rank in range(ranks)]
+        shares = [RankSlice(batch, batch // ranks, rank, ranks) for rank in range(ranks)]
         taken = [[p for step in range(steps) for p in share.positions(step, 0)] for share in shares]
         assert sorted(p for positions in taken for p in positions) == list(range(steps * batch))
         if count >= ranks and not count & (count - 1):  # `prepare` makes powers of two
@@ -118,5 +118,5 @@ def test_prepare_s_uneven_shards_stay_within_a_rank_s_share() -> None:
     order = Order(rows, 512, seed=0, role="class")
     assert order.columns == 512
     for rank in (0, 255, 511):
-        positions = [p for step in range(196) for p in Share(512, 1, rank, 512).positions(step, 0)]
+        positions = [p for step in range(196) for p in RankSlice(512, 1, rank, 512).positions(step, 0)]
         assert {order.locate(position).shard for position in positions} == {rank}

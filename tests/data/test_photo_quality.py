@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, alike, look
+from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, alike, quality_of
 from tests.conftest import REAL_PHOTOS, draw_photo
 
 
@@ -26,8 +26,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
 def test_photos_are_sharp_until_they_are_blurred(pictures: list[Image.Image]) -> None:
     for picture in pictures:
         radius = 0.02 * min(picture.size)
-        assert look(picture).sharpness > 3 * SHARP
-        assert look(picture.filter(ImageFilter.GaussianBlur(radius))).sharpness < SHARP / 2
+        assert quality_of(picture).sharpness > 3 * SHARP
+        assert quality_of(picture.filter(ImageFilter.GaussianBlur(radius))).sharpness < SHARP / 2
 
 
 def test_a_sharp_subject_before_a_blurred_background_is_sharp() -> None:
@@ -37,19 +37,19 @@ def test_a_sharp_subject_before_a_blurred_background_is_sharp() -> None:
         blurred = picture.filter(ImageFilter.GaussianBlur(0.02 * min(picture.size)))
         middle = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
         blurred.paste(picture.crop(middle), middle[:2])
-        assert look(blurred).sharpness > SHARP
+        assert quality_of(blurred).sharpness > SHARP
 
 
 def test_copies_are_alike_and_other_pictures_are_not(pictures: list[Image.Image]) -> None:
-    looks = [look(picture) for picture in pictures]
-    assert alike(looks) == []
-    for picture, one in zip(pictures, looks, strict=True):
+    qualities = [quality_of(picture) for picture in pictures]
+    assert alike(qualities) == []
+    for picture, one in zip(pictures, qualities, strict=True):
         width, height = picture.size
         packed = io.BytesIO()
         picture.save(packed, "JPEG", quality=40)
         trimmed = picture.crop((width // 50, height // 50, width - width // 50, height - height // 50))
         for copy in (Image.open(packed).convert("RGB"), picture.resize((width // 3, height // 3)), trimmed):
-            assert alike([one, look(copy)]) == [(0, 1)]
+            assert alike([one, quality_of(copy)]) == [(0, 1)]
     assert alike([]) == []
 
 
@@ -62,15 +62,15 @@ def _wide(subject_at: int) -> Image.Image:
 
 
 def test_a_subject_at_the_edge_is_missed_by_the_centre_crop() -> None:
-    middle, right = look(_wide(105)), look(_wide(205))
+    middle, right = quality_of(_wide(105)), quality_of(_wide(205))
     assert middle.missed < 0.05 and middle.left_out == pytest.approx(1 / 3) and middle.left_out < LEFT_OUT
     assert right.missed > MISSED and right.best > 0.8
-    below = look(_wide(205).transpose(Image.Transpose.ROTATE_270))
+    below = quality_of(_wide(205).transpose(Image.Transpose.ROTATE_270))
     assert below.missed == pytest.approx(right.missed, abs=0.02) and below.best > 0.8, "upright ones alike"
-    assert look(_wide(5)).best < 0.2
+    assert quality_of(_wide(5)).best < 0.2
 
 
 def test_pictures_of_a_few_pixels_are_no_trouble(tmp_path: Path) -> None:
     for size in ((1, 1), (1, 40), (3, 2), (12, 9)):
-        one = look(Image.new("RGB", size))
+        one = quality_of(Image.new("RGB", size))
         assert one.sharpness == 0.0 and one.missed >= 0.0

@@ -15,7 +15,7 @@ from benchmarks import bases as real
 from benchmarks.memory import BOUND, configured, measured
 from dbtrain.doctor import memory
 from dbtrain.doctor.memory import GIB, Prediction
-from dbtrain.doctor.memory_counter import Tally, like_cuda
+from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
@@ -25,18 +25,18 @@ from tests.conftest import Make, dbtrain
 
 
 def test_a_tally_counts_each_storage_while_it_lives() -> None:
-    with FakeTensorMode(), Tally(block=512) as tally:
+    with FakeTensorMode(), MemoryCounter(block=512) as counter:
         x = torch.empty(1000)  # 4000 bytes, rounded to 4096
-        assert (tally.live, tally.peak) == (4096, 4096)
+        assert (counter.live, counter.peak) == (4096, 4096)
         view = x.view(10, 100)[2:]
         x.add_(1)
-        assert tally.live == 4096, "views and changes in place take nothing"
+        assert counter.live == 4096, "views and changes in place take nothing"
         y = view * 2  # 3200 bytes
-        assert tally.live == tally.peak == 4096 + 3584
+        assert counter.live == counter.peak == 4096 + 3584
         del x, y
-        assert tally.live == 4096, "the view keeps the storage"
+        assert counter.live == 4096, "the view keeps the storage"
         del view
-        assert (tally.live, tally.peak) == (0, 4096 + 3584)
+        assert (counter.live, counter.peak) == (0, 4096 + 3584)
 
 
 def test_cuda_s_kernels_and_autocast_are_stood_in_for_and_put_back() -> None:
@@ -89,9 +89,9 @@ def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
     base = Base.find(cfg.model)
     found = memory.predict(cfg, base, "cpu")
     vae = base.load("vae")
-    with Tally(64) as tally, torch.no_grad():
+    with MemoryCounter(64) as counter, torch.no_grad():
         vae.decode(torch.randn(1, *families.get("sd").space(base, 64).shape))
-        taken = tally.peak + sum(parameter.nbytes for parameter in vae.parameters())
+        taken = counter.peak + sum(parameter.nbytes for parameter in vae.parameters())
     assert found.drawing == pytest.approx(taken, rel=BOUND)
     assert found.peak == found.base + found.adapter + found.moments + found.gradients + max(
         found.drawing, found.activations

@@ -25,7 +25,7 @@ from dbtrain.config import Config, Model
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
@@ -68,7 +68,7 @@ def first_batch(cfg: Config, family: families.Family) -> Batch:
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
     stream = LatentStream(
-        at(folder), manifest, Share(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
+        at(folder), manifest, RankSlice(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     batch = next(stream)

@@ -17,7 +17,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.models import kernels
 from dbtrain.models.base import Base
@@ -44,7 +44,7 @@ def main() -> None:
         return aot_eager(graph, inputs)
 
     kernels.compile_module(model.denoiser, True, backend)
-    share = Share(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
+    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
     stream = LatentStream(place, manifest, share, {"instance": 1.0, "class": 1.0}, seed=0)
     progress = Progress.begin(model, cfg)
     ddp = parallel.wrap(model)

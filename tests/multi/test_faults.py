@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from dbtrain.data import shards
 from dbtrain.data.shards import MANIFEST, Manifest
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.heartbeat import GAVE_UP, Pulse
+from dbtrain.runtime.heartbeat import GAVE_UP, Heartbeat
 from tests.conftest import Make, Started, at, dbtrain, train
 from tests.multi.test_two_processes import EXPORT, relative
 
@@ -167,7 +167,7 @@ class Store(dict):
 def test_the_pulse_tells_the_dead_from_the_late_and_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dbtrain.runtime.heartbeat.PERIOD_S", 0.02)
     store = Store()
-    mine, other = Pulse(store, 0, 2), Pulse(store, 1, 2)
+    mine, other = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     mine.step, other.step = 5, 4
 
     def ask() -> tuple[str, bool]:

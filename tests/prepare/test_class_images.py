@@ -283,7 +283,7 @@ def test_a_compiled_denoiser_draws_the_same(drawn: Any, tmp_path: Path, monkeypa
 
 def test_it_is_compiled_for_one_size_of_batch(drawn: Any, tmp_path: Path, monkeypatch: Any) -> None:
     sizes = []
-    original = class_images.generate.draw_encoded
+    original = class_images.sampler.generate_encoded
 
     def noting(
         pipe: Any, encoded: Any, generators: list[torch.Generator], *how: Any, **more: Any
@@ -291,7 +291,7 @@ def test_it_is_compiled_for_one_size_of_batch(drawn: Any, tmp_path: Path, monkey
         sizes.append(len(generators))
         return original(pipe, encoded, generators, *how, **more)
 
-    monkeypatch.setattr(class_images.generate, "draw_encoded", noting)
+    monkeypatch.setattr(class_images.sampler, "generate_encoded", noting)
     monkeypatch.setattr(class_images.kernels, "compile_module", lambda denoiser, how: None)
     for compiled, mine in ((False, "eager"), (True, "compiled")):
         drawn(bases.sd(), prepare__class_images=5, prepare__sampling__compile=compiled,

@@ -15,7 +15,7 @@ from torch import Tensor
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import Share
+from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
@@ -36,7 +36,7 @@ def build(cfg: Config, folder: Path) -> DreamBooth:
 
 def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    share = Share(cfg.train.global_batch, cfg.train.micro_batch)
+    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
     return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, **options)
 
 

@@ -41,7 +41,7 @@ def encode_images(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
     return {"pixels": ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)}
 
 
-def draw(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
+def unit_pixels(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
     return stored["pixels"].float() / 127.5 - 1
 
 
@@ -97,7 +97,7 @@ STAGE_1 = Family(
     embed=embed,
     space=pixel_space,
     encode_images=encode_images,
-    draw=draw,
+    sample_posterior=unit_pixels,
     check=partial(check, channels=3),
     denoise=denoise,
     vae=None,

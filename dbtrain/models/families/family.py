@@ -41,7 +41,7 @@ class Family:
     """(base, side in px) -> what the denoiser works on. Raises ConfigError if the side does not divide."""
     encode_images: Callable[[nn.Module | None, Tensor], dict[str, Tensor]]
     """(vae, images (B, 3, H, W) in [-1, 1]) -> what a shard stores, (B, C, H, W) each."""
-    draw: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    sample_posterior: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     """(stored, posterior normals (rows, C, H, W)) -> x0 before its scale, (rows, C, H, W) fp32."""
     check: Callable[[Pretrained], None]
     """Raises ConfigError if the components of a base do not fit together; reads configs only."""
@@ -155,6 +155,6 @@ def sampled_moments(x0: Tensor, space: LatentSpace) -> dict[str, Tensor]:
     return {"mean": space.unscaled(x0), "std": torch.zeros_like(x0)}
 
 
-def draw_latents(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
+def sample_moments(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
     """A sample of the VAE's posterior, unscaled, (rows, C, h, w)."""
     return stored["mean"] + stored["std"] * posterior

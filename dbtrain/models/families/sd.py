@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dbtrain.models.families.family import (
     Family,
-    draw_latents,
     encode_moments,
     matching,
+    sample_moments,
     tokenize_clip,
     vae_space,
 )
@@ -50,7 +50,7 @@ FAMILY = Family(
     embed=embed,
     space=vae_space,
     encode_images=encode_moments,
-    draw=draw_latents,
+    sample_posterior=sample_moments,
     check=check,
     denoise=denoise,
     kohya={"unet": "lora_unet", "text_encoder": "lora_te"},
