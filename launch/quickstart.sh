@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole job on two local processes, with the embedded base: no GPU, no download of a model.
+# Train the embedded base on two local processes. Needs no GPU and downloads no model.
 # Usage: bash launch/quickstart.sh [PHOTOS [WORD]]
-#   PHOTOS  a folder of photos (default: five photos of a mug are drawn, and the result is scored)
-#   WORD    what they show, e.g. dog (default: the folder's name)
+#   PHOTOS  folder of photos (default: draws five photos of a mug, and scores the result)
+#   WORD    what the photos show, e.g. dog (default: the folder's name)
 set -euo pipefail
 name=quickstart
 if [[ $# -gt 0 ]]; then

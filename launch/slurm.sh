@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# What the batch scripts share. From the environment (sbatch passes it on), with sbatch's own options beside it
-# (--partition, --account, --nodes, --gpus-per-node, --time, ...):
-#   DBTRAIN_HOME    the checkout (default: the folder in which sbatch was called)
-#   VENV            virtual environment (default: the checkout's .venv, if it has one)
+# Shared by the batch scripts. Partition, account, nodes, GPUs and time are sbatch's own options. The rest is set by
+# environment variables, which sbatch passes on:
+#   DBTRAIN_HOME    folder that contains launch/ (default: the folder in which sbatch was called)
+#   VENV            virtual environment (default: .venv in DBTRAIN_HOME, if there is one)
 #   CONTAINER       image for srun --container-image, with pyxis and enroot (default: none)
-#   RANKS_PER_NODE  processes on each node (default: one a GPU of the job, or one)
-#   STARTER         torchrun: one agent a node, which starts its ranks (default)
-#                   srun: one task a rank; submit with --ntasks-per-node=RANKS_PER_NODE
-#   INTERFACE       network interface for NCCL and gloo, e.g. ib0 (default: their own choice)
-#   MAX_REQUEUES    how often a preempted job queues itself again (default 20)
-#   HF_HUB_OFFLINE  default 1: models come from the cache; download them on a login node
+#   RANKS_PER_NODE  processes per node (default: one per GPU of the job, or one)
+#   STARTER         torchrun: one agent per node, which starts the node's ranks (default)
+#                   srun: one task per rank; submit with --ntasks-per-node=RANKS_PER_NODE
+#   INTERFACE       network interface for NCCL and gloo, e.g. ib0 (default: they choose)
+#   MAX_REQUEUES    how often a preempted job may requeue itself (default: 20)
+#   HF_HUB_OFFLINE  1 (default): models come from the cache, so download them on a login node first
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}" "${STARTER:=torchrun}" "${MAX_REQUEUES:=20}"
 : "${VENV:=$DBTRAIN_HOME/.venv}" "${CONTAINER:=}" "${INTERFACE:=}"
 [[ -d $VENV ]] && PATH=$VENV/bin:$PATH
 [[ -n $INTERFACE ]] && export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 export PATH RANKS_PER_NODE HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# This task of a job array, or this job: an array's first task shares its number with the whole array.
+# The job's ID, or ARRAY_TASK for a task of an array: the first task of an array has the ID of the whole array.
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 this_job=${this_job:-$SLURM_JOB_ID}
 
-# When SLURM will end the job, for dbtrain to stop in time; newer versions of SLURM set this themselves.
+# Tell dbtrain when SLURM will end the job, so that it stops in time. Newer versions of SLURM set this themselves.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
   ends=$(scontrol show job -o "$this_job" | sed -n 's/.* EndTime=\([^ ]*\) .*/\1/p')
   SLURM_JOB_END_TIME=$(date -d "$ends" +%s 2>/dev/null || true)
@@ -30,13 +30,13 @@ fi
 options=(--kill-on-bad-exit=1)
 [[ -n $CONTAINER ]] && options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
 
-# setting KEY CONFIG [SECTION.KEY=VALUE ...]: a setting's value.
+# setting KEY CONFIG [SECTION.KEY=VALUE ...]: print the value of a setting.
 setting() {
   local key=$1 && shift
   srun "${options[@]}" --nodes=1 --ntasks=1 python -m dbtrain config "$@" --key "$key"
 }
 
-# ranks ARGUMENT...: `dbtrain ARGUMENT...` on every rank of the job; one log a rank beside the job's own.
+# ranks ARGUMENT...: run `dbtrain ARGUMENT...` on every rank of the job, with one log file per rank.
 ranks() {
   local head attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -45,8 +45,8 @@ ranks() {
   LOGS=$PWD/logs/${SLURM_JOB_NAME}-$attempt
   mkdir -p "$LOGS"
   export MASTER_ADDR MASTER_PORT LOGS RDZV_ID=$attempt
-  # SLURM signals every process of a step, ranks included: the agent must stay out of it, as it would die
-  # of USR1 and fail on TERM. Signals ignored here stay ignored until dbtrain sets its own handlers.
+  # SLURM signals every process of a step, and so the ranks too. The torchrun agent must ignore these signals: USR1
+  # would kill it, and TERM would make it fail. The ranks inherit that until dbtrain sets its own handlers.
   # shellcheck disable=SC2016 # expanded on the nodes
   case $STARTER in
     torchrun)
@@ -62,16 +62,16 @@ ranks() {
         exec > >(exec tee -a "$LOGS/rank$SLURM_PROCID.log") 2>&1
         exec python -m dbtrain "$@"' sh "$@"
       ;;
-    *) echo "STARTER is '$STARTER'; choose torchrun or srun" >&2; return 2 ;;
+    *) echo "STARTER is '$STARTER'; use torchrun or srun" >&2; return 2 ;;
   esac
 }
 
-# requeue_if_preempted RUN_DIR: put the job back into the queue if dbtrain stopped early and in order.
+# requeue_if_preempted RUN_DIR: requeue the job if dbtrain saved its state and stopped early.
 requeue_if_preempted() {
   [[ -e $1/PREEMPTED ]] || return 0
   if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
-    echo "preempted $MAX_REQUEUES times (MAX_REQUEUES): not queued again; submit it again to go on" >&2
+    echo "preempted $MAX_REQUEUES times, the limit set by MAX_REQUEUES; submit the job again to resume" >&2
     exit 75
   fi
-  scontrol requeue "$this_job" && sleep 120 # SLURM ends this shell; to exit first would end the job
+  scontrol requeue "$this_job" && sleep 120 # wait for SLURM to end this shell: exiting first would end the job
 }

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# A verb on all GPUs of this machine (or, without one, in one process).
+# Run a dbtrain command on all GPUs of this machine, or in one process if it has none.
 #   bash launch/torchrun.sh run configs/sd15.yaml
-# From the environment: RANKS (processes; default: one a GPU), MAX_RESTARTS (default 0: how often torchrun starts
-# all ranks anew after one was lost; they go on from the last checkpoint).
+# Environment variables:
+#   RANKS         processes (default: one per GPU)
+#   MAX_RESTARTS  how often torchrun restarts all ranks after losing one; they resume from the last checkpoint
+#                 (default: 0)
 set -euo pipefail
 if [[ -z ${RANKS:-} ]]; then
   RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)

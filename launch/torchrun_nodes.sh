@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
-# A verb on several machines without a batch system: the same line on each of them.
+# Run a dbtrain command on several machines without a batch system. Start the same command on each of them:
 #   HEAD=node1 NODES=2 bash launch/torchrun_nodes.sh run configs/sd15.yaml
-# From the environment: HEAD (name or address of one of the machines), NODES (how many), RANKS (processes on each;
-# default: one a GPU), PORT (default 29500), INTERFACE (network interface for NCCL and gloo; default: the one that
-# reaches HEAD), JOB (a name that all share; another one for each job that runs at once).
+# Environment variables:
+#   HEAD       name or address of one of the machines
+#   NODES      number of machines
+#   RANKS      processes per machine (default: one per GPU)
+#   PORT       port on HEAD (default: 29500)
+#   INTERFACE  network interface for NCCL and gloo (default: the one that reaches HEAD)
+#   JOB        name of the job, which must differ between jobs that run at once (default: dbtrain)
 set -euo pipefail
-: "${HEAD:?the name or address of one of the machines}" "${NODES:?how many machines}" "${PORT:=29500}" "${JOB:=dbtrain}"
+: "${HEAD:?set it to the name or address of one of the machines}" "${NODES:?set it to the number of machines}"
+: "${PORT:=29500}" "${JOB:=dbtrain}"
 if [[ -z ${RANKS:-} ]]; then
   RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
   ((RANKS)) || RANKS=1
 fi
 
-# Which machine hosts the rendezvous, and by which address this one is reached, is said and not guessed from
-# names: many hosts files call a machine 127.0.1.1.
+# Tell torchrun which machine hosts the rendezvous, and at which address this one is reached. It would guess both
+# from host names, which many hosts files map to 127.0.1.1.
 own=$(ip -o -4 addr show | awk '{sub("/.*", "", $4); print $4}')
 endpoint=$(getent ahostsv4 "$HEAD" | awk '{print $1; exit}')
 if [[ $HEAD == "$(hostname)" ]] || grep -qxF "$endpoint" <<<"$own"; then
