@@ -135,7 +135,11 @@ def _is(data: bytes, sha256: str | None) -> bool:
 
 
 def _keep(path: Path, data: bytes) -> None:
-    """Keep a copy on this machine, if there is room for it."""
+    """Keep a copy on this machine, if there is room for it.
+
+    Whole or not at all, by its hash. fsspec's caches go by URL, keep the part of a file that a killed
+    download left, and cannot read without writing.
+    """
     try:
         files.write_atomically(path, data)
     except OSError as error:

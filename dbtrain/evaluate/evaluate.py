@@ -6,6 +6,7 @@ base a small classifier that knows its world (`tiny.score`).
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,14 +16,12 @@ from typing import Any
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
-from dbtrain.data.pictures import save_png
 from dbtrain.evaluate import dino_clip, tiny_judge
-from dbtrain.evaluate import plot as chart
 from dbtrain.evaluate import scores as fidelity
 from dbtrain.models.base import Base
 from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import console, dist, files
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_state, step_of
 
 FEW = 3  # checkpoints that are hardly a choice
@@ -77,7 +76,8 @@ class Candidate:
 def checkpoints(cfg: Config) -> Iterator[str]:
     """Score every checkpoint of the run, and the export; a table, a plot and a suggestion, on rank 0.
 
-    All of them share the bare base's pictures. Writes `scores/checkpoints.json` and `.png`.
+    All of them share the bare base's pictures. Writes `scores/checkpoints.json` and, if matplotlib is
+    installed, `.png`.
     """
     dist.init()
     judge, run, base = judge_of(cfg), RunFolder(cfg.run_dir), Base.find(cfg.model)
@@ -158,16 +158,36 @@ def _publish(rows: Sequence[dict[str, Any]], judge: Scorer, folder: Path) -> lis
     best, why = suggestion(rows, judge)
     rows = [row | {"suggested": row is best} for row in rows]
     files.write_atomically(folder / "checkpoints.json", json.dumps(rows, indent=1) + "\n")
-    plot = folder / "checkpoints.png"
-    points = [
-        chart.Point(row[judge.prompt], row[judge.subject], row["name"], row["suggested"]) for row in rows
-    ]
-    titles = f"{judge.prompt}: does the prompt count", f"{judge.subject}: is it the subject"
-    save_png(plot, chart.scatter(points, *titles))
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'':{width}}  {judge.subject:>10}  {judge.prompt:>10}"]
     for row in rows:
         marks = [text for key, text in (("exported", "exported"), ("suggested", "<- suggested")) if row[key]]
         values = f"{row['name']:{width}}  {row[judge.subject]:10.3f}  {row[judge.prompt]:10.3f}"
         lines.append("  ".join([values, *marks]))
-    return [*lines, why, f"plot: {plot}"]
+    return [*lines, why, _plot(rows, judge, folder / "checkpoints.png")]
+
+
+def _plot(rows: Sequence[Mapping[str, Any]], judge: Judge, path: Path) -> str:
+    """Draw the rows by the two scores that count, joined in their order; what to print about it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        return (
+            f"{path} is not drawn: {reason(error)}; run: pip install 'dbtrain[benchmarks]' "
+            "(dbtrain report has the scores' curves without it)"
+        )
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(
+        xlabel=f"{judge.prompt}: does the prompt count", ylabel=f"{judge.subject}: is it the subject"
+    )
+    axes.margins(0.15)  # room for names
+    axes.plot([row[judge.prompt] for row in rows], [row[judge.subject] for row in rows], "o-", color="gray")
+    for row in rows:
+        axes.annotate(
+            row["name"], (row[judge.prompt], row[judge.subject]), (0, 6), textcoords="offset points",
+            ha="center", color="tab:red" if row["suggested"] else "tab:blue",
+        )  # fmt: skip
+    png = io.BytesIO()
+    figure.savefig(png)
+    files.write_atomically(path, png.getvalue())
+    return f"plot: {path}"

