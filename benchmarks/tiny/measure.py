@@ -49,7 +49,7 @@ def measure_vae(folder: Path, count: int = 256) -> Table:
     error = (seen - images).div(2).square().mean(dim=(1, 2, 3))
     table = {"PSNR, dB": (-10 * error.log10()).mean().item()}
     for name in truth:
-        table[f"{name} still read rightly"] = (found[name].argmax(1) == truth[name]).float().mean().item()
+        table[f"{name} still recognized"] = (found[name].argmax(1) == truth[name]).float().mean().item()
     likeness = []
     for name in world.SUBJECTS:
         fresh = as_tensor([render(world.subject_scene(name, number)) for number in range(100, 116)])
@@ -117,8 +117,8 @@ def tables(folder: Path, guidance: float, pictures: int, each: int) -> str:
     """Both tables, as markdown."""
     how = f"{STEPS} steps of {sampler.SAMPLER}, guidance {guidance:g}"
     measured = {
-        "Fresh renders through the VAE": measure_vae(folder),
-        f"Pictures that show what was asked for ({how})": measure_pictures(folder, guidance, pictures, each),
+        "New renders through the VAE": measure_vae(folder),
+        f"Images that show what the prompt says ({how})": measure_pictures(folder, guidance, pictures, each),
     }
     lines = []
     for head, table in measured.items():
