@@ -113,7 +113,7 @@ def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
 def test_an_error_on_all_ranks_is_told_once(make: Make, tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(prepared, tmp_path / "shards")
     make()
-    done = dbtrain("train", tmp_path / "c.yaml", "train.global_batch=3", ranks=2)
+    done = dbtrain("train", tmp_path / "c.yaml", "train.global_batch=3", ranks=2, cold=True)
     assert done.returncode != 0
     told = "error: train.global_batch is 3, which 2 ranks x train.micro_batch 1 cannot share"
     assert done.stderr.count(told) == 1
