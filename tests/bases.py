@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,7 @@ def if_2() -> Path:
 
 
 SIDES = {"sd": 64, "sdxl": 64, "deepfloyd": 16, "deepfloyd-2": 32}  # px that these are made for
+ALL: dict[str, Callable[[], Path]] = {
+    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+}  # fmt: skip
+OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2}

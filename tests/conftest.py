@@ -39,6 +39,11 @@ REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checko
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that workers end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:
     """A picture that differs from the others in every part: colours, shape, place."""
     picture = Image.new("RGB", size, (40 * number % 256, 90, 200 - 30 * number % 200))

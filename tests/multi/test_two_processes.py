@@ -8,17 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests import bases
 from tests.conftest import REAL_PHOTOS, Make, dbtrain
-
-EXPORT = Path("export") / "pytorch_lora_weights.safetensors"
-
-
-def relative(one: Path, other: Path) -> float:
-    a, b = load_file(one / EXPORT), load_file(other / EXPORT)
-    return max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a)
+from tests.runs import relative, tree
 
 
 def test_two_ranks_equal_one_rank_with_larger_micro_batches(
@@ -75,10 +68,6 @@ def test_prepare_gives_the_same_files_on_one_and_two_ranks(
             files["manifest.json"] = text
         assert one == two, kind
     assert len(tree(tmp_path / "class2")) == 8 + 1
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="needs the real photos")
