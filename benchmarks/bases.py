@@ -25,7 +25,6 @@ from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.models.locate import hush
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import console, dist, files, rng
 
 MODELS = ("tiny", "sd15", "sdxl")
@@ -195,7 +194,7 @@ def randomized(make: Callable[[], Any], name: str, dtype: torch.dtype) -> nn.Mod
     return module.requires_grad_(False).eval()
 
 
-class Random(Pretrained):
+class Random(Base):
     """A base whose weights are drawn when they are asked for, on the device: only its configs are read."""
 
     def load(self, component: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -213,15 +212,19 @@ def without_weights() -> Iterator[None]:
     """In the block, bases are `Random` wherever their folder holds no weights."""
     find = Base.find
 
-    def found(cfg: Model) -> Pretrained:
+    def found(cfg: Model) -> Base:
         base = find(cfg)
-        return base if any(base.folder.glob("*/*.safetensors")) else Random(base.name, base.folder, None)
+        return (
+            base
+            if any(base.folder.glob("*/*.safetensors"))
+            else Random(base.name, base.folder, None, base.family)
+        )
 
-    with mock.patch.object(Pretrained, "find", found):
+    with mock.patch.object(Base, "find", found):
         yield
 
 
-def write_shards(place: Path, model: str, base: Pretrained, rows: int, roles: tuple[str, ...]) -> Path:
+def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[str, ...]) -> Path:
     """Shards of random latents and prompt embeddings, of the shapes that `prepare` would give."""
     if (place / shards.MANIFEST).exists():
         return place
@@ -262,7 +265,7 @@ def _shard(
     return shards.Shard(file=file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), keys=keys)
 
 
-def _prompts(base: Pretrained, family: Family, draw: torch.Generator) -> dict[str, Tensor]:
+def _prompts(base: Base, family: Family, draw: torch.Generator) -> dict[str, Tensor]:
     """A table of two prompts, with what the family's `embed` would give."""
     wide = base.setting("unet", "cross_attention_dim", int)
     length = base.setting("text_encoder", "max_position_embeddings", int)

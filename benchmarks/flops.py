@@ -9,14 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter
-from dbtrain.models.pretrained import DTYPES, Pretrained
+from dbtrain.models.base import Base
+from dbtrain.models.pretrained import DTYPES
 
 SOURCE = (
     "torch.utils.flop_counter.FlopCounterMode, on meta tensors; attention's own recomputation not counted"
 )
 
 
-def of_step(base: Pretrained, side: int, adapter: Adapter) -> tuple[float, float]:
+def of_step(base: Base, side: int, adapter: Adapter) -> tuple[float, float]:
     """FLOPs of one sample's (forward, forward and backward) through the denoiser with its adapter."""
     family = base.family
     unet = base.skeleton(family.denoiser).requires_grad_(False)
@@ -37,7 +38,7 @@ def of_step(base: Pretrained, side: int, adapter: Adapter) -> tuple[float, float
     return float(forward.get_total_flops()), float(forward.get_total_flops() + backward.get_total_flops())
 
 
-def of_picture(base: Pretrained, side: int, steps: int, guided: bool) -> float:
+def of_picture(base: Base, side: int, steps: int, guided: bool) -> float:
     """FLOPs of drawing one picture: the denoiser's forwards, twice with guidance, and the VAE's decoder."""
     family = base.family
     forward, _ = of_step(base, side, Adapter(rank=1))

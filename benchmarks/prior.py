@@ -22,7 +22,6 @@ from benchmarks import bases, common, flops
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Model, Prepare, Sampling
 from dbtrain.models.base import Base
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import class_images
 from dbtrain.runtime import console
 
@@ -75,7 +74,7 @@ def _row(batch: int, speed: list[float], start: list[float], unit: str, each: fl
     return Row(label=f"batch {batch}", config=config, measures=measures, counts=counts)
 
 
-def _seconds(base: Pretrained, model: Model, sampling: Sampling, count: int, side: int, work: Path) -> float:
+def _seconds(base: Base, model: Model, sampling: Sampling, count: int, side: int, work: Path) -> float:
     """Seconds to make this many class images in an empty folder."""
     wanted = Prepare(
         photos="none", instance_prompt="none", class_prompt="a photo of a mug", class_images=count,

@@ -16,15 +16,15 @@ from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.export.export import export
-from dbtrain.models.families import registry as families
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import dist
 from dbtrain.train import checkpoint
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.loop import train, train_step
-from dbtrain.train.metrics import Outcome, RunLog
+from dbtrain.train.loop import train
+from dbtrain.train.metrics import Metrics, Outcome
+from dbtrain.train.step import train_step
 
 __all__ = ["Steps", "each_step", "export", "making_class_images", "prepare", "steps", "train", "when_loaded"]
 
@@ -45,11 +45,11 @@ class Steps:
 @contextmanager
 def steps(cfg: Config) -> Iterator[Steps]:
     """The steps of a config whose shards are there, on this process's device."""
-    base, place = Pretrained.find(cfg.model), Storage(cfg.data.shards, 0)
+    base, place = Base.find(cfg.model), Storage(cfg.data.shards, 0)
     manifest = Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
-    family = families.get(manifest.family)
-    model = DreamBooth.build(base, family, manifest, table, cfg).to(dist.device())
+    family = base.family
+    model = DreamBooth.build(base, manifest, table, cfg).to(dist.device())
     progress = checkpoint.Progress.begin(model, cfg)
     share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
@@ -64,16 +64,16 @@ def steps(cfg: Config) -> Iterator[Steps]:
 @contextmanager
 def each_step(queued: Callable[[int, float], None], kept: Callable[[int], None]) -> Iterator[None]:
     """In the block, `queued(done, wait_s)` and `kept(done)` are called before and after a step is logged."""
-    step = RunLog.step
+    step = Metrics.step
     signature = inspect.signature(step)
 
-    def watched(log: RunLog, *args: Any, **kwargs: Any) -> None:
+    def watched(log: Metrics, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(log, *args, **kwargs).arguments
-        queued(given["done"], given["wait_s"])
+        queued(given["done"], given["outcome"].wait_s)
         step(log, *args, **kwargs)
         kept(given["done"])
 
-    with mock.patch.object(RunLog, "step", watched):
+    with mock.patch.object(Metrics, "step", watched):
         yield
 
 

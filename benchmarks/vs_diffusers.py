@@ -26,8 +26,8 @@ from torch.nn.functional import mse_loss
 from benchmarks import bases, common, trainer
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Config
+from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import console, dist
 
 TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
@@ -37,7 +37,7 @@ class Reference:
     """What the script holds when its loop begins."""
 
     def __init__(self, cfg: Config, start: Mapping[str, Tensor]) -> None:
-        base, self.dtype = Pretrained.find(cfg.model), PRECISIONS[str(cfg.train.precision)].dtype
+        base, self.dtype = Base.find(cfg.model), PRECISIONS[str(cfg.train.precision)].dtype
         self.device, self.prior_weight, self.clip = dist.device(), cfg.loss.prior_weight, cfg.optim.clip
         self.vae = base.load("vae", self.dtype).to(self.device)
         self.unet = base.load("unet", self.dtype).to(self.device).requires_grad_(False)
@@ -83,7 +83,7 @@ def configured(args: argparse.Namespace, work: Path) -> Config:
     """The task of both, with its base and shards made."""
     model = bases.model(args.model, work, weights=True)
     place = work / f"vs-{args.model}"
-    bases.write_shards(place, args.model, Pretrained.find(model), 32, ("instance", "class"))
+    bases.write_shards(place, args.model, Base.find(model), 32, ("instance", "class"))
     return Config(
         run_dir=str(work / "run"), model=model, data={"shards": str(place)}, adapter={"rank": args.rank},
         train={"global_batch": args.batch, "micro_batch": args.batch, "precision": args.precision},

@@ -97,7 +97,7 @@ class Watch:
 
         def watched(log: Metrics, *args: Any, **kwargs: Any) -> None:
             given = signature.bind(log, *args, **kwargs).arguments
-            self._before(given["done"], given["wait_s"])
+            self._before(given["done"], given["outcome"].wait_s)
             step(log, *args, **kwargs)
             self._after(given["done"])
 

@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
 # Every check: style, types, tests.
-# Usage: bash launch/test.sh [PYTEST ARGUMENT ...]
+# Usage: bash launch/test.sh [--quick] [PYTEST ARGUMENT ...]
+#   --quick  a few minutes: no mypy, and no test that is marked as slow
+# From the environment: TEST_PROCESSES (how many pytest workers; default: one a core, at most 8).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+quick=
+if [[ ${1:-} == --quick ]]; then
+  quick=yes
+  shift
+fi
 
 bash launch/venv.sh dev
 export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .
 ruff format --check .
-mypy
-# A file's tests stay together: some share what they made.
-python -m pytest --numprocesses="${TEST_PROCESSES:-0}" --dist=loadfile "$@"
+[[ $quick ]] || mypy
+cores=$(nproc)
+python -m pytest --numprocesses="${TEST_PROCESSES:-$((cores < 8 ? cores : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@"

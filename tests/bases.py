@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from transformers import (
 from benchmarks.tiny import parts
 from dbtrain.runtime import rng
 from dbtrain.tiny import world
+from tests.session import once
 
 TOKENS = 32
-FOLDER = tempfile.TemporaryDirectory(prefix="dbtrain-bases-")  # removed when the tests end
 WIDTH = 64  # of every text encoder
 
 
@@ -67,45 +67,51 @@ def _noise(**changes: Any) -> Any:
     return DDPMScheduler(**settings | changes)
 
 
-def _save(name: str, pipeline: str, components: dict[str, Any], **options: Any) -> Path:
+def _save(folder: Path, pipeline: str, components: dict[str, Any], **options: Any) -> None:
     """The components in fp16, as published bases are, as a Diffusers folder."""
     kind: Any = getattr(diffusers, pipeline)
     for part in components.values():
         if hasattr(part, "half"):
             part.half()
-    folder = Path(FOLDER.name) / name
     kind(**components, **options).save_pretrained(folder)
-    return folder
 
 
 @cache
 def sd(prediction: str = "epsilon") -> Path:
     """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,)."""
-    words = _words()
-    with rng.seeded("tests", "sd"):
-        components = {
-            "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words, "unet": _unet(),
-            "scheduler": _noise(prediction_type=prediction), "safety_checker": None,
-            "feature_extractor": None,
-        }  # fmt: skip
-    return _save(f"sd-{prediction}", "StableDiffusionPipeline", components, requires_safety_checker=False)
+
+    def fill(folder: Path) -> None:
+        words = _words()
+        with rng.seeded("tests", "sd"):
+            components = {
+                "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
+                "unet": _unet(), "scheduler": _noise(prediction_type=prediction), "safety_checker": None,
+                "feature_extractor": None,
+            }  # fmt: skip
+        _save(folder, "StableDiffusionPipeline", components, requires_safety_checker=False)
+
+    return once(f"sd-{prediction}", fill)
 
 
 @cache
 def sdxl() -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
-    words = _words()
-    with rng.seeded("tests", "sdxl"):
-        components = {
-            "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)),
-            "text_encoder_2": CLIPTextModelWithProjection(_clip(words, layers=3)),
-            "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
-            "unet": _unet(
-                cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=WIDTH + 6 * 8,
-            ),
-        }  # fmt: skip
-    return _save("sdxl", "StableDiffusionXLPipeline", components)
+
+    def fill(folder: Path) -> None:
+        words = _words()
+        with rng.seeded("tests", "sdxl"):
+            components = {
+                "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)),
+                "text_encoder_2": CLIPTextModelWithProjection(_clip(words, layers=3)),
+                "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
+                "unet": _unet(
+                    cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
+                    projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+                ),
+            }  # fmt: skip
+        _save(folder, "StableDiffusionXLPipeline", components)
+
+    return once("sdxl", fill)
 
 
 def _t5() -> dict[str, Any]:
@@ -138,23 +144,35 @@ IF_EXTRAS = {"safety_checker": None, "feature_extractor": None, "watermarker": N
 @cache
 def if_1() -> Path:
     """DeepFloyd IF's first stage at 16 px: added-KV attention, a learned variance."""
-    with rng.seeded("tests", "if 1"):
-        unet = _unet(in_channels=3, sample_size=16, **IF_UNET)
-        components = {"unet": unet, "scheduler": _noise(**IF_NOISE), **_t5(), **IF_EXTRAS}
-    return _save("if-1", "IFPipeline", components, requires_safety_checker=False)
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "if 1"):
+            unet = _unet(in_channels=3, sample_size=16, **IF_UNET)
+            components = {"unet": unet, "scheduler": _noise(**IF_NOISE), **_t5(), **IF_EXTRAS}
+        _save(folder, "IFPipeline", components, requires_safety_checker=False)
+
+    return once("if-1", fill)
 
 
 @cache
 def if_2() -> Path:
     """DeepFloyd IF's second stage, from 8 to 32 px, with the noise level as class label."""
-    with rng.seeded("tests", "if 2"):
-        unet = _unet(in_channels=6, sample_size=32, class_embed_type="timestep", **IF_UNET)
-        noise = _noise(**IF_NOISE)
-        components = {
-            "unet": unet, "scheduler": noise, "image_noising_scheduler": _noise(**IF_NOISE),
-            **_t5(), **IF_EXTRAS,
-        }  # fmt: skip
-    return _save("if-2", "IFSuperResolutionPipeline", components, requires_safety_checker=False)
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "if 2"):
+            unet = _unet(in_channels=6, sample_size=32, class_embed_type="timestep", **IF_UNET)
+            noise = _noise(**IF_NOISE)
+            components = {
+                "unet": unet, "scheduler": noise, "image_noising_scheduler": _noise(**IF_NOISE),
+                **_t5(), **IF_EXTRAS,
+            }  # fmt: skip
+        _save(folder, "IFSuperResolutionPipeline", components, requires_safety_checker=False)
+
+    return once("if-2", fill)
 
 
 SIDES = {"sd": 64, "sdxl": 64, "deepfloyd": 16, "deepfloyd-2": 32}  # px that these are made for
+ALL: dict[str, Callable[[], Path]] = {
+    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+}  # fmt: skip
+OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2}

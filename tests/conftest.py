@@ -1,18 +1,24 @@
 """Real parts for the tests: pictures, configs, shards and processes; the base is that of `tests/bases.py`."""
+# ruff: noqa: E402
 
 from __future__ import annotations
+
+from tests import session
+
+session.begin()  # before anything is imported that reads the environment
 
 import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -22,6 +28,8 @@ from PIL import Image, ImageDraw
 from dbtrain.config import Config
 from dbtrain.data.storage import Storage
 from tests import bases
+from tests.forkserver import Forked, can_fork
+from tests.session import once
 
 pytest_plugins = ["tests.cluster.machines"]
 
@@ -29,7 +37,11 @@ ROOT = Path(__file__).parents[1]
 REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checkout has them beside it
 
 torch.set_num_threads(1)
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that workers end together."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:
@@ -42,21 +54,22 @@ def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Pat
     return path
 
 
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five photos: real ones where there are any, else drawn ones."""
-    if (REAL_PHOTOS / "dog6").is_dir():
-        return REAL_PHOTOS / "dog6"
-    folder = tmp_path_factory.mktemp("photos")
+def draw_photos(folder: Path) -> None:
     for number in range(5):
         draw_photo(folder / f"{number:02d}.jpg", number)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def class_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photos() -> Path:
+    """Five photos: real ones where there are any, else drawn ones."""
+    real = REAL_PHOTOS / "dog6"
+    return real if real.is_dir() else once("photos", draw_photos)
+
+
+@pytest.fixture(scope="session")
+def class_dir() -> Path:
     """Where all tests share their generated class images."""
-    return tmp_path_factory.mktemp("class")
+    return once("class", lambda folder: None)
 
 
 def config_in(folder: Path, photos: Path, class_dir: Path, **changes: Any) -> Config:
@@ -87,6 +100,7 @@ def config_in(folder: Path, photos: Path, class_dir: Path, **changes: Any) -> Co
 
 
 Make = Callable[..., Config]
+Done = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
@@ -96,11 +110,11 @@ def make(tmp_path: Path, photos: Path, class_dir: Path) -> Make:
 
 
 @pytest.fixture(scope="session")
-def prepared(tmp_path_factory: pytest.TempPathFactory, photos: Path, class_dir: Path) -> Path:
+def prepared(photos: Path, class_dir: Path) -> Path:
     """Shards of the small config, made once; a test that changes shards copies them."""
     from dbtrain.prepare.prepare import prepare
 
-    return prepare(config_in(tmp_path_factory.mktemp("prepared"), photos, class_dir))
+    return once("prepared", lambda folder: prepare(config_in(folder, photos, class_dir))) / "shards"
 
 
 def at(folder: Path) -> Storage:
@@ -117,66 +131,116 @@ def command(*args: object, ranks: int = 1) -> list[str]:
     return [*launcher, *map(str, args)]
 
 
-class Started:
-    """A verb that is running, with all its processes."""
+class Cold:
+    """The processes of a command line, started as a user starts them; has the methods of `Forked`."""
 
-    def __init__(self, *args: object, ranks: int = 1, **env: str) -> None:
-        self.tag = f"TEST_RUN={uuid.uuid4()}"
+    def __init__(
+        self, command: list[str], env: dict[str, str], stdout: IO[Any], stderr: IO[Any], cwd: Path = ROOT
+    ) -> None:
+        self.tag = f"TEST_RUN={uuid.uuid4()}"  # by which its processes are found
         name, value = self.tag.split("=")
         self.process = subprocess.Popen(
-            command(*args, ranks=ranks), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, **env, name: value}, start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env={**env, name: value},
+            cwd=cwd, start_new_session=True,
         )  # fmt: skip
 
-    def pids(self, rank: int | None = None) -> list[int]:
-        """The processes of all ranks, or of one of them, the agent's not."""
-        wanted = {self.tag, f"RANK={rank}"} if rank is not None else {self.tag}
+    def wait(self, seconds: float) -> int:
+        return self.process.wait(seconds)
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def _pids(self, *wanted: str) -> list[int]:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                names = set((folder / "environ").read_text().split("\0"))
-                if wanted <= names and (folder / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                names = (folder / "environ").read_text().split("\0")
+                if {self.tag, *wanted} <= set(names) and " Z " not in (folder / "stat").read_text():
                     found.append(int(folder.name))
         return found
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to the started process, or to one rank."""
-        for pid in [self.process.pid] if rank is None else self.pids(rank):
+        for pid in [self.process.pid] if rank is None else self._pids(f"RANK={rank}"):
             os.kill(pid, number)
 
     def kill(self) -> None:
-        """End every process of it, at once."""
-        while pids := self.pids():
+        """End every process at once."""
+        while pids := self._pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
-    def wait_for(self, there: Callable[[], Any], seconds: float = 120) -> None:
+
+LONG = 900.0  # seconds after which nothing more is expected of a process, however busy the machine is
+
+
+def launch(
+    command: list[str], stdout: IO[Any], stderr: IO[Any], cwd: Path = ROOT, cold: bool = False, **env: str
+) -> Cold | Forked:
+    """Start what this command line starts: as a fork, or as a user does where the environment needs it."""
+    full = {**os.environ, **env}
+    kind = Forked if can_fork(full) and not cold else Cold
+    return kind(command, full, stdout, stderr, cwd)
+
+
+class Started:
+    """A verb that is running, with all its processes."""
+
+    running: list[Started] = []  # noqa: RUF012
+
+    def __init__(self, *args: object, ranks: int = 1, cold: bool = False, **env: str) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.processes = launch(command(*args, ranks=ranks), self.said, self.said, cold=cold, **env)
+        self.signal, self.kill, self.poll = self.processes.signal, self.processes.kill, self.processes.poll
+        Started.running.append(self)
+
+    def wait_for(self, there: Callable[[], Any], seconds: float = LONG) -> None:
         """Wait until something is there; fails if the verb ends before."""
         until = time.monotonic() + seconds
         while not there():
-            assert self.process.poll() is None, f"it ended before: {self.end()}"
+            assert self.poll() is None, f"it ended before: {self.end()}"
             assert time.monotonic() < until, "it did not come"
             time.sleep(0.01)
 
-    def end(self, seconds: float = 120) -> tuple[int, str]:
+    def end(self, seconds: float = LONG) -> tuple[int, str]:
         """Exit code and output, once it has ended."""
         try:
-            output, _ = self.process.communicate(timeout=seconds)
+            code = self.processes.wait(seconds)
         finally:
             self.kill()
-        print(output)
-        return self.process.returncode, output
+        self.said.seek(0)
+        said = self.said.read()
+        print(said)
+        return code, said
 
 
-def dbtrain(*args: object, ranks: int = 1, **env: str) -> subprocess.CompletedProcess[str]:
-    """A verb run to its end; its output is shown when a test fails."""
-    done = subprocess.run(
-        command(*args, ranks=ranks), capture_output=True, text=True, timeout=300, env={**os.environ, **env}
-    )
+@pytest.fixture(autouse=True)
+def _nothing_stays_behind() -> Iterator[None]:
+    """Whatever a test started ends with it."""
+    yield
+    while Started.running:
+        Started.running.pop().kill()
+
+
+def finished(command: list[str], cwd: Path = ROOT, cold: bool = False, **env: str) -> Done:
+    """What a command line did, by its end; its output is shown when a test fails."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        processes = launch(command, stdout, stderr, cwd, cold, **env)
+        try:
+            code = processes.wait(LONG)
+        finally:
+            processes.kill()
+        stdout.seek(0), stderr.seek(0)
+        done = Done(command, code, stdout.read(), stderr.read())
     print(done.stdout, done.stderr, sep="\n")
     return done
+
+
+def dbtrain(*args: object, ranks: int = 1, cold: bool = False, **env: str) -> Done:
+    """A verb run to its end."""
+    return finished(command(*args, ranks=ranks), cold=cold, **env)
 
 
 def train(cfg: Config, until: int | None = None) -> Path:

@@ -173,13 +173,13 @@ def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pyt
         assert found.rows[0].counts["host reads"] == 0
 
 
-def test_the_flops_of_a_step_are_those_of_the_published_architectures() -> None:
+def test_the_flops_of_a_step_are_those_of_the_published_architectures(tmp_path: Path) -> None:
     """PERFORMANCE.md counted 1.7178 TFLOP for SD-1.5 at rank 8, and 859.5 M and 2567 M parameters."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random_bases, "_words", bases._words)
-        work = Path(bases.FOLDER.name)
         found = {
-            name: Base.find(Model(path=str(random_bases.outline(name, work)))) for name in ("sd15", "sdxl")
+            name: Base.find(Model(path=str(random_bases.outline(name, tmp_path))))
+            for name in ("sd15", "sdxl")
         }
     parameters = {n: sum(p.numel() for p in base.skeleton("unet").parameters()) for n, base in found.items()}
     assert parameters == {"sd15": 859_520_964, "sdxl": 2_567_463_684}

@@ -167,7 +167,7 @@ def _publish(rows: Sequence[dict[str, Any]], judge: Scorer, folder: Path) -> lis
     return [*lines, why, _plot(rows, judge, folder / "checkpoints.png")]
 
 
-def _plot(rows: Sequence[Mapping[str, Any]], judge: Judge, path: Path) -> str:
+def _plot(rows: Sequence[Mapping[str, Any]], judge: Scorer, path: Path) -> str:
     """Draw the rows by the two scores that count, joined in their order; what to print about it."""
     try:
         from matplotlib.figure import Figure

@@ -30,13 +30,12 @@ from tests import bases
 from tests.conftest import Make, train
 
 GOLDEN = Path(__file__).with_name("golden_targets.json")
-BASES = {"sd": bases.sd, "sdxl": bases.sdxl, "deepfloyd": bases.if_1, "deepfloyd-2": bases.if_2}
 
 
 def matched() -> dict[str, dict[str, list[str]]]:
     """family component preset -> names of the modules that get an adapter."""
     found: dict[str, dict[str, list[str]]] = {}
-    for family_name, make in BASES.items():
+    for family_name, make in bases.OF_FAMILY.items():
         base, family = Base.find(Model(path=str(make()))), families.get(family_name)
         for component in family.adaptable:
             part = "denoiser" if component == family.denoiser else "text_encoder"

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.machines import HERE
 from tests.conftest import ROOT, Make, dbtrain
-from tests.multi.test_two_processes import EXPORT
+from tests.runs import EXPORT
 
 
 def on_both(hosts: dict[str, str], *args: object) -> list[subprocess.Popen[str]]:

@@ -15,7 +15,7 @@ from dbtrain.tiny import world
 from tests import eyes
 from tests.cluster.machines import Cluster
 from tests.conftest import ROOT, Make, dbtrain
-from tests.multi.test_two_processes import EXPORT, relative, tree
+from tests.runs import EXPORT, relative, tree
 
 TRAIN, PREPARE, ARRAY, DREAMBENCH = (
     ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array", "dreambench")

@@ -14,7 +14,7 @@ from dbtrain.data import storage
 from dbtrain.data.storage import Storage
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, dbtrain, train
-from tests.multi.test_two_processes import EXPORT
+from tests.runs import EXPORT
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -21,7 +21,7 @@ from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, config_in, train
-from tests.multi.test_two_processes import EXPORT
+from tests.runs import EXPORT
 
 STEPS = 6
 Harm = Callable[[Path, Path], object]  # (run folder, shard folder)

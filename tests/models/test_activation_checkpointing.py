@@ -18,7 +18,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make
-from tests.train.test_dreambooth import build, stream
+from tests.networks import build, stream
 
 MODES = ("none", "transformer", "blocks")
 ADAPTERS: list[dict[str, Any]] = [

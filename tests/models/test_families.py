@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from dbtrain.adapters.formats.diffusers_file import FILE as DIFFUSERS
 from dbtrain.config import Config, Model
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
-from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
@@ -37,18 +34,15 @@ from dbtrain.sample.sample import sample_run
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
 from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.networks import first_batch
 
-BASES: dict[str, Callable[[], Path]] = {
-    "sd": bases.sd, "sd-v": lambda: bases.sd("v_prediction"), "sdxl": bases.sdxl, "if-1": bases.if_1,
-    "if-2": bases.if_2,
-}  # fmt: skip
 KINDS = ("lora", "loha", "lokr")
 TEXT = {"kind": "lora", "rank": 2}
 
 
 def configured(make: Make, tmp_path: Path, base: str, **changes: Any) -> Config:
     """A small run of this base; class images are drawn by us, which upscalers need."""
-    folder = BASES[base]()
+    folder = bases.ALL[base]()
     model = Model(path=str(folder))
     family = Base.find(model).family
     pictures = tmp_path / "class-of-ours"
@@ -62,18 +56,6 @@ def configured(make: Make, tmp_path: Path, base: str, **changes: Any) -> Config:
         "optim__lr": 0.01,
     }  # fmt: skip
     return make(**settings | changes)
-
-
-def first_batch(cfg: Config, family: families.Family) -> Batch:
-    folder = Path(cfg.data.shards)
-    manifest = Manifest.read(at(folder))
-    stream = LatentStream(
-        at(folder), manifest, RankSlice(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
-        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
-    )  # fmt: skip
-    batch = next(stream)
-    stream.close()
-    return batch
 
 
 def network(cfg: Config) -> DreamBooth:
@@ -408,7 +390,7 @@ def test_dropout_of_rows_and_layers_is_a_function_of_the_step(make: Make, tmp_pa
 
 def test_the_table_of_families_is_complete() -> None:
     tested = {Base.find(m).family.name
-              for m in (Model(path=str(make())) for make in BASES.values())}  # fmt: skip
+              for m in (Model(path=str(make())) for make in bases.ALL.values())}  # fmt: skip
     assert tested == set(families.FAMILIES)
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
 

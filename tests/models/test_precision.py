@@ -9,17 +9,9 @@ import torch
 
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step, train_step
 from tests.conftest import Make
-from tests.train.test_dreambooth import build, stream
-
-
-def awake(model: DreamBooth) -> DreamBooth:
-    """With weights that matter: B is 0 at the start, and so is A's gradient."""
-    for parameter in model.trainable().values():
-        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
-    return model
+from tests.networks import awake, build, stream
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

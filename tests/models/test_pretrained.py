@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dbtrain.models.pretrained import Pretrained
 from tests import bases
 
-BASES = {"sd": bases.sd, "sdxl": bases.sdxl, "deepfloyd": bases.if_1, "deepfloyd-2": bases.if_2}
 PARTS = [
     (name, part)
     for name, parts in {
@@ -28,7 +27,7 @@ PARTS = [
 
 
 def found(name: str) -> Pretrained:
-    return Pretrained(name, BASES[name](), None)
+    return Pretrained(name, bases.OF_FAMILY[name](), None)
 
 
 def weights_file(base: Pretrained, part: str) -> Path:

@@ -21,7 +21,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make, train
-from tests.train.test_dreambooth import build, stream
+from tests.networks import build, stream
 
 ERROR = {"int8": 0.01, "fp8": 0.03}  # largest relative error of a product, weights normal
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -19,7 +19,7 @@ from dbtrain.data.shards import MANIFEST, Manifest
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.heartbeat import GAVE_UP, Heartbeat
 from tests.conftest import Make, Started, at, dbtrain, train
-from tests.multi.test_two_processes import EXPORT, relative
+from tests.runs import EXPORT, relative
 
 LONG = {"train__steps": 200, "train__checkpoint_every": 5, "train__log_every": 1, "faults__timeout_s": 6.0}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Make, Started, dbtrain
-from tests.multi.test_two_processes import EXPORT, tree
+from tests.runs import EXPORT, tree
 
 KILLS = int(os.environ.get("DBTRAIN_KILLS", "6"))
 SETTINGS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Make, Started, config_in, dbtrain
-from tests.multi.test_two_processes import EXPORT, tree
+from tests.runs import EXPORT, tree
 
 SETTINGS = {
     "prepare__class_images": 8, "prepare__sampling__steps": 12, "prepare__sampling__batch": 1,

@@ -8,17 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests import bases
 from tests.conftest import REAL_PHOTOS, Make, dbtrain
-
-EXPORT = Path("export") / "pytorch_lora_weights.safetensors"
-
-
-def relative(one: Path, other: Path) -> float:
-    a, b = load_file(one / EXPORT), load_file(other / EXPORT)
-    return max(((a[name] - b[name]).norm() / a[name].norm()).item() for name in a)
+from tests.runs import relative, tree
 
 
 def test_two_ranks_equal_one_rank_with_larger_micro_batches(
@@ -77,10 +70,6 @@ def test_prepare_gives_the_same_files_on_one_and_two_ranks(
     assert len(tree(tmp_path / "class2")) == 8 + 1
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="needs the real photos")
 def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
     """The README's promise: photos in, on two processes, a file out that a stock pipeline loads."""
@@ -113,7 +102,7 @@ def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
 def test_an_error_on_all_ranks_is_told_once(make: Make, tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(prepared, tmp_path / "shards")
     make()
-    done = dbtrain("train", tmp_path / "c.yaml", "train.global_batch=3", ranks=2)
+    done = dbtrain("train", tmp_path / "c.yaml", "train.global_batch=3", ranks=2, cold=True)
     assert done.returncode != 0
     told = "error: train.global_batch is 3, which 2 ranks x train.micro_batch 1 cannot share"
     assert done.stderr.count(told) == 1

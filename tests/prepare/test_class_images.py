@@ -30,7 +30,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
 from tests.conftest import Make, at, train
-from tests.models.test_families import BASES, first_batch
+from tests.networks import first_batch
 
 LATENT_BASES: dict[str, Callable[[], Path | str]] = {
     "tiny": lambda: "tiny",
@@ -214,7 +214,9 @@ def test_pictures_have_the_name_they_always_had(drawn: Any, base: str, asked: li
     """So that what is cached stays valid; a model of pixels has pictures whatever is asked for."""
     for pictures in asked:
         cfg, kept = drawn(
-            BASES[base](), prepare__resolution=16 if base == "if-1" else 64, prepare__class_pictures=pictures
+            bases.ALL[base](),
+            prepare__resolution=16 if base == "if-1" else 64,
+            prepare__class_pictures=pictures,
         )
         model = Base.find(cfg.model)
         assert json.loads((kept[0].parent / "about.json").read_text()) == {

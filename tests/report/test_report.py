@@ -181,7 +181,7 @@ def test_curves_are_drawn_and_tell_their_values(browser: Page, one: Path) -> Non
         "Training loss, instance images", "Training loss, class images", "Held-out loss, instance images",
         "Training loss by timestep, instance images", "Held-out loss over timesteps, class images",
         "Learning rate", "Gradient norm, before clipping", "Samples per second, all ranks",
-        "Time of a step, ms", "Share of the time waiting for data", "Peak memory of rank 0, GiB",
+        "Time of a step, ms", "RankSlice of the time waiting for data", "Peak memory of rank 0, GiB",
     ):  # fmt: skip
         assert title in titles
     inked = page(

@@ -7,15 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter, Config, Train
@@ -28,29 +25,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step
 from tests.conftest import ROOT, Make
-
-FREE = (
-    "view", "t", "transpose", "_unsafe_view", "detach", "expand", "permute", "split", "unsqueeze", "slice",
-    "alias", "split_with_sizes", "select", "as_strided", "lift_fresh",
-)  # fmt: skip  # views: they launch nothing
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts operators that launch a kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = op.overloadpacket.__name__
-        if op.namespace == "aten" and name not in FREE:
-            self.count[name] += 1
-        return op(*args, **kwargs or {})
-
-    @property
-    def total(self) -> int:
-        return sum(self.count.values())
+from tests.networks import Dispatched
 
 
 def denoiser() -> UNet2DConditionModel:

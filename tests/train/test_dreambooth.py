@@ -5,39 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from dbtrain.config import Config
 from dbtrain.data import shards
-from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
-from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make, at
-
-
-def build(cfg: Config, folder: Path) -> DreamBooth:
-    manifest = Manifest.read(at(folder))
-    base = Base.find(cfg.model)
-    table = shards.read_prompts(at(folder), manifest.prompts)
-    return DreamBooth.build(base, manifest, table, cfg)
-
-
-def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
-    return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, **options)
+from tests.networks import build, stream
 
 
 def test_min_snr_weighs_each_row_by_its_own_timestep_with_prior_preservation(

@@ -17,8 +17,7 @@ from dbtrain.train import cuda_graph
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import compute_step, train_step
 from tests.conftest import Make, train
-from tests.models.test_precision import awake
-from tests.train.test_dreambooth import build, stream
+from tests.networks import awake, build, stream
 
 STEPS = 3
 

@@ -30,7 +30,7 @@ from dbtrain.sample.sample import NO_ADAPTER, Mix
 from dbtrain.train import held_out_loss, loop, setup
 from tests import bases
 from tests.conftest import Make, at, dbtrain, draw_photo
-from tests.train.test_counts import Dispatched
+from tests.networks import Dispatched
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog in the snow"]
 HELD = {"prepare__held_out": 1, "prepare__class_held_out": 3, "validation__timesteps": 4}

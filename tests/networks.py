@@ -1,0 +1,77 @@
+"""Networks of the small bases with the batches that they train on, and a count of what a step launches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dbtrain.config import Config
+from dbtrain.data import shards
+from dbtrain.data.batch import Batch
+from dbtrain.data.dataloader import LatentStream
+from dbtrain.data.order import RankSlice
+from dbtrain.data.shards import Manifest
+from dbtrain.models.base import Base
+from dbtrain.models.families.family import Family
+from dbtrain.train.dreambooth import DreamBooth
+from tests.conftest import at
+
+
+def build(cfg: Config, folder: Path) -> DreamBooth:
+    manifest = Manifest.read(at(folder))
+    base = Base.find(cfg.model)
+    table = shards.read_prompts(at(folder), manifest.prompts)
+    return DreamBooth.build(base, manifest, table, cfg)
+
+
+def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
+    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
+    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
+    return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, **options)
+
+
+def awake(model: DreamBooth) -> DreamBooth:
+    """With weights that matter: B is 0 at the start, and so is A's gradient."""
+    for parameter in model.trainable().values():
+        torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+def first_batch(cfg: Config, family: Family) -> Batch:
+    folder = Path(cfg.data.shards)
+    manifest = Manifest.read(at(folder))
+    stream = LatentStream(
+        at(folder), manifest, RankSlice(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
+        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+    )  # fmt: skip
+    batch = next(stream)
+    stream.close()
+    return batch
+
+
+FREE = (
+    "view", "t", "transpose", "_unsafe_view", "detach", "expand", "permute", "split", "unsqueeze", "slice",
+    "alias", "split_with_sizes", "select", "as_strided", "lift_fresh",
+)  # fmt: skip  # views: they launch nothing
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts operators that launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = op.overloadpacket.__name__
+        if op.namespace == "aten" and name not in FREE:
+            self.count[name] += 1
+        return op(*args, **kwargs or {})
+
+    @property
+    def total(self) -> int:
+        return sum(self.count.values())
