@@ -26,6 +26,7 @@ from dbtrain.evaluate import scores as fidelity
 from dbtrain.models.base import Base
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.tiny import world
 from tests import eyes
 from tests.conftest import ROOT, Make, config_in, dbtrain, draw_photo, train
@@ -233,7 +234,7 @@ def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
     with Image.open(run / "scores" / "checkpoints.png") as plot:
         assert np.asarray(plot).std() > 10
     shutil.rmtree(run / "checkpoints")
-    names = [(one.name, one.step) for one in evaluate.candidates(ran, Base.find(ran.model), run)]
+    names = [(one.name, one.step) for one in evaluate.candidates(ran, Base.find(ran.model), RunFolder(run))]
     assert names == [("export", None)], "an export of a checkpoint that is not kept stays a candidate"
 
 
