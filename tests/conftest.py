@@ -191,7 +191,7 @@ class Started:
     running: list[Started] = []  # noqa: RUF012
 
     def __init__(self, *args: object, ranks: int = 1, cold: bool = False, **env: str) -> None:
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
         self.processes = launch(command(*args, ranks=ranks), self.said, self.said, cold=cold, **env)
         self.signal, self.kill, self.poll = self.processes.signal, self.processes.kill, self.processes.poll
         Started.running.append(self)
@@ -210,10 +210,13 @@ class Started:
             code = self.processes.wait(seconds)
         finally:
             self.kill()
-        self.said.seek(0)
-        said = self.said.read()
-        print(said)
+        print(said := self.output())
         return code, said
+
+    def output(self) -> str:
+        """What it has said so far."""
+        fd = self.said.fileno()
+        return os.pread(fd, os.fstat(fd).st_size, 0).decode()
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +239,19 @@ def finished(command: list[str], cwd: Path = ROOT, cold: bool = False, **env: st
         done = Done(command, code, stdout.read(), stderr.read())
     print(done.stdout, done.stderr, sep="\n")
     return done
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python processes that the code under test starts with `subprocess.run` are forks too."""
+    real = subprocess.run
+
+    def run(line: list[str], **options: Any) -> Any:
+        if line[0] != sys.executable:
+            return real(line, **options)
+        return finished(line, **options.get("env", {}))
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 def dbtrain(*args: object, ranks: int = 1, cold: bool = False, **env: str) -> Done:

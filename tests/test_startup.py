@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,16 @@ import pytest
 
 from dbtrain.runtime.imports import importing
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, finished
 
 WEIGHTS = "*.safetensors"
 
 
-def watched(tmp_path: Path, *args: object, code: int = 0) -> dict[str, Any]:
-    """What a verb imported, loaded and hashed, in a process of its own with a cache of the test's own."""
-    report = tmp_path / "report.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.probe", str(report), *map(str, args)], capture_output=True, text=True,
-        timeout=300, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")},
-    )  # fmt: skip
-    print(done.stdout, done.stderr, sep="\n")
-    assert done.returncode == code
+def watched(tmp_path: Path, *args: object, code: int = 0, cold: bool = False) -> dict[str, Any]:
+    """What a verb loaded and hashed, with a cache of the test's own; and imported, in a `cold` start."""
+    report, cache = tmp_path / "report.json", str(tmp_path / "cache")
+    line = [sys.executable, "-m", "tests.probe", str(report), *map(str, args)]
+    assert finished(line, cold=cold, XDG_CACHE_HOME=cache).returncode == code
     return json.loads(report.read_text())
 
 
@@ -55,14 +50,14 @@ def as_in_the_hubs_cache(folder: Path, base: Path) -> Path:
 
 
 def test_help_imports_none_of_the_big_libraries(tmp_path: Path) -> None:
-    found = watched(tmp_path, "--help")
+    found = watched(tmp_path, "--help", cold=True)
     big = ("torch", "numpy", "pydantic", "yaml", "diffusers", "transformers", "peft", "huggingface_hub")
     assert among(found["modules"], *big) == []
 
 
 def test_shards_that_are_up_to_date_take_no_model_library(make: Make, prepared: Path, tmp_path: Path) -> None:
     make(data__shards=str(prepared))
-    found = watched(tmp_path, "prepare", tmp_path / "c.yaml")
+    found = watched(tmp_path, "prepare", tmp_path / "c.yaml", cold=True)
     assert found["loaded"] == []
     assert among(found["modules"], "diffusers", "transformers", "peft", "tensorboard") == []
 
@@ -73,7 +68,7 @@ def test_training_needs_no_weights_but_the_denoisers(make: Make, prepared: Path,
         for path in (base / part).glob(WEIGHTS):
             path.resolve().unlink()
     make(data__shards=str(prepared), model__path=str(base), train__steps=1)
-    found = watched(tmp_path, "train", tmp_path / "c.yaml")
+    found = watched(tmp_path, "train", tmp_path / "c.yaml", cold=True)
     assert found["loaded"] == ["unet"]
     assert found["hashed"] == {}
     assert among(found["modules"], "diffusers.pipelines", "transformers.models.clip", "matplotlib") == []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import LONG, ROOT
 
 HERE = Path(__file__).parent
 NEEDED = {"slurm": ("slurmctld", "slurmd", "sbatch", "munged", "ip"), "netns": ("ip", "unshare")}
@@ -46,7 +46,7 @@ class Cluster:
     def call(self, *args: object, cwd: Path | None = None, **env: str) -> str:
         done = subprocess.run(
             ["bash", str(HERE / "minislurm.sh"), *map(str, args)], env={**self.env, **env}, cwd=cwd,
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=LONG,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
@@ -59,7 +59,7 @@ class Cluster:
         words = self.call("exec", "scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, seconds: float = 150) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = LONG) -> dict[str, str]:
         """The job once it has ended; its log is shown if a test fails."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:

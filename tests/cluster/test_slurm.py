@@ -14,8 +14,10 @@ import pytest
 from dbtrain.tiny import world
 from tests import eyes
 from tests.cluster.machines import Cluster
-from tests.conftest import ROOT, Make, dbtrain
+from tests.conftest import LONG, ROOT, Make, dbtrain
 from tests.runs import EXPORT, relative, tree
+
+pytestmark = pytest.mark.xdist_group("slurm")  # they share what takes long to make
 
 TRAIN, PREPARE, ARRAY, DREAMBENCH = (
     ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array", "dreambench")
@@ -36,7 +38,7 @@ def config(make: Make, tmp_path: Path) -> Path:
     return tmp_path / "c.yaml"
 
 
-def until(there: Callable[[], Any], seconds: float = 120) -> None:
+def until(there: Callable[[], Any], seconds: float = LONG) -> None:
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end, "it did not come"
@@ -90,7 +92,7 @@ def test_a_preempted_job_goes_on_by_itself(
         elif how == "signal":
             slurm.call("exec", "scancel", "--signal=USR1", job)
         until(lambda restarts=restarts: int(slurm.job(job)["Restarts"]) > restarts)  # type: ignore[misc]
-    ended = slurm.wait(job, 400)
+    ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= len(hows)
     said = (tmp_path / f"dbtrain-{job}.out").read_text()
     reasons = {
@@ -117,9 +119,9 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Pat
     run = tmp_path / "run"
     until(lambda: (run / "checkpoints" / "step-000010").exists())
     slurm.call("node-down", "n2")
-    until(lambda: slurm.job(job)["JobState"] in ("PENDING", "REQUEUED", "COMPLETING"), 90)
+    until(lambda: slurm.job(job)["JobState"] in ("PENDING", "REQUEUED", "COMPLETING"))
     slurm.call("node-up", "n2")
-    ended = slurm.wait(job, 400)
+    ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1
     assert "going on from step" in (tmp_path / f"dbtrain-{job}.out").read_text()
     whole = ["train", config, f"run_dir={tmp_path / 'whole'}", "train.steps=200"]
@@ -139,7 +141,7 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
         "--array=1-3", ARRAY, "subjects.tsv", config, f"prepare.class_dir={tmp_path / 'class'}",
         "prepare.class_images=10", "prepare.sampling.batch=1", "train.steps=6", cwd=tmp_path,
     )  # fmt: skip
-    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "", 300)
+    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")
     said = [(tmp_path / f"subjects-{array}_{k}.out").read_text() for k in (1, 2, 3)]
     print(*said, sep="\n\n")
     assert all((tmp_path / "runs" / name / "DONE").exists() for name in names)
@@ -171,7 +173,7 @@ def test_a_task_of_an_array_puts_only_itself_back(slurm: Cluster, tmp_path: Path
     """Also the one whose job has the whole array's number."""
     (tmp_path / "job.sbatch").write_text(REQUEUED)
     array = slurm.submit("--array=1-2", "job.sbatch", cwd=tmp_path)
-    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "", 300)
+    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")
     said = sorted((tmp_path / f"task-{k}.out").read_text().count("start") for k in (1, 2))
     assert said == [1, 2]
 
@@ -193,7 +195,7 @@ def test_an_array_trains_and_scores_the_dreambooth_dataset(
         f"evaluation.dino={eyes.dino()}", f"evaluation.clip={eyes.clip()}", "evaluation.class_images=2",
         "train.steps=6", cwd=tmp_path,
     )  # fmt: skip
-    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "", 300)
+    until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")
     said = [(tmp_path / f"dreambench-{array}_{k}.out").read_text() for k in (1, 2)]
     print(*said, sep="\n\n")
     found = [json.loads((tmp_path / "runs" / "dreambench" / name / "scores" / "scores.json").read_text())

@@ -519,7 +519,7 @@ def test_the_adapter_s_size_is_that_of_the_trained_one(site: Site, look: Callabl
     assert any(name == "adapter" and f"about {count:,} parameters" in found.what for name, found in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_dry_run_runs_and_leaves_nothing(site: Site, look: Callable[[], Rows], tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -534,7 +534,7 @@ def test_a_dry_run_runs_and_leaves_nothing(site: Site, look: Callable[[], Rows],
     )
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_a_dry_run_tells_the_run_s_own_error(site: Site, look: Callable[[], Rows]) -> None:
     site.changes["optim__lr"] = 1e30
     site.options["dry_run"] = True

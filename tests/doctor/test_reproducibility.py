@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from dbtrain import __main__
 from dbtrain.doctor import reproducibility
+from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, dbtrain
 
 
+@pytest.mark.usefixtures("forks")
 def test_all_ways_are_the_same_run(make: Make, tmp_path: Path, prepared: Path) -> None:
-    os.symlink(prepared, tmp_path / "shards")
-    make()
-    done = dbtrain("doctor", tmp_path / "c.yaml", "--exact")
-    assert done.returncode == 0
-    lines = {line[:20].strip(): line for line in done.stdout.splitlines()[1:]}
+    cfg = make(data__shards=str(prepared))
+    lines = {gap.way.name: str(gap) for gap in reproducibility.exact(cfg) if gap.fine}
     assert list(lines) == [way.name for way in reproducibility.WAYS]
     for way in reproducibility.WAYS:
         assert ("bit for bit" in lines[way.name]) >= way.same
     assert not (tmp_path / "run").exists(), "it writes to a temporary folder"
 
 
-def test_another_run_is_noticed(make: Make, prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forks")
+def test_another_run_is_noticed(
+    make: Make, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg, other = make(data__shards=str(prepared)), make(data__shards=str(prepared), seed=1)
     straight = reproducibility._run(cfg, reproducibility.WAYS[0], tmp_path / "straight")
     gap = reproducibility._gap(
@@ -32,9 +34,13 @@ def test_another_run_is_noticed(make: Make, prepared: Path, tmp_path: Path) -> N
         straight,
         reproducibility._run(other, reproducibility.WAYS[0], tmp_path / "other"),
     )
+    monkeypatch.setattr(reproducibility, "exact", lambda _: iter([gap]))
+    with pytest.raises(ConfigError, match="not the same run as the straight one: straight"):
+        __main__._exact(cfg)
     assert not gap.rows and gap.adapter > 0.1 and not gap.fine and "NOT THE SAME" in str(gap)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told(make: Make, tmp_path: Path) -> None:
     make()
     done = dbtrain("doctor", tmp_path / "c.yaml", "--exact")

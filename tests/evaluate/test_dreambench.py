@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from dbtrain.evaluate import dreambench
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate.dreambench import Dataset
 from dbtrain.runtime.errors import ConfigError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Done, finished
 
 OBJECTS = ["in a barn", "made of glass", "beside a lighthouse"]
 LIVE = ["wearing boots", "asleep"]
@@ -39,13 +37,9 @@ def dataset(tmp_path: Path) -> Path:
     return folder
 
 
-def command(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "dbtrain.evaluate.dreambench", *map(str, arguments)], cwd=cwd,
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    print(done.stdout, done.stderr)
-    return done
+def command(*arguments: object, cwd: Path) -> Done:
+    line = [sys.executable, "-m", "dbtrain.evaluate.dreambench", *map(str, arguments)]
+    return finished(line, cwd=cwd)
 
 
 def test_the_text_file_is_read(dataset: Path) -> None:

@@ -31,6 +31,8 @@ from dbtrain.tiny import world
 from tests import eyes
 from tests.conftest import ROOT, Make, config_in, dbtrain, draw_photo, train
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # they share what takes long to make
+
 PROMPTS = ["a {} in the snow", "a photo of sks dog on a beach", "a {} at night"]
 WITHOUT = ["a dog in the snow", "a photo of dog on a beach", "a dog at night"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dbtrain.config import Config, Model
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
+from dbtrain.models import kernels
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
@@ -151,8 +153,8 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     assert torch.equal(off, bare)
 
 
-SWITCHES = [  # one that changes how, not what; few compiled cases, as each costs half a minute
-    ("sdxl", {"train__compile": True}, {"adapter__text_encoder": TEXT}),
+SWITCHES = [  # one that changes how, not what; inductor only once, as it costs half a minute
+    pytest.param("sdxl", {"train__compile": True}, {"adapter__text_encoder": TEXT}, marks=pytest.mark.slow),
     ("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
     ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
@@ -163,8 +165,16 @@ SWITCHES = [  # one that changes how, not what; few compiled cases, as each cost
 
 @pytest.mark.parametrize(("base", "switch", "settings"), SWITCHES, ids=str)
 def test_compiling_and_checkpointing_give_the_same_adapter(
-    make: Make, tmp_path: Path, base: str, switch: dict[str, Any], settings: dict[str, Any]
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    switch: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
+    if base != "sdxl":
+        quick = partial(kernels.compile_module, backend="aot_eager")
+        monkeypatch.setattr(kernels, "compile_module", quick)
     found = []
     for number, changes in enumerate(({}, switch)):
         cfg = configured(make, tmp_path, base, **settings, **changes, run_dir=str(tmp_path / f"run-{number}"))

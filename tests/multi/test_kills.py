@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests.conftest import Make, Started, dbtrain
 from tests.runs import EXPORT, tree
 
@@ -20,7 +21,7 @@ KILLS = int(os.environ.get("DBTRAIN_KILLS", "6"))
 SETTINGS = {
     "prepare__class_images": 6, "prepare__sampling__batch": 2, "prepare__sampling__steps": 4,
     "prepare__crop": "random", "prepare__variants": 8, "train__steps": 24, "train__checkpoint_every": 1,
-    "train__log_every": 3, "train__keep": 2, "export__formats": ["diffusers", "peft", "kohya"],
+    "train__log_every": 1, "train__keep": 2, "export__formats": ["diffusers", "peft", "kohya"],
 }  # fmt: skip
 
 
@@ -29,22 +30,27 @@ def begin(path: Path, home: Path, ranks: int) -> Started:
     return Started("run", path, *(f"{name}={home / name}" for name in names), ranks=ranks)
 
 
+def progress(home: Path) -> int:
+    """How far a run is, by its files and the lines of its metrics: any number is passed but once."""
+    metrics = home / "run_dir" / "metrics.jsonl"
+    lines = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+    files = [name for folder, _, names in os.walk(home) if "checkpoints" not in folder for name in names]
+    return lines + sum(not name.startswith(".") for name in files)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(make: Make, tmp_path: Path, ranks: int) -> None:
     make(**SETTINGS)
     path, whole = tmp_path / "c.yaml", tmp_path / "whole"
-    start = time.monotonic()
-    undisturbed = begin(path, whole, ranks)
-    undisturbed.wait_for(lambda: (whole / "data.shards").exists() or (whole / "prepare.class_dir").exists())
-    imported = time.monotonic() - start
-    assert undisturbed.end()[0] == 0
-    took = time.monotonic() - start
+    assert begin(path, whole, ranks).end()[0] == 0
     moments = random.Random(f"kills {ranks}")
     for number in range((KILLS + 1) // 2):
         home = tmp_path / f"killed{number}"
+        moment = moments.randrange(progress(whole) - 2)
         running = begin(path, home, ranks)
-        time.sleep(moments.uniform(0.9 * imported, took))
+        running.wait_for(lambda home=home, moment=moment: progress(home) >= moment)  # type: ignore[misc]
+        time.sleep(moments.uniform(0, 0.1))  # into what follows
         running.kill()
         done = begin(path, home, ranks)
         assert done.end()[0] == 0
@@ -63,13 +69,14 @@ def test_killed_at_any_moment(make: Make, tmp_path: Path, ranks: int) -> None:
 
 def test_two_runs_in_one_folder(make: Make, tmp_path: Path, prepared: Path) -> None:
     os.symlink(prepared, tmp_path / "shards")
-    make(train__steps=120, train__checkpoint_every=20)
+    make(train__steps=100_000, train__checkpoint_every=20)
     first = Started("train", tmp_path / "c.yaml")
     first.wait_for(lambda: (tmp_path / "run" / "checkpoints").exists())
     second = dbtrain("train", tmp_path / "c.yaml")
     assert second.returncode == 2 and "is in use by another run (process" in second.stderr
-    assert first.process.poll() is None, "the first one is not disturbed"
+    assert first.poll() is None, "the first one is not disturbed"
     first.kill()
-    again = Started("train", tmp_path / "c.yaml")
-    assert again.end()[0] == 0, "the lock of a killed run is no obstacle"
+    newest = max((step_of(path) for path in RunFolder(tmp_path / "run").checkpoints()), default=0)
+    again = dbtrain("train", tmp_path / "c.yaml", "--until", newest + 1)
+    assert again.returncode == 75, "the lock of a killed run is no obstacle"
     assert not (tmp_path / "run" / ".lock").exists()

@@ -30,6 +30,8 @@ from dbtrain.tiny.paint import render
 from tests import bases
 from tests.conftest import ROOT, Make, at, config_in, dbtrain, train
 
+pytestmark = pytest.mark.xdist_group("report")  # they share what takes long to make
+
 HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "dog" & \'sks\''
 VALIDATIONS = (0, 2, 4)
 TIMES = [100, 300, 500, 700]

@@ -85,7 +85,7 @@ def test_a_spoilt_lock_is_no_obstacle(tmp_path: Path, text: str) -> None:
 def test_an_owner_on_another_machine_is_told_by_its_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("BEAT_S", 0.05), ("DEAD_S", 0.5), ("POLL_S", 0.02)):
+    for name, value in (("BEAT_S", 0.05), ("DEAD_S", 3.0), ("POLL_S", 0.02)):
         monkeypatch.setattr(lock, name, value)
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(lock, "_machine", lambda: "another machine")
@@ -104,8 +104,8 @@ def test_waiting_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(lock, "POLL_S", 0.02)
     first = Lock.take(tmp_path)
     assert first
-    threading.Timer(0.2, first.release).start()
     since = time.monotonic()
+    threading.Timer(0.2, first.release).start()
     with held(tmp_path, "class images in", wait=True):
         assert time.monotonic() - since > 0.15
 

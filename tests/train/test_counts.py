@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from dbtrain.models.precision import PRECISIONS
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step
-from tests.conftest import ROOT, Make
+from tests.conftest import ROOT, Make, finished
 from tests.networks import Dispatched
 
 
@@ -113,12 +111,9 @@ def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: 
         train__global_batch=8, train__micro_batch=2, train__gradient_checkpointing="blocks",
         train__precision="bf16", adapter__rank=128,
     )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "tests/multi/counted.py", tmp_path / "c.yaml"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    print(done.stdout, done.stderr)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    counting = ROOT / "tests" / "multi" / "counted.py"
+    done = finished([sys.executable, *torchrun, str(counting), str(tmp_path / "c.yaml")])
     assert done.returncode == 0
     counted = json.loads(done.stdout.splitlines()[-1])
     assert counted["gradient_bytes"] > 2**20, "more than DDP's first bucket, which would be one of its own"
