@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,22 @@ from dbtrain.config import Config
 from dbtrain.config.template import filled
 from dbtrain.prepare import init as verb
 from dbtrain.runtime.errors import ConfigError
-from tests.conftest import ROOT, dbtrain, draw_photo
+from tests.conftest import ROOT, Done, command, draw_photo, finished
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with five photos, two of them small."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     Path("photos/dog").mkdir(parents=True)
     for number in range(5):
         draw_photo(Path(f"photos/dog/{number}.jpg"), number, (1300, 1100) if number < 3 else (96, 48))
     return tmp_path
+
+
+def dbtrain(*args: object, **env: str) -> Done:
+    """A verb run in the test's folder, to its end."""
+    return finished(command(*args), Path.cwd(), **env)
 
 
 def written(base: str, *, name: str = "rex", photos: str = "photos/dog", word: str | None = None) -> Config:
@@ -183,5 +188,6 @@ def test_init_imports_no_torch() -> None:
         "try: m.entry()\n"
         "finally: print({'torch', 'numpy', 'pydantic'} & sys.modules.keys())\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "{'pydantic'}", done.stderr
