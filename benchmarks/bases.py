@@ -27,7 +27,6 @@ from dbtrain.models.families.family import Family
 from dbtrain.models.locate import hush
 from dbtrain.runtime import console, dist, files, rng
 
-MODELS = ("tiny", "sd15", "sdxl")
 SIDES = {"tiny": 64, "sd15": 512, "sdxl": 1024}  # px
 TOKENS = 77
 VOCABULARY = 49408

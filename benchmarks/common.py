@@ -24,7 +24,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 
 from dbtrain.config.base import Names, Section
-from dbtrain.runtime import console, files
+from dbtrain.runtime import console, dist, files
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -195,8 +195,16 @@ def _cell(value: Measure | float | int | str | None) -> str:
     return number(value) if isinstance(value, (int, float)) else str(value)
 
 
-def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """The arguments that every benchmark has."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {"choices": ("tiny", "sd15", "sdxl"), "default": "tiny"},
+    "set": {"nargs": "*", "default": [], "metavar": "KEY=VALUE", "help": "put over the config's settings"},
+    "windows": {"type": int, "default": 3, "help": "timed windows of each run"},
+    "window": {"type": int, "help": "steps of a window"},
+}  # what several benchmarks have
+
+
+def parser(doc: str | None, *options: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark has, and those of `OPTIONS` that are named."""
     words = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--out", type=Path, help="folder of the JSON (default: benchmarks/results; of "
                        "--smoke: runs/smoke)")  # fmt: skip
@@ -205,7 +213,8 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     words.add_argument("--append", action="store_true", help="add the repeats to those of an earlier call "
                        "with the same settings, on the same machine and versions")  # fmt: skip
     words.add_argument("--smoke", action="store_true", help="small, on the embedded base: does it run?")
-    words.set_defaults(**defaults)
+    for name in options:
+        words.add_argument(f"--{name}", **OPTIONS[name])
     return words
 
 
@@ -222,7 +231,9 @@ def main(run: Callable[[argparse.Namespace, Path], Result], words: argparse.Argu
         work.mkdir(parents=True, exist_ok=True)
         found = run(args, work)
         path = out / f"{found.file}.json"
-        (found.added_to(Result.read(path)) if args.append and path.exists() else found).write(out)
+        if dist.is_main():
+            (found.added_to(Result.read(path)) if args.append and path.exists() else found).write(out)
+    dist.finish(0)
 
 
 def clock(device: str) -> Callable[[], float]:

@@ -17,7 +17,6 @@ from statistics import mean
 
 from benchmarks import bases, common, job
 from benchmarks.common import Measure, Result, Row
-from dbtrain.config import Model
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
@@ -25,52 +24,42 @@ from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
 
+ROWS, MANY = 256, 1024  # images of the shards that are timed, and of those that ranks share
+RANKS = (1, 2, 8, 32, 64, 128)
+BATCHES = 64  # micro-batches that are timed
+
 
 def run(args: argparse.Namespace, work: Path) -> Result:
+    timed, ranks = ROWS, RANKS
     if args.smoke:
-        args.rows, args.ranks, args.repeats, args.window = 32, [1, 2], 1, 1
-    small = _shards("tiny", work, args.many)
-    large = _shards("sd15", work, args.rows)
+        timed, ranks, args.repeats = 32, RANKS[:2], 1
+    large, small = _shards("sd15", work, timed), _shards("tiny", work, timed if args.smoke else MANY)
     rows = []
-    with console.bar(2 * args.repeats + 2 * len(args.ranks) + args.repeats, "data", "part") as bar:
+    with console.bar(3 * args.repeats + len(ranks), "data", "part") as bar:
         for name, place in (("64 x 64 latents, as of 512 px", large), ("16 x 16 latents, as of tiny", small)):
             manifest, read, batch = shards.Manifest.read(place), [], []
             for _ in range(args.repeats):
                 read.append(_cpu_s(partial(_read_all, place, manifest)))
-                batch.append(_batches(place, manifest, args.batches))
+                batch.append(_batches(place, manifest, BATCHES))
                 bar.update()
-            rows.append(_speed(name, manifest, read, batch, args.batches))
-        for world in args.ranks:
+            rows.append(_speed(name, manifest, read, batch, BATCHES))
+        for world in ranks:
             rows.append(_amplification(world, small))
             bar.update()
-        spec = job.Spec(
-            "tiny",
-            str(work),
-            4,
-            windows=1,
-            window=args.window,
-            inline=args.smoke,
-            warm_up=1 if args.smoke else 3,
-            overrides=tuple(args.set),
-        )
+        spec = job.Spec("tiny", str(work), 4, windows=1, window=2 if args.smoke else 20, inline=args.smoke)
         job.make(spec)
-        waits = []
-        for _ in range(args.repeats):
-            report = job.run(spec)
-            if report.problem:
-                raise SystemExit(f"error: {report.problem}")
-            waits += [100 * w["wait_s"] / w["wall_s"] for w in report.ranks[0]["windows"]]
-            bar.update()
+        (reports,) = job.rounds([spec], args.repeats, bar)
+    if problem := reports[-1].problem:
+        raise SystemExit(f"error: {problem}")
+    waits = [100 * window["wait_s"] / window["wall_s"] for report in reports for window in report.windows]
     rows.append(Row(label="training tiny, batch 4", measures={"data wait": Measure.of("%", waits)}))
     return common.result(args, "data", "cpu", rows)
 
 
 def _shards(model: str, work: Path, rows: int) -> Storage:
-    path = "tiny" if model == "tiny" else str(bases.outline(model, work))
-    place = work / f"data-{model}"
     with bases.without_weights():
-        base = Base.find(Model(path=path))
-    return Storage(str(bases.write_shards(place, model, base, rows, ("instance",))))
+        base = Pretrained.find(bases.model(model, work))
+    return Storage(str(bases.write_shards(work / f"data-{model}", model, base, rows, ("instance",))))
 
 
 def _read_all(place: Storage, manifest: shards.Manifest) -> None:
@@ -132,16 +121,5 @@ def _amplification(world: int, place: Storage) -> Row:
     return Row(label=words, config={"ranks": world}, counts=counts)
 
 
-def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__)
-    words.add_argument("--rows", type=int, default=256, help="images of the shards that are timed")
-    words.add_argument("--many", type=int, default=1024, help="images of the shards that ranks share")
-    words.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8, 32, 64, 128])
-    words.add_argument("--batches", type=int, default=64, help="micro-batches that are timed")
-    words.add_argument("--window", type=int, default=20, help="steps of a timed training run")
-    words.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="over the config's")
-    return words
-
-
 if __name__ == "__main__":
-    common.main(run, parser())
+    common.main(run, common.parser(__doc__))

@@ -10,17 +10,13 @@ Times are wall seconds on a GPU and CPU seconds of one thread on a CPU.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bases, common, phases
+from benchmarks import bases, common, job, phases
 from benchmarks.common import Measure, Result, Row
+from dbtrain.config import Model
 from dbtrain.runtime import console
 from dbtrain.tiny import world
 
@@ -30,12 +26,12 @@ CONFIG = {"tiny": "quickstart", "sd15": "sd15", "sdxl": "sdxl"}
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
         args.model, args.repeats, args.steps, args.class_images = "tiny", 1, 2, 2
-        args.set = [*args.set, "prepare.sampling.steps=1"]
+        args.set = [*args.set, "prepare.sampling.steps=1", "validation.prompts=[]"]
     photos = args.photos
     if not photos:
         photos = work / "photos"
         world.main(photos)
-    base = bases.folder(args.model, work)
+    base = bases.model(args.model, work, weights=True)
     found: dict[str, list[dict[str, Any]]] = {"cold": []}
     if args.class_images and not args.smoke:
         found["class images cached"] = []
@@ -65,7 +61,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
 
 
 def _once(
-    args: argparse.Namespace, base: Path, photos: Path, place: Path, classes: Path
+    args: argparse.Namespace, base: Model, photos: Path, place: Path, classes: Path
 ) -> dict[str, dict[str, float]]:
     """One run in a process of its own: seconds of each phase."""
     place.mkdir(parents=True)
@@ -73,32 +69,25 @@ def _once(
     with_class = [f"prepare.class_images={args.class_images}", f"prepare.class_dir={classes}"]
     overrides = [
         f"run_dir={place / 'run'}", f"data.shards={place / 'shards'}", f"prepare.photos={photos}",
-        f"model.path={'tiny' if args.model == 'tiny' else base}", "model.variant=null",
+        f"model.path={base.path}", "model.variant=null",
         f"prepare.resolution={side}", f"train.steps={args.steps}", "adapter.rank=8",
         f"train.global_batch={args.batch}", f"train.micro_batch={args.batch}",
         *(with_class if args.class_images else ["prepare.class_prompt=null"]), *args.set,
     ]  # fmt: skip
-    ask, out = place / "ask.json", place / "out.json"
-    config = common.ROOT / "configs" / f"{CONFIG[args.model]}.yaml"
-    env = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "HF_HUB_OFFLINE": "1"}
-    ask.write_text(json.dumps({"config": str(config), "overrides": overrides, "started": time.time()}))
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.phases", str(ask), str(out)], cwd=common.ROOT, env=env,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"error: the run failed: {done.stderr.strip()[-2000:]}")
-    return json.loads(out.read_text())
+    config = str(common.ROOT / "configs" / f"{CONFIG[args.model]}.yaml")
+    given = {"config": config, "overrides": overrides}
+    report = job.inline(phases.run, given) if args.smoke else job.launch("benchmarks.phases", given, place)
+    if report.problem:
+        raise SystemExit(f"error: the run failed: {report.problem}")
+    return report.ranks[0]
 
 
 def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__)
-    words.add_argument("--model", choices=bases.MODELS, default="tiny")
+    words = common.parser(__doc__, "model", "set")
     words.add_argument("--photos", type=Path, help="your own photos (default: five drawn ones)")
     words.add_argument("--steps", type=int, default=100)
     words.add_argument("--batch", type=int, default=2, help="instance images a step; as many class images")
     words.add_argument("--class-images", type=int, default=16, help="0: no prior preservation")
-    words.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="over the config's")
     return words
 
 

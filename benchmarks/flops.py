@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import common
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter
 from dbtrain.models.base import Base
@@ -56,13 +55,10 @@ def matmul_rate(device: str, precision: str) -> float:
     side, times = (8192, 20) if device == "cuda" else (512, 8)
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     best = float("inf")
+    clock = common.clock(device)
     for _ in range(5):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        before = time.perf_counter() if device == "cuda" else time.process_time()
+        before = clock()
         for _ in range(times):
             a @ b
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, (time.perf_counter() if device == "cuda" else time.process_time()) - before)
+        best = min(best, clock() - before)
     return 2.0 * side**3 * times / best

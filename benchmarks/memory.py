@@ -13,31 +13,20 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bases, common
+from benchmarks import bases, common, trainer
 from benchmarks.common import Result, Row
 from dbtrain.config import Config
-from dbtrain.data import shards
-from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice
-from dbtrain.data.shards import Manifest
-from dbtrain.data.storage import Storage
 from dbtrain.doctor import memory
-from dbtrain.models.base import Base
-from dbtrain.models.families import registry as families
-from dbtrain.prepare.prepare import prepare
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
-from dbtrain.train.checkpoint import Progress
-from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.step import train_step
 
 BOUND = 0.10  # how far a prediction may be off
 BLOCKS, EIGHT = "train.gradient_checkpointing=blocks", "train.base_linears=int8"
@@ -56,7 +45,7 @@ MODES = {
     "bf16, LoHa on all": ["adapter.kind=loha", "adapter.targets=all"],
     "bf16, DoRA": ["adapter.dora=true"],
 }
-SMOKE = ("fp32", "bf16, blocks, int8")
+SMOKE = ("fp32, int8",)
 
 
 def configured(model: str, path: Path, work: Path, side: int, changes: Iterable[str]) -> Config:
@@ -73,34 +62,24 @@ def configured(model: str, path: Path, work: Path, side: int, changes: Iterable[
 
 def measured(cfg: Config) -> int:
     """Bytes at the fullest moment of a step, of tensors on this process's device."""
-    base, place = Base.find(cfg.model), Storage(cfg.data.shards, 0)
-    manifest = Manifest.read(place)
-    table = shards.read_prompts(place, manifest.prompts)
-    family = families.get(manifest.family)
-    model = DreamBooth.build(base, manifest, table, cfg).to(dist.device())
-    progress = Progress.begin(model, cfg)
-    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
-    stream = LatentStream(
-        place, manifest, share, {"instance": 1.0}, seed=0, device=dist.device(),
-        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
-    )  # fmt: skip
-    with closing(stream):
-        train_step(model, progress, stream, 0, cfg)
-        progress.optimizer.zero_grad()
+    with trainer.steps(cfg) as steps:
+        steps.take(0)
+        steps.progress.optimizer.zero_grad()
         gc.collect()
         if dist.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            train_step(model, progress, stream, 1, cfg)
+            steps.take(1)
             return torch.cuda.max_memory_allocated()
-        held = _held(model, progress)
+        held = _held(steps)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            train_step(model, progress, stream, 1, cfg)
+            steps.take(1)
     return held + _highest(trace)
 
 
-def _held(model: nn.Module, progress: Progress) -> int:
-    moments = [v for state in progress.optimizer.state.values() for v in state.values()]
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers(), *moments]
+def _held(steps: trainer.Steps) -> int:
+    """Bytes of the model and of the optimizer's moments."""
+    moments = [v for state in steps.progress.optimizer.state.values() for v in state.values()]
+    tensors: list[Tensor] = [*steps.model.parameters(), *steps.model.buffers(), *moments]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -117,8 +96,8 @@ def _highest(trace: Any) -> int:
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     model = "tiny" if args.smoke else args.model
-    side = 128 if args.smoke else args.side or {"tiny": 256, "sd15": 512, "sdxl": 1024}[model]
-    names = args.modes or (SMOKE if args.smoke else list(MODES))
+    side = 64 if args.smoke else {"tiny": 256, "sd15": 512, "sdxl": 1024}[model]
+    names = SMOKE if args.smoke else list(MODES)
     device = "cuda" if args.predict else args.device
     path = bases.outline(model, work)
     rows, worst = [], 0.0
@@ -126,7 +105,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         cfg = configured(model, path, work, side, [])
         if model == "tiny":
             world.main(Path(cfg.prepare.photos), "mug")  # type: ignore[union-attr]
-            prepare(cfg)
+            trainer.prepare(cfg)
         else:
             base = Base.find(cfg.model)
             bases.write_shards(Path(cfg.data.shards), model, base, 8, ("instance",))
@@ -149,14 +128,11 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     return common.result(args, "memory", f"{model}-{side}-{device}", rows, *notes)
 
 
-def main() -> None:
-    words = common.parser(__doc__)
-    words.add_argument("--model", choices=bases.MODELS, default="tiny")
-    words.add_argument("--side", type=int, help="px (default: tiny 256, sd15 512, sdxl 1024)")
-    words.add_argument("--modes", nargs="*", choices=list(MODES), metavar="MODE", help="default: all")
+def parser() -> argparse.ArgumentParser:
+    words = common.parser(__doc__, "model")
     words.add_argument("--predict", action="store_true", help="predictions for a GPU only; trains nothing")
-    common.main(run, words)
+    return words
 
 
 if __name__ == "__main__":
-    main()
+    common.main(run, parser())

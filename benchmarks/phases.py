@@ -1,18 +1,16 @@
 """Photos to adapter in one process, as `dbtrain run` does it, and the seconds of each phase.
 
-    python -m benchmarks.phases ASK.json OUT.json
-
 A process of its own, started by `benchmarks/end_to_end.py`, so that imports and start-up count.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-from unittest import mock
+
+from benchmarks import job
 
 PHASES = ("imports", "class images", "encode", "train start", "steps", "export")
 
@@ -35,41 +33,33 @@ class Clock:
         self.wall, self.cpu = wall, cpu
 
 
-def main(ask: Path, out: Path) -> None:
-    given = json.loads(ask.read_text())
+def run(given: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """`dbtrain run` of a config: seconds of each phase."""
     clock = Clock(given["started"])
+    from benchmarks import trainer
     from dbtrain.config import Config
-    from dbtrain.prepare import class_images
-    from dbtrain.prepare.prepare import prepare
     from dbtrain.runtime import console
-    from dbtrain.train.loop import train
-    from dbtrain.train.metrics import Metrics
 
     console.start()
     cfg = Config.load(given["config"], given["overrides"])
     clock.end("imports")
-    ensure, step = class_images.ensure, Metrics.step
 
-    def ensured(*args: Any, **kwargs: Any) -> Any:
-        clock.end("encode")  # what prepare does before it
-        found = ensure(*args, **kwargs)
-        clock.end("class images")
-        return found
-
-    def stepped(log: Metrics, done: int, *args: Any, **kwargs: Any) -> None:
-        step(log, done, *args, **kwargs)
+    def kept(done: int) -> None:
         if done == 1:
             clock.end("train start")
         if done == cfg.train.steps:
             clock.end("steps")
 
-    with mock.patch.object(class_images, "ensure", ensured), mock.patch.object(Metrics, "step", stepped):
-        prepare(cfg)
+    with (
+        trainer.making_class_images(lambda: clock.end("encode"), lambda: clock.end("class images")),
+        trainer.each_step(lambda done, wait_s: None, kept),
+    ):
+        trainer.prepare(cfg)
         clock.end("encode")
-        train(cfg)
+        trainer.train(cfg)
     clock.end("export")
-    out.write_text(json.dumps(clock.spent))
+    return clock.spent
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    job.answer(run)

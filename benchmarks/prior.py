@@ -11,33 +11,26 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import torch
 
 from benchmarks import bases, common, flops
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Model, Prepare, Sampling
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images
-from dbtrain.runtime import console
+from dbtrain.runtime import console, dist
 
 BATCHES = {"tiny": (1, 4, 8), "sd15": (1, 4, 8, 16, 32), "sdxl": (1, 4, 8)}
 
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
-        args.model, args.batches, args.repeats, args.steps = "tiny", [1, 2], 1, 2
-        args.more = 6
-    precision: Any = args.precision or ("bf16" if args.device == "cuda" else "fp32")
-    if args.device == "cpu":
-        torch.set_num_threads(1)
-    path = bases.folder(args.model, work)
-    model = Model(path="tiny" if args.model == "tiny" else str(path))
-    base = Base.find(model)
+        args.model, args.batches, args.repeats, args.steps, args.more = "tiny", [1], 1, 2, 4
+    precision: Any = "bf16" if args.device == "cuda" else "fp32"
+    model = bases.model(args.model, work, weights=True)
+    base = Pretrained.find(model)
     batches = args.batches or BATCHES[args.model]
     side = bases.SIDES[args.model]
     each = flops.of_picture(base, side, args.steps, guided=True)
@@ -80,11 +73,9 @@ def _seconds(base: Base, model: Model, sampling: Sampling, count: int, side: int
         photos="none", instance_prompt="none", class_prompt="a photo of a mug", class_images=count,
         class_dir=tempfile.mkdtemp(prefix="classes-", dir=work), resolution=side, sampling=sampling,
     )  # fmt: skip
-    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    clock = common.clock(dist.device().type)
     before = clock()
-    made = class_images.ensure(base, wanted)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    made = class_images.ensure(base, families.detect(base, model), wanted)
     seconds = clock() - before
     if len(made) != count:
         raise SystemExit(f"error: {count} class images were asked for, {len(made)} came")
@@ -92,12 +83,10 @@ def _seconds(base: Base, model: Model, sampling: Sampling, count: int, side: int
 
 
 def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__)
-    words.add_argument("--model", choices=bases.MODELS, default="tiny")
+    words = common.parser(__doc__, "model")
     words.add_argument("--batches", type=int, nargs="+", help="pictures drawn at once")
     words.add_argument("--steps", type=int, default=25, help="denoiser steps of a picture")
     words.add_argument("--more", type=int, default=2, help="batches that are timed, after the first")
-    words.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, else fp32")
     return words
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.common import LEAST, SUITE, Result, Row
+from benchmarks.common import LEAST, SUITE, Measure, Result, Row
 from dbtrain.runtime import console, files
 
 # What a complete set of results has: script, subject, and what it says.
@@ -47,7 +47,7 @@ EXPECTED = (
 
 
 def read_all(folder: Path) -> list[Result]:
-    """The suite's results in a folder; files of others are passed over, harmed ones of ours are not."""
+    """The suite's results in a folder; files of others are passed over, broken ones of ours are not."""
     found = []
     for path in sorted(folder.glob("*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -98,89 +98,30 @@ def _parts(row: tuple[str, str, str], there: set[tuple[str, str]]) -> bool:
     return several and any(one == name and its.startswith(subject) for one, its in there)
 
 
-def _over_batches(axis: Any, rows: Sequence[Row], measure: str) -> None:
-    rows = [row for row in rows if measure in row.measures and "batch" in row.config]
-    batches = [row.config["batch"] for row in rows]
-    _with_spread(axis, batches, rows, measure)
-    axis.set(xlabel="batch", xscale="log", xticks=batches, xticklabels=batches, ylim=(0, None))
-    axis.minorticks_off()
-
-
-def _with_spread(axis: Any, places: Sequence[float], rows: Sequence[Row], measure: str) -> None:
-    """Medians, joined, with bars from least to most."""
-    found = [row.measures[measure] for row in rows]
-    middle = [one.median for one in found]
-    spread = [[one.median - one.min for one in found], [one.max - one.median for one in found]]
-    axis.errorbar(places, middle, yerr=spread, marker="o", capsize=3)
-    axis.set_ylabel(f"{measure}, {found[0].unit}")
-
-
-def _throughput(axis: Any, rows: Sequence[Row]) -> None:
-    if any("samples" in row.measures for row in rows):
-        _over_batches(axis, rows, "samples")
-    else:
-        _stacked(axis, rows, ("imports", "load", "first step"))
-
-
-def _prior(axis: Any, rows: Sequence[Row]) -> None:
-    _over_batches(axis, rows, "class images")
-
-
-def _scaling(axis: Any, rows: Sequence[Row]) -> None:
-    rows = [row for row in rows if row.measures]
-    _with_spread(axis, [row.config["processes"] for row in rows], rows, "efficiency")
-    axis.axhline(100, color="grey", lw=0.8)
-    axis.set(xlabel="processes", xticks=[row.config["processes"] for row in rows], ylim=(0, 115))
-
-
-def _data(axis: Any, rows: Sequence[Row]) -> None:
-    rows = [row for row in rows if "amplification, most" in row.counts]
-    labels = [str(row.config["ranks"]) for row in rows]
-    for kind, marker in (("mean", "o-"), ("most", "s--")):
-        axis.plot(labels, [row.counts[f"amplification, {kind}"] for row in rows], marker, label=kind)
-    axis.set(xlabel="ranks", ylabel="bytes read over the rank's share", ylim=(0, None))
-    axis.legend()
-
-
-def _end_to_end(axis: Any, rows: Sequence[Row]) -> None:
-    skipped = ("photos to adapter", "wall")
-    _stacked(axis, rows, [name for name in rows[0].measures if name not in skipped])
-
-
-def _stacked(axis: Any, rows: Sequence[Row], phases: Sequence[str]) -> None:
-    """A bar a row, of the medians of its phases."""
-    rows = [row for row in rows if any(phase in row.measures for phase in phases)]
-    left = [0.0] * len(rows)
-    for phase in phases:
-        widths = [row.measures[phase].median if phase in row.measures else 0.0 for row in rows]
-        axis.barh([row.label for row in rows], widths, left=left, label=phase)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axis.set_xlabel("s")
-    axis.invert_yaxis()
-    axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.25))
-
-
-def _ladder(axis: Any, rows: Sequence[Row]) -> None:
-    rows = [row for row in rows if "speed-up" in row.measures]
-    names = [row.label for row in rows]
-    found = [row.measures["speed-up"] for row in rows]
-    spread = [[one.median - one.min for one in found], [one.max - one.median for one in found]]
-    axis.barh(names, [one.median for one in found], xerr=spread, color="tab:blue", label="measured")
-    for place, row in enumerate(rows):
-        ends = [float(end) for end in str(row.counts["predicted"]).removesuffix("x").split(" to ")
-                if end != "none"]  # fmt: skip
-        if ends:
-            axis.plot(ends, [place] * len(ends), "D-", color="tab:orange", label="" if place else "predicted")
-    axis.axvline(1, color="grey", lw=0.8)
-    axis.set_xlabel("speed-up over the first row")
-    axis.invert_yaxis()
-    axis.legend(fontsize=8)
-
-
-PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
-    "throughput": _throughput, "prior": _prior, "scaling": _scaling, "data": _data,
-    "end_to_end": _end_to_end, "ladder": _ladder,
+# What a script's plot shows: the parts of a time, stacked, or one figure.
+PLOTS: dict[str, tuple[str, ...]] = {
+    "throughput": ("samples",), "prior": ("class images",), "scaling": ("efficiency",),
+    "data": ("amplification, most",), "ladder": ("speed-up",), "subject_fidelity": ("closed",),
+    "end_to_end": ("imports", "class images", "encode", "train start", "steps", "export"),
 }  # fmt: skip
+FIRST_STEP = ("imports", "load", "first step")  # of throughput's results without a sweep
+
+
+def _bars(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """A bar a row, of the medians of its parts; of a single figure with its spread."""
+    rows = [row for row in rows if any(name in row.measures or name in row.counts for name in names)]
+    left, unit = [0.0] * len(rows), ""
+    for name in names:
+        found = [row.measures.get(name) or Measure.of("", [float(row.counts.get(name) or 0)]) for row in rows]
+        spread = [[one.median - one.min for one in found], [one.max - one.median for one in found]]
+        error = {"xerr": spread, "capsize": 3} if len(names) == 1 else {}
+        axis.barh([row.label for row in rows], [one.median for one in found], left=left, label=name, **error)
+        left = [a + one.median for a, one in zip(left, found, strict=True)]
+        unit = unit or found[0].unit
+    axis.set_xlabel(unit if len(names) > 1 else ", ".join(filter(None, [names[0], unit])))
+    axis.invert_yaxis()
+    if len(names) > 1:
+        axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.25))
 
 
 def draw(result: Result, out: Path) -> str | None:
@@ -192,9 +133,11 @@ def draw(result: Result, out: Path) -> str | None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tall = max(3.2, 0.4 * len(result.rows)) if result.name == "ladder" else 3.2
-    figure, axis = plt.subplots(figsize=(8, tall), layout="constrained")
-    PLOTS[result.name](axis, result.rows)
+    names = PLOTS[result.name]
+    if not any(name in row.measures or name in row.counts for row in result.rows for name in names):
+        names = FIRST_STEP
+    figure, axis = plt.subplots(figsize=(8, max(3.2, 0.4 * len(result.rows))), layout="constrained")
+    _bars(axis, result.rows, names)
     axis.set_title(
         f"{result.name} {result.subject} ({result.hardware.gpu or result.hardware.cpu})", fontsize=9
     )

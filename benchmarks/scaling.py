@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import bases, common, job
+from benchmarks import common, job, throughput
 from benchmarks.common import Measure, Result, Row
 from dbtrain.runtime import console
 
@@ -25,52 +26,43 @@ from dbtrain.runtime import console
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
         args.model, args.processes, args.repeats, args.window, args.windows = "tiny", [1, 2], 1, 2, 1
-    rounds = args.repeats
-    specs = {
-        n: job.Spec(
-            args.model, str(work), args.batch, global_batch=n * args.batch, overrides=tuple(args.set),
-            windows=args.windows, window=args.window, inline=args.smoke, warm_up=1 if args.smoke else 3,
-        ) for n in args.processes
-    }  # fmt: skip
-    job.make(specs[args.processes[0]])
-    found: dict[int, list[job.Report]] = {n: [] for n in args.processes}
-    with console.bar(rounds * len(specs), f"scaling {args.model}", "run") as bar:
-        for _ in range(rounds):
-            for n, spec in specs.items():
-                if args.device == "cuda" and n > torch.cuda.device_count():
-                    found[n] = [job.Report([], f"not on this device: {torch.cuda.device_count()} GPUs")]
-                elif not (found[n] and found[n][-1].problem):
-                    found[n].append(job.run(spec, n))
-                bar.update()
+    most = torch.cuda.device_count() if args.device == "cuda" else max(args.processes)
+    one = throughput.watched(args, work, args.batch)
+    specs = [replace(one, processes=n, rate=False) for n in args.processes if n <= most]
+    job.make(one)
+    with console.bar(args.repeats * len(specs), f"scaling {args.model}", "run") as bar:
+        found = job.rounds(specs, args.repeats, bar)
     rows = _rows(specs, found, args.device)
+    rows += [Row(label=f"{n} processes", note=f"not on this device: {most} GPUs")
+             for n in args.processes if n > most]  # fmt: skip
     return common.result(args, "scaling", f"{args.model}-{args.device}", rows)
 
 
-def _rows(specs: dict[int, job.Spec], found: dict[int, list[job.Report]], device: str) -> list[Row]:
+def _rows(specs: Sequence[job.Spec], found: Sequence[Sequence[job.Report]], device: str) -> list[Row]:
+    """A row a number of processes; efficiency is that over the first that ran."""
     clock = "wall_s" if device == "cuda" else "cpu_s"
-    base = next((n for n, reports in found.items() if not reports[-1].problem), None)
+    alone: list[float] = []
     rows = []
-    for n, reports in found.items():
-        label, config = f"{n} process{'es' if n > 1 else ''}", {"processes": n, "batch": specs[n].batch}
+    for spec, reports in zip(specs, found, strict=True):
+        n = spec.processes
+        label, config = f"{n} process{'es' if n > 1 else ''}", {"processes": n, "batch": spec.batch}
         if problem := reports[-1].problem:
             rows.append(Row(label=label, config=config, note=problem))
             continue
-        cost = {name: _a_sample(specs[n], reports, name) for name in ("cpu_s", "wall_s")}
-        alone = _a_sample(specs[base], found[base], clock) if base else []
-        # CPU seconds are summed over processes; of wall seconds each process spends its own.
-        efficiency = [100 * a / b / (n if clock == "wall_s" and n > 1 else 1) for a, b in
-                      zip(alone, cost[clock], strict=True)]  # fmt: skip
+        cost = {name: _a_sample(spec, reports, name) for name in ("cpu_s", "wall_s")}
+        # CPU seconds are summed over processes; wall seconds are those of one of them.
+        each = [seconds * (n if clock == "wall_s" else 1) for seconds in cost[clock]]
+        alone = alone or each
         first = reports[0].ranks[0]["counts"]
-        comm = [rank["comm"] for report in reports for rank in report.ranks]
+        ranks = [rank for report in reports for rank in report.ranks]
         measures = {
             "CPU a sample": Measure.of("ms", [1000 * s for s in cost["cpu_s"]]),
             "wall a sample": Measure.of("ms", [1000 * s for s in cost["wall_s"]]),
-            "efficiency": Measure.of("%", efficiency),
+            "efficiency": Measure.of("%", [100 * a / b for a, b in zip(alone, each, strict=True)]),
             "data wait": Measure.of("%", [
-                100 * w["wait_s"] / w["wall_s"] for report in reports for rank in report.ranks
-                for w in rank["windows"]]),
-            "collectives": Measure.of("ms a step", [one["collective_ms"] for one in comm]),
-            "exposed": Measure.of("ms a step", [one["exposed_ms"] for one in comm]),
+                100 * w["wait_s"] / w["wall_s"] for rank in ranks for w in rank["windows"]]),
+            "collectives": Measure.of("ms a step", [rank["comm"]["collective_ms"] for rank in ranks]),
+            "exposed": Measure.of("ms a step", [rank["comm"]["exposed_ms"] for rank in ranks]),
         }  # fmt: skip
         counts: dict[str, Any] = {
             "collectives a step": first.get("collectives"), "bytes a step": first.get("collective bytes"),
@@ -86,19 +78,15 @@ def _a_sample(spec: job.Spec, reports: Sequence[job.Report], clock: str) -> list
     for report in reports:
         ranks = report.ranks if clock == "cpu_s" else report.ranks[:1]
         seconds = sum(window[clock] for rank in ranks for window in rank["windows"])
-        windows = len(report.ranks[0]["windows"])
-        costs.append(seconds / (windows * spec.window * report.ranks[0]["samples_a_step"]))
+        costs.append(seconds / (len(report.windows) * spec.window * spec.samples_a_step))
     return costs
 
 
 def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__)
-    words.add_argument("--model", choices=bases.MODELS, default="tiny")
-    words.add_argument("--batch", type=int, default=4, help="instance images of a process's step")
+    words = common.parser(__doc__, "model", "set", "windows", "window")
+    words.add_argument("--batch", type=int, default=4, help="images of a process's step")
     words.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    words.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="over the config's")
-    words.add_argument("--windows", type=int, default=3)
-    words.add_argument("--window", type=int, default=10, help="steps of a window")
+    words.set_defaults(window=10)
     return words
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks import bases, common, flops, job
 from benchmarks.common import Measure, Result, Row
-from dbtrain.config import Adapter, Model
-from dbtrain.models.base import Base
+from dbtrain.config import Adapter
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import console
 
 WINDOW = {"tiny": 10, "sd15": 50, "sdxl": 20}  # steps
@@ -31,60 +31,52 @@ BATCHES = {"tiny": (1, 2, 4, 8), "sd15": (1, 2, 4, 8, 16, 32), "sdxl": (1, 2, 4,
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
         args.model, args.batches, args.repeats, args.window, args.windows = "tiny", [1], 1, 2, 3
-    spec = job.Spec(
-        args.model, str(work), 1, prior=args.prior, overrides=tuple(args.set), rate=True,
-        warm_up=1 if args.smoke else 3, windows=args.windows, inline=args.smoke,
-        window=args.window or WINDOW[args.model],
-    )  # fmt: skip
     batches = args.batches or BATCHES[args.model]
-    rounds = args.rounds or (1 if args.device == "cuda" else args.repeats)
-    if args.device == "cuda" and spec.windows * rounds < common.LEAST and not args.smoke:
-        raise SystemExit(
-            f"error: --windows x --rounds is {spec.windows * rounds}; use {common.LEAST} or more"
-        )
-    path = "tiny" if args.model == "tiny" else str(bases.outline(args.model, work))
-    _, each = flops.of_step(Base.find(Model(path=path)), bases.SIDES[args.model], _adapter(args.set))
-    sweep = "sweep" in args.parts
-    first = "first" in args.parts
+    rounds = 1 if args.device == "cuda" else args.repeats
+    if args.windows * rounds < common.LEAST:
+        raise SystemExit(f"error: --windows is {args.windows}; use {common.LEAST} or more")
+    spec = watched(args, work, batches[0])
+    each = flops_of_sample(args, work)
     caches = ("cold",) if args.smoke else ("cold", "warm")
+    sweep, first = "sweep" in args.parts, "first" in args.parts
+    total = sweep * rounds * len(batches) + first * len(caches) * args.repeats
     rows: list[Row] = []
-    with console.bar(
-        sweep * rounds * len(batches) + first * len(caches) * args.repeats, f"throughput {args.model}", "run"
-    ) as bar:
+    with console.bar(total, f"throughput {args.model}", "run") as bar:
         if sweep:
             job.make(spec)
             specs = [replace(spec, batch=batch) for batch in batches]
-            found = rounds_of(specs, rounds, bar)
-            rows += [
-                row(f"batch {s.batch}", s, r, args.device, each) for s, r in zip(specs, found, strict=True)
-            ]
+            for one, reports in zip(specs, job.rounds(specs, rounds, bar), strict=True):
+                rows.append(row(f"batch {one.batch}", one, reports, args.device, each))
         if first:
-            rows += first_steps(replace(spec, batch=batches[0]), args.repeats, caches, bar)
+            rows += first_steps(spec, args.repeats, caches, bar)
     note = f"One sample is {each / 1e12:.6g} TFLOP, forward and backward ({flops.SOURCE})."
     return common.result(args, "throughput", f"{args.model}-{args.device}{args.tag}", rows, note)
 
 
-def rounds_of(specs: Sequence[job.Spec], rounds: int, bar: Any) -> list[list[job.Report]]:
-    """Reports of each spec, run in turns: what slows the machine for a while slows all of them."""
-    found: list[list[job.Report]] = [[] for _ in specs]
-    for _ in range(rounds):
-        for spec, reports in zip(specs, found, strict=True):
-            if not (reports and reports[-1].problem):  # what cannot run is tried once
-                reports.append(job.run(spec))
-            bar.update()
-    return found
+def watched(args: argparse.Namespace, work: Path, batch: int) -> job.Spec:
+    """A run with the arguments of a benchmark."""
+    return job.Spec(
+        args.model, str(work), batch, overrides=tuple(args.set), rate=True, inline=args.smoke,
+        warm_up=1 if args.smoke else 3, windows=args.windows, window=args.window or WINDOW[args.model],
+    )  # fmt: skip
+
+
+def flops_of_sample(args: argparse.Namespace, work: Path) -> float:
+    """FLOPs of one sample, forward and backward, with the adapter that is trained."""
+    ranks = [int(item.partition("=")[2]) for item in args.set if item.startswith("adapter.rank=")]
+    base = Pretrained.find(bases.model(args.model, work))
+    return flops.of_step(base, bases.SIDES[args.model], Adapter(rank=(ranks or [8])[-1]))[1]
 
 
 def row(label: str, spec: job.Spec, reports: Sequence[job.Report], device: str, each: float) -> Row:
     """A line of the table: what all rounds of a spec have seen."""
-    config = {"batch": spec.batch, "prior": spec.prior, "set": list(spec.overrides)}
+    config = {"batch": spec.batch, "set": list(spec.overrides)}
     if problems := [report.problem for report in reports if report.problem]:
         return Row(label=label, config=config, note=problems[0])
     seen = [report.ranks[0] for report in reports]
     clock, unit = ("wall_s", "1/s") if device == "cuda" else ("cpu_s", "per CPU s")
-    windows = [window for one in seen for window in one["windows"]]
-    samples = [spec.window * one["samples_a_step"] for one in seen for _ in one["windows"]]
-    speed = Measure.of(unit, [n / w[clock] for n, w in zip(samples, windows, strict=True)])
+    windows = [window for report in reports for window in report.windows]
+    speed = Measure.of(unit, [spec.window * spec.samples_a_step / window[clock] for window in windows])
     steps = [one["step_ms"][i : i + spec.window] for one in seen
              for i in range(0, len(one["step_ms"]), spec.window)]  # fmt: skip
     measures = {
@@ -113,7 +105,7 @@ def first_steps(spec: job.Spec, repeats: int, kinds: Sequence[str], bar: Any) ->
 
     The base is on disk. That its files were read before cannot be undone by a user's process.
     """
-    spec = replace(spec, on_disk=True, warm_up=1, windows=1, window=1, rate=False, inline=False)
+    spec = replace(spec, on_disk=True, warm_up=1, windows=1, window=1, rate=False)
     job.make(spec)
     found: dict[str, list[job.Report]] = {kind: [] for kind in kinds}
     for _ in range(repeats):
@@ -140,23 +132,12 @@ def first_steps(spec: job.Spec, repeats: int, kinds: Sequence[str], bar: Any) ->
     return rows
 
 
-def _adapter(overrides: Sequence[str]) -> Adapter:
-    """The adapter whose FLOPs count."""
-    ranks = [int(item.partition("=")[2]) for item in overrides if item.startswith("adapter.rank=")]
-    return Adapter(rank=(ranks or [8])[-1])
-
-
 def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__)
-    words.add_argument("--model", choices=bases.MODELS, default="tiny")
-    words.add_argument("--batches", type=int, nargs="+", help="instance images in a forward pass")
-    words.add_argument("--prior", action="store_true", help="as many class images ride along")
-    words.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="over the config's")
-    words.add_argument("--windows", type=int, default=5, help="timed windows of each run")
-    words.add_argument("--window", type=int, help="steps of a window")
-    words.add_argument("--rounds", type=int, help="processes a batch (default: 1 on a GPU, else --repeats)")
+    words = common.parser(__doc__, "model", "set", "windows", "window")
+    words.add_argument("--batches", type=int, nargs="+", help="images of a forward pass")
     words.add_argument("--parts", nargs="+", choices=("sweep", "first"), default=["sweep", "first"])
     words.add_argument("--tag", default="", help="added to the name of the result file, e.g. -compiled")
+    words.set_defaults(windows=5)
     return words
 
 

@@ -1,8 +1,7 @@
-"""A training run seen from outside: stamps and counts around `Metrics.step`, called once a step."""
+"""A training run seen from outside: stamps and counts around every step."""
 
 from __future__ import annotations
 
-import inspect
 import resource
 import sys
 import time
@@ -11,13 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbtrain.train import checkpoint
-from dbtrain.train.metrics import Metrics
+from benchmarks import trainer
 
 COUNTED = 3  # steps after the timed ones: dispatched ops, profile, host syncs
 READS = "_local_scalar_dense"  # what every read of a tensor's value on the host comes down to
@@ -57,16 +54,15 @@ class Seen:
 
 
 class Ops(TorchDispatchMode):
-    """Counts what is dispatched, without views; the reads; and collectives with their bytes."""
+    """Counts what is dispatched, without views, and collectives with their bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ops = self.reads = self.collectives = self.bytes = 0
+        self.ops = self.collectives = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         views = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
         self.ops += not any(views)
-        self.reads += READS in func._schema.name
         if func.namespace == "c10d":
             tensors = [t for t in _flat(args) if isinstance(t, torch.Tensor)]
             self.collectives += 1
@@ -92,28 +88,15 @@ class Watch:
 
     @contextmanager
     def run(self) -> Iterator[Seen]:
-        step, begin = Metrics.step, checkpoint.Progress.begin
-        signature = inspect.signature(step)
-
-        def watched(log: Metrics, *args: Any, **kwargs: Any) -> None:
-            given = signature.bind(log, *args, **kwargs).arguments
-            self._before(given["done"], given["outcome"].wait_s)
-            step(log, *args, **kwargs)
-            self._after(given["done"])
-
-        def loaded(*args: Any, **kwargs: Any) -> Any:
-            self._sync()
-            self.built = time.perf_counter()
-            self.seen.load_s = self.built - self.began
-            return begin(*args, **kwargs)
-
-        with (
-            mock.patch.object(Metrics, "step", watched),
-            mock.patch.object(checkpoint.Progress, "begin", loaded),
-        ):
+        with trainer.each_step(self._before, self._after), trainer.when_loaded(self._loaded):
             self.began = time.perf_counter()
             yield self.seen
         self.seen.resident_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def _loaded(self) -> None:
+        self._sync()
+        self.built = time.perf_counter()
+        self.seen.load_s = self.built - self.began
 
     def _before(self, done: int, wait_s: float) -> None:
         """The step is queued, its metrics are not yet kept."""
@@ -127,7 +110,6 @@ class Watch:
             self.ops.__exit__(None, None, None)
             self.seen.counts |= {
                 "dispatched ops": self.ops.ops,
-                "host reads": self.ops.reads,
                 "collectives": self.ops.collectives,
                 "collective bytes": self.ops.bytes,
             }
