@@ -249,7 +249,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(line: list[str], **options: Any) -> Any:
         if line[0] != sys.executable:
             return real(line, **options)
-        return finished(line, **options.get("env", {}))
+        return finished(line, Path(options.get("cwd") or "."), **options.get("env") or {})
 
     monkeypatch.setattr(subprocess, "run", run)
 

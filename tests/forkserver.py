@@ -104,7 +104,7 @@ def can_fork(env: dict[str, str]) -> bool:
 
 
 def _at_import(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name.startswith(AT_IMPORT)}
+    return {name: env[name] for name in env if name.startswith(AT_IMPORT) and name != "HF_TOKEN"}
 
 
 def _parsed(command: list[str]) -> tuple[int, list[str]]:

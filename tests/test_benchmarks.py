@@ -136,6 +136,7 @@ SMOKE = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize("script", SMOKE, ids=lambda script: script.__name__.rpartition(".")[2])
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

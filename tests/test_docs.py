@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from dbtrain.config import Config
 from dbtrain.config.base import Section
-from tests.conftest import ROOT
+from tests.conftest import ROOT, finished
 
 DOCS = ROOT / "docs"
 PAGES = [
@@ -144,10 +142,7 @@ def test_the_python_page_runs_as_one_script(tmp_path: Path) -> None:
         assert large in code
         code = code.replace(large, small)
     (tmp_path / "example.py").write_text(code)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
-    )
+    done = finished([sys.executable, str(tmp_path / "example.py")], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

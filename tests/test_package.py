@@ -17,7 +17,7 @@ import dbtrain
 from dbtrain.prepare import init
 from tests.conftest import ROOT, draw_photo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 BUILDER = ("build.py", "fit.py", "measure.py", "parts.py", "model_readme.md")  # of the embedded base
 
 

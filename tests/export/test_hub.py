@@ -111,11 +111,12 @@ def hub() -> Iterator[Hub]:
     server.shutdown()
 
 
-def environment(hub: Hub, tmp_path: Path, token: str = TOKEN) -> dict[str, str]:
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
     home = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    return home | {"HF_ENDPOINT": hub.url, "HF_TOKEN": token}
+    return home | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
 
 
+@pytest.mark.slow
 def test_a_run_pushes_the_adapter_its_card_and_its_pictures_and_nothing_else(
     make: Make, tmp_path: Path, hub: Hub
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_run_pushes_the_adapter_its_card_and_its_pictures_and_nothing_else(
     assert TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_refused_push_says_so_without_the_token_and_keeps_the_export(
     make: Make, tmp_path: Path, hub: Hub
 ) -> None:
@@ -153,10 +155,10 @@ def test_a_refused_push_says_so_without_the_token_and_keeps_the_export(
     assert "hub.repo is 'me/dog', but the push failed" in failed.stderr
     assert TOKEN not in failed.stdout + failed.stderr and "Traceback" not in failed.stderr
     assert (run / "export" / FILE).is_file()
-    nobody = dbtrain("export", tmp_path / "c.yaml", "train.steps=1", "hub.repo=me/dog",
-                     **environment(hub, tmp_path, token=""))  # fmt: skip
+    nobody = dbtrain("export", tmp_path / "c.yaml", "train.steps=1", "hub.repo=me/dog", HF_TOKEN="")
     assert nobody.returncode == 2 and "there is no Hub token" in nobody.stderr
-    early = dbtrain("train", tmp_path / "c.yaml", f"run_dir={tmp_path / 'new'}", "hub.repo=me/dog",
-                    **environment(hub, tmp_path, token=""))  # fmt: skip
+    early = dbtrain(
+        "train", tmp_path / "c.yaml", f"run_dir={tmp_path / 'new'}", "hub.repo=me/dog", HF_TOKEN=""
+    )
     assert early.returncode == 2 and "there is no Hub token" in early.stderr
     assert not (tmp_path / "new").exists(), "it says so before it trains"

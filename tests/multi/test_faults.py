@@ -163,7 +163,7 @@ def test_steps_that_are_not_finite_can_be_left_out(make: Make, tmp_path: Path, p
 
 
 class Store(dict):
-    """What Pulse asks of torch's store."""
+    """What Heartbeat asks of torch's store."""
 
     set = dict.__setitem__
 
