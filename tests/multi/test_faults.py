@@ -45,7 +45,7 @@ def test_survivors_name_who_is_gone_and_end(
     since = time.monotonic()
     code, said = begun.end(60)
     assert code == 1 and told in said and "is gone; this rank gives up at step" in said
-    assert "the same command again to go on from the last checkpoint" in said
+    assert "the same command again to resume from the last checkpoint" in said
     assert time.monotonic() - since < 60  # torchrun gives a stopped process half a minute
     assert "gone" in (tmp_path / "run" / "PREEMPTED").read_text(), "a batch script queues it again"
 
