@@ -276,7 +276,7 @@ def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_pa
     pipe.use({"good": 0.5})
     for name, told in {
         "kind": "of the kind IA3", "no-rank": "settings are damaged", "narrow.safetensors": "does not fit",
-        "truncated.safetensors": "not a safetensors file", "a.bin": "pickle", "b.safetensors": "not a safetensors",
+        "truncated.safetensors": "not a safetensors file", "a.bin": "pickle", "b.safetensors": "not a safe",
         "layout.safetensors": "matches no format", "strange.safetensors": "no module 'nowhere.to_q'",
         "mixed.safetensors": "different ranks", "empty": "neither a file nor a run folder",
     }.items():  # fmt: skip

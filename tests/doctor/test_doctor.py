@@ -333,7 +333,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (no_vocabulary, "model", "error", "has no vocabulary"),
     (no_component, "model", "error", "no component 'vae'"),
     (parts_of_other_bases, "model", "error", "does not fit together"),
-    (config(model__path="/no/such/model"), "model", "error", "neither a local folder nor the name of a model"),
+    (config(model__path="/no/such/model"), "model", "error", "neither a local folder nor the name of"),
     (not_on_the_hub_s_cache(offline=True), "model", "error", "and HF_HUB_OFFLINE is set"),
     (not_on_the_hub_s_cache(offline=False), "model", "warning", "not in the Hub's cache"),
     (config(prepare__resolution=60), "model", "error", "cannot divide"),
