@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
 
 def _shards(model: str, work: Path, rows: int) -> Storage:
     with bases.without_weights():
-        base = Pretrained.find(bases.model(model, work))
+        base = Base.find(bases.model(model, work))
     return Storage(str(bases.write_shards(work / f"data-{model}", model, base, rows, ("instance",))))
 
 

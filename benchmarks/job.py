@@ -119,10 +119,10 @@ def answer(work: Callable[[Mapping[str, Any]], Any]) -> None:
 def make(spec: Spec, rows: int = 64) -> None:
     """Make the base and the shards of a spec, once, before anything is timed."""
     from benchmarks import bases
-    from dbtrain.models.pretrained import Pretrained
+    from dbtrain.models.base import Base
 
     with bases.without_weights():
-        base = Pretrained.find(bases.model(spec.model, Path(spec.work), spec.on_disk))
+        base = Base.find(bases.model(spec.model, Path(spec.work), spec.on_disk))
     bases.write_shards(Path(spec.work) / f"shards-{spec.model}", spec.model, base, rows, ("instance",))
 
 

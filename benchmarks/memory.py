@@ -24,7 +24,7 @@ from benchmarks import bases, common, trainer
 from benchmarks.common import Result, Row
 from dbtrain.config import Config
 from dbtrain.doctor import memory
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
 

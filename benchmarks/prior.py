@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         args.model, args.batches, args.repeats, args.steps, args.more = "tiny", [1], 1, 2, 4
     precision: Any = "bf16" if args.device == "cuda" else "fp32"
     model = bases.model(args.model, work, weights=True)
-    base = Pretrained.find(model)
+    base = Base.find(model)
     batches = args.batches or BATCHES[args.model]
     side = bases.SIDES[args.model]
     each = flops.of_picture(base, side, args.steps, guided=True)
@@ -75,7 +75,7 @@ def _seconds(base: Base, model: Model, sampling: Sampling, count: int, side: int
     )  # fmt: skip
     clock = common.clock(dist.device().type)
     before = clock()
-    made = class_images.ensure(base, families.detect(base, model), wanted)
+    made = class_images.ensure(base, wanted)
     seconds = clock() - before
     if len(made) != count:
         raise SystemExit(f"error: {count} class images were asked for, {len(made)} came")

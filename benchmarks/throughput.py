@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks import bases, common, flops, job
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Adapter
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime import console
 
 WINDOW = {"tiny": 10, "sd15": 50, "sdxl": 20}  # steps
@@ -64,7 +64,7 @@ def watched(args: argparse.Namespace, work: Path, batch: int) -> job.Spec:
 def flops_of_sample(args: argparse.Namespace, work: Path) -> float:
     """FLOPs of one sample, forward and backward, with the adapter that is trained."""
     ranks = [int(item.partition("=")[2]) for item in args.set if item.startswith("adapter.rank=")]
-    base = Pretrained.find(bases.model(args.model, work))
+    base = Base.find(bases.model(args.model, work))
     return flops.of_step(base, bases.SIDES[args.model], Adapter(rank=(ranks or [8])[-1]))[1]
 
 

@@ -1,4 +1,4 @@
-"""Adapters by kind: attaching one to a component, taking its weights out, putting them back."""
+"""Adapters by kind: attaching them to components, collecting and restoring their weights."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError, reason
 
-NAME = "default"  # PEFT's name of the one adapter that is trained
+NAME = "default"  # PEFT's name of the trained adapter
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An adapter kind: its PEFT config, and the start of one layer's weights."""
+    """An adapter kind: its PEFT config and the initialization of its layers."""
 
-    config: Any  # PEFT's class of settings
+    config: Any  # PEFT's config class
     options: Callable[[AdapterSettings], dict[str, Any]]
     start: Callable[[Any, AdapterSettings], None]
-    """(layer, settings): weights from torch's global generator, the update itself zero."""
+    """(layer, settings): initialize with torch's global generator, so that the update is zero."""
     layer: type
 
 
 def _start_lora(layer: Any, cfg: AdapterSettings) -> None:
-    """Diffusers' start is `gaussian`: the down projection normal with std 1/rank, the up projection zero."""
+    """`gaussian` is Diffusers' initialization: normal with std 1/rank for A, zero for B."""
     if cfg.init == "orthogonal":
         layer.orthogonal_init(NAME)
     else:
@@ -49,7 +49,7 @@ def _start_lora(layer: Any, cfg: AdapterSettings) -> None:
 
 
 def _start_loha(layer: Any, cfg: AdapterSettings) -> None:
-    """LyCORIS's start: PEFT's own makes one factor so small that hundreds of steps are lost."""
+    """LyCORIS's initialization. PEFT's makes one factor so small that hundreds of steps are lost."""
     for name, std in (("w1_a", 0.1), ("w1_b", 1.0), ("w2_a", 0.0), ("w2_b", 1.0), ("t1", 0.1), ("t2", 0.1)):
         weights = getattr(layer, f"hada_{name}")
         if NAME in weights:
@@ -57,7 +57,7 @@ def _start_loha(layer: Any, cfg: AdapterSettings) -> None:
 
 
 def _start_lokr(layer: Any, cfg: AdapterSettings) -> None:
-    """LyCORIS's start: PEFT's own zeroes the left factor, through which all gradients go."""
+    """LyCORIS's initialization. PEFT's sets the left factor to zero, through which all gradients pass."""
     layer.reset_adapter_parameters_lycoris_way(NAME)
 
 
@@ -93,10 +93,10 @@ KINDS = {
 def attach(
     module: nn.Module, cfg: AdapterSettings, part: str, seed: int, without: Sequence[str] = ()
 ) -> None:
-    """Put a new adapter on `module`, its weights fp32 and a function of `seed` alone.
+    """Add a new adapter to `module`, with fp32 weights that depend on `seed` alone.
 
-    `part` is "denoiser" or "text_encoder": the row of PRESETS. Modules below a name in `without`
-    are left alone. Raises ConfigError if a target names no module.
+    `part`: "denoiser" or "text_encoder". Modules in `without` and their submodules get no adapter.
+    Raises ConfigError if a target matches no module.
     """
     kind = KINDS[cfg.kind]
     chosen = targets.select(targets.Modules.of(module, without), cfg.targets, part)
@@ -106,7 +106,7 @@ def attach(
         inject_adapter_in_model(config, module, adapter_name=NAME)
     except (ValueError, TypeError) as error:  # a target of a type that PEFT cannot adapt
         raise ConfigError(f"{targets.SECTIONS[part]}.targets is {cfg.targets!r}: {reason(error)}") from error
-    # Start in fp32, whatever the base is in: the same start in every precision.
+    # Initialize in fp32 whatever the base's dtype, so that every precision starts from the same weights.
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()
     with rng.seeded(seed, "adapter"):
@@ -117,20 +117,19 @@ def attach(
 
 
 def _silence_dropout(module: nn.Module) -> None:
-    """Turn off the base's own dropout (T5 has some): it is frozen, and its masks would be no function
-    of the step."""
+    """Disable the dropout of the frozen base (T5 has some): its masks would depend on more than the step."""
     layer: Any
     for layer in module.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
-        elif isinstance(vars(layer).get("dropout"), float):  # its own, not its config's
+        elif isinstance(vars(layer).get("dropout"), float):  # the layer's attribute, not its config's
             layer.dropout = 0.0
 
 
 def _train_mode(module: nn.Module, cfg: AdapterSettings) -> None:
-    """`module.train()`; LoHa and LoKr layers only where they drop something.
+    """Switch to train mode, except LoHa and LoKr layers without dropout.
 
-    In train mode PEFT's layers ask a random number whether to take part at all: a graph break.
+    In train mode PEFT's layers compare a random number with their dropout, which breaks compiled graphs.
     """
     module.train()
     if not (cfg.rank_dropout or cfg.module_dropout):
@@ -140,21 +139,19 @@ def _train_mode(module: nn.Module, cfg: AdapterSettings) -> None:
 
 
 def drops(cfg: Adapter) -> bool:
-    """Whether any adapter draws random masks."""
+    """Whether any adapter uses dropout."""
     every = (cfg, cfg.text_encoder) if cfg.text_encoder else (cfg,)
     return any(one.dropout or one.rank_dropout or one.module_dropout for one in every)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """The trainable parameters by name."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def collect(module: nn.Module) -> AdapterState:
-    """The adapter of a component, as copies that later steps do not change.
-
-    `save_embedding_layers=False`: PEFT's default may ask the Hub for the base's config.
-    """
+    """A copy of a component's adapter."""
+    # PEFT's default for save_embedding_layers may ask the Hub for the base's config.
     found = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
     tensors = {
         name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
@@ -168,16 +165,14 @@ def collect(module: nn.Module) -> AdapterState:
 
 
 def restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put weights that `collect` took back into the same adapter. Raises ConfigError if they differ."""
+    """Load weights from `collect` into the adapter. Raises ConfigError if its layers differ."""
     mine = {
         name.replace(f".{NAME}.", ".").removesuffix(f".{NAME}"): parameter
         for name, parameter in trainable(module).items()
     }
-    shapes = {name: tuple(parameter.shape) for name, parameter in mine.items()}
-    odd = set(mine.keys() ^ tensors.keys())
-    odd |= {name for name in mine.keys() & tensors.keys() if tensors[name].shape != shapes[name]}
-    if odd:
-        raise ConfigError(f"the checkpoint's adapter has other layers, e.g. {sorted(odd)[0]}")
+    shapes = {name: parameter.shape for name, parameter in mine.items()}
+    if different := shapes.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items():
+        raise ConfigError(f"the checkpoint's adapter has different layers, e.g. {min(different)[0]}")
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(tensors[name])

@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdapterState:
-    """An adapter's weights, fp32 on the CPU, and its PEFT config as JSON-able values."""
+    """An adapter's weights, fp32 on the CPU, and its PEFT config as JSON-serializable values."""
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
 
     @property
     def layout(self) -> dict[str, Any]:
-        """All but the values: what two adapters that can take each other's place have in common."""
+        """Kind, strength and shapes. Adapters with the same layout can replace each other."""
         strength = {
             key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha", "alpha", "use_rslora")
         }

@@ -1,4 +1,4 @@
-"""A micro-batch in memory: the rows that one forward pass takes."""
+"""A micro-batch in memory: the rows of one forward pass."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dbtrain.runtime import rng
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: instance rows first, then as many class rows (none without prior preservation)."""
+    """A micro-batch: instance rows, then as many class rows (none without prior preservation)."""
 
-    stored: dict[str, Tensor]  # what the family's `encode_images` gave, (rows, C, H, W) each
-    posterior: Tensor  # (rows, C, H, W) normals for the VAE's posterior
+    stored: dict[str, Tensor]  # output of the family's `encode_images`, (rows, C, H, W) each
+    posterior: Tensor  # (rows, C, H, W) normal, to sample the VAE's posterior
     noise: Tensor  # (rows, C, H, W)
     u: Tensor  # (rows,) uniform in [0, 1), becomes the timestep
-    prompt: Tensor  # (rows,) int64, row of the prompt table
-    weight: Tensor  # (rows,) share of the row in the step's loss
+    prompt: Tensor  # (rows,) int64, index into the prompt table
+    weight: Tensor  # (rows,) weight in the step's loss
     level: Tensor  # (rows,) uniform in [0, 1), for upscalers
     position: Tensor  # (rows,) fp64
-    extra: dict[str, Tensor]  # what the rows' descriptions add to the condition, (rows, ...) each
+    extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
     first: int  # position of the first instance row
-    seen: int  # sum of numbers made of each row's role, position and content: to compare runs by
+    seen: int  # checksum of the rows' roles, positions and content, to compare runs
 
     @classmethod
     def collate(
@@ -41,10 +41,10 @@ class Batch:
         positions: Sequence[int] | None = None,
         seen: int = 0,
     ) -> Batch:
-        """The batch of these rows and of what was drawn for each, on the CPU.
+        """The batch of these rows and their random numbers, on the CPU.
 
-        `extras`: what each row adds to the condition. `stored` takes the place of the rows' own tensors.
-        Without `weights` and `positions`, rows weigh nothing and are at position 0.
+        `extras`: further conditions of each row. `stored` replaces the rows' own tensors. `weights` and
+        `positions` default to 0.
         """
         zeros = [0] * len(rows)
         return cls(
@@ -62,21 +62,21 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`, without waiting for the copy."""
+        """The batch on `device`. Does not wait for the copy."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def take(self, other: Batch) -> None:
-        """Copy another batch's tensors into this one's."""
+        """Copy the tensors of another batch into those of this one."""
         for field in fields(self):
-            mine, given = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, dict):
-                for name, tensor in mine.items():
-                    tensor.copy_(given[name])
-            elif isinstance(mine, Tensor):
-                mine.copy_(given)
+            target, source = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(target, dict):
+                for name, tensor in target.items():
+                    tensor.copy_(source[name])
+            elif isinstance(target, Tensor):
+                target.copy_(source)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         def changed(value: Any) -> Any:
@@ -88,5 +88,5 @@ class Batch:
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Tensors of the same names, stacked: (rows, ...) each."""
+    """The rows' tensors stacked by name, (rows, ...) each."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

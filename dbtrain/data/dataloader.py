@@ -1,7 +1,7 @@
-"""Shards to batches: the rows of this rank's positions, read ahead by a thread.
+"""From shards to batches: a thread reads the rows of this rank's positions ahead of training.
 
-All that is random about a row is drawn here, on the CPU, from (seed, role, position): what a step
-trains on does not depend on ranks, micro-batches, restarts or devices.
+The random numbers of a row are sampled here, on the CPU, from (seed, role, position). So what a step
+trains on does not depend on the number of ranks, micro-batches, restarts or the device.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ AHEAD = 4  # micro-batches read ahead
 
 
 class ShardCache:
-    """Decoded shards, the least recently used forgotten beyond `limit` bytes."""
+    """An LRU cache of decoded shards, of at most `limit` bytes."""
 
     def __init__(self, storage: Storage, limit: float) -> None:
         self.storage = storage
         self.limit = limit
-        self.kept: OrderedDict[str, list[shards.Row]] = OrderedDict()
+        self.shards: OrderedDict[str, list[shards.Row]] = OrderedDict()
         self.reads: Counter[str] = Counter()
 
     def rows(self, shard: shards.Shard) -> list[shards.Row]:
-        if shard.file not in self.kept:
-            self.kept[shard.file] = shards.read(self.storage, shard)
+        if shard.file not in self.shards:
+            self.shards[shard.file] = shards.read(self.storage, shard)
             self.reads[shard.file] += 1
-            while len(self.kept) > 1 and self._nbytes() > self.limit:
-                self.kept.popitem(last=False)
-        self.kept.move_to_end(shard.file)
-        return self.kept[shard.file]
+            while len(self.shards) > 1 and self._nbytes() > self.limit:
+                self.shards.popitem(last=False)
+        self.shards.move_to_end(shard.file)
+        return self.shards[shard.file]
 
     def _nbytes(self) -> int:
-        return sum(row.nbytes for rows in self.kept.values() for row in rows)
+        return sum(row.nbytes for rows in self.shards.values() for row in rows)
 
 
 class Resident:
-    """All rows of a rank on its device: sent there once, and gathered by number."""
+    """All rows of a rank on its device, copied there once and gathered by index."""
 
     def __init__(self, mine: list[shards.Shard]) -> None:
         self.mine = mine
@@ -59,24 +59,23 @@ class Resident:
         self.tables: dict[str, Tensor] = {}
 
     def fill(self, cache: ShardCache, device: torch.device) -> None:
-        """Read all rows, once."""
+        """Read all rows and copy them to `device`."""
         rows = [row.tensors for shard in self.mine for row in cache.rows(shard)]
         self.tables = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
 
-    def numbers(self, locations: list[tuple[str, int]]) -> dict[str, Tensor]:
-        """What `gather` takes, for rows by (shard file, row)."""
-        return {"number": torch.tensor([self.starts[file] + row for file, row in locations])}
+    def index(self, locations: list[tuple[shards.Shard, int]]) -> dict[str, Tensor]:
+        """The argument of `gather` for these (shard, row)."""
+        return {"index": torch.tensor([self.starts[shard.file] + row for shard, row in locations])}
 
-    def gather(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: table[numbers["number"]] for name, table in self.tables.items()}
+    def gather(self, index: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: table[index["index"]] for name, table in self.tables.items()}
 
 
 class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
-    `role_weights`: the roles to draw from and the weight of each role's mean loss. `extra`: what a
-    row's description adds to its condition. Raises
-    ConfigError out of `next` when a shard is missing or harmed.
+    `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
+    description -> further conditions. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -132,58 +131,53 @@ class LatentStream:
         return replace(batch, stored=self.resident.gather(batch.stored)) if self.resident else batch
 
     def peek(self) -> Batch:
-        """The next micro-batch, which stays the next one."""
+        """The next micro-batch, without consuming it."""
         self.peeked = next(self)
         return self.peeked
 
     def source(self, role: str, position: int) -> str:
-        """The picture that the row at a position was made of; reads its shard."""
-        at = self.orders[role].locate(position)
-        return self.cache.rows(self.manifest.roles[role][at.shard])[at.row].meta["source"]
+        """The image from which the row at a position was made. Reads its shard."""
+        shard, row = self._locate(role, position)
+        return self.cache.rows(shard)[row].meta["source"]
 
     def close(self) -> None:
-        """End the reading thread."""
+        """Stop the reading thread."""
         self.closed.set()
         while self.thread.is_alive():
             with contextlib.suppress(queue.Empty):
-                self.ahead.get(timeout=0.05)  # make room for a thread that waits to put
+                self.ahead.get(timeout=0.05)  # unblocks a thread that waits to put a batch
 
     def micro_batch(self, step: int, micro: int) -> Batch:
-        """The micro-batch of (step, micro): a pure function of the shards and the seed."""
+        """A micro-batch of a step: a pure function of the shards and the seed."""
         positions = [
             (role, position) for role in self.role_weights for position in self.share.positions(step, micro)
         ]
-        locations = [self.orders[role].locate(position) for role, position in positions]
-        rows = [
-            self.cache.rows(self.manifest.roles[role][location.shard])[location.row]
-            for (role, _), location in zip(positions, locations, strict=True)
-        ]
+        locations = [self._locate(role, position) for role, position in positions]
+        rows = [self.cache.rows(shard)[row] for shard, row in locations]
         draws = [
             rng.sample_noise(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
             for role, position in positions
         ]
-        stored = None
-        if self.resident:
-            stored = self.resident.numbers([
-                (self.manifest.roles[role][location.shard].file, location.row)
-                for (role, _), location in zip(positions, locations, strict=True)
-            ])  # fmt: skip
         return Batch.collate(
             rows,
             draws,
             [self.extra(row.meta) for row in rows],
-            stored=stored,
+            stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
             seen=sum(
-                rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits: sums of 2^23 rows fit in 63
+                rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
             ),
         )
 
+    def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
+        location = self.orders[role].locate(position)
+        return self.manifest.roles[role][location.shard], location.row
+
     def _read_ahead(self) -> None:
         step = self.start
-        if self.device.type == "cuda":  # a new thread is on GPU 0, and pinning would open a context there
+        if self.device.type == "cuda":  # threads start on GPU 0, and pinning would open a context there
             torch.cuda.set_device(self.device)
         try:
             if self.resident:
@@ -195,5 +189,5 @@ class LatentStream:
                     if self.closed.is_set():
                         return
                 step += 1
-        except BaseException as error:  # handed to the thread that trains, which raises it
+        except BaseException as error:  # the training thread raises it
             self.ahead.put(error)

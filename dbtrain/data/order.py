@@ -1,7 +1,7 @@
-"""Which image a position trains on: pure functions of (seed, role, position), no state, no torch.
+"""The order of training: which image is at which position, as pure functions of (seed, role, position).
 
-Every row that is ever trained on has a *position*: its place in the endless global sequence of
-instance (or class) rows. Step s uses positions s * global_batch ... (s + 1) * global_batch - 1.
+A *position* is a row's index in the endless global sequence of instance (or class) rows. Step s trains on
+positions s * global_batch ... (s + 1) * global_batch - 1.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import NamedTuple
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import shuffled
 
-WINDOW = 1024  # rows shuffled together: whole small sets, and what a shuffle buffer would hold of large ones
-UNEVEN = 32  # columns may differ by 1/32 of their rows: no image is seen 3% more often than another
+WINDOW = 1024  # rows that are shuffled together, as in a shuffle buffer
+UNEVEN = 32  # columns differ by at most 1/32 of their rows: images are seen about equally often
 
 
 class RowLocation(NamedTuple):
-    """Where a row is stored, and in which pass over its column it is read."""
+    """Where a row is stored, and the epoch of its column."""
 
     epoch: int
     shard: int
@@ -29,7 +29,7 @@ class RowLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class RankSlice:
-    """The slots of every global batch that one rank carries: whole micro-batches, side by side."""
+    """The slots of one rank in every global batch: consecutive whole micro-batches."""
 
     global_batch: int
     micro_batch: int
@@ -46,11 +46,11 @@ class RankSlice:
 
     @property
     def micro_batches(self) -> int:
-        """Forward passes of this rank in one step."""
+        """Micro-batches of this rank in one step."""
         return self.global_batch // (self.world * self.micro_batch)
 
     def positions(self, step: int, micro: int) -> range:
-        """Positions of one micro-batch of this rank."""
+        """The positions of one micro-batch of this rank."""
         slot = (self.rank * self.micro_batches + micro) * self.micro_batch
         first = step * self.global_batch + slot
         return range(first, first + self.micro_batch)
@@ -58,12 +58,11 @@ class RankSlice:
 
 @dataclass(frozen=True)
 class Order:
-    """Position -> place, for the rows of one role ("instance" or "class").
+    """Position -> location, for the rows of one role ("instance" or "class").
 
-    The shards are dealt to *columns*; a column owns some slots of every global batch, so that a
-    rank reads the shards of its own columns only. A column passes over its rows epoch by epoch,
-    each row once an epoch: shards in a new order each time, rows shuffled within windows of
-    whole shards, so that a window is all that must be in memory.
+    The shards are split into *columns*. A column owns some slots of every global batch, so a rank reads
+    only the shards of its own columns. In every epoch a column reads each of its rows once: shards in a
+    new order, rows shuffled within windows of whole shards. So only one window has to be in memory.
     """
 
     shard_rows: tuple[int, ...]
@@ -73,7 +72,7 @@ class Order:
 
     @cached_property
     def columns(self) -> int:
-        """Largest divisor of the global batch that leaves the columns (nearly) equally long."""
+        """The largest divisor of the global batch that gives columns of about equal length."""
         for count in range(min(self.global_batch, len(self.shard_rows)), 1, -1):
             rows = [sum(self.shard_rows[column::count]) for column in range(count)]
             even = max(rows) - min(rows) <= min(rows) // UNEVEN
@@ -82,17 +81,15 @@ class Order:
         return 1
 
     def shards_of(self, share: RankSlice) -> list[int]:
-        """The shards that a rank reads: those of the columns that own its slots."""
+        """The shards that a rank reads."""
         slots = self.global_batch // self.columns
-        mine = {
-            share_slot // slots
-            for micro in range(share.micro_batches)
-            for share_slot in share.positions(0, micro)
+        columns = {
+            slot // slots for micro in range(share.micro_batches) for slot in share.positions(0, micro)
         }
-        return [shard for shard in range(len(self.shard_rows)) if shard % self.columns in mine]
+        return [shard for shard in range(len(self.shard_rows)) if shard % self.columns in columns]
 
     def locate(self, position: int) -> RowLocation:
-        """The place of one position. Every rank that asks gets the same answer."""
+        """The location of a position, the same on every rank."""
         slots = self.global_batch // self.columns
         step, slot = divmod(position, self.global_batch)
         column = slot // slots
@@ -104,19 +101,19 @@ class Order:
         return RowLocation(epoch, *_shuffled_window(self, windows[window], epoch)[index - starts[window]])
 
 
-@lru_cache(maxsize=1024)  # more than the columns of a large batch, each of which comes back every step
+@lru_cache(maxsize=1024)  # more than the columns of a large batch, all of which are used in every step
 def _windows(order: Order, shards: range, epoch: int) -> tuple[list[tuple[int, ...]], list[int]]:
     """This epoch's windows, as shard numbers, and the index of the first row of each."""
-    turns = shuffled(len(shards), order.seed, order.role, "shards", shards.start, epoch)
-    each = max(1, WINDOW // max(order.shard_rows[shard] for shard in shards))
-    mixed = [shards[turn] for turn in turns]
-    windows = [tuple(mixed[i : i + each]) for i in range(0, len(mixed), each)]
+    permutation = shuffled(len(shards), order.seed, order.role, "shards", shards.start, epoch)
+    size = max(1, WINDOW // max(order.shard_rows[shard] for shard in shards))
+    windows = [tuple(shards[i] for i in permutation[start : start + size])
+               for start in range(0, len(shards), size)]  # fmt: skip
     rows = [sum(order.shard_rows[shard] for shard in window) for window in windows]
     return windows, [0, *accumulate(rows)][:-1]
 
 
 @lru_cache(maxsize=1024)
 def _shuffled_window(order: Order, window: tuple[int, ...], epoch: int) -> list[tuple[int, int]]:
+    """The (shard, row) of a window, in the order of this epoch."""
     rows = [(shard, row) for shard in window for row in range(order.shard_rows[shard])]
-    turns = shuffled(len(rows), order.seed, order.role, "rows", window[0], epoch)
-    return [rows[turn] for turn in turns]
+    return [rows[i] for i in shuffled(len(rows), order.seed, order.role, "rows", window[0], epoch)]

@@ -1,4 +1,4 @@
-"""Photos as they come from cameras and phones: found, checked, turned upright, resized, cropped."""
+"""Photos from cameras and phones: finding, checking, rotating, resizing and cropping them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dbtrain.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Crop:
-    """A square cut out of a photo whose short side was resized to the square's side, px."""
+    """A square crop, px, of a photo whose short side was resized to the square's side."""
 
     top: int
     left: int
@@ -28,61 +28,60 @@ class Crop:
 
 
 def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
-    """Photos in the folder that setting `key` names, sorted by name; says what it skips.
+    """The photos in `folder`, the value of setting `key`, sorted by name.
 
-    Hidden files, folders and other kinds of files are skipped; `ignore` suffixes without a word.
-    Raises ConfigError if the folder is none, or if a photo is a link to nowhere.
+    Skips all other files, with a message unless their suffix is in `ignore`.
+    Raises ConfigError if the folder does not exist, or if a photo is a dangling link.
     """
     root = files.expand(folder)
     if not root.is_dir():
-        raise ConfigError(f"{key} is '{folder}', which is no folder")
+        raise ConfigError(f"{key}: '{folder}' is not a directory")
     for entry in root.iterdir():
         if entry.is_symlink() and not entry.exists() and entry.suffix.lower() in SUFFIXES:
-            raise ConfigError(f"photo {entry} is a link to {entry.readlink()}, which does not exist")
+            raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
     entries = sorted(entry for entry in root.iterdir() if entry.is_file())
     photos = [e for e in entries if is_photo(e)]
     skipped = [e.name for e in entries if e not in photos and e.suffix.lower() not in ignore]
     if skipped:
-        say(f"{folder}: skipped {len(skipped)} files that are no photos: {', '.join(skipped[:5])}"
+        say(f"{folder}: skipped {len(skipped)} files that are not photos: {', '.join(skipped[:5])}"
             + (" ..." if len(skipped) > 5 else ""))  # fmt: skip
     return photos
 
 
 def of_subject(cfg: Prepare) -> list[Path]:
-    """The photos of the subject, at least one. Raises ConfigError if there is none."""
+    """The photos of the subject. Raises ConfigError if there are none."""
     photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
     if not photos:
-        raise ConfigError(f"prepare.photos is '{cfg.photos}', where there are no photos; put some there "
-                          f"({', '.join(SUFFIXES)})")  # fmt: skip
+        raise ConfigError(
+            f"prepare.photos: there are no photos in '{cfg.photos}'; add some ({', '.join(SUFFIXES)})"
+        )
     return photos
 
 
 def load(path: Path) -> Image.Image:
-    """A photo upright and in RGB: EXIF rotation applied, transparency over white, 16 bits to 8."""
+    """A photo as upright 8-bit RGB: EXIF rotation applied, transparency over white."""
     with naming(path), Image.open(path, formats=FORMATS) as photo:
         photo.load()
         upright = ImageOps.exif_transpose(photo)
-        if upright.mode.startswith("I"):  # 16-bit greyscale, which convert() would clip to white
-            grey = np.asarray(upright, dtype=np.float64) / 257.0
-            upright = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if upright.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
+            gray = np.asarray(upright, dtype=np.float64) / 257.0
+            upright = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
         if upright.has_transparency_data:
-            seen = upright.convert("RGBA")
-            paper = Image.new("RGBA", seen.size, "white")
-            upright = Image.alpha_composite(paper, seen)
+            white = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(white, upright.convert("RGBA"))
         return upright.convert("RGB")
 
 
 def resized(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after the short side became `side` px, the shape kept."""
+    """(height, width) after the short side is resized to `side` px, with the same aspect ratio."""
     scale = side / min(height, width)
     return max(side, round(height * scale)), max(side, round(width * scale))
 
 
 def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> list[Crop]:
-    """The crops that are stored of one photo: centre or random ones, each mirrored too with `flip`.
+    """The crops to store of one photo: center or random ones, with `flip` each mirrored too.
 
-    Random crops depend on the photo's content and `seed`, not on the other photos; the same corner
-    drawn twice is stored once.
+    Random crops depend on the photo's content and `seed`, not on the other photos. Duplicates are dropped.
     """
     tall, wide = resized(height, width, cfg.resolution)
     down, right = tall - cfg.resolution, wide - cfg.resolution
@@ -97,7 +96,7 @@ def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> l
 
 
 def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:
-    """One crop as the VAE wants it, (3, side, side) in [-1, 1]."""
+    """One crop as input for the VAE, (3, side, side) in [-1, 1]."""
     tall, wide = resized(photo.height, photo.width, side)
     small = photo.resize((wide, tall), Image.Resampling.LANCZOS)
     square = small.crop((crop.left, crop.top, crop.left + side, crop.top + side))
@@ -108,14 +107,14 @@ def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:
 
 
 def caption(photo: Path) -> str:
-    """The text beside a photo: `dog.txt` for `dog.jpg`. Raises ConfigError if there is none."""
+    """The caption of a photo: the text in `dog.txt` for `dog.jpg`. Raises ConfigError if there is none."""
     path = photo.with_suffix(".txt")
     try:
         text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"prepare.captions is on, but photo {photo} has no readable caption {path.name} beside it"
+            f"prepare.captions is true, but photo {photo} has no readable caption {path.name}; add it"
         ) from error
     if not text:
-        raise ConfigError(f"caption {path} is empty")
+        raise ConfigError(f"caption {path} is empty; write one")
     return text

@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that say how they were made, and contact sheets of labelled rows."""
+"""Image files: PNGs with a note on how they were made, and contact sheets of labeled rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from dbtrain.runtime import files
 
-TEXT_KEY = "dbtrain"  # PNG text chunk that says how a picture was made
+TEXT_KEY = "dbtrain"  # PNG text chunk with the note on how an image was made
 GAP, LINE, FONT_SIZE = 8, 18, 13  # px
 LEAST_WIDTH = 420  # px, so that labels fit
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
 def save_png(path: Path, picture: Image.Image, note: str | None = None) -> None:
-    """Write a whole PNG or none, with a text chunk that says how it was made."""
+    """Write a PNG atomically, with `note` as a text chunk."""
     text, png = PngInfo(), io.BytesIO()
     if note is not None:
         text.add_text(TEXT_KEY, note)
@@ -29,7 +29,7 @@ def save_png(path: Path, picture: Image.Image, note: str | None = None) -> None:
 
 
 def note_in(path: Path) -> str:
-    """What a picture's text chunk says; nothing if it has none, is not there, or is damaged."""
+    """The note in an image's text chunk; "" if the file has none, is missing or damaged."""
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -40,16 +40,16 @@ def note_in(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures of one size class side by side; labels above them, one caption a picture."""
+    """A row of images with labels above it and one caption per image."""
 
     pictures: Sequence[Image.Image]
     head: str = ""  # black
     note: str = ""  # gray, below the head
-    captions: Sequence[str] = ()  # gray, one above each picture
+    captions: Sequence[str] = ()  # gray, one above each image
 
 
 def contact_sheet(rows: Sequence[Row], least_cell: int = 96, most_cell: int = 256) -> Image.Image:
-    """All rows on one white page. Cells are as wide as the first picture, within the two bounds (px)."""
+    """All rows on one white page. Cells are as wide as the first image, within the two bounds (px)."""
     cell = max(least_cell, min(most_cell, rows[0].pictures[0].width))
     columns = max(len(row.pictures) for row in rows)
     width = max(columns * (cell + GAP) + GAP, LEAST_WIDTH)
@@ -67,8 +67,8 @@ def contact_sheet(rows: Sequence[Row], least_cell: int = 96, most_cell: int = 25
     pen = ImageDraw.Draw(page)
     top = GAP
     for row, lines in zip(rows, labels, strict=True):
-        for text, colour in lines:
-            pen.text((GAP, top), text, colour, font)
+        for text, color in lines:
+            pen.text((GAP, top), text, color, font)
             top += LINE
         for k, caption in enumerate(row.captions):
             pen.text((GAP + k * (cell + GAP), top), caption, "gray", font)

@@ -1,8 +1,8 @@
-"""Shards: WebDataset tars of encoded images, a prompt table, and the manifest that vouches for them.
+"""Shards: WebDataset tars of encoded images, a prompt table, and a manifest with their checksums.
 
-Each image is `<number>.safetensors` (what the family's `encode_images` gave) and `<number>.json`
-(where it came from, which prompt it has); any WebDataset reader opens them. Files are named by
-their content, so a new manifest never points into a file that an old one points to.
+Each image is `<number>.safetensors` (the output of the family's `encode_images`) and `<number>.json` (its
+source and prompt), which any WebDataset reader can open. Files are named by their content, so two
+manifests never share a file name for different content.
 """
 
 from __future__ import annotations
@@ -19,25 +19,22 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dbtrain.config.base import Names, Section
+from dbtrain.config.base import Names, Section, listed
 from dbtrain.data.storage import Storage
 from dbtrain.runtime.errors import ConfigError, reason
 
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
-HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that nothing trains on
+HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
-Numbers = Annotated[tuple[int, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-Floats = Annotated[tuple[float, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
-
-
-File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # a name in the folder: no way out of it
+Numbers = Annotated[tuple[int, ...], BeforeValidator(listed)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
+File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # no path, so that it cannot leave the folder
 
 
 class Shard(Section):
-    """One tar: its file, and the content key of each row."""
+    """One tar and the content key of each of its rows."""
 
     file: File
     bytes: int
@@ -46,7 +43,7 @@ class Shard(Section):
 
 
 class Prompts(Section):
-    """The prompt table: one file with ids and embeddings of every prompt, in the order of `texts`."""
+    """The prompt table: a file with token ids and embeddings of each prompt in `texts`, in order."""
 
     file: File
     sha256: str
@@ -54,15 +51,15 @@ class Prompts(Section):
 
 
 class Manifest(Section):
-    """What a shard folder holds and what it was made of; written last, in one step."""
+    """The content of a shard folder and what it was made from. Written last, atomically."""
 
     version: Literal[1]
     family: str
     base: str
-    components: dict[str, str]  # sha256 of the base's components that the content depends on
-    request: dict[str, Any]  # the settings that asked for this content
+    components: dict[str, str]  # sha256 of each component of the base that the content depends on
+    request: dict[str, Any]  # the settings that the content was made with
     latent_shape: Numbers  # (C, H, W)
-    latent_scale: Floats  # one, or one a channel
+    latent_scale: Floats  # one, or one per channel
     latent_shift: Floats
     prompts: Prompts
     roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]
@@ -77,16 +74,11 @@ class Manifest(Section):
 
     @classmethod
     def read(cls, storage: Storage) -> Manifest:
-        """The manifest of a place of shards.
-
-        Raises ConfigError if there is none, or one that this version cannot read.
-        """
+        """The manifest in a storage. Raises ConfigError if it is missing, damaged or of another version."""
         try:
             return cls.model_validate_json(storage.read(MANIFEST), strict=False)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise ConfigError(
-                f"data.shards is '{storage.location}', where there is no {MANIFEST}; {CURE}"
-            ) from error
+            raise ConfigError(f"data.shards: '{storage.location}' has no {MANIFEST}; {CURE}") from error
         except ValidationError as error:
             raise ConfigError(
                 f"{storage.where(MANIFEST)} is damaged or of another version; {CURE}"
@@ -101,13 +93,13 @@ class Manifest(Section):
         return [shard for every in self.roles.values() for shard in every]
 
     def rows(self, role: str) -> tuple[int, ...]:
-        """Rows of each shard of a role."""
+        """The number of rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
 
     def check_files(self, storage: Storage) -> None:
-        """Raise ConfigError that lists every shard or table that is missing or of the wrong size.
+        """Raise a ConfigError that lists all files that are missing or have the wrong size.
 
-        What lies on another machine is looked at when it is read.
+        Remote files are checked when they are read.
         """
         problems = [problem for shard in self.shards if (problem := _size_problem(storage, shard))]
         if not storage.has(self.prompts.file):
@@ -118,7 +110,7 @@ class Manifest(Section):
 
 @dataclass(frozen=True)
 class Row:
-    """One encoded image: the stored tensors, (C, H, W) each, and its description."""
+    """An encoded image: the stored tensors, (C, H, W) each, and its description."""
 
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
@@ -129,7 +121,7 @@ class Row:
 
 
 def pack(rows: list[Row]) -> bytes:
-    """The bytes of a tar with these rows; the same rows give the same bytes."""
+    """A tar of these rows. The same rows give the same bytes."""
     buffer = io.BytesIO()
     with wds.TarWriter(buffer, mtime=0, user="", group="") as tar:
         for number, row in enumerate(rows):
@@ -144,8 +136,8 @@ def pack(rows: list[Row]) -> bytes:
 def read(storage: Storage, shard: Shard) -> list[Row]:
     """All rows of a shard, in order.
 
-    Raises ConfigError if the file is missing, truncated or not the one the manifest vouches for. Only
-    the two kinds of members that `pack` writes are looked at: webdataset's own decoder would unpickle.
+    Raises ConfigError if the file is missing, truncated or does not match the manifest. Decodes only the
+    two kinds of members that `pack` writes; webdataset's own decoder would unpickle others.
     """
     if problem := _size_problem(storage, shard):
         raise ConfigError(problem)
@@ -163,12 +155,12 @@ def read(storage: Storage, shard: Shard) -> list[Row]:
     except (tarfile.TarError, SafetensorError, ValueError, LookupError) as error:
         raise ConfigError(f"shard {path} cannot be read: {reason(error)}; {CURE}") from error
     if [row.meta.get("key") for row in rows] != list(shard.keys):
-        raise ConfigError(f"shard {path} does not hold the manifest's rows; {CURE}")
+        raise ConfigError(f"shard {path} does not match the rows in the manifest; {CURE}")
     return rows
 
 
 def read_prompts(storage: Storage, prompts: Prompts) -> dict[str, Tensor]:
-    """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row a prompt."""
+    """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row per prompt."""
     return safetensors.torch.load(_checked(storage, "prompt table", prompts.file, prompts.sha256))
 
 
@@ -187,7 +179,6 @@ def _size_problem(storage: Storage, shard: Shard) -> str | None:
     path = storage.folder / shard.file
     if not path.is_file():
         return f"shard {path} is missing; {CURE}"
-    if path.stat().st_size != shard.bytes:
-        size = path.stat().st_size
+    if (size := path.stat().st_size) != shard.bytes:
         return f"shard {path} has {size} bytes, not {shard.bytes}: truncated or altered; {CURE}"
     return None

@@ -1,4 +1,4 @@
-"""Where shards lie: a folder or a URL, read with retries; what comes from afar is kept on this machine."""
+"""Storage of shards: a folder or a URL, read with retries. Remote files are cached on this machine."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from dbtrain.runtime import console, files
 from dbtrain.runtime.errors import ConfigError, reason
 
 REMOTE = ("http", "https", "s3", "gs", "az", "hf")  # through fsspec
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO}
-SLOW_S = 120.0  # a read from afar that takes longer is tried again
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO}
+SLOW_S = 120.0  # timeout of a remote read
 ALLOW_PIPE = "DBTRAIN_ALLOW_PIPE"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A place of shards as the config names it.
+    """The storage that `data.shards` names.
 
-    A path, `file:` or `file://` and a path, a URL of one of `REMOTE`, or `pipe:` and a shell command that
-    writes the file whose name stands in for `{}`: only if the environment allows it, as a config from a
-    stranger would run it.
+    `location`: a path, `file:` or `file://` and a path, a URL of one of `REMOTE`, or `pipe:` and a shell
+    command that writes file `{}` to stdout. The environment has to allow commands, because a config from
+    someone else could contain any.
     """
 
     location: str
@@ -36,7 +36,7 @@ class Storage:
 
     @property
     def folder(self) -> Path | None:
-        """The folder on this machine; None for what lies elsewhere."""
+        """The folder on this machine; None if the storage is remote."""
         scheme = self.scheme
         if scheme == "file":
             return files.expand(unquote(urlsplit(self.location).path))
@@ -44,12 +44,12 @@ class Storage:
 
     @property
     def scheme(self) -> str:
-        """Of a URL or a command; empty for a path."""
+        """The scheme of a URL or command; empty for a path."""
         scheme = self.location.partition(":")[0]
         return scheme if scheme in (*REMOTE, "file", "pipe") else ""
 
     def where(self, name: str) -> str:
-        """A file of it, as messages name it."""
+        """The path, URL or command of a file."""
         if self.folder:
             return str(self.folder / name)
         if self.scheme == "pipe":
@@ -57,42 +57,44 @@ class Storage:
         return f"{self.location.rstrip('/')}/{name}"
 
     def has(self, name: str) -> bool:
-        """Whether a file is there; for what lies elsewhere, reading it will tell."""
+        """Whether a file exists. Always True for remote storage, where only reading it can tell."""
         return not self.folder or (self.folder / name).is_file()
 
     def read(self, name: str, sha256: str | None = None) -> bytes:
-        """A file's bytes; with `sha256`, those and no others.
+        """The content of a file.
 
-        What may pass is tried again, `retries` times, with growing pauses. Raises FileNotFoundError if it
-        is not there, ConfigError if it is not the one, or cannot be read.
+        Retries transient errors up to `retries` times, with growing pauses. Raises FileNotFoundError if the
+        file does not exist, and ConfigError if it cannot be read or does not have this `sha256`.
         """
-        kept = files.cache() / "shards" / sha256 if sha256 and not self.folder else None
-        if kept and kept.is_file():
-            data = kept.read_bytes()
-            if _is(data, sha256):
+        # Remote files come from the cache if they are in it.
+        cached = files.cache() / "shards" / sha256 if sha256 and not self.folder else None
+        if cached and cached.is_file():
+            data = cached.read_bytes()
+            if _matches(data, sha256):
                 return data
+        # Otherwise read the file, again if the error is transient.
         for attempt in range(self.retries + 1):
             try:
                 data = self._read(name)
-                if _is(data, sha256):
-                    if kept:
-                        _keep(kept, data)
+                if _matches(data, sha256):
+                    if cached:
+                        _cache(cached, data)
                     return data
-                problem = f"{self.where(name)} was altered: its sha256 is not the manifest's"
-                if self.folder:  # the same bytes, however often it is read
+                problem = f"{self.where(name)} was altered: its sha256 does not match the manifest"
+                if self.folder:  # another read would give the same bytes
                     break
             except (FileNotFoundError, PermissionError, ConfigError):
                 raise
             except OSError as error:
-                if self.folder and error.errno not in PASSING:
+                if self.folder and error.errno not in TRANSIENT:
                     raise
                 problem = f"{self.where(name)} cannot be read: {reason(error)}"
             except TooSlow:
-                problem = f"{self.where(name)} cannot be read: not there after {SLOW_S:g} s"
-            except Exception as error:  # the kinds of a dozen client libraries
+                problem = f"{self.where(name)} cannot be read: timed out after {SLOW_S:g} s"
+            except Exception as error:  # each client library has its own kinds
                 problem = f"{self.where(name)} cannot be read: {reason(error)}"
             if attempt < self.retries:
-                console.warn(f"{problem}; trying again in {2**attempt} s")
+                console.warn(f"{problem}; retrying in {2**attempt} s")
                 time.sleep(2**attempt)
         raise ConfigError(problem)
 
@@ -104,43 +106,44 @@ class Storage:
             read = self._read_piped if self.scheme == "pipe" else self._fetch
             return pool.submit(read, name).result(SLOW_S)
         finally:
-            pool.shutdown(wait=False)  # a read that hangs is left to itself
+            pool.shutdown(wait=False)  # does not wait for a read that hangs
 
     def _fetch(self, name: str) -> bytes:
         try:
             import fsspec
 
-            place, path = fsspec.url_to_fs(self.where(name))
-            return place.cat_file(path)
+            filesystem, path = fsspec.url_to_fs(self.where(name))
+            return filesystem.cat_file(path)
         except ImportError as error:
             raise ConfigError(
-                f"data.shards is '{self.location}': {reason(error)}; run: pip install 'dbtrain[remote]'"
+                f"data.shards: cannot open '{self.location}': {reason(error)}; "
+                "run: pip install 'dbtrain[remote]'"
             ) from error
 
     def _read_piped(self, name: str) -> bytes:
         if os.environ.get(ALLOW_PIPE) != "1":
             raise ConfigError(
-                f"data.shards is '{self.location}', which runs a command; if you trust it, set {ALLOW_PIPE}=1"
+                f"data.shards: '{self.location}' runs a command; if you trust it, set {ALLOW_PIPE}=1"
             )
         command = self.where(name).removeprefix("pipe:")
         done = subprocess.run(command, shell=True, capture_output=True, timeout=SLOW_S)
         if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            raise ChildProcessError(f"exit code {done.returncode}" + (f", {said[-1]}" if said else ""))
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise ChildProcessError(f"exit code {done.returncode}" + (f", {lines[-1]}" if lines else ""))
         return done.stdout
 
 
-def _is(data: bytes, sha256: str | None) -> bool:
+def _matches(data: bytes, sha256: str | None) -> bool:
     return sha256 is None or hashlib.sha256(data).hexdigest() == sha256
 
 
-def _keep(path: Path, data: bytes) -> None:
-    """Keep a copy on this machine, if there is room for it.
+def _cache(path: Path, data: bytes) -> None:
+    """Cache a file under its hash, if there is space for it.
 
-    Whole or not at all, by its hash. fsspec's caches go by URL, keep the part of a file that a killed
-    download left, and cannot read without writing.
+    fsspec's own caches use the URL as key, keep the partial file of a killed download, and need a writable
+    cache even to read.
     """
     try:
         files.write_atomically(path, data)
     except OSError as error:
-        console.warn(f"{path} is not kept: {reason(error)}")
+        console.warn(f"cannot cache {path}: {reason(error)}")

@@ -1,22 +1,21 @@
-"""Gradient checkpointing: which activations are computed again in the backward pass instead of kept."""
+"""Gradient checkpointing: which activations are recomputed in the backward pass instead of kept."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from torch import nn
 
 from dbtrain.runtime.errors import ConfigError
 
 
 def checkpoint_activations(denoiser: Any, text_encoders: list[Any], mode: str) -> None:
-    """Make the trained components recompute what `mode`, `train.gradient_checkpointing`, names.
+    """Enable gradient checkpointing in the trained components. `mode` is train.gradient_checkpointing.
 
-    `transformer` keeps the input of each transformer block of the denoiser only: most of what `blocks`
-    saves, at half its price. `blocks` adds the ResNets, and is all that Diffusers has. The text encoders
-    recompute every layer in both. Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost",
-    arXiv:1604.06174. Raises ConfigError for a denoiser without transformer blocks.
+    `transformer` recomputes the denoiser's transformer blocks: it saves most of the memory that `blocks`
+    saves, at half the cost. `blocks` adds the ResNet blocks, as Diffusers does. Both recompute every layer
+    of the text encoders. Raises ConfigError for `transformer` and a denoiser without transformer blocks.
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
     """
     if mode == "none":
         return
@@ -25,14 +24,10 @@ def checkpoint_activations(denoiser: Any, text_encoders: list[Any], mode: str) -
         flagged = [module for module in denoiser.modules() if hasattr(module, "gradient_checkpointing")]
         if not any(isinstance(module, Transformer2DModel) for module in flagged):
             raise ConfigError(
-                "train.gradient_checkpointing is 'transformer', but a "
-                f"{_kind(denoiser)} of this base has no transformer blocks; use blocks"
+                f"train.gradient_checkpointing is 'transformer', but the {type(denoiser).__name__} of this "
+                "base has no transformer blocks; use blocks"
             )
         for module in flagged:
             module.gradient_checkpointing = isinstance(module, Transformer2DModel)
-    for encoder in text_encoders:  # reentrant checkpoints of frozen inputs give no gradient
+    for encoder in text_encoders:  # reentrant checkpoints lose the gradient if no input requires one
         encoder.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__

@@ -1,4 +1,4 @@
-"""A base model together with its family: what everything that loads, encodes or generates is given."""
+"""A base model together with its family."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ class Base(Pretrained):
 
     @classmethod
     def of(cls, pretrained: Pretrained, cfg: Model) -> Base:
-        """The folder with its family. Raises ConfigError if no family fits, or its parts do not."""
+        """Add the family. Raises ConfigError if no family matches or the components do not fit together."""
         family = families.detect(pretrained, cfg)
         return cls(pretrained.name, pretrained.folder, pretrained.variant, family)
 
     @classmethod
     def find(cls, cfg: Model) -> Base:
-        """The base of a config, downloaded first if it is a Hub id; on every rank.
+        """The base of a config. Downloads a Hub id first. Call this on every rank.
 
-        Raises ConfigError if there is no such model.
+        Raises ConfigError if the model does not exist.
         """
         pretrained = Pretrained.find(cfg)
         with dist.agreed():

@@ -1,4 +1,4 @@
-"""The blocks that a model is made of: its units of compilation, and of whatever else goes block by block."""
+"""The blocks of a model, for compiling it block by block."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from torch import nn
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules of the kinds that the model's class names as its blocks, in the model's order.
+    """The innermost modules whose classes the model lists as its blocks, in the model's order; may be empty.
 
-    Diffusers lists the transformer blocks in `_repeated_blocks`, the only list of most newer models.
-    `_no_split_modules` has a UNet's ResNet blocks too, but also its up blocks, which hold both; and it
-    is the only list of older transformers. Empty if the class names none, or has none of those it names.
+    Diffusers lists the transformer blocks of most newer models in `_repeated_blocks` only, and those of
+    older transformers in `_no_split_modules` only. For a UNet `_no_split_modules` also names the ResNet
+    blocks, and the up blocks, which contain both.
     """
     lists = (getattr(model, name, None) or () for name in ("_repeated_blocks", "_no_split_modules"))
-    names = {name for kinds in lists for name in kinds}
-    named = [module for module in model.modules() if type(module).__name__ in names]
-    return [module for module in named if not any(inner in named for inner in list(module.modules())[1:])]
+    classes = {name for names in lists for name in names}
+    listed = [module for module in model.modules() if type(module).__name__ in classes]
+    return [module for module in listed if not any(inner in listed for inner in list(module.modules())[1:])]

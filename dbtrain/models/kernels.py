@@ -1,4 +1,4 @@
-"""Which kernels compute a step: attention's by the GPU's generation, and compiled ones."""
+"""Kernels of a training step: attention kernels by GPU generation, and compilation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dbtrain.models.blocks import blocks
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
-# Attention kernels by preference: the first that can do a layer's shapes does them. A table and no
-# measurement, so that every start of a run computes alike.
+# Attention kernels in order of preference. The first that supports a layer's shapes is used. A fixed table
+# rather than autotuning, so that every start of a run uses the same kernels.
 ATTENTION = {
     "cudnn": ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
     "flash": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
     "efficient": ("EFFICIENT_ATTENTION", "MATH"),
     "math": ("MATH",),
 }
-CUDNN_FROM = (9, 0)  # compute capability: cuDNN's kernels beat flash attention from Hopper on, not before
+CUDNN_FROM = (9, 0)  # compute capability: cuDNN beats flash attention on Hopper and later GPUs only
 
 
 def attention(name: str, device: torch.device) -> AbstractContextManager[Any]:
-    """In the block, attention prefers the kernels `name`; "auto": what suits the device."""
+    """In the block, attention prefers the kernels `name`; "auto" chooses by device."""
     chosen = preferred(name, device)
     if chosen is None:
         return nullcontext()
@@ -35,7 +35,7 @@ def attention(name: str, device: torch.device) -> AbstractContextManager[Any]:
 
 
 def preferred(name: str, device: torch.device) -> str | None:
-    """The row of ATTENTION that `name` stands for on a device; None: torch's own choice."""
+    """The key of ATTENTION for `name` on a device. None leaves the choice to torch."""
     if name != "auto":
         return name
     if device.type != "cuda":
@@ -49,12 +49,12 @@ def compile_module(
     backend: str | Callable[..., Any] = "inductor",
     activation_memory: float | None = None,
 ) -> None:
-    """Compile a denoiser in place, whole (True) or its blocks one by one ("regional").
+    """Compile a denoiser in place, as a whole (`how` is True) or block by block ("regional").
 
-    Before DDP wraps it; state-dict keys keep their names. What is compiled is kept in the user's
-    cache folder, for later runs and for this node's other ranks. `activation_memory` is the share of the
-    activations to keep; the partitioner of forward and backward pass chooses which to compute again.
-    Raises ConfigError if it has no blocks.
+    Call this before DDP wraps the module. Names in the state dict stay the same. Compiled code is cached in
+    the user's cache folder for later runs and the other ranks of the node. `activation_memory` is the share
+    of activations to keep; the partitioner chooses which to recompute.
+    Raises ConfigError for "regional" if the module has no blocks.
     """
     compiled = blocks(module) if how == "regional" else [module]
     if not compiled:
@@ -62,15 +62,15 @@ def compile_module(
             f"train.compile is 'regional', but {type(module).__name__} has no blocks to compile; use true"
         )
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache() / "inductor"))
-    from torch._dynamo import config as dynamo  # a second of imports that eager runs do not need
+    from torch._dynamo import config as dynamo  # these imports take a second that eager runs save
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
 
     functorch.activation_memory_budget = activation_memory or 1.0  # read when the first step compiles
-    dynamo.optimize_ddp = False  # one graph: it would split at DDP's first bucket
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # a block is compiled for each of its shapes
-    # With it, torch 2.13 on CPUs mixes memory formats in convolution_backward: layers below an
-    # upsampler silently get no gradient. On GPUs its heuristics leave UNets alone anyway.
+    dynamo.optimize_ddp = False  # or it would split the graph at DDP's first bucket
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # each shape of a block is compiled
+    # With layout optimization torch 2.13 mixes memory formats in convolution_backward on CPUs, and layers
+    # below an upsampler silently get no gradient. On GPUs its heuristics do not apply to UNets anyway.
     inductor.layout_optimization = False
     for one in compiled:
         one.compile(backend=backend)

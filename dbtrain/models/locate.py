@@ -1,4 +1,4 @@
-"""Where a base model is: the embedded one, a folder, the Hub's cache, one file to convert, the Hub."""
+"""Locations of a base model: the embedded base, a folder, a single file, the Hub and its cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import content_key
 
-EMBEDDED = "tiny"  # the `model.path` of the base that comes with the package
-LIBRARIES = ("diffusers", "transformers")  # a model folder may name classes of these, nothing else
+EMBEDDED = "tiny"  # `model.path` of the base that comes with the package
+LIBRARIES = ("diffusers", "transformers")  # only classes of these are loaded from a model folder
 
 
 def embedded() -> Path:
@@ -22,15 +22,15 @@ def embedded() -> Path:
 
 
 def hush() -> None:
-    """Turn off the libraries' bars over loading and their remarks: ours show what takes time."""
+    """Disable the libraries' progress bars and warnings; our own progress bars show what takes time."""
     for library in LIBRARIES:
-        speech = importlib.import_module(f"{library}.utils.logging")
-        speech.disable_progress_bar()
-        speech.set_verbosity_error()
+        logging = importlib.import_module(f"{library}.utils.logging")
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
 
 
 def folder_here(cfg: Model) -> Path | None:
-    """The folder that `model.path` is or stands for, if it is here. Raises ConfigError for a pickle."""
+    """The local folder of `model.path`, or None if there is none. Raises ConfigError for a pickle."""
     path = files.expand(cfg.path)
     if cfg.path == EMBEDDED:
         return embedded()
@@ -41,26 +41,26 @@ def folder_here(cfg: Model) -> Path | None:
 
 
 def _converted(cfg: Model, path: Path) -> Path:
-    """Where a single file is kept as a Diffusers folder."""
+    """The cache folder for a single file that is converted to a Diffusers folder."""
     if path.suffix != ".safetensors":
         raise ConfigError(
-            f"model.path is '{cfg.path}', which is no .safetensors file; others are pickles, and may run code"
+            f"model.path: '{cfg.path}' is not a .safetensors file; other formats are pickles, which may run "
+            "code"
         )
     return files.cache() / "single-files" / content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
 
 
 def from_single_file(cfg: Model, path: Path) -> Path:
-    """A whole model in one file, as A1111 and ComfyUI have it, as a Diffusers folder in the user's cache."""
+    """Convert a model in one file, as for A1111 and ComfyUI, to a Diffusers folder in the user's cache."""
     folder = _converted(cfg, path)
     with dist.agreed():
         if dist.local_rank() == 0 and not folder.exists():
             try:
                 pipe = _single_file_pipeline(cfg, path)
-            except Exception as error:  # a broken file makes the libraries raise anything
+            except Exception as error:  # the libraries raise many kinds for a broken file
                 raise ConfigError(
-                    f"model.path is '{cfg.path}', which holds no model that Diffusers can read: "
-                    f"{reason(error)}; model.config may name a Diffusers folder or Hub id of the same "
-                    "architecture"
+                    f"model.path: Diffusers cannot read a model from '{cfg.path}': {reason(error)}; try "
+                    "setting model.config to a Diffusers folder or Hub id of the same architecture"
                 ) from error
             files.write_folder_atomically(folder, pipe.save_pretrained)
     return folder
@@ -85,7 +85,7 @@ def _single_file_pipeline(cfg: Model, path: Path) -> Any:
 
 
 def cached(cfg: Model) -> Path | None:
-    """The folder of a Hub id in the Hub's cache, as far as it was downloaded."""
+    """The folder of a Hub id in the Hub's cache, or None. Its download may be incomplete."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -95,14 +95,14 @@ def cached(cfg: Model) -> Path | None:
         index = try_to_load_from_cache(cfg.path, "model_index.json", revision=cfg.revision)
     except HFValidationError as error:
         raise ConfigError(
-            f"model.path is '{cfg.path}', which is neither a folder here nor the name of a model on the Hub; "
-            "give one of these, or tiny"
+            f"model.path: '{cfg.path}' is neither a local folder nor the name of a model on the Hub; "
+            "use one of these, or tiny"
         ) from error
     return Path(index).parent if isinstance(index, str) else None
 
 
 def download(cfg: Model) -> Path:
-    """The cached folder of a Hub id. One rank a node downloads, the others find it done."""
+    """The cached folder of a Hub id, which one rank per node downloads."""
     from diffusers import DiffusionPipeline
 
     def fetch() -> Path:
@@ -117,9 +117,9 @@ def download(cfg: Model) -> Path:
         if dist.local_rank() == 0:
             try:
                 fetch()
-            except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
+            except Exception as error:  # the Hub's client raises many kinds, including httpx's
                 raise ConfigError(
-                    f"model.path is '{cfg.path}', which is neither a folder here nor a model that "
-                    f"could be downloaded from the Hub: {reason(error)}"
+                    f"model.path: '{cfg.path}' is neither a local folder nor a model that could be "
+                    f"downloaded from the Hub: {reason(error)}"
                 ) from error
     return fetch()

@@ -1,4 +1,4 @@
-"""What the denoiser learns: how images are corrupted, what is predicted, how errors are weighed."""
+"""The training objective: noise schedule, prediction target and loss weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 class DDPM(nn.Module):
     """Noise schedule and target of Ho et al. 2020, arXiv:2006.11239, in fp32 in every precision.
 
-    Diffusers casts alpha_bar to the latents' dtype before its square roots; in bf16 that leaves
-    the first timesteps without any noise.
+    Diffusers casts alpha_bar to the latents' dtype before taking square roots, which in bf16 leaves the
+    first timesteps without any noise.
     """
 
     alphas_cumprod: Tensor  # (T,)
@@ -34,19 +34,19 @@ class DDPM(nn.Module):
 
     @classmethod
     def of(cls, scheduler_config: Mapping[str, Any], min_snr_gamma: float | None) -> DDPM:
-        """The objective that a base was trained with, from its scheduler's config."""
+        """The objective with which a base was trained, from its scheduler's config."""
         from diffusers import DDPMScheduler
 
         try:
             scheduler = DDPMScheduler.from_config(dict(scheduler_config))
         except (NotImplementedError, TypeError, ValueError) as error:
-            raise ConfigError(f"the base's scheduler_config.json: {reason(error)}") from error
+            raise ConfigError(f"cannot read the base's scheduler_config.json: {reason(error)}") from error
         if len(scheduler.alphas_cumprod) == 0:
             raise ConfigError("the base's scheduler_config.json has no timesteps")
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, min_snr_gamma)
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """Integers in [0, T), (rows,), from `u` uniform in [0, 1), (rows,)."""
+        """Timesteps, (rows,) int64 in [0, T), from `u` uniform in [0, 1), (rows,)."""
         return (u * len(self.alphas_cumprod)).long().clamp(max=len(self.alphas_cumprod) - 1)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class DDPM(nn.Module):
         return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser shall predict, shaped like x0."""
+        """The denoiser's target, shaped like x0."""
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "sample":
@@ -66,8 +66,8 @@ class DDPM(nn.Module):
     def weight(self, t: Tensor) -> Tensor:
         """Loss weight of each image, (rows,): 1, or min-SNR-gamma.
 
-        The paper's weights: each prediction's error counts like min(SNR, gamma) times the error in
-        x0. Finite at zero terminal SNR.
+        As in the paper, the error of any prediction type is weighted like min(SNR, gamma) times the error
+        in x0. Finite at zero terminal SNR.
         Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv:2303.09556.
         """
         if self.min_snr_gamma is None:

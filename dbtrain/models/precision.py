@@ -1,8 +1,8 @@
-"""What `train.precision` means: what the base is kept in, and what computes in it.
+"""The meaning of `train.precision`: the dtypes of the base and of its computations.
 
-Adapters, their gradients and moments are fp32 in every precision. They compute in the base's
-precision on copies, which one kernel makes for all of them once a step: left to autocast, that would
-be two small kernels for each of their hundreds of weights in every forward and backward pass.
+Adapters, their gradients and moments are fp32 in every precision. Steps compute with copies of them in
+the base's precision, which one kernel makes once per step. Autocast would instead launch two small kernels
+for each of their hundreds of weights in every forward and backward pass.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Precision:
-    """How a step computes."""
+    """The dtypes of a step."""
 
-    dtype: torch.dtype  # of the frozen base, and of what the adapters compute in
+    dtype: torch.dtype  # of the frozen base and of the adapters' computations
     autocast: bool = False  # torch.amp.autocast chooses what computes in fp32
-    scaled: bool = False  # gradients are scaled, so that small ones do not vanish
+    scaled: bool = False  # loss scaling, so that small gradients do not underflow
 
     def forward(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Context of a forward pass."""
+        """The context of a forward pass."""
         return torch.amp.autocast(device.type, self.dtype) if self.autocast else nullcontext()
 
 
@@ -38,12 +38,12 @@ PRECISIONS = {
 
 
 class WorkingCopies:
-    """Copies of fp32 parameters in another precision, which stand in for them while a step computes."""
+    """Copies of fp32 parameters in another precision, which replace them during a step."""
 
     def __init__(self, module: nn.Module, parameters: Collection[str], dtype: torch.dtype) -> None:
-        """`parameters` are names of those of `module`.
+        """`parameters`: names of parameters of `module`.
 
-        Layers with DoRA have none: it divides norms that are nearly equal, and takes 1 off.
+        Layers with DoRA get no copies, because DoRA subtracts 1 from a ratio of nearly equal norms.
         """
         self.dtype = dtype
         self.places: list[tuple[nn.Module, str]] = []
@@ -55,9 +55,9 @@ class WorkingCopies:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """In the block, forward and backward passes, recomputed ones too, see the copies.
+        """In the block, forward and backward passes (and recomputed activations) use the copies.
 
-        Gradients reach the fp32 originals, where they add up.
+        Gradients accumulate in the fp32 originals.
         """
         if not self.places:
             yield
@@ -75,7 +75,7 @@ class WorkingCopies:
 
 
 class _Cast(torch.autograd.Function):
-    """All tensors in another dtype, and their gradients back, in one kernel (or few) each."""
+    """Cast all tensors to another dtype, and their gradients back, in about one kernel each."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:

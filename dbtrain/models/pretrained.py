@@ -1,4 +1,4 @@
-"""A base model on this machine: finding its folder, loading its components, naming its content."""
+"""A base model on this machine: finding its folder, loading its components, hashing their content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SENTENCEPIECE = "spiece.model"  # T5's vocabulary, where nobody made a tokenizer.json of it
+SENTENCEPIECE = "spiece.model"  # T5's vocabulary if the folder has no tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Pretrained:
 
     @classmethod
     def find(cls, cfg: Model) -> Pretrained:
-        """The folder of `cfg.path`, downloaded first if it is a Hub id.
+        """The model at `cfg.path`. Downloads a Hub id first.
 
-        Raises ConfigError if there is no such model.
+        Raises ConfigError if the model does not exist.
         """
         folder = locate.folder_here(cfg)
         if folder is None and files.expand(cfg.path).is_file():
@@ -43,9 +43,9 @@ class Pretrained:
 
     @classmethod
     def here(cls, cfg: Model) -> Pretrained | None:
-        """As `find`, but None if it would have to download or to convert the base; reads no network.
+        """Like `find`, but returns None if the model has to be downloaded or converted. Uses no network.
 
-        Raises ConfigError if there can be no such model.
+        Raises ConfigError if the model cannot exist.
         """
         folder = locate.folder_here(cfg) or locate.cached(cfg)
         return cls._in(folder, cfg) if folder else None
@@ -75,12 +75,13 @@ class Pretrained:
         return self._json(found[0])
 
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
-        """One component (model, tokenizer or scheduler), weights in `dtype`, on the CPU, frozen.
+        """A component (model, tokenizer or scheduler) on the CPU, with frozen weights in `dtype`.
 
-        Raises ConfigError if it is missing, broken or incomplete: the libraries would fill missing
-        weights with random numbers. Weights come from safetensors only: no pickle is ever loaded.
+        Raises ConfigError if it is missing, broken or incomplete; the libraries would initialize missing
+        weights at random. Reads weights from safetensors only, never from pickles.
         """
-        self.config(component)  # names the missing folder
+        # Check the folder first, as the libraries' errors would not name what is missing.
+        self.config(component)
         kind = self._class(component)
         locate.hush()
         options: dict[str, Any] = {}
@@ -91,69 +92,72 @@ class Pretrained:
             options["output_loading_info"] = True
         try:
             loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
-        except Exception as error:  # a broken folder makes the libraries raise anything
+        except Exception as error:  # the libraries raise many kinds for a broken folder
             raise ConfigError(
                 f"cannot load '{component}' of base model {self.name}: {reason(error)}"
             ) from error
+        # Refuse what the libraries would complete with defaults.
         if not options:
-            if getattr(loaded, "model_max_length", 0) > 10_000:  # what transformers takes for "not given"
-                raise ConfigError(f"'{component}' of base model {self.name} gives no model_max_length")
+            if getattr(loaded, "model_max_length", 0) > 10_000:  # transformers' value for "unknown"
+                raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
         module, info = loaded
-        if lacking := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
+        if missing := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
             raise ConfigError(
-                f"'{component}' of base model {self.name} is incomplete: {len(lacking)} weights are missing "
-                f"or of another shape, e.g. {lacking[0]}"
+                f"'{component}' of base model {self.name} is incomplete: {len(missing)} weights are missing "
+                f"or have another shape, e.g. {missing[0]}"
             )
         return module.requires_grad_(False).eval()
 
     def _class(self, component: str) -> Any:
-        """The class that model_index.json names for a component, of a library that may be loaded."""
+        """The class of a component in model_index.json. Raises ConfigError if it must not be loaded."""
         entry = self.index.get(component)
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in locate.LIBRARIES):
             raise ConfigError(
                 f"{self.name}: component '{component}' is {'.'.join(map(str, entry or ['missing']))}; "
                 f"only classes of {' and '.join(locate.LIBRARIES)} are loaded"
             )
-        with importing():  # the libraries import a class's module when it is first asked for
+        with importing():  # the libraries import a class's module on first use
             kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
         if not hasattr(kind, "from_pretrained"):
             raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
         return kind
 
     def check_vocabulary(self, component: str) -> None:
-        """Raise ConfigError where transformers would make up a tokenizer, or not say what it lacks."""
+        """Raise ConfigError if the tokenizer's vocabulary, or a package that reads it, is missing.
+
+        Without a vocabulary transformers would silently make up a tokenizer.
+        """
         folder = self.folder / component
         if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return
         if not (folder / SENTENCEPIECE).is_file():
-            raise ConfigError(f"base model {self.name}: {folder} holds no vocabulary")
-        lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
-        if lacking:
+            raise ConfigError(f"base model {self.name}: {folder} has no vocabulary")
+        if not (_installed("sentencepiece") and _installed("google.protobuf")):
             raise ConfigError(
-                f"'{folder.name}' of base model {self.name} is a SentencePiece model, which takes "
-                "two more packages to read; run: pip install sentencepiece protobuf"
+                f"'{folder.name}' of base model {self.name} is a SentencePiece model, which needs two more "
+                "packages; run: pip install sentencepiece protobuf"
             )
 
     def skeleton(self, component: str) -> torch.nn.Module:
-        """A component's modules without any weights, from its config alone."""
+        """A component's modules on the meta device, from its config alone."""
         kind, config = self._class(component), self.config(component)
         try:
             with torch.device("meta"):
                 if kind.__module__.startswith("diffusers"):
                     return kind.from_config(config)
                 return kind(kind.config_class.from_dict(config))
-        except Exception as error:  # a broken config makes the libraries raise anything
+        except Exception as error:  # the libraries raise many kinds for a broken config
             raise ConfigError(
                 f"cannot read '{component}' of base model {self.name}: {reason(error)}"
             ) from error
 
     def module_names(self, component: str) -> list[str]:
-        """Names of a component's modules."""
+        """The names of a component's modules."""
         return [name for name, _ in self.skeleton(component).named_modules()]
 
     def setting(self, component: str, name: str, kind: type | tuple[type, ...]) -> Any:
-        """One value of a component's config. Raises ConfigError unless it is there, of type `kind`."""
+        """A value in a component's config. Raises ConfigError if it is missing or not of type `kind`."""
         value = self.config(component).get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ConfigError(f"base model {self.name}: {component}/config.json has {name} = {value!r}")
@@ -177,12 +181,12 @@ class Pretrained:
         except (ValueError, OSError) as error:
             raise ConfigError(f"base model {self.name}: cannot read {path}: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"base model {self.name}: {path} holds no settings")
+            raise ConfigError(f"base model {self.name}: {path} is not a JSON object")
         return values
 
 
 def _installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of its parent
+    except ModuleNotFoundError:  # its parent package is missing
         return False

@@ -1,4 +1,4 @@
-"""Pictures from a base model: one sampler, one seed an image, for class images and samples alike."""
+"""Generating images with a base model: one sampler for class images and samples, one seed per image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
 
 SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
-# Arguments of a pipeline's call, in the order in which its `encode_prompt` gives them (SD the first two).
+# Arguments of a pipeline's call, in the order in which `encode_prompt` returns them (SD: the first two).
 ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -31,18 +31,18 @@ def build(
     device: torch.device,
     given: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The base's Diffusers pipeline on `device`, without a safety checker, quiet.
+    """The base's Diffusers pipeline on `device`, without safety checker and progress bar.
 
-    `given`: components that are there already, or None for what the pipeline shall do without.
+    `given`: loaded components to use, or None for components to leave out.
     """
     given = given or {}
-    with importing():  # here, as most calls of `prepare` draw nothing
+    with importing():  # not at the top, because most calls of `prepare` generate nothing
         import diffusers
 
     parts = {part: given[part] if part in given else base.load(part, dtype) for part in base.family.parts}
     with importing():
         kind = getattr(diffusers, base.family.pipeline)
-    # Components that are handed over are not loaded again; the rest of a base is optional.
+    # `from_pretrained` loads none of these: the rest of the base's components are optional.
     pipe = kind.from_pretrained(base.folder, **dict.fromkeys(kind._optional_components) | parts)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
@@ -60,33 +60,45 @@ def generate(
     side: int | None,
     images: Sequence[Image.Image] = (),
 ) -> list[Image.Image]:
-    """One picture a prompt, `side` px square (None: the base's own size).
+    """One image per prompt, `side` px square (None: the base's default size).
 
-    Each starts from its own CPU generator, so that it depends on neither the batch nor the device.
-    `images`: what an upscaler enlarges, one a prompt.
+    Each starts from noise of its own CPU generator, which depends on neither the batch nor the device.
+    `images`: input images of an upscaler, one per prompt.
     """
-    enlarged = {"image": list(images)} if images else {}
-    with torch.no_grad():
-        return pipe(
-            prompt=list(prompts), generator=list(generators), num_inference_steps=steps,
-            guidance_scale=guidance, height=side, width=side, **enlarged,
-        ).images  # fmt: skip
+    return _run(pipe, {"prompt": list(prompts)}, generators, steps, guidance, side, images)
 
 
+@torch.no_grad()
+def _run(
+    pipe: Any,
+    inputs: dict[str, Any],
+    generators: Sequence[torch.Generator],
+    steps: int,
+    guidance: float,
+    side: int | None,
+    images: Sequence[Image.Image],
+) -> list[Any]:
+    low_res = {"image": list(images)} if images else {}
+    return list(
+        pipe(
+            generator=list(generators), num_inference_steps=steps, guidance_scale=guidance,
+            height=side, width=side, **inputs, **low_res,
+        ).images
+    )  # fmt: skip
+
+
+@torch.no_grad()
 def encode(pipe: Any, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
-    """What a pipeline's call takes in place of each of the prompts, (1, ...) each."""
-    with torch.no_grad():
-        every = [
-            pipe.encode_prompt(
-                prompt=prompt, device=pipe.device, num_images_per_prompt=1,
-                do_classifier_free_guidance=guidance > 1,
-            )
-            for prompt in prompts
-        ]  # fmt: skip
-    return [
-        {name: tensor for name, tensor in zip(ENCODED, found, strict=False) if tensor is not None}
-        for found in every
-    ]
+    """The encoded prompts as arguments of the pipeline's call, (1, ...) each."""
+    encoded = []
+    for prompt in prompts:
+        tensors = pipe.encode_prompt(
+            prompt=prompt, device=pipe.device, num_images_per_prompt=1,
+            do_classifier_free_guidance=guidance > 1,
+        )  # fmt: skip
+        named = zip(ENCODED, tensors, strict=False)
+        encoded.append({name: tensor for name, tensor in named if tensor is not None})
+    return encoded
 
 
 def encode_once(
@@ -97,10 +109,10 @@ def encode_once(
     guidance: float,
     precision: str,
 ) -> list[dict[str, Tensor]]:
-    """What a pipeline of the base takes in place of each prompt, by frozen text encoders; on the CPU.
+    """The prompts as `encode` returns them, encoded by the base's own text encoders, on the CPU.
 
-    Rank 0 encodes them, with nothing else on its device, and keeps them in `folder` for all other ranks
-    and starts. `components`: keys of the base's parts.
+    Rank 0 encodes them once and saves them in `folder` for the other ranks and later starts.
+    `components`: the hashes of the base's components.
     """
     parts = [components[name] for name in (*base.family.text_encoders, *base.family.text_encoders.values())]
     key = content_key([parts, list(prompts), guidance > 1, precision])
@@ -108,15 +120,15 @@ def encode_once(
     with dist.agreed():
         if dist.is_main() and not path.is_file():
             tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-            base.family.tokenize(tokenizers, prompts)  # says which are too long
-            others = {base.family.denoiser: None} | ({base.family.vae: None} if base.family.vae else {})
-            pipe = build(base, PRECISIONS[precision].dtype, dist.device(), others)
-            made = {
+            base.family.tokenize(tokenizers, prompts)  # reports prompts that are too long
+            unused = dict.fromkeys(name for name in (base.family.denoiser, base.family.vae) if name)
+            pipe = build(base, PRECISIONS[precision].dtype, dist.device(), unused)
+            tensors = {
                 f"{number}.{name}": tensor.cpu().contiguous()
                 for number, one in enumerate(encode(pipe, prompts, guidance))
                 for name, tensor in one.items()
             }
-            files.write_atomically(path, safetensors.torch.save(made))
+            files.write_atomically(path, safetensors.torch.save(tensors))
     with dist.agreed():
         found = safetensors.torch.load_file(path)
     encoded: list[dict[str, Tensor]] = [{} for _ in prompts]
@@ -137,25 +149,20 @@ def generate_encoded(
     *,
     latents: bool,
 ) -> list[Any]:
-    """Like `generate`, of prompts that were encoded before, one a picture: needs no text encoder.
+    """Like `generate`, but from encoded prompts, one per image, without a text encoder.
 
-    `latents`: x0 as the denoiser has it, (C, h, w) each, instead of pictures: needs no VAE.
+    `latents`: return x0 in the denoiser's scale, (C, h, w) each, instead of images, without a VAE.
     """
-    rows = {name: torch.cat([one[name] for one in encoded]).to(pipe.device) for name in encoded[0]}
-    more: dict[str, Any] = {"image": list(images)} if images else {}
-    if latents:
-        more["output_type"] = "latent"
-    with torch.no_grad():
-        found = pipe(
-            **rows, generator=list(generators), num_inference_steps=steps, guidance_scale=guidance,
-            height=side, width=side, **more,
-        ).images  # fmt: skip
-    return list(found)
+    rows: dict[str, Any] = {
+        name: torch.cat([one[name] for one in encoded]).to(pipe.device) for name in encoded[0]
+    }
+    output = {"output_type": "latent"} if latents else {}
+    return _run(pipe, rows | output, generators, steps, guidance, side, images)
 
 
 @torch.no_grad()
 def decode(vae: nn.Module, latent: Tensor, space: LatentSpace) -> Image.Image:
-    """The picture of one x0, (C, h, w), as a pipeline of the VAE's family decodes it."""
+    """The image of one x0, (C, h, w), decoded as in the family's pipeline."""
     parameter = next(vae.parameters())
     unscaled = space.unscaled(latent.float().cpu())[None].to(parameter.device, parameter.dtype)
     pixels = vae.decode(unscaled, return_dict=False)[0][0]  # type: ignore[operator]  # (3, H, W) in [-1, 1]
@@ -164,9 +171,12 @@ def decode(vae: nn.Module, latent: Tensor, space: LatentSpace) -> Image.Image:
 
 
 def small_pictures(names: Sequence[str], family: Family, side: int | None) -> list[Image.Image]:
-    """What an upscaler enlarges. Raises ConfigError if it has nothing, or if another base is given some."""
+    """The images in `sample.low_res`, resized to the input size of an upscaler.
+
+    Raises ConfigError if an upscaler has no input images, or if another model has some.
+    """
     if (family.enlarges > 1) != bool(names):
-        cure = "enlarges pictures: name some" if family.enlarges > 1 else "draws from prompts alone"
-        raise ConfigError(f"sample.low_res has {len(names)} pictures; a {family.name} model {cure}")
+        need = "is an upscaler and needs some" if family.enlarges > 1 else "takes none"
+        raise ConfigError(f"sample.low_res has {len(names)} images, but a {family.name} model {need}")
     size = (side or 256) // family.enlarges
     return [photos.load(files.expand(name)).resize((size, size), Image.Resampling.LANCZOS) for name in names]

@@ -1,1 +1,1 @@
-"""The process: ranks, signals, locks, files, randomness, the console."""
+"""The process: ranks, signals, locks, files, random numbers, the console."""

@@ -1,4 +1,4 @@
-"""What a user sees: lines and progress bars of rank 0, warnings of all ranks, the time of each phase."""
+"""Console output: messages and progress bars of rank 0, warnings of all ranks, and the time of each phase."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tqdm import tqdm
 
 from dbtrain.runtime import dist, files
 
-for _library in ("TRANSFORMERS", "DIFFUSERS"):  # which remark on what they miss when imported
+for _library in ("TRANSFORMERS", "DIFFUSERS"):  # on import they warn about optional packages
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 
 logger = logging.getLogger("dbtrain")
 say = logger.info
-warn = logger.warning  # seen from every rank
+warn = logger.warning  # shown for every rank
 
 started = time.monotonic()
-spent_s: dict[str, float] = {}  # by phase: mostly between start and end of its progress bar
+spent_s: dict[str, float] = {}  # by phase; mostly the lifetime of its progress bar
 
 
 class ToFile(logging.Handler):
-    """Lines of log.txt. What goes wrong is raised, not printed."""
+    """Appends records to log.txt. Raises errors where logging's own handlers would print them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -37,16 +37,18 @@ class ToFile(logging.Handler):
         files.append(self.path, self.format(record) + "\n")
 
 
-class _BelowBar(logging.Handler):
+class _AboveBar(logging.Handler):
+    """Prints records above the progress bar."""
+
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def start() -> None:
-    """Show `say` lines of rank 0, and warnings of all ranks, Python's too. Once a process."""
+    """Show the messages of rank 0 and the warnings of all ranks, including Python's. Runs once."""
     if logger.handlers:
         return
-    handler = _BelowBar()
+    handler = _AboveBar()
     logger.setLevel(logging.INFO)
     if not dist.is_main():
         logger.setLevel(logging.WARNING)
@@ -59,7 +61,7 @@ def start() -> None:
 
 @contextmanager
 def timed(phase: str) -> Iterator[None]:
-    """Count the block's time as that phase's."""
+    """Add the time that the block takes to `phase`."""
     before = time.monotonic()
     try:
         yield
@@ -68,20 +70,20 @@ def timed(phase: str) -> Iterator[None]:
 
 
 class _Bar(tqdm):
-    """A progress bar that remembers how long its phase took."""
+    """A progress bar that adds its duration to the time of its phase."""
 
     def close(self) -> None:
-        if not self.disable:  # tqdm disables it when it is closed
+        if not self.disable:  # tqdm disables a bar when it closes it
             phase = self.desc.removesuffix(": ").partition(" (")[0]
             spent_s[phase] = spent_s.get(phase, 0.0) + self.format_dict["elapsed"]
         super().close()
 
 
 class _Lines:
-    """A file for bars where no terminal redraws them: a line each time, instead of returns."""
+    """Replaces stderr for progress bars outside a terminal: each update is a line of its own."""
 
     def write(self, text: str) -> None:
-        if line := text.replace("\x1b[A", "").strip():  # which tqdm moves up with, after an inner bar
+        if line := text.replace("\x1b[A", "").strip():  # tqdm moves the cursor up after a nested bar
             sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
@@ -89,10 +91,10 @@ class _Lines:
 
 
 def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False, leave: bool = True) -> tqdm:
-    """A progress bar on rank 0; in a batch log, a line every half minute.
+    """A progress bar on rank 0; in a batch log, a line every 30 seconds.
 
-    `share` says that `total` is this rank's part of work that is split over ranks; `leave`, that the
-    bar stays when it is full, and is shown in a batch log at all if it is soon done.
+    `share`: `total` is this rank's share of work that is split over ranks. `leave`: a full bar stays on
+    the screen; without it, a batch log shows the bar only if it takes longer than 30 seconds.
     """
     if share and dist.world() > 1:
         what = f"{what} (rank 0 of {dist.world()})"

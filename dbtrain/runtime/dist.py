@@ -1,7 +1,7 @@
-"""Ranks and what they say to each other; beside `train.parallel` the only user of torch.distributed.
+"""Communication between ranks. Only this module and `train.parallel` use torch.distributed.
 
-Every function works without a process group too, as a world of one rank. Control messages are
-CPU tensors on gloo, so that they never stall a GPU stream; gradients take the device's backend.
+Every function also works without a process group, as a world of one rank. Control messages are CPU
+tensors on gloo, so that they never stall a GPU stream. Gradients use the device's backend.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
 from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Heartbeat
 
-PATIENCE = timedelta(hours=2)  # with ranks that prepare: shares of work differ, and one may download
+PATIENCE = timedelta(hours=2)  # while preparing: the ranks' shares of work differ, and one may download
 
-_group: torch_dist.ProcessGroup | None = None  # of ranks that train, which wait no longer than they are told
-_groups: dict[float, torch_dist.ProcessGroup] = {}  # by the seconds that they wait
+_group: torch_dist.ProcessGroup | None = None  # used while training; has its own timeout
+_groups: dict[float, torch_dist.ProcessGroup] = {}  # by timeout in seconds
 _wait = PATIENCE
 _heartbeat: Heartbeat | None = None
 
 
 def init() -> None:
-    """Join the process group that torchrun's (or srun's) variables describe; a world of one joins none."""
+    """Join the process group that torchrun's or srun's variables describe. Does nothing in a world of one."""
     global _heartbeat
     adopt_slurm()
     if world() == 1 or is_initialized():
@@ -46,25 +46,25 @@ def init() -> None:
     _heartbeat = Heartbeat(_store("pulse", False, timedelta(seconds=30)), rank(), world())
 
 
-def _store(what: str, hosts: bool, timeout: timedelta) -> torch_dist.Store:
-    """The store in which ranks find each other, for one attempt to run.
+def _store(prefix: str, hosts: bool, timeout: timedelta) -> torch_dist.Store:
+    """The store through which the ranks of one attempt find each other.
 
-    Since torch 2.13 torchrun's own outlives its restarts of ranks: some would find the addresses of those
-    before them. Nodes need not count restarts alike, so that several nodes have one attempt: those are
-    started again by the batch system.
+    Since torch 2.13 torchrun's own store outlives its restarts, and restarted ranks could find the
+    addresses of their predecessors. With several nodes the restart count is not used, because nodes may
+    disagree on it: the batch system restarts such a job as a whole.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = torch_dist.TCPStore(
         address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
     )
-    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
-    return torch_dist.PrefixStore(f"{what}/{attempt}/", store)
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_node else "0"
+    return torch_dist.PrefixStore(f"{prefix}/{attempt}/", store)
 
 
 @contextmanager
 def training(timeout_s: float) -> Iterator[None]:
-    """In the block, no rank waits longer than `timeout_s` for another."""
+    """In the block, no rank waits for another for longer than `timeout_s`."""
     global _group, _wait
     _wait = timedelta(seconds=timeout_s)
     if world() > 1 and timeout_s not in _groups:
@@ -78,7 +78,7 @@ def training(timeout_s: float) -> Iterator[None]:
 
 @contextmanager
 def patiently() -> Iterator[None]:
-    """In the block, ranks wait for each other as they do while they prepare: shares of work differ."""
+    """In the block, ranks wait for each other for up to `PATIENCE`, because their shares of work differ."""
     global _wait
     before, _wait = _wait, PATIENCE
     try:
@@ -88,12 +88,12 @@ def patiently() -> Iterator[None]:
 
 
 def group() -> torch_dist.ProcessGroup | None:
-    """The group that gradients are averaged in; None for the default one."""
+    """The process group in which gradients are averaged. None is the default group."""
     return _group
 
 
 def at(step: int) -> None:
-    """Say which step this rank takes, for others to tell if it should not come back."""
+    """Publish the step that this rank is at, so that the others can report it if the rank dies."""
     if _heartbeat:
         _heartbeat.step = step
 
@@ -103,7 +103,7 @@ def _backend() -> str:
 
 
 def adopt_slurm() -> None:
-    """Take srun's variables for torchrun's, where srun started several tasks and torchrun none."""
+    """Set torchrun's variables from srun's if srun, not torchrun, started several tasks."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     for ours, slurms in (
@@ -142,7 +142,7 @@ def is_main() -> bool:
 def device() -> torch.device:
     """This rank's device: its GPU if there is one, else the CPU.
 
-    srun may show each task its own GPU only, which then is number 0.
+    srun may expose only its own GPU to each task; that GPU is then number 0.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -150,65 +150,65 @@ def device() -> torch.device:
 
 
 def lost(error: Exception) -> Lost | None:
-    """What to tell of an error that means that another rank is gone, or does not answer; else None."""
+    """A `Lost` if the error means that another rank is gone or does not answer, else None."""
     of_torch = isinstance(error, torch_dist.DistError) or "connectFullMesh" in str(error)
     if of_torch and not _heartbeat:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         return Lost(f"cannot join the other ranks at {place}: {reason(error)}", ended=True)
     if not _heartbeat or not (of_torch or any(word in str(error) for word in ("gloo", "NCCL", "imed out"))):
         return None
-    who, ended = _heartbeat.absent()
-    return Lost(f"{who}; this rank gives up at step {_heartbeat.step}: {reason(error)}", ended)
+    culprit, ended = _heartbeat.absent()
+    return Lost(f"{culprit}; this rank gives up at step {_heartbeat.step}: {reason(error)}", ended)
 
 
 def finish(code: int) -> None:
-    """End this process with `code` if it used a process group; else return.
+    """End this process with `code` if it uses a process group; otherwise return.
 
-    gloo's threads outlive destroy_process_group() and abort the interpreter in a third of runs
-    (torch 2.13): flush, then leave without the interpreter's shutdown.
+    gloo's threads outlive destroy_process_group() and abort the interpreter in a third of all runs
+    (torch 2.13). So this flushes the output and skips the interpreter's shutdown.
     """
     if is_initialized():
         if _heartbeat:
             _heartbeat.close(GAVE_UP if code == 3 else f"exit code {code}" if code else "")
         if rank() == 0 and code in (1, 2, 3) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * PATIENCE_S)  # the store ends with this process: let the others read it
+            time.sleep(2 * PATIENCE_S)  # the store ends with this process; let the others read it first
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Every rank's JSON-able value, in rank order, on every rank."""
+    """The JSON-serializable values of all ranks, in rank order, on every rank."""
     if world() == 1:
         return [value]
     message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
-    _done(torch_dist.all_gather(sizes, torch.tensor([len(message)]), async_op=True))
+    _wait_for(torch_dist.all_gather(sizes, torch.tensor([len(message)]), async_op=True))
     longest = int(max(sizes))
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(message)] = message
     everyone = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world())]
-    _done(torch_dist.all_gather(everyone, padded, async_op=True))
+    _wait_for(torch_dist.all_gather(everyone, padded, async_op=True))
     return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(everyone, sizes, strict=True)]
 
 
-def _done(work: torch_dist.Work) -> None:
-    """Wait for a collective, as long as this phase has patience."""
+def _wait_for(work: torch_dist.Work) -> None:
+    """Wait for a collective until the timeout of the current phase."""
     if not work.wait(_wait):
         raise RuntimeError("gloo: timed out")
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's JSON-able value, on every rank."""
+    """Rank 0's JSON-serializable value, on every rank."""
     return gather_json(value if is_main() else None)[0]
 
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Run the block on every rank; what a user can fix on one rank is raised on all of them.
+    """Raise a ConfigError, OSError or Preempted that one rank raises in the block on all ranks.
 
-    So is Preempted. Without this the others would wait in their next collective for a rank that is
-    gone. Every rank must enter the block, and the block must hold no collective.
+    Otherwise the other ranks would wait for it in their next collective. Every rank must enter the
+    block, and the block must contain no collective.
     """
     problems: tuple[str, ...] = ()
     stopped = ""
@@ -229,7 +229,7 @@ def agreed() -> Iterator[None]:
 
 @contextmanager
 def leaders_first() -> Iterator[None]:
-    """Run the block on one rank of each node, then on its others. It must hold no collective."""
+    """Run the block on one rank of each node, then on the others. It must contain no collective."""
     if local_rank():
         gather_json(None)
     yield
@@ -238,40 +238,40 @@ def leaders_first() -> Iterator[None]:
 
 
 class Vote:
-    """One number a step from every rank, and the largest of them: known one step later, to all at once.
+    """The maximum of one number per rank and step, known to every rank one step later.
 
-    So that no rank waits for the others' answers, and all of them act on it at the same step.
+    No rank waits for the others, and all ranks act on the result at the same step.
     """
 
     def __init__(self) -> None:
         self.pending: tuple[Tensor, torch_dist.Work] | None = None
 
     def cast(self, number: int) -> int:
-        """Hand in a number; the largest that any rank handed in the call before (a world of one: now)."""
+        """Cast a number; return the maximum of the previous step (in a world of one: of this step)."""
         if world() == 1:
             return number
-        before, found = self.pending, 0
+        before = self.pending
         ballot = torch.tensor([number])
         self.pending = (
             ballot,
             torch_dist.all_reduce(ballot, torch_dist.ReduceOp.MAX, group=_group, async_op=True),
         )
         if before:
-            _done(before[1])
-            found = int(before[0])
-        return found
+            _wait_for(before[1])
+            return int(before[0])
+        return 0
 
 
 def assert_same(value: str, what: str) -> None:
-    """Raise ConfigError on every rank unless all of them hold the same `value`."""
+    """Raise ConfigError on every rank unless all ranks have the same `value`."""
     values = gather_json(value)
-    odd = [str(number) for number, other in enumerate(values) if other != values[0]]
-    if odd:
-        raise ConfigError(f"{what} differs between rank 0 and rank {', '.join(odd)}", shared=True)
+    different = [str(number) for number, other in enumerate(values) if other != values[0]]
+    if different:
+        raise ConfigError(f"{what} differs between rank 0 and rank {', '.join(different)}", shared=True)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks, on its device; the input is left alone."""
+    """Sum of a tensor over all ranks, on its device. The input stays unchanged."""
     total = values.clone()
     if world() > 1:
         torch_dist.all_reduce(total, group=_group)

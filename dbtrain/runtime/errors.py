@@ -1,4 +1,4 @@
-"""What a user can fix, told apart from what is a bug."""
+"""Errors that a user can fix, as opposed to bugs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import errno
 
 
 class ConfigError(ValueError):
-    """Something the user can fix. The door prints `problems`, one a line, and exits 2.
+    """An error that the user can fix. The command line prints `problems`, one per line, and exits with 2.
 
-    `shared` is True where every rank raises the same, so that one of them need speak.
+    `shared`: every rank raises the same error, so only one rank per node prints it.
     """
 
     def __init__(self, *problems: str, shared: bool = False) -> None:
@@ -18,13 +18,13 @@ class ConfigError(ValueError):
 
 
 class Preempted(Exception):
-    """Work that stopped early and in order: all is saved, and the same command goes on from there."""
+    """Work stopped early on request. Everything is saved; the same command resumes it."""
 
 
 class Lost(Exception):
-    """Another rank is gone or does not answer; what was saved last is where a rerun goes on.
+    """Another rank is gone or does not answer. A rerun resumes from the last checkpoint.
 
-    `ended`: it ended of itself, having said why, so that a rerun would end alike.
+    `ended`: the other rank reported its own error before it exited, so a rerun would fail the same way.
     """
 
     def __init__(self, text: str, ended: bool) -> None:
@@ -32,7 +32,7 @@ class Lost(Exception):
         self.ended = ended
 
 
-# What an operating system refuses for reasons outside this program.
+# Errors of the operating system whose cause lies outside this program.
 _USER_ERRNOS = {
     getattr(errno, name)
     for name in (
@@ -44,12 +44,12 @@ _USER_ERRNOS = {
 
 
 def os_problem(error: OSError) -> str:
-    """One line for a full disk, a missing permission and the like; re-raises what is none of these."""
+    """One line on a full disk, a missing permission and the like. Re-raises any other error."""
     if error.errno not in _USER_ERRNOS:
         raise error
     return f"{error.filename or 'file system'}: {error.strerror}"
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library's error says, or its kind if it says nothing."""
+    """The first line of another library's error message, or the error's class if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

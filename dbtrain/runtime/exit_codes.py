@@ -1,4 +1,4 @@
-"""How a process ends: its exit code, and what a user is told of what went wrong."""
+"""How a process ends: its exit code and its last message to the user."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from dbtrain.runtime import preemption
 from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
 
-# What torch raises for things that a user can help, by a word of the error's kind or message.
-CURES = {
+# Remedies for errors of torch that a user can fix, by a part of the error's class or message.
+REMEDIES = {
     "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
     "or set train.gradient_checkpointing; `dbtrain doctor CONFIG --memory` says what fits",
     "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
@@ -20,15 +21,15 @@ PREEMPTED, LOST, INTERRUPTED = 75, 3, 130
 
 
 def end(work: Callable[[], None]) -> None:
-    """Do the work and exit: 0 done, 2 the user can fix it, 1 a bug, and see above."""
+    """Run `work` and exit with 0, 1 for a bug, 2 for an error that the user can fix, or a code above."""
     code = 1
     try:
         work()
         code = 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
-        if code == INTERRUPTED:  # click's word for a KeyboardInterrupt
-            print("interrupted; run the same command again to go on", file=sys.stderr)
+        if code == INTERRUPTED:  # click turns KeyboardInterrupt into this
+            print("interrupted; run the same command again to resume", file=sys.stderr)
     except ConfigError as error:
         code = _refuse(error)
     except OSError as error:
@@ -39,25 +40,29 @@ def end(work: Callable[[], None]) -> None:
     except Preempted as stop:
         code = _stopped(stop)
     except Exception as error:
-        lost = (
-            sys.modules["dbtrain.runtime.dist"].lost(error) if "dbtrain.runtime.dist" in sys.modules else None
-        )
-        cure = next((cure for kind, cure in CURES.items() if kind in f"{type(error).__name__} {error}"), None)
-        if lost:
-            code = _alone(lost)
-        elif cure:
-            code = _refuse(ConfigError(f"{reason(error)}: {cure}"))
+        dist = _dist()
+        text = f"{type(error).__name__} {error}"
+        remedy = next((remedy for part, remedy in REMEDIES.items() if part in text), None)
+        if dist and (lost := dist.lost(error)):
+            code = _survived(lost)
+        elif remedy:
+            code = _refuse(ConfigError(f"{reason(error)}: {remedy}"))
         else:
             traceback.print_exc()
-    if "dbtrain.runtime.dist" in sys.modules:
-        sys.modules["dbtrain.runtime.dist"].finish(code)
+    if dist := _dist():
+        dist.finish(code)
     sys.exit(code)
 
 
+def _dist() -> Any:
+    """The module `dist` if it was imported: it imports torch, which takes seconds."""
+    return sys.modules.get("dbtrain.runtime.dist")
+
+
 def _stopped(stop: Preempted) -> int:
-    """Say so once, and leave the marker. Under torchrun 0, as its agent takes all else for a failure."""
+    """Print a line on rank 0 and write the marker. 0 under torchrun, which treats other codes as failures."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"stopped: {stop}; run the same command again to go on", file=sys.stderr)
+        print(f"stopped: {stop}; run the same command again to resume", file=sys.stderr)
         if not preemption.interrupted():
             preemption.mark(str(stop))
     if preemption.interrupted():
@@ -65,13 +70,13 @@ def _stopped(stop: Preempted) -> int:
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
 
 
-def _alone(lost: Lost) -> int:
-    """Every survivor speaks and leaves the marker: any of them may be the only one."""
+def _survived(lost: Lost) -> int:
+    """Print the error and write the marker on every rank, since any of them could be the only survivor."""
     text = f"rank {os.environ['RANK']}: {lost}"
     if lost.ended:
         print(f"error: {text}", file=sys.stderr)
         return 2
-    print(f"error: {text}; run the same command again to go on from the last checkpoint", file=sys.stderr)
+    print(f"error: {text}; run the same command again to resume from the last checkpoint", file=sys.stderr)
     try:
         preemption.mark(text)
     except OSError as error:
@@ -80,13 +85,11 @@ def _alone(lost: Lost) -> int:
 
 
 def _refuse(error: ConfigError) -> int:
-    """Tell the user what to fix. What all ranks know is said once a node; else the rank has a name."""
-    distributed = (
-        "dbtrain.runtime.dist" in sys.modules and sys.modules["dbtrain.runtime.dist"].is_initialized()
-    )
-    alone = distributed and not error.shared
-    who = f"rank {os.environ['RANK']}: " if alone else ""
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print what to fix: once per node if all ranks raise the error, otherwise with the rank's number."""
+    dist = _dist()
+    one_rank = dist and dist.is_initialized() and not error.shared
+    prefix = f"rank {os.environ['RANK']}: " if one_rank else ""
+    if one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
-            print(f"error: {who}{problem}", file=sys.stderr)
+            print(f"error: {prefix}{problem}", file=sys.stderr)
     return 2

@@ -1,9 +1,8 @@
-"""Hashes: names made from content, the root of all randomness, and checksums of files.
+"""Hashes: keys made from content, the root of all random numbers, and checksums of files.
 
-`sha256_of` reads a file once in a process. `cached_sha256_of` is for a base model's gigabytes: it takes
-the hash from the Hub's cache, or from an earlier run as long as the file is in the same state. That state
-is its real path, inode, size and both its times; the time of the inode's change is the kernel's own, which
-no program can set back.
+`sha256_of` reads a file once per process. `cached_sha256_of` is for large files such as a base model's
+weights: it takes the hash from the Hub's cache, or from an earlier run while the file's real path, inode,
+size, mtime and ctime are the same. The kernel sets the ctime; no program can set it back.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ from pathlib import Path
 
 from dbtrain.runtime import files
 
-# A file that changes twice within a tick of its file system's clock keeps its times: a hash is kept
-# only if the file was at rest for this long, which also covers a server whose clock is behind.
+# A file that changes twice within one tick of its file system's clock keeps its times. So a hash is cached
+# only if the file has not changed for this long, which also allows for a file server whose clock is slow.
 REST_S = 10.0
-SMALL = 1 << 20  # bytes; reading so few is faster than looking up a hash
+SMALL = 1 << 20  # bytes; hashing a smaller file is faster than looking up its hash
 
 
 def digest(*parts: str | int) -> bytes:
-    """16 bytes that depend on `parts` alone: the root of all randomness here."""
+    """16 bytes that depend on `parts` alone. All random numbers derive from this."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
 def shuffled(count: int, *key: str | int) -> list[int]:
     """A permutation of range(count) that depends on `count` and `key` alone.
 
-    Sorted by digest, not `random.shuffle`, whose order no Python version promises to keep.
+    Sorts by digest. The order of `random.shuffle` could change between Python versions.
     """
     return sorted(range(count), key=lambda i: digest(*key, i))
 
 
 def content_key(value: object) -> str:
-    """sha256 of a JSON-able value, in hex."""
+    """sha256 of a JSON-serializable value, in hex."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex; read once while its size and times of change stay the same."""
-    seen = path.stat()
-    return _sha256(path, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    """sha256 of a file, in hex. Reads it once per process while its size, mtime and ctime stay the same."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @lru_cache(maxsize=4096)
@@ -58,51 +57,51 @@ def _sha256(path: Path, size: int, mtime_ns: int, ctime_ns: int) -> str:
     return checksum.hexdigest()
 
 
-def cached_sha256_of(path: Path) -> str:
-    """sha256 of a large file's bytes, in hex: from the Hub's cache or an earlier run where it is known."""
-    real = path.resolve()
+def cached_sha256_of(file: Path) -> str:
+    """sha256 of a large file, in hex, from the Hub's cache or an earlier run if known."""
+    real = file.resolve()
     if name := _hub_blob(real):
         return name
-    seen = real.stat()
-    if seen.st_size < SMALL:
+    stat = real.stat()
+    if stat.st_size < SMALL:
         return sha256_of(real)
-    kept, state = _place(real), _state(real, seen)
-    if known := _kept(kept, state):
+    path, state = _entry_path(real), _state(real, stat)
+    if known := _cached(path, state):
         return known
     sha256 = sha256_of(real)
-    at_rest = time.time() - max(seen.st_mtime, seen.st_ctime) > REST_S
-    if kept and at_rest and _state(real, real.stat()) == state:
+    at_rest = time.time() - max(stat.st_mtime, stat.st_ctime) > REST_S
+    if path and at_rest and _state(real, real.stat()) == state:
         entry = {"file": state, "sha256": sha256}
-        with contextlib.suppress(OSError):  # nothing can be written there: it is hashed again next time
-            files.write_atomically(kept, json.dumps(entry | {"check": content_key(entry)}) + "\n")
+        with contextlib.suppress(OSError):  # the cache is not writable: hash the file again next time
+            files.write_atomically(path, json.dumps(entry | {"check": content_key(entry)}) + "\n")
     return sha256
 
 
 def _hub_blob(real: Path) -> str | None:
-    """The name of a blob in the Hub's cache, which is the sha256 of every large file (others: 40 digits)."""
+    """The name of a blob in the Hub's cache: the sha256 of a large file (small files have a sha1)."""
     in_cache = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
     return real.name if in_cache and re.fullmatch(r"[0-9a-f]{64}", real.name) else None
 
 
-def _state(real: Path, seen: os.stat_result) -> list[str | int]:
-    """What differs between two states of a file."""
-    return [str(real), seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns]
+def _state(real: Path, stat: os.stat_result) -> list[str | int]:
+    """Values of which at least one changes whenever the file changes."""
+    return [str(real), stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _place(real: Path) -> Path | None:
-    """Where a file's hash is kept; nowhere for a user without a home folder."""
+def _entry_path(real: Path) -> Path | None:
+    """The cache entry of a file, or None for a user without a home folder."""
     try:
         return files.cache() / "sha256" / f"{content_key(str(real))[:32]}.json"
     except RuntimeError:
         return None
 
 
-def _kept(place: Path | None, state: list[str | int]) -> str | None:
-    """The hash kept for a file in this very state; None if there is none, or it is damaged."""
+def _cached(path: Path | None, state: list[str | int]) -> str | None:
+    """The cached hash of a file in this state, or None if the entry is missing or damaged."""
     try:
-        entry = json.loads(place.read_bytes()) if place else {}
+        entry = json.loads(path.read_bytes()) if path else {}
         check = entry.pop("check", None)
     except (OSError, ValueError, AttributeError, TypeError):
         return None
-    fits = check == content_key(entry) and entry.get("file") == state
-    return entry["sha256"] if fits else None
+    valid = check == content_key(entry) and entry.get("file") == state
+    return entry["sha256"] if valid else None

@@ -1,4 +1,4 @@
-"""Signs of life: each rank tells a store that it lives and where it is, for others to name who is gone."""
+"""Heartbeats: each rank reports its step to a shared store, so that the others can name a rank that died."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 PERIOD_S = 1.0
-PATIENCE_S = 3.5 * PERIOD_S  # without a beat for so long, a rank is gone
-GAVE_UP = "gave up on another"  # the end of a rank that is not to blame
+PATIENCE_S = 3.5 * PERIOD_S  # a rank without a beat for this long is gone
+GAVE_UP = "gave up on another"  # reported by a rank that is not the cause
 
 
 class Sign(NamedTuple):
-    """The last that was heard of a rank."""
+    """The last report of a rank."""
 
     beats: int
-    step: int  # that it was taking; 0 before the first
-    end: str  # how it ended, if it could say so
+    step: int  # 0 before the first step
+    end: str  # how it ended; empty while it runs
 
 
 class Heartbeat:
-    """Beats once a period, from a thread of its own: also while its rank computes or waits.
+    """Reports once per period from its own thread, also while the rank computes or waits.
 
-    `store` has `set(key, text)` and `multi_get(keys)`, and raises once its host is gone.
+    `store` has `set(key, text)` and `multi_get(keys)`. Both raise once its host is gone.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
@@ -46,26 +46,26 @@ class Heartbeat:
         while not self.closed.wait(PERIOD_S):
             try:
                 self._beat()
-            except Exception:  # the store's host is gone: those who ask will see it
+            except Exception:  # the store's host is gone, as `absent` will find out
                 return
 
     def close(self, end: str) -> None:
-        """Tell the others how this rank ends."""
+        """Report to the other ranks how this one ends."""
         self.closed.set()
-        self.thread.join(PERIOD_S)  # or its last beat could come after this one
-        with contextlib.suppress(Exception):  # the store's host is gone: there is nobody to tell
+        self.thread.join(PERIOD_S)  # so that no beat follows this report
+        with contextlib.suppress(Exception):  # the store's host is gone
             self._beat(end)
 
     def absent(self, sleep: Callable[[float], None] = time.sleep) -> tuple[str, bool]:
-        """Who is gone, or stuck, in words, and whether it ended of itself, having said why.
+        """A phrase that names the rank that is gone or stuck, and whether that rank reported its own end.
 
-        Takes a few seconds, to see whose beats go on.
+        Takes a few seconds, to see which ranks still beat.
         """
         try:
             before = self._everyone()
             sleep(PATIENCE_S)
             after = self._everyone()
-        except Exception:  # DistStoreError, DistNetworkError, RuntimeError: the libraries' kinds vary
+        except Exception:  # DistStoreError, DistNetworkError, RuntimeError, ...
             return "rank 0's node is gone, or cut off from this one", False
         others = [rank for rank in after if rank != self.rank and after[rank].end != GAVE_UP]
         ended = [rank for rank in others if after[rank].end]

@@ -1,9 +1,9 @@
-"""One run at a time in a folder: a lock file whose owner gives signs of life.
+"""One run at a time in a folder: a lock file that its owner touches regularly.
 
-Made by a hard link, which is one step on network file systems too; flock is none on many of them.
-A lock whose owner is gone is taken over, whether it ended on this machine or another.
-filelock 4.3's SoftFileLease does not: on Linux it takes over by RENAME_EXCHANGE only, which file systems
-may refuse, and an empty lock never. Nor does it know of SLURM's restarts.
+The lock is created by a hard link, which is atomic on network file systems too; many of them lack flock.
+A lock whose owner is gone is taken over, whichever machine the owner was on. filelock 4.3's
+SoftFileLease needs RENAME_EXCHANGE for that on Linux, which some file systems refuse; it never takes over
+an empty lock, and does not know SLURM's restarts.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from dbtrain.runtime.errors import ConfigError
 
 NAME = ".lock"
 BEAT_S = 5.0
-DEAD_S = 30.0  # without a sign of life for so long, an owner on another machine is gone
+DEAD_S = 30.0  # an owner on another machine that has not touched its lock for this long is gone
 POLL_S = 1.0
 
 
 @contextmanager
 def held(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
-    """Hold a folder's lock for the block, on behalf of all ranks; none if nothing can be written there.
+    """Hold a folder's lock for the block, on behalf of all ranks. A read-only folder needs no lock.
 
-    If another run has it: raises ConfigError on all ranks, or, with `wait`, waits until it is free.
+    If another run holds the lock, raises ConfigError on all ranks, or waits for it with `wait`.
     """
     mine: Lock | None = None
-    told = False
+    waiting = False
     while True:
         busy = False
         with dist.agreed():
@@ -49,9 +49,9 @@ def held(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
                     raise ConfigError(f"{what} {folder} is in use by {owner_of(folder)}; wait for it to end")
         if not dist.from_main(busy):
             break
-        if not told:
-            console.say(f"{what} {folder} is in use by {owner_of(folder)}: waiting for it")
-        told = True
+        if not waiting:
+            console.say(f"{what} {folder} is in use by {owner_of(folder)}; waiting for it to end")
+        waiting = True
         time.sleep(POLL_S)
     try:
         yield
@@ -61,7 +61,7 @@ def held(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
 
 
 class Lock:
-    """A lock that this process holds; a thread keeps it fresh."""
+    """A lock that this process holds and that a thread touches."""
 
     def __init__(self, path: Path, token: str) -> None:
         self.path, self.token = path, token
@@ -71,7 +71,7 @@ class Lock:
 
     @classmethod
     def take(cls, folder: Path) -> Lock | None:
-        """The lock of `folder`, taken over if its owner is gone; None if that lives."""
+        """The lock of `folder`, taken over if its owner is gone. None if the owner is alive."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / NAME
         token = secrets.token_hex(8)
@@ -83,13 +83,13 @@ class Lock:
                     os.link(part, path)
                     return cls(path, token)
                 except FileExistsError:
-                    heir = _inherit(path, part)
-                    if heir is not None:
-                        return cls(path, token) if heir else None
+                    replaced = _take_over(path, part)
+                    if replaced is not None:
+                        return cls(path, token) if replaced else None
                 except OSError as error:
                     if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
                         raise
-                    console.say(f"{folder} is on a file system without hard links: not locked")
+                    console.say(f"{folder} is on a file system without hard links and cannot be locked")
                     part.replace(path)
                     return cls(path, token)
         finally:
@@ -105,27 +105,27 @@ class Lock:
         while not self.closed.wait(BEAT_S):
             try:
                 os.utime(self.path)
-            except OSError:  # the folder vanished: the next save says so
+            except OSError:  # the folder was deleted; the next save reports it
                 return
 
 
 def owner_of(folder: Path) -> str:
-    """Who holds a folder's lock, in words."""
+    """A phrase that names the run which holds a folder's lock."""
     owner = _read(folder / NAME)
     job = f", job {owner['job']}" if owner.get("job") else ""
     return f"another run (process {owner.get('pid', '?')} on {owner.get('host', '?')}{job})"
 
 
 def holder(folder: Path) -> tuple[str, bool] | None:
-    """Who holds a folder's lock, in words, and whether it surely lives; None if nobody does.
+    """A phrase that names the run which holds a folder's lock, and whether it is certainly alive.
 
-    Looks and does not wait: of an owner on another machine nothing is sure.
+    None if nobody holds it. Does not wait, so an owner on another machine is never certainly alive.
     """
     owner = _read(folder / NAME)
-    near = owner.get("machine") == _machine()
-    if not owner or (near and _started(owner.get("pid", 0)) != owner.get("started")):
+    local = owner.get("machine") == _machine()
+    if not owner or (local and _started(owner.get("pid", 0)) != owner.get("started")):
         return None
-    return owner_of(folder), near
+    return owner_of(folder), local
 
 
 def _me() -> dict[str, Any]:
@@ -136,44 +136,45 @@ def _me() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _inherit(path: Path, part: Path) -> bool | None:
-    """Put `part` in the place of a lock whose owner is gone.
+def _take_over(path: Path, part: Path) -> bool | None:
+    """Replace a lock whose owner is gone by `part`.
 
-    False if it is alive; None if the lock changed meanwhile, so that all is to be asked again.
-    Only one may replace a given lock: who makes the file named by that lock's hash, its heir, and
-    should that one die before it did so, its heir in turn. A lock once replaced never comes back.
+    False if the owner is alive. None if the lock changed meanwhile, and the caller has to try again.
+    Only the process that creates the claim file, which is named by the lock's hash, may replace that
+    lock. If that process dies first, a claim on its claim replaces it, and so on. A lock that was
+    replaced never comes back, because every lock has its own token.
     """
     dead = before = _text(path)
-    heirs: list[Path] = []
+    claims: list[Path] = []
     while True:
         if before is None:
             return None
-        if _lives(heirs[-1] if heirs else path, _parsed(before)):
+        if _is_alive(claims[-1] if claims else path, _parsed(before)):
             return False
-        heirs.append(path.with_name(f"{NAME}.{sha256(before.encode()).hexdigest()[:16]}"))
+        claims.append(path.with_name(f"{NAME}.{sha256(before.encode()).hexdigest()[:16]}"))
         try:
-            os.link(part, heirs[-1])
+            os.link(part, claims[-1])
             break
         except FileExistsError:
-            before = _text(heirs[-1])
+            before = _text(claims[-1])
     try:
         if _text(path) != dead:
             return None
         part.replace(path)
         return True
     finally:
-        for heir in heirs:
-            heir.unlink(missing_ok=True)
+        for claim in claims:
+            claim.unlink(missing_ok=True)
 
 
-def _lives(path: Path, owner: dict[str, Any]) -> bool:
-    """Whether a lock's owner is there still; for one on another machine, waits for a sign of life."""
-    if not owner:  # spoilt
+def _is_alive(path: Path, owner: dict[str, Any]) -> bool:
+    """Whether a lock's owner is alive. Waits up to DEAD_S if only a touch of the lock can tell."""
+    if not owner:  # a damaged lock
         return False
     me = _me()
     if owner.get("machine") == me["machine"]:
         return _started(owner.get("pid", 0)) == owner.get("started") is not None
-    if owner.get("job") and owner["job"] == me["job"]:  # SLURM starts a job again after it has ended
+    if owner.get("job") and owner["job"] == me["job"]:  # SLURM restarts a job only once it has ended
         return owner.get("restart") == me["restart"]
     try:
         before, until = path.stat().st_mtime_ns, time.monotonic() + DEAD_S
@@ -188,7 +189,7 @@ def _lives(path: Path, owner: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """The boot and the process table that a pid belongs to."""
+    """The boot and the PID namespace that a pid belongs to."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -197,7 +198,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a living process started, in the kernel's clock; None if there is none (or a zombie)."""
+    """When a process started, in clock ticks since boot; None if it is not running or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -206,7 +207,7 @@ def _started(pid: int) -> str | None:
 
 
 def _started_elsewhere(pid: int) -> str | None:
-    """`_started` on systems without /proc, which do not tell the time."""
+    """`_started` on systems without /proc, where the start time is unknown."""
     if Path("/proc/self/stat").exists():
         return None
     try:
@@ -224,7 +225,7 @@ def _text(path: Path) -> str | None:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """What a lock says; nothing if it was spoilt, as by a power cut."""
+    """The values in a lock file; {} if it is damaged, for example by a power cut."""
     try:
         found = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, position) and nothing else: not the rank, clock or call order."""
+"""Random numbers as a function of (seed, position) alone, not of the rank, clock or call order."""
 
 from __future__ import annotations
 
@@ -18,47 +18,47 @@ def seed_of(*key: str | int) -> int:
 
 
 def generator(*key: str | int) -> torch.Generator:
-    """A CPU generator seeded by `key`: the same numbers on every machine and device."""
+    """A CPU generator seeded by `key`: the same numbers on every machine."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 class RowNoise(NamedTuple):
-    """All that is random about one training row."""
+    """All random numbers of one training row."""
 
     u: Tensor  # () uniform in [0, 1), becomes the timestep
     noise: Tensor  # shaped like the latent
     posterior: Tensor  # shaped like the latent: latent = mean + std * posterior
-    level: Tensor  # () uniform in [0, 1), for an upscaler: how rough the image is that it is given
+    level: Tensor  # () uniform in [0, 1), for an upscaler: becomes the noise level of its input image
 
 
 def sample_noise(
     seed: int, role: str, position: int, shape: tuple[int, ...], noise_offset: float
 ) -> RowNoise:
-    """The draws of the row at `position`, for a latent of `shape` (C, H, W).
+    """The random numbers of the row at `position`, for a latent of `shape` (C, H, W).
 
-    `noise_offset` adds a normal number for each channel to the noise, scaled by it.
+    `noise_offset` scales a normal number per channel that is added to the noise.
     Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org.
     """
     source = generator(seed, role, position)
-    # Said aloud, as libraries change the default dtype of all threads while they load a model.
-    how: dict[str, Any] = {"generator": source, "dtype": torch.float32}
-    u = torch.rand((), **how)
-    noise = torch.randn(shape, **how)
-    posterior = torch.randn(shape, **how)
-    if noise_offset:  # drawn last: turning it on leaves the other draws as they were
-        noise = noise + noise_offset * torch.randn((shape[0], 1, 1), **how)
-    level = torch.rand((), **how)
+    # The dtype is explicit because libraries change the default of all threads while they load a model.
+    options: dict[str, Any] = {"generator": source, "dtype": torch.float32}
+    u = torch.rand((), **options)
+    noise = torch.randn(shape, **options)
+    posterior = torch.randn(shape, **options)
+    if noise_offset:  # sampled after the others, which therefore do not depend on it
+        noise = noise + noise_offset * torch.randn((shape[0], 1, 1), **options)
+    level = torch.rand((), **options)
     return RowNoise(u, noise, posterior, level)
 
 
 @contextmanager
 def seeded(*key: str | int) -> Iterator[None]:
-    """Seed torch's global CPU generator by `key` for the block, and put it back after it."""
-    with torch.random.fork_rng(devices=[]):  # forking GPUs' would open a context on each of them
+    """Seed torch's global CPU generator by `key` for the block, and restore it afterwards."""
+    with torch.random.fork_rng(devices=[]):  # the default would open a context on every GPU
         torch.default_generator.manual_seed(seed_of(*key))
         yield
 
 
 def seed_dropout(*key: str | int) -> None:
-    """Seed torch's global generators, which dropout draws from, by `key`."""
+    """Seed torch's global generators, which dropout uses, by `key`."""
     torch.manual_seed(seed_of(*key))

@@ -1,23 +1,22 @@
-"""A run folder: every name in it, written down once.
+"""All file names in a run folder, in one place.
 
 runs/dog/
 ├── config.yaml          the resolved config
-├── log.txt  tb/         what the terminal showed; TensorBoard
-├── *.jsonl              a line per step: metrics, speed, timesteps, validation
+├── log.txt  tb/         console output; TensorBoard
+├── *.jsonl              one line per logged step: metrics, speed, timesteps, validation
 ├── checkpoints/         step-000500/: adapter, optimizer.safetensors, state.json
 ├── validation/          step-000500/: images and sheet.png
 ├── export/              the adapter's files, README.md, samples.png
 ├── samples/             step-000500/ or sample-<key>/: images and sheet.png
 ├── scores/              scores.json, sheet.png, checkpoints.json
 ├── report.html
-└── DONE, PREEMPTED      what batch scripts look for
+└── DONE, PREEMPTED      markers for batch scripts
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,62 +28,27 @@ STATE, OPTIMIZER = "state.json", "optimizer.safetensors"  # in a checkpoint
 SHEET = "sheet.png"  # in a folder of images
 SCORES = "scores.json"  # in a folder of scores
 SAMPLES = "samples.png"  # the contact sheet in an export
-TABLES = ("metrics", "speed", "validation", "timesteps")  # the *.jsonl of a run
+TABLES = ("metrics", "speed", "validation", "timesteps")  # *.jsonl files of a run
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The paths in one run folder. Raises ConfigError if `~` in it cannot be resolved."""
 
-    path: Path
-
     def __init__(self, run_dir: str | Path) -> None:
-        object.__setattr__(self, "path", files.expand(run_dir))
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tb"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def scores(self) -> Path:
-        return self.path / "scores"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def validation(self) -> Path:
-        return self.path / "validation"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    @property
-    def done(self) -> Path:
-        """Exists once the run is trained and exported."""
-        return self.path / "DONE"
-
-    @property
-    def preempted(self) -> Path:
-        """Exists while the run waits for the same command to be run again."""
-        return self.path / "PREEMPTED"
+        self.path = files.expand(run_dir)
+        self.config = self.path / "config.yaml"
+        self.log = self.path / "log.txt"
+        self.tensorboard = self.path / "tb"
+        self.export = self.path / "export"
+        self.scores = self.path / "scores"
+        self.samples = self.path / "samples"
+        self.validation = self.path / "validation"
+        self.report = self.path / "report.html"
+        self.done = self.path / "DONE"  # exists once the run is trained and exported
+        self.preempted = self.path / "PREEMPTED"  # exists while the same command has to be run again
 
     def table(self, name: str) -> Path:
-        """The *.jsonl called `name`, one of TABLES."""
+        """The path of a *.jsonl file. `name` is one of TABLES."""
         return self.path / f"{name}.jsonl"
 
     def checkpoint(self, step: int) -> Path:
@@ -107,13 +71,13 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """One dict per logged step, in order: step, loss, loss_instance, loss_prior, grad_norm, lr.
 
-        A line that a crash cut off is left out.
+        Skips a line that a crash truncated.
         """
         return read_lines(self.table("metrics"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a *.jsonl that are whole, in order; [] if there is no such file."""
+    """The complete lines of a *.jsonl file, in order; [] if the file does not exist."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -127,27 +91,28 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The folders called `step-<number>`, by their number."""
+    """The subfolders called `step-<number>`, sorted by number."""
     named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
     return sorted(filter(Path.is_dir, named), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a folder that `steps_in` finds."""
+    """The step in the name of a folder `step-<number>`."""
     return int(path.name.removeprefix("step-"))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises ConfigError if one of its files is missing or altered."""
+    """The state.json of a checkpoint. Raises ConfigError if one of its files is missing or altered."""
     try:
         state = json.loads((checkpoint / STATE).read_bytes())
-        odd = [name for name, sha in state["files"].items() if sha256_of(checkpoint / name) != sha]
+        damaged = [name for name, sha in state["files"].items() if sha256_of(checkpoint / name) != sha]
         if state["step"] != step_of(checkpoint) or not isinstance(state["identity"], dict):
-            odd.append(STATE)
+            damaged.append(STATE)
     except (ValueError, LookupError, TypeError, AttributeError, FileNotFoundError) as error:
         raise ConfigError(f"checkpoint {checkpoint} is damaged: {reason(error)}") from error
-    if odd:
-        raise ConfigError(f"checkpoint {checkpoint} is damaged: {', '.join(odd)} differs from its sha256")
+    if damaged:
+        names = ", ".join(damaged)
+        raise ConfigError(f"checkpoint {checkpoint} is damaged: {names} does not match its sha256")
     return state
 
 

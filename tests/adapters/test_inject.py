@@ -156,7 +156,7 @@ def test_trained_biases_are_kept_by_peft_s_format_and_taken_off_again(make: Make
     changed = [name for name, tensor in tensors.items() if name.endswith("conv_in.bias")
                and not torch.equal(tensor, base["conv_in.bias"])]  # fmt: skip
     assert changed
-    with pytest.raises(ConfigError, match="diffusers cannot hold trained biases; use peft"):
+    with pytest.raises(ConfigError, match="diffusers cannot store trained biases; use peft"):
         (run / "DONE").unlink()
         train(make(adapter__bias="all", train__steps=2, export__formats=["diffusers"]))
     pipe = AdapterPipeline.load(cfg.model)
@@ -276,8 +276,8 @@ def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_pa
     pipe.use({"good": 0.5})
     for name, told in {
         "kind": "of the kind IA3", "no-rank": "settings are damaged", "narrow.safetensors": "does not fit",
-        "truncated.safetensors": "no safetensors file", "a.bin": "pickle", "b.safetensors": "no safetensors",
-        "layout.safetensors": "layout of no format", "strange.safetensors": "no module 'nowhere.to_q'",
+        "truncated.safetensors": "not a safetensors file", "a.bin": "pickle", "b.safetensors": "not a safe",
+        "layout.safetensors": "matches no format", "strange.safetensors": "no module 'nowhere.to_q'",
         "mixed.safetensors": "different ranks", "empty": "neither a file nor a run folder",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=told):
@@ -296,7 +296,7 @@ def test_an_adapter_for_another_family_is_refused(
     for path in (folder, tmp_path / "k" / kohya_file.FILE):
         with pytest.raises(ConfigError, match="adapter"):
             pipe.add("dog", path)
-    with pytest.raises(ConfigError, match="kohya cannot hold an adapter of the unet of a deepfloyd model"):
+    with pytest.raises(ConfigError, match="kohya cannot store an adapter of the unet of a deepfloyd model"):
         formats.check("kohya", families.get("deepfloyd"), states)
 
 

@@ -64,7 +64,7 @@ def test_two_hosts_train_what_one_does_and_a_cut_cable_ends_it(
         time.sleep(0.05)
     subprocess.run(["bash", str(HERE / "netns2.sh"), "unplug", "1"], env=hosts, check=True)
     code, said = ends(both[:1])[0]
-    assert code == 1 and "gives up at step" in said and "go on from the last checkpoint" in said
+    assert code == 1 and "gives up at step" in said and "resume from the last checkpoint" in said
     subprocess.run(["pkill", "-9", "-f", str(path)], check=False)  # the host that was cut off
     ends(both[1:])
     subprocess.run(["bash", str(HERE / "netns2.sh"), "plug", "1"], env=hosts, check=True)

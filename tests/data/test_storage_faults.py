@@ -142,15 +142,15 @@ RECOVERED: dict[str, Harm] = {
 REFUSED: dict[str, tuple[Harm, str]] = {
     "shard missing": (lambda _, f: first(f, "class-*.tar").unlink(), "is missing; rerun: dbtrain prepare"),
     "shard cut short": (lambda _, f: cut(first(f, "instance-*.tar")), "truncated or altered; rerun"),
-    "shard flipped": (lambda _, f: flip(first(f, "instance-*.tar"), 700), "its sha256 is not the manifest's"),
+    "shard flipped": (lambda _, f: flip(first(f, "instance-*.tar"), 700), "does not match the manifest"),
     "shard that is a folder": (lambda _, f: replaced_by_a_folder(first(f, "class-*.tar")), "is missing"),
-    "shard of other rows": (lambda _, f: vouch(f, shards.pack([])), "does not hold the manifest's rows"),
-    "shard of garbage": (lambda _, f: vouch(f, b"garbage" * 100), "cannot be read|manifest's rows"),
+    "shard of other rows": (lambda _, f: vouch(f, shards.pack([])), "not match the rows in the manifest"),
+    "shard of garbage": (lambda _, f: vouch(f, b"garbage" * 100), "cannot be read|rows in the manifest"),
     "shard with a member that leaves its folder": (
         lambda _, f: with_member(f, "../../../outside.txt", b"x"), "cannot be read"
     ),
     "shard outside the folder": (lambda _, f: escaping(f), "damaged or of another version"),
-    "manifest missing": (lambda _, f: (f / MANIFEST).unlink(), "where there is no manifest.json"),
+    "manifest missing": (lambda _, f: (f / MANIFEST).unlink(), "has no manifest.json"),
     "manifest cut short": (lambda _, f: cut(f / MANIFEST), "damaged or of another version"),
     "manifest of no images": (lambda _, f: edit(f / MANIFEST, roles={}), "damaged or of another version"),
     "manifest of another version": (lambda _, f: edit(f / MANIFEST, version=99), "damaged or of another"),

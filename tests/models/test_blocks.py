@@ -13,7 +13,7 @@ from dbtrain.adapters import inject
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.models import kernels
 from dbtrain.models.blocks import blocks
-from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
 
@@ -33,7 +33,7 @@ def sd3() -> nn.Module:
 
 
 def unet(base: Callable[[], object]) -> Callable[[], nn.Module]:
-    return lambda: Pretrained.find(Model(path=str(base()))).load("unet")
+    return lambda: Base.find(Model(path=str(base()))).load("unet")
 
 
 UNET = {"BasicTransformerBlock": 4, "ResnetBlock2D": 8}

@@ -106,9 +106,9 @@ def test_the_whole_job_with_a_single_file(make: Make, tmp_path: Path, single_fil
 
 def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
-    with pytest.raises(ConfigError, match=r"no \.safetensors file; others are pickles"):
+    with pytest.raises(ConfigError, match=r"is not a \.safetensors file; other formats are pickles"):
         Base.find(Model(path=str(tmp_path / "model.ckpt")))
     (tmp_path / "cut.safetensors").write_bytes(single_file.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="holds no model"):
+    with pytest.raises(ConfigError, match="cannot read a model"):
         Base.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd())))
     assert not list((tmp_path / "cache").rglob("model_index.json"))

@@ -49,7 +49,7 @@ def test_survivors_name_who_is_gone_and_end(
     code, said = begun.end()
     assert code == 1 if torchrun else begun.processes.codes == {victim: -signal.SIGKILL, 1 - victim: 3}
     assert told in said and "; this rank gives up at step" in said
-    assert "the same command again to go on from the last checkpoint" in said
+    assert "the same command again to resume from the last checkpoint" in said
     assert "gone" in (tmp_path / "run" / "PREEMPTED").read_text(), "a batch script queues it again"
 
 

@@ -320,8 +320,8 @@ def test_a_folder_with_nothing_but_a_config_gives_a_page(make: Make, tmp_path: P
     assert page.driver.get_log("browser") == []
     assert page.texts(".state") == ["not trained yet"]
     text = page.texts("main")[0]
-    assert f"prepare.photos is '{tmp_path / 'gone'}', which is no folder" in text
-    assert "where there is no manifest.json; rerun: dbtrain prepare" in text
+    assert f"prepare.photos: '{tmp_path / 'gone'}' is not a directory" in text
+    assert "has no manifest.json; rerun: dbtrain prepare" in text
     assert "metrics.jsonl is missing or empty" in text and "No step was logged yet" in text
 
 

@@ -128,7 +128,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not fit base model "):
         pipe.add("a", tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("nothing")
-    with pytest.raises(ConfigError, match="no safetensors file"):
+    with pytest.raises(ConfigError, match="not a safetensors file"):
         pipe.add("b", tmp_path / "b.safetensors")
     assert not pipe.names()
 

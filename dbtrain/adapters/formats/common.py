@@ -1,4 +1,4 @@
-"""What the formats share: states, names, strengths."""
+"""Functions that the formats share: names, ranks and scales."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from dbtrain.adapters.state import AdapterState
 from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component
-Modules = Mapping[str, Sequence[str]]  # by component: names of the base's modules
+Modules = Mapping[str, Sequence[str]]  # by component: the names of the base's modules
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's, (out,)
 
 
 def nested(name: str) -> str:
-    """A CLIP layer's name below `text_model.`, where files have it; other names as they are."""
+    """A module's name in files: CLIP layers are below `text_model.`."""
     return f"text_model.{name}" if name.startswith("encoder.layers.") else name
 
 
 def native(name: str, names: Sequence[str]) -> str:
-    """A name below `text_model.` as the installed transformers has it."""
+    """A module's name in the installed transformers: newer versions have no `text_model.`."""
     flat = any(other.startswith("encoder.layers.") for other in names)
     return name.removeprefix("text_model.") if flat else name
 
 
 def by_module(state: AdapterState) -> dict[str, dict[str, Tensor]]:
-    """module -> tensor's own name -> tensor."""
+    """Module -> name of the tensor within it -> tensor."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.tensors.items():
         for mark in (".lora_", ".hada_", ".lokr_"):
-            module, found_mark, part = key.rpartition(mark)
-            if found_mark:
+            module, separator, part = key.rpartition(mark)
+            if separator:
                 found.setdefault(module, {})[mark[1:] + part] = tensor
                 break
     return found
@@ -43,13 +43,13 @@ def alpha_in(config: Mapping[str, Any]) -> float:
 
 
 def scale_of(config: Mapping[str, Any]) -> float:
-    """By what the update is multiplied."""
+    """The factor of the update: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
     rank = config["r"]
     return alpha_in(config) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def one_rank(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> int:
-    """The one rank of all layers. Raises ConfigError if they differ, or if it cannot be told."""
+    """The rank of all layers. Raises ConfigError if they differ, or if there are none."""
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(parts)}
     if len(ranks) != 1:
         raise ConfigError(f"its layers have {'different' if ranks else 'no'} ranks {sorted(ranks) or ''}")
@@ -57,7 +57,7 @@ def one_rank(tensors: Mapping[str, Tensor], parts: tuple[str, ...]) -> int:
 
 
 def lora_config(tensors: Mapping[str, Tensor], alpha: float | None = None) -> dict[str, Any]:
-    """PEFT's settings of a LoRA that came without them."""
+    """PEFT's config of a LoRA, inferred from its tensors."""
     rank = one_rank(tensors, ("lora_A.weight",))
     layers = {name.rpartition(".lora_A.")[0] for name in tensors if ".lora_A." in name}
     strength = float(rank if alpha is None else alpha)

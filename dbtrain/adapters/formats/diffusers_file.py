@@ -1,4 +1,4 @@
-"""Diffusers' file: what `load_lora_weights` of a pipeline reads."""
+"""Diffusers' format: a file for a pipeline's `load_lora_weights`."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ METADATA = "lora_adapter_metadata"  # Diffusers' key in the file's header
 
 
 def write(folder: Path, family: Family, states: States) -> None:
-    """Through Diffusers' own mixin, without importing the pipeline that inherits it.
+    """Write Diffusers' file with Diffusers' own mixin, which saves importing the pipeline.
 
-    The metadata carries alpha: without it a loader assumes alpha = rank.
+    The metadata contains alpha, which loaders would otherwise take to be the rank.
     """
     layers: dict[str, Any] = {}
     for component, state in states.items():
@@ -41,12 +41,12 @@ def write(folder: Path, family: Family, states: States) -> None:
 def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """A component's adapter under the names that Diffusers' loaders read.
 
-    Diffusers' converter renames attention layers only, and its UNet loader looks at the first key
-    to tell the form of all: half of a mixed file would silently not load. So an adapter with other
-    layers keeps PEFT's names throughout, which loaders read as well.
+    Diffusers' converter renames only attention layers, and its UNet loader infers the naming of all layers
+    from the first key, so half of a mixed file would silently not load. An adapter with other layers
+    therefore keeps PEFT's names, which loaders also read.
 
-    CLIP's layers stand under `text_model.`, as every loader and older file has them; transformers
-    5.6 dropped that level from CLIPTextModel (huggingface/diffusers#13984).
+    CLIP layers are below `text_model.`, as in older files and in every loader, although transformers 5.6
+    removed that level from CLIPTextModel (huggingface/diffusers#13984).
     """
     peft_keys = {nested(name): tensor for name, tensor in sorted(tensors.items())}
     converted = convert_state_dict_to_diffusers(peft_keys)
@@ -55,7 +55,7 @@ def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], modules: Modules) -> States:
-    """Of Diffusers' file: states by component, under PEFT's names."""
+    """The adapters in Diffusers' file by component, under PEFT's names."""
     states = {}
     for component, names in modules.items():
         mine = {

@@ -1,4 +1,4 @@
-"""kohya's file, with LyCORIS's names for LoHa and LoKr: what A1111, ComfyUI and Forge read."""
+"""kohya's format, with LyCORIS's names for LoHa and LoKr, for A1111, ComfyUI and Forge."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
 FILE = "kohya.safetensors"
-CONFIGS = "dbtrain"  # header: PEFT's settings of every component
-WHOLE = {"lokr_w1", "lokr_w2"}  # a LoKr layer of which neither factor is decomposed
+CONFIGS = "dbtrain"  # key in the header: PEFT's config of each component
+WHOLE = {"lokr_w1", "lokr_w2"}  # a LoKr layer without decomposed factors
 
-# PEFT's names of a layer's tensors -> kohya's and LyCORIS's.
+# PEFT's names of a layer's tensors -> kohya's. LyCORIS and PEFT have the same names.
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
@@ -55,9 +55,10 @@ def write(folder: Path, family: Family, states: States) -> None:
 
 
 def _kohya_layer(layer: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """One layer's tensors under kohya's names, and the alpha by which its readers find our strength.
+    """A layer's tensors under kohya's names, with the alpha that gives the right scale.
 
-    They take no scale where LoKr decomposes nothing (LyCORIS's rule): there it goes into a factor.
+    Readers ignore the scale of a LoKr layer without decomposed factors, as LyCORIS does, so it is
+    multiplied into one of them.
     """
     rank, scale = config["r"], scale_of(config)
     found = {PARTS.get(name, name): tensor for name, tensor in layer.items() if name != MAGNITUDE}
@@ -72,7 +73,7 @@ def _kohya_layer(layer: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict
 def read(
     tensors: Mapping[str, Tensor], header: Mapping[str, str], family: Family, modules: Modules
 ) -> States:
-    """Of kohya's file: states by component, under PEFT's names; of one of ours, all its settings too."""
+    """The adapters in kohya's file by component, under PEFT's names."""
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, part = key.partition(".")
@@ -85,7 +86,7 @@ def read(
         if mine:
             states[component] = _from_kohya(mine, configs.get(component))
     if layers:
-        raise ConfigError(f"its layer {min(layers)} is none of the base's")
+        raise ConfigError(f"the base has no module for its layer {min(layers)}")
     return states
 
 
@@ -113,17 +114,17 @@ def _from_kohya(layers: Mapping[str, Mapping[str, Tensor]], config: dict[str, An
 
 
 def _inferred(tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, Any]:
-    """PEFT's settings of another trainer's file, from its tensors."""
+    """PEFT's config of another trainer's file, inferred from its tensors."""
     kinds = {re.sub(r".*\.(lora|hada|lokr)_.*", r"\1", name) for name in tensors}
     if len(kinds) != 1 or not kinds <= {"lora", "hada", "lokr"}:
-        raise ConfigError(f"its layers are of the kinds {', '.join(sorted(kinds)) or 'none'}")
+        raise ConfigError(f"its layers must be of one kind, but are {', '.join(sorted(kinds)) or 'of none'}")
     kind = kinds.pop()
     if kind == "lora":
         return lora_config(tensors, alpha)
     parts = ("hada_w1_b",) if kind == "hada" else ("lokr_w2_b", "lokr_w1_b")
     if any(name.endswith(parts) for name in tensors):
         rank = one_rank(tensors, parts)
-    else:  # nothing is decomposed: any rank from which PEFT does not decompose
+    else:  # no factor is decomposed, as in PEFT with any rank this large
         rank = max(max(tensor.shape[:2]) for tensor in tensors.values())
     return {
         "peft_type": {"hada": "LOHA", "lokr": "LOKR"}[kind], "r": rank, "alpha": alpha or rank,

@@ -1,4 +1,4 @@
-"""PEFT's folders, one a component: what `PeftModel.from_pretrained` reads."""
+"""PEFT's format: a folder per component, for `PeftModel.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "b
 
 
 def contents(state: AdapterState) -> dict[str, bytes | str]:
-    """Contents of a PEFT folder, by file name."""
+    """The contents of a PEFT folder by file name."""
     named = {PREFIX + name: tensor for name, tensor in state.tensors.items()}
     return {
         WEIGHTS: safetensors.torch.save(named, {"format": "pt"}),
@@ -33,11 +33,11 @@ def write(folder: Path, family: Family, states: States) -> None:
 
 
 def read(folder: Path) -> AdapterState:
-    """The adapter in a PEFT folder. Raises ConfigError if it is none."""
+    """The adapter in a PEFT folder. Raises ConfigError if it is not one."""
     try:
         config = json.loads((folder / CONFIG).read_bytes())
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         config["peft_type"], config["target_modules"]
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder} is no PEFT adapter: {reason(error)}") from error
+        raise ConfigError(f"{folder} is not a PEFT adapter: {reason(error)}") from error
     return AdapterState({name.removeprefix(PREFIX): t for name, t in tensors.items()}, config)

@@ -1,10 +1,10 @@
-"""Adapter files that others read: Diffusers', PEFT's and kohya's, from PEFT's names and back.
+"""Formats of adapter files, written from and read into PEFT's names.
 
 | format | for | layout |
 |---|---|---|
 | diffusers | `load_lora_weights` | one file, `<component>.<module>.lora...`; metadata holds alpha |
-| peft | `PeftModel.from_pretrained` | one folder a component, `adapter_config.json` beside the weights |
-| kohya | A1111, ComfyUI, Forge | one file, `lora_unet_<module>...`, one alpha a layer; LyCORIS's names |
+| peft | `PeftModel.from_pretrained` | one folder per component, weights and `adapter_config.json` |
+| kohya | A1111, ComfyUI, Forge | one file, `lora_unet_<module>...`, one alpha per layer; LyCORIS's names |
 """
 
 from __future__ import annotations
@@ -31,55 +31,58 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Format:
-    """One form of adapter file, and what it can hold."""
+    """A format of adapter files, and what it can store."""
 
-    main: str  # file, or "" for a folder a component
+    main: str  # file name, or "" for a folder per component
     write: Callable[[Path, Family, States], None]
     kinds: tuple[str, ...]
     biases: bool = False
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
 
     def lacks(self, family: Family, states: States) -> str | None:
-        """What of this adapter the format cannot hold; None if it holds all."""
+        """The part of an adapter that the format cannot store; None if it can store everything."""
         for state in states.values():
             kind = state.config["peft_type"].lower()
             if kind not in self.kinds:
                 return f"a {kind} adapter"
             if not self.biases and any(name.endswith(".bias") for name in state.tensors):
                 return "trained biases"
-        if strange := set(states) - set(self.components(family)):
-            return f"an adapter of the {min(strange)} of a {family.name} model"
+        if unknown := set(states) - set(self.components(family)):
+            return f"an adapter of the {min(unknown)} of a {family.name} model"
         return None
 
 
 def natural(family: Family, states: States) -> tuple[str, ...]:
-    """The format to use when none is asked for: the first that holds all of the adapter."""
+    """The default formats of an adapter: the first one that can store it."""
     return (next(name for name, form in FORMATS.items() if not form.lacks(family, states)),)
 
 
 def check(name: str, family: Family, states: States) -> None:
-    """Raise ConfigError if a format cannot hold an adapter."""
+    """Raise ConfigError if a format cannot store an adapter."""
     if lacking := FORMATS[name].lacks(family, states):
         able = [other for other, form in FORMATS.items() if not form.lacks(family, states)]
         raise ConfigError(
-            f"export.formats: the format {name} cannot hold {lacking}; use {', '.join(able)}", shared=True
+            f"export.formats: the format {name} cannot store {lacking}; use {', '.join(able)}", shared=True
         )
 
 
 def write(name: str, folder: Path, family: Family, states: States) -> Path:
-    """Write an adapter into `folder` in one format; the path that its loader takes.
+    """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    For what the format can hold: see `check`. Raises ConfigError if the disk is full.
+    Raises ConfigError if the disk is full.
     """
     try:
         FORMATS[name].write(folder, family, states)
-    except SafetensorError as error:  # its writer reports a full disk this way
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
     return folder / FORMATS[name].main
 
 
 def find(adapter: str | Path) -> Path:
-    """The adapter of a run folder or an export folder, or the file itself. Raises ConfigError if none."""
+    """The adapter file or folder in a run or export folder, or the path itself if it is an adapter file.
+
+    Raises ConfigError if there is none.
+    """
     path = files.expand(adapter)
     if path.name == peft_folder.WEIGHTS and (path.parent / peft_folder.CONFIG).is_file():
         return path.parent
@@ -98,26 +101,26 @@ def find(adapter: str | Path) -> Path:
 
 
 def content_of(path: Path) -> str:
-    """A name for an adapter's content."""
+    """A hash of an adapter's content."""
     found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
     return content_key([[file.name, hashing.sha256_of(file)] for file in found])
 
 
 def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> States:
-    """The adapter in a file or folder of any format, by component, under PEFT's names.
+    """The adapters in a file or folder of any format, by component, under PEFT's names.
 
-    `modules`: component -> names of the base's modules. Raises ConfigError if it is none, if it is a
-    pickle, or if it does not fit.
+    `modules`: component -> the names of the base's modules. Raises ConfigError for anything but an adapter
+    that fits the base, and for pickles.
     """
     if path.suffix.lower() in PICKLES:
-        raise ConfigError(f"{path} is a pickle, which may run code; give a .safetensors file")
+        raise ConfigError(f"{path} is a pickle, which may run code; use a .safetensors file")
     found = {name: modules(name) for name in family.adaptable}
     try:
         states = _read_folder(path, family) if path.is_dir() else _read_file(path, family, found)
         _check(states, found)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # settings that are none
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # malformed config
         raise ConfigError(f"adapter {path}: its settings are damaged: {reason(error)}") from error
     return states
 
@@ -141,33 +144,31 @@ def _read_file(path: Path, family: Family, modules: Modules) -> States:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         metadata = json.loads(header.get(diffusers_file.METADATA, "{}"))
     except (SafetensorError, OSError, ValueError) as error:
-        raise ConfigError(f"no safetensors file: {reason(error)}") from error
+        raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     first = min(tensors, default="nothing")
     if any(first.startswith(f"{prefix}_") for prefix in family.kohya.values()):
         return kohya_file.read(tensors, header, family, modules)
     if any(first.startswith(f"{component}.") for component in modules):
-        strange = [key for key in tensors if key.split(".")[0] not in modules]
-        if strange:
-            raise ConfigError(f"a tensor is called {strange[0]}")
+        if unknown := [key for key in tensors if key.split(".")[0] not in modules]:
+            raise ConfigError(f"its tensor {unknown[0]} belongs to no component of the base")
         return diffusers_file.read(tensors, metadata, modules)
     raise ConfigError(
-        f"its first tensor is called '{first}', which is the layout of no format for {family.name} models"
+        f"its first tensor is called '{first}', which matches no format for {family.name} models"
     )
 
 
 def _check(states: States, modules: Modules) -> None:
-    """Raise ConfigError unless every layer is one of the base's."""
+    """Raise ConfigError unless the adapters fit the base's modules."""
     for component, state in states.items():
         if component not in modules:
-            raise ConfigError(f"it is for the component '{component}', which the base has not")
+            raise ConfigError(f"it is for the component '{component}', which the base does not have")
         names = set(modules[component])
-        strange = [layer for layer in by_module(state) if layer not in names]
-        if strange:
-            raise ConfigError(f"the base's {component} has no module '{strange[0]}'")
+        if unknown := [layer for layer in by_module(state) if layer not in names]:
+            raise ConfigError(f"the base's {component} has no module '{unknown[0]}'")
         if (kind := state.config["peft_type"]) not in KINDS:
             raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
         if not 0 < scale_of(state.config) < math.inf:
-            raise ConfigError(f"its strength is {scale_of(state.config)}")
+            raise ConfigError(f"its scale is {scale_of(state.config)}, which is not positive and finite")
         if kind == "LORA":
             one_rank(state.tensors, ("lora_A.weight",))
 

@@ -1,7 +1,7 @@
-"""DeepFloyd IF: diffusion of pixels, a T5 text encoder, a UNet that predicts its variance as well.
+"""DeepFloyd IF: pixel diffusion with a T5 text encoder and a UNet that also predicts the variance.
 
-DeepFloyd Lab at StabilityAI 2023, github.com/deep-floyd/IF; after Saharia et al. 2022, "Imagen",
-arXiv:2205.11487. Stage I draws 64 px pictures, stage II enlarges them to 256 px.
+DeepFloyd Lab at StabilityAI 2023, github.com/deep-floyd/IF, after Saharia et al. 2022, "Imagen",
+arXiv:2205.11487. Stage I generates 64 px images, stage II enlarges them to 256 px.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from dbtrain.models.objectives import DDPM
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
-LENGTH = 77  # tokens, as IFPipeline pads to
+LENGTH = 77  # tokens, as in IFPipeline
 ENLARGES = 4  # stage II: output px per input px
 
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """T5 ids and mask, (prompts, LENGTH) int64 each; lower case, as IFPipeline has it."""
+    """T5 token ids and mask, (prompts, LENGTH) int64 each, in lower case as in IFPipeline."""
     found = padded(tokenizers["text_encoder"], [prompt.lower().strip() for prompt in prompts], LENGTH)
     return {"text_encoder": found.input_ids, "mask": found.attention_mask}
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """T5's last hidden state, (prompts, L, D); padding is masked inside T5, not in the UNet."""
+    """T5's last hidden states, (prompts, L, D). Padding is masked in T5, not in the UNet."""
     return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"], attention_mask=ids["mask"])[0]}
 
 
@@ -46,22 +46,22 @@ def unit_pixels(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
 
 
 def check(base: Pretrained, channels: int) -> None:
-    """The UNet sees pixels (stage II: and those of the small image), and gives pixels and maybe variances."""
-    for name, right in (("in_channels", (channels,)), ("out_channels", (3, 6))):
-        if (found := base.setting("unet", name, int)) not in right:
-            raise ConfigError(f"base model {base.name}: {name} of its unet is {found}, not {right[0]}")
+    """Raise ConfigError unless the UNet takes `channels`, returns 3 or (with variance) 6, and fits the T5."""
+    for name, expected in (("in_channels", (channels,)), ("out_channels", (3, 6))):
+        if (found := base.setting("unet", name, int)) not in expected:
+            raise ConfigError(f"base model {base.name}: {name} of its unet is {found}, not {expected[0]}")
     wide = "encoder_hid_dim" if base.config("unet").get("encoder_hid_dim") else "cross_attention_dim"
     matching(base, [("unet", wide, "text_encoder", "d_model")])
 
 
 def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-    """Stage I. A UNet that learnt its variance predicts it too: that half gets no loss."""
+    """Stage I. Drops the predicted variance, which gets no loss."""
     prediction = unet(x_t, t, condition["prompt_embeds"].to(x_t.dtype), return_dict=False)[0]
     return prediction[:, : x_t.shape[1]]
 
 
 def denoise_2(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-    """Stage II: the small image, enlarged and roughened, beside x_t; how rough it is, as class label."""
+    """Stage II. Input: x_t and the noisy enlarged small image; its noise level as the class label."""
     both = torch.cat([x_t, condition["small"].to(x_t.dtype)], dim=1)
     prediction = unet(
         both, t, condition["prompt_embeds"].to(x_t.dtype), class_labels=condition["level"], return_dict=False
@@ -70,10 +70,10 @@ def denoise_2(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, T
 
 
 def small_image(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM | None) -> dict[str, Tensor]:
-    """What stage II enlarges: the image itself, made small, enlarged as IFSuperResolutionPipeline does,
-    and roughened to a random timestep, which the UNet is told.
+    """The image to enlarge in stage II: x0, reduced, resized as in IFSuperResolutionPipeline, with noise.
 
-    The row's posterior normals, which pixels have no use for, are its noise.
+    Its noise level is a random timestep, which the UNet gets too. The noise is the row's `posterior`, which
+    pixels do not need otherwise.
     """
     assert noising is not None
     side = x0.shape[-1]
@@ -84,7 +84,7 @@ def small_image(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM 
 
 
 def itself(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM | None) -> dict[str, Tensor]:
-    """What Diffusers' script gives stage II: the noisy image once more, and its timestep."""
+    """x_t once more and its timestep, as in Diffusers' training script for stage II."""
     return {"small": x_t, "level": t}
 
 
@@ -101,8 +101,8 @@ STAGE_1 = Family(
     check=partial(check, channels=3),
     denoise=denoise,
     vae=None,
-    lora_loads=("unet",),  # IFPipeline's loader knows CLIP's layers only
-    sampler={"variance_type": "fixed_small"},  # the adapter never trained the variance half
+    lora_loads=("unet",),  # IFPipeline's loader does not support T5
+    sampler={"variance_type": "fixed_small"},  # the adapter does not train the variance
 )
 STAGE_2 = replace(
     STAGE_1,

@@ -1,4 +1,4 @@
-"""What a model family is, and the functions that families share."""
+"""The definition of a model family, and functions that families share."""
 
 from __future__ import annotations
 
@@ -19,87 +19,86 @@ if TYPE_CHECKING:
 
 
 Sees = Callable[[Tensor, Tensor, Tensor, "Batch", DDPM | None], dict[str, Tensor]]
-"""(x0, x_t, t (rows,), batch, noising) -> what the denoiser sees besides, (rows, ...) each."""
+"""(x0, x_t, t (rows,), batch, noising) -> further conditions of the denoiser, (rows, ...) each."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """All that differs between model families: facts, then a few functions.
+    """Everything that differs between model families: constants and a few functions.
 
-    A family is a row, not a class: `train`, `prepare` and `export` ask it and never branch on it.
+    Other code uses these fields and never branches on the family.
     """
 
     name: str  # "sd"
     pipeline: str  # Diffusers class: "StableDiffusionPipeline"
-    denoiser: str  # component that learns: "unet"
+    denoiser: str  # the trained component: "unet"
     text_encoders: Mapping[str, str]  # text encoder -> its tokenizer
     tokenize: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Tensor]]
     """(tokenizers, prompts) -> token ids of each text encoder, (prompts, L) int64."""
     embed: Callable[[Mapping[str, nn.Module], Mapping[str, Tensor]], dict[str, Tensor]]
     """(text encoders, ids) -> condition: tensors, (prompts, ...) each."""
     space: Callable[[Pretrained, int], LatentSpace]
-    """(base, side in px) -> what the denoiser works on. Raises ConfigError if the side does not divide."""
+    """(base, side in px) -> the denoiser's space. Raises ConfigError if the VAE cannot divide the side."""
     encode_images: Callable[[nn.Module | None, Tensor], dict[str, Tensor]]
-    """(vae, images (B, 3, H, W) in [-1, 1]) -> what a shard stores, (B, C, H, W) each."""
+    """(vae, images (B, 3, H, W) in [-1, 1]) -> the tensors to store in shards, (B, C, H, W) each."""
     sample_posterior: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    """(stored, posterior normals (rows, C, H, W)) -> x0 before its scale, (rows, C, H, W) fp32."""
+    """(stored tensors, normal noise (rows, C, H, W)) -> unscaled x0, (rows, C, H, W) fp32."""
     check: Callable[[Pretrained], None]
-    """Raises ConfigError if the components of a base do not fit together; reads configs only."""
+    """Raises ConfigError if the components of a base do not fit together. Reads only their configs."""
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     """(denoiser, x_t, t (rows,), condition) -> prediction, shaped like x_t."""
     objective: Callable[[Mapping[str, Any], float | None], DDPM] = DDPM.of
-    """(the scheduler's config, gamma of min-SNR or None) -> what the denoiser learns."""
+    """(the scheduler's config, gamma of min-SNR or None) -> the training objective."""
     vae: str | None = "vae"  # None: the denoiser works on pixels
     row: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda meta, side: {}
-    """(a stored row's description, side in px) -> what it adds to the condition, one tensor each."""
-    noising: str | None = None  # scheduler that roughens the image which an upscaler enlarges
-    sees: Mapping[str, Sees] = field(default_factory=dict)  # what an upscaler is given, by model.low_res
-    enlarges: int = 1  # output side per side of the image that an upscaler is given
+    """(a row's description, side in px) -> further conditions of the row."""
+    noising: str | None = None  # scheduler that adds noise to the input image of an upscaler
+    sees: Mapping[str, Sees] = field(default_factory=dict)  # input of an upscaler, by model.low_res
+    enlarges: int = 1  # output side / input side of an upscaler
     lora_loads: tuple[str, ...] | None = None  # components whose LoRA the pipeline loads; None: all
-    lora_mixin: str = "StableDiffusionLoraLoaderMixin"  # the base of the pipeline's class that writes LoRA
+    lora_mixin: str = "StableDiffusionLoraLoaderMixin"  # base class of the pipeline that writes LoRA files
     kohya: Mapping[str, str] = field(default_factory=dict)  # component -> its prefix in kohya's files
-    sampler: Mapping[str, Any] = field(default_factory=dict)  # settings put over the base's scheduler
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, encoder: ()
-    """(name, text encoder) -> its modules that `embed` makes no use of: no gradient reaches them."""
+    """(name, text encoder) -> its modules that `embed` does not use and that get no gradient."""
 
     @property
     def adaptable(self) -> tuple[str, ...]:
-        """The components that an adapter may be on."""
+        """The components that can have an adapter."""
         return (self.denoiser, *self.text_encoders)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The components of a base that its pictures depend on."""
+        """The components of a base that generated images depend on."""
         optional = [part for part in (self.vae, self.noising) if part]
         return (self.denoiser, "scheduler", *optional, *self.text_encoders, *self.text_encoders.values())
 
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """What the denoiser works on: (stored latent - shift) * scale."""
+    """The denoiser's space. x0 = (stored latent - shift) * scale."""
 
     shape: tuple[int, ...]  # (C, H, W)
-    scale: tuple[float, ...] = (1.0,)  # one, or one a channel
+    scale: tuple[float, ...] = (1.0,)  # one, or one per channel
     shift: tuple[float, ...] = (0.0,)
 
     def unscaled(self, x0: Tensor) -> Tensor:
-        """The latent that the VAE has for what the denoiser works on, (..., C, H, W) both."""
+        """The VAE's latent for x0, (..., C, H, W) both."""
         scale, shift = (torch.tensor(values)[:, None, None] for values in (self.scale, self.shift))
         return x0 / scale + shift
 
 
 def vae_space(base: Pretrained, side: int) -> LatentSpace:
-    """The latents of a base's VAE for square images of `side` px."""
+    """The latent space of a base's VAE for square images of `side` px."""
     cell = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
     if side % cell:
         near = max(1, round(side / cell)) * cell
-        raise ConfigError(f"prepare.resolution is {side}, which the VAE of {base.name} cannot "
-                          f"divide; use a multiple of {cell}, e.g. {near}")  # fmt: skip
-    channels, scale = (
-        base.setting("vae", "latent_channels", int), base.setting("vae", "scaling_factor", (int, float))
-    )  # fmt: skip
-    config = base.config("vae")
-    shape = (channels, side // cell, side // cell)
+        raise ConfigError(
+            f"prepare.resolution is {side}, which the VAE of {base.name} cannot divide; use a multiple of "
+            f"{cell}, e.g. {near}"
+        )
+    config, scale = base.config("vae"), base.setting("vae", "scaling_factor", (int, float))
+    shape = (base.setting("vae", "latent_channels", int), side // cell, side // cell)
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = config["latents_mean"], config["latents_std"]
         return LatentSpace(shape, tuple(scale / value for value in std), tuple(map(float, mean)))
@@ -107,7 +106,7 @@ def vae_space(base: Pretrained, side: int) -> LatentSpace:
 
 
 def pixel_space(base: Pretrained, side: int) -> LatentSpace:
-    """Square RGB images of `side` px, in [-1, 1]."""
+    """The space of square RGB images of `side` px, in [-1, 1]."""
     return LatentSpace((3, side, side))
 
 
@@ -123,7 +122,7 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
 
 
 def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
-    """Token ids and masks, (prompts, length) int64, as a tokenizer gives them; says what it cuts."""
+    """The tokenizer's output, padded to (prompts, length) int64. Reports prompts that it truncates."""
     for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
         if len(ids) > length:
             say(f"prompt '{prompt}' has {len(ids)} tokens; the model reads the first {length}")
@@ -133,14 +132,14 @@ def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
 
 
 def tokenize_clip(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """CLIP token ids, (prompts, L) int64, padded to the tokenizer's length."""
+    """CLIP token ids, (prompts, L) int64, padded to the tokenizer's maximum length."""
     return padded(tokenizer, prompts, tokenizer.model_max_length).input_ids
 
 
 def encode_moments(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
     """Mean and standard deviation of the VAE's posterior, (B, C, h, w) fp32 each, unscaled.
 
-    Kept instead of a sample: drawing anew each time a row is trained on loses no randomness.
+    Storing these instead of a sample allows a new sample each time a row is trained on.
     Kingma & Welling 2013, "Auto-Encoding Variational Bayes", arXiv:1312.6114.
     """
     assert vae is not None
@@ -151,7 +150,7 @@ def encode_moments(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
 
 
 def sampled_moments(x0: Tensor, space: LatentSpace) -> dict[str, Tensor]:
-    """What a shard stores of a latent that a sampler gave, (C, h, w): itself, unscaled, without a spread."""
+    """The tensors to store for a generated latent, (C, h, w): itself, unscaled, with standard deviation 0."""
     return {"mean": space.unscaled(x0), "std": torch.zeros_like(x0)}
 
 

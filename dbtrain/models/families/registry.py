@@ -10,30 +10,29 @@ FAMILIES = {family.name: family for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd
 
 
 def get(name: str) -> Family:
-    """The family called `name`. Raises ConfigError if there is none."""
+    """The family called `name`. Raises ConfigError if it does not exist."""
     if name not in FAMILIES:
         raise ConfigError(f"model.family is '{name}'; choose from auto, {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def detect(base: Pretrained, cfg: Model) -> Family:
-    """The family of a base model, by the pipeline class that its model_index.json names.
+    """The family of a base model, by the pipeline class in its model_index.json.
 
-    Raises ConfigError if there is none, or if the base's components do not fit together.
+    Raises ConfigError if it matches no family, or if the base's components do not fit together.
     """
     pipeline = base.index.get("_class_name")
-    fitting = [family for family in FAMILIES.values() if family.pipeline == pipeline]
-    if cfg.family != "auto":
-        if fitting and fitting != [get(cfg.family)]:
-            raise ConfigError(
-                f"model.family is '{cfg.family}', but base model {base.name} is a {pipeline}, of the family "
-                f"'{fitting[0].name}'; use auto"
-            )
-        fitting = [get(cfg.family)]
-    if not fitting:
+    found = next((family for family in FAMILIES.values() if family.pipeline == pipeline), None)
+    family = found if cfg.family == "auto" else get(cfg.family)
+    if family is None:
         known = ", ".join(family.pipeline for family in FAMILIES.values())
         raise ConfigError(f"base model {base.name} is a {pipeline}; dbtrain trains {known}")
-    for part in fitting[0].parts:
-        base.config(part)  # names a component that is missing
-    fitting[0].check(base)
-    return fitting[0]
+    if found and found is not family:
+        raise ConfigError(
+            f"model.family is '{cfg.family}', but base model {base.name} is a {pipeline}, of the family "
+            f"'{found.name}'; use auto"
+        )
+    for part in family.parts:
+        base.config(part)  # raises if the component is missing
+    family.check(base)
+    return family

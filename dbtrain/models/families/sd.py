@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text encoder, VAE latents, UNet; epsilon or v-prediction.
+"""Stable Diffusion 1.x and 2.x: a CLIP text encoder, VAE latents and a UNet; epsilon or v-prediction.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
 """
@@ -26,7 +26,7 @@ def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str,
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Last hidden state after CLIP's final norm, (prompts, L, D). SD passes no attention mask."""
+    """CLIP's last hidden states after the final norm, (prompts, L, D). SD uses no attention mask."""
     return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"])[0]}
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (base): two CLIP text encoders, a pooled embedding, size and crop of each row.
+"""Stable Diffusion XL (base): conditions on two CLIP text encoders, a pooled embedding, and size and crop.
 
 Podell et al. 2023, "SDXL: Improving Latent Diffusion Models", arXiv:2307.01952.
 """
@@ -30,7 +30,7 @@ def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str,
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Last but one hidden states of both encoders side by side, (prompts, L, D1 + D2), and the second's
+    """The penultimate hidden states of both encoders, concatenated, (prompts, L, D1 + D2), and the second's
     projected pooled output, (prompts, D2)."""
     first = encoders["text_encoder"](ids["text_encoder"], output_hidden_states=True)
     second = encoders["text_encoder_2"](ids["text_encoder_2"], output_hidden_states=True)
@@ -39,13 +39,13 @@ def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[
 
 
 def row(meta: Mapping[str, Any], side: int) -> dict[str, Tensor]:
-    """The row's own size and crop, (6,): the denoiser learns to tell crops from whole pictures."""
+    """The row's size and crop, (6,), which tell the denoiser crops from whole images."""
     ids = [*meta["original_size"], *meta["crop"], side, side]
     return {"time_ids": torch.tensor(ids, dtype=torch.float32)}
 
 
 def idle(name: str, encoder: nn.Module) -> tuple[str, ...]:
-    """The first encoder's last layer: its output is not used."""
+    """The last layer of the first encoder, whose output `embed` does not use."""
     config: Any = encoder.config
     last = f"encoder.layers.{config.num_hidden_layers - 1}"
     if name != "text_encoder":
