@@ -36,9 +36,10 @@ from dbtrain.config import Adapter, Model
 from dbtrain.evaluate import tiny_judge
 from dbtrain.evaluate.tiny_judge import Scores
 from dbtrain.models.base import Base
+from dbtrain.models.families import sd
 from dbtrain.runtime import console
 from tests import bases
-from tests.conftest import ROOT, Done, finished
+from tests.conftest import ROOT
 
 FEW = ["prepare.class_images=2", "prepare.sampling.steps=2", "sample.steps=1", "validation.prompts=[]"]
 
@@ -169,7 +170,7 @@ def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pyt
     assert one.measures["efficiency"].median == 100 and two.measures["efficiency"].min > 0
 
 
-def test_the_flops_of_a_step_are_those_of_the_published_architectures() -> None:
+def test_the_flops_of_a_step_are_those_of_the_published_architectures(tmp_path: Path) -> None:
     """859.5 M and 2567 M parameters, as published; 1.7178 TFLOP for SD-1.5 with LoRA of rank 8."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random_bases, "_words", bases._words)
@@ -187,7 +188,7 @@ def test_random_bases_are_made_without_reading_weights(monkeypatch: pytest.Monke
     folder = bases.sd()
     real = Base.find(Model(path=str(folder))).load("unet").state_dict()
     monkeypatch.setattr("safetensors.torch.load_file", None)
-    base = random_bases.Random(str(folder), folder, None)
+    base = random_bases.Random(str(folder), folder, None, sd.FAMILY)
     one, again = (base.load("unet", torch.bfloat16).state_dict() for _ in range(2))
     assert {value.dtype for value in one.values()} == {torch.bfloat16}
     assert all(value.isfinite().all() and value.equal(again[name]) for name, value in one.items())

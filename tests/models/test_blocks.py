@@ -12,8 +12,8 @@ from torch import nn
 from dbtrain.adapters import inject
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.models import kernels
-from dbtrain.models.blocks import blocks
 from dbtrain.models.base import Base
+from dbtrain.models.blocks import blocks
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
 
