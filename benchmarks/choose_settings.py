@@ -23,7 +23,7 @@ import torch
 from benchmarks.subject_fidelity import CONFIG, figures, share
 from dbtrain.config import Config
 from dbtrain.evaluate import tiny_judge
-from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.export.export import export
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import console, dist
@@ -65,7 +65,7 @@ CHANGES = (
 )
 
 
-def run(change: Change, subject: str, work: Path, overrides: list[str]) -> dict[int, Scores]:
+def run(change: Change, subject: str, work: Path, overrides: list[str]) -> dict[int, JudgeScores]:
     """Scores of one run after each of `STEPS`."""
     photos = work / f"photos-{subject}-{change.photos}"
     photos.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def run(change: Change, subject: str, work: Path, overrides: list[str]) -> dict[
     return found
 
 
-def markdown(results: dict[tuple[Change, str], dict[int, Scores]], command: str) -> str:
+def markdown(results: dict[tuple[Change, str], dict[int, JudgeScores]], command: str) -> str:
     """A row a change and number of steps; means over subjects."""
     subjects = list(dict.fromkeys(subject for _, subject in results))
     several = len(subjects) > 1

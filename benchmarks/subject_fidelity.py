@@ -26,7 +26,8 @@ import torch
 
 from dbtrain.config import Config
 from dbtrain.evaluate import tiny_judge
-from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.evaluate.scores import table
+from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.export.export import export
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import console, dist
@@ -73,7 +74,7 @@ def settings(cell: Cell, work: Path, steps: Sequence[int], overrides: Iterable[s
     ])  # fmt: skip
 
 
-def run(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]) -> dict[int, Scores]:
+def run(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]) -> dict[int, JudgeScores]:
     """Train a cell; scores after each of `steps`, on rank 0 (an empty dict on the others)."""
     cfg = settings(cell, work, steps, overrides)
     with dist.agreed():
@@ -95,21 +96,23 @@ def share(value: float, spread: float | None = None) -> str:
     return f"{100 * value:.0f}%" + (f" ± {100 * spread:.0f}" if spread is not None else "")
 
 
-def figures(group: Sequence[Scores]) -> dict[str, tuple[float, float]]:
+def figures(group: Sequence[JudgeScores]) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation over runs of every score."""
     names = ["closed", *asdict(group[0])]
     values = {name: [getattr(scores, name) for scores in group] for name in names}
     return {name: (mean(v), stdev(v) if len(v) > 1 else 0.0) for name, v in values.items()}
 
 
-Results = dict[Cell, dict[int, Scores]]
+Results = dict[Cell, dict[int, JudgeScores]]
 ABOUT = """Mean ± standard deviation over runs (subjects × seeds). *Likeness* is the judge's cosine to the
 subject's five photos; *closed* is how much of the way from the base's pictures of the class to real
 pictures of the subject the adapter's pictures go; *drift* is the share of class pictures that turned
 into the subject; *diversity* is the mean 1 - cosine between class pictures."""
 
 
-def chosen(results: Results, step: int, prior: bool, rank: int, subject: str | None = None) -> list[Scores]:
+def chosen(
+    results: Results, step: int, prior: bool, rank: int, subject: str | None = None
+) -> list[JudgeScores]:
     """Scores after `step` of all runs of one kind."""
     return [
         found[step]
@@ -201,7 +204,7 @@ def main() -> None:
         cell = Cell(args.subjects[0], 0, True, rank)
         found = run(cell, work, steps[-1:], args.set)
         for scores in found.values():
-            console.say(tiny_judge.table(scores))
+            console.say(table(tiny_judge.shown(scores)))
             low = [f"{name} {getattr(scores, name):.2f} < {least}" for name, least in SMOKE.items()
                    if getattr(scores, name) < least]  # fmt: skip
             if low:

@@ -37,13 +37,13 @@ from benchmarks import (
 from benchmarks.common import Hardware, Measure, Result, Row
 from benchmarks.subject_fidelity import Cell
 from dbtrain.config import Adapter, Model
-from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
 from tests import bases
 from tests.conftest import ROOT
 
-GOOD = Scores(
+GOOD = JudgeScores(
     likeness_base=0.1, likeness=0.7, likeness_real=0.9, place=0.8, kind=0.9, drift=0.1, drift_base=0.0,
     diversity=0.6, diversity_base=0.7,
 )  # fmt: skip
