@@ -21,7 +21,7 @@ from benchmarks import common, trainer
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Config
 from dbtrain.evaluate import tiny_judge
-from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
@@ -87,7 +87,7 @@ def _folder(cell: Cell, work: Path) -> Path:
     return work / f"{cell.subject}-seed{cell.seed}-{words}"
 
 
-def train(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]) -> dict[int, Scores]:
+def train(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]) -> dict[int, JudgeScores]:
     """Train a cell; scores after each of `steps`, on rank 0 (an empty dict on the others)."""
     cfg = settings(cell, work, steps, overrides)
     with dist.agreed():
@@ -107,7 +107,7 @@ def train(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]
     return found
 
 
-def rows(results: Mapping[Cell, Mapping[int, Scores]]) -> list[Row]:
+def rows(results: Mapping[Cell, Mapping[int, JudgeScores]]) -> list[Row]:
     """A row a change and number of steps, over all runs; then one a subject, after the last of them."""
     found = []
     steps = sorted({step for scores in results.values() for step in scores})
@@ -121,7 +121,7 @@ def rows(results: Mapping[Cell, Mapping[int, Scores]]) -> list[Row]:
     return found
 
 
-def _row(label: str, group: Mapping[Cell, Scores]) -> Row:
+def _row(label: str, group: Mapping[Cell, JudgeScores]) -> Row:
     measures = {
         name: Measure.of(unit, [getattr(scores, name) * (100 if unit else 1) for scores in group.values()])
         for name, unit in FIGURES.items()

@@ -34,7 +34,7 @@ from benchmarks.common import Hardware, Measure, Result, Row
 from benchmarks.subject_fidelity import Cell
 from dbtrain.config import Adapter, Model
 from dbtrain.evaluate import tiny_judge
-from dbtrain.evaluate.tiny_judge import Scores
+from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.models.base import Base
 from dbtrain.models.families import sd
 from dbtrain.runtime import console
@@ -109,8 +109,8 @@ def test_the_published_figures_are_of_class_pictures(tmp_path: Path) -> None:
 
 
 def test_a_row_of_the_fidelity_table_is_over_all_runs() -> None:
-    def scores(likeness: float, drift: float) -> Scores:
-        return Scores(
+    def scores(likeness: float, drift: float) -> JudgeScores:
+        return JudgeScores(
             likeness_base=0.1, likeness=likeness, likeness_real=0.9, place=0.8, kind=0.9, drift=drift,
             drift_base=0.0, diversity=0.6, diversity_base=0.7,
         )  # fmt: skip

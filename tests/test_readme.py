@@ -108,7 +108,7 @@ def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRe
             assert path and Path(path[1]).is_file()
         rows = dict(re.findall(r"^(of the .*?)  +(\d+)% +\d+%$", said, re.MULTILINE))
         assert int(rows["of the way from base to real"]) >= 70, "what the README promises"
-        assert int(rows["of the subject's pictures in the place asked for"]) >= 75
+        assert int(rows["of the subject's images in the requested place"]) >= 75
     elif line.startswith("dbtrain report"):  # of the runs that the commands above left
         assert (checkout / shell(line, checkout).strip().removeprefix("report: ")).is_file()
     elif line.startswith("dbtrain init"):

@@ -1,4 +1,4 @@
-"""The base model: what is there of it, from names, sizes and headers; no weights are read."""
+"""The base model: checks of file names, sizes and headers. No weights are read."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
 def model(case: Case) -> Iterator[Found]:
-    """The folder, its family, and each component that is used."""
+    """The folder, its family, and each component in use."""
     path = case.cfg.model.path
+    # The folder and its index.
     try:
         here = Pretrained.here(case.cfg.model)
         if here is None:
@@ -32,8 +33,9 @@ def model(case: Case) -> Iterator[Found]:
             return
         base = Base.of(here, case.cfg.model)
     except ConfigError as problem:
-        yield from refused(problem, "give a whole Diffusers folder, a Hub id, or tiny")
+        yield from refused(problem, "use a complete Diffusers folder, a Hub id, or tiny")
         return
+    # Weights, vocabularies, and whether the resolution fits.
     found = [line for name in models_of(base.family) for line in _weights(base, name)]
     for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
@@ -49,26 +51,26 @@ def model(case: Case) -> Iterator[Found]:
 
 
 def models_of(family: Family) -> list[str]:
-    """The components that have weights."""
+    """The components with weights."""
     return [family.denoiser, *([family.vae] if family.vae else []), *family.text_encoders]
 
 
 def _absent(path: str) -> Iterator[Found]:
-    """A base that is still to come."""
+    """A base that is not here yet."""
     if files.expand(path).is_file():
         yield warning(
-            f"{path} is one file: the first start makes a Diffusers folder of it in {files.cache()}",
-            "nothing to do; or start `dbtrain prepare` once before the job",
+            f"{path} is a single file: the first run converts it to a Diffusers folder in {files.cache()}",
+            "nothing to do; or run `dbtrain prepare` once before the job",
         )
     elif _offline():
         yield error(
-            f"model.path is '{path}': no folder here, not in the Hub's cache, and HF_HUB_OFFLINE is set",
-            f"on a machine with network, unset HF_HUB_OFFLINE and run: hf download {path}",
+            f"model.path: '{path}' is not a directory, not in the Hub's cache, and HF_HUB_OFFLINE is set",
+            f"on a machine with network access, unset HF_HUB_OFFLINE and run: hf download {path}",
         )
     else:
         yield warning(
-            f"model.path is '{path}': not in the Hub's cache, so that the job would download it first "
-            "(whether it can was not tried)",
+            f"model.path: '{path}' is not in the Hub's cache, so the job would download it first "
+            "(not tried here)",
             f"run before the job: hf download {path}",
         )
 
@@ -80,49 +82,52 @@ def _offline() -> bool:
 
 
 def weight_files(base: Pretrained, component: str) -> list[Path]:
-    """The safetensors files of a component, in the variant asked for."""
+    """The safetensors files of a component, in the configured variant."""
     return [path for path in sorted((base.folder / component).glob("*.safetensors"))
             if _variant(path.name.removesuffix(".safetensors")) == base.variant]  # fmt: skip
 
 
 def _variant(stem: str) -> str | None:
-    """The variant in a file's name: `fp16` of `model.fp16-00001-of-00002`; None without one."""
+    """The variant in a file's name, e.g. `fp16` in `model.fp16-00001-of-00002`; None without one."""
     return stem.partition(".")[2].partition("-")[0] or None
 
 
 def _weights(base: Pretrained, component: str) -> Iterator[Found]:
-    """What is wrong with a component's files of weights."""
+    """Problems with a component's weight files."""
     folder = base.folder / component
     there, other = weight_files(base, component), sorted(folder.glob("*.safetensors"))
-    own = files.expand(base.name).exists()
-    fetch = "copy the folder again, whole" if own else f"get the whole model: hf download {base.name}"
+    local = files.expand(base.name).exists()
+    fetch = "copy the whole folder again" if local else f"get the whole model: hf download {base.name}"
+    # Files of the configured variant.
     if not there and other:
         variant = _variant(other[0].name.removesuffix(".safetensors"))
         yield error(
-            f"{folder} has no weights of variant {base.variant or 'null'}, but {other[0].name}",
+            f"{folder} has no weights of variant {base.variant or 'null'}, only {other[0].name}",
             f"set model.variant: {variant or 'null'}",
         )
     elif not there and (pickles := [path.name for kind in PICKLES for path in folder.glob(kind)]):
         yield error(
-            f"{folder} holds its weights as a pickle only ({pickles[0]}), which may run code: not read",
-            "get its .safetensors files, or convert it where you trust it, with Diffusers' "
+            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded",
+            "get its .safetensors files, or, if you trust it, convert it with Diffusers' "
             "save_pretrained(safe_serialization=True)",
         )
     elif not there:
-        yield error(f"{folder} holds no weights (*.safetensors)", fetch)
-    lacking = sorted({name for index in _indices(base, folder) for name in _named(index)})
-    if missing := [name for name in lacking if not (folder / name).is_file()]:
-        yield error(f"{folder} lacks {len(missing)} of {len(lacking)} files, e.g. {missing[0]}", fetch)
+        yield error(f"{folder} has no weights (*.safetensors)", fetch)
+    # Files that an index of sharded weights names.
+    named = sorted({name for index in _indices(base, folder) for name in _named(index)})
+    if missing := [name for name in named if not (folder / name).is_file()]:
+        yield error(f"{folder} is missing {len(missing)} of {len(named)} files, e.g. {missing[0]}", fetch)
+    # Headers, and the file lengths that follow from them.
     for path in there:
         try:
-            with safe_open(path, framework="np"):  # reads the header, and checks the file's length by it
+            with safe_open(path, framework="np"):
                 pass
         except (SafetensorError, OSError) as problem:
-            yield error(f"{path} is damaged or cut off: {reason(problem)}", fetch)
+            yield error(f"{path} is damaged or truncated: {reason(problem)}", fetch)
 
 
 def _indices(base: Pretrained, folder: Path) -> list[Path]:
-    """Indices of sharded weights in the variant asked for: `model.safetensors.index.fp16.json`."""
+    """Indices of sharded weights in the configured variant, e.g. `model.safetensors.index.fp16.json`."""
     end = f".index.{base.variant}.json" if base.variant else ".index.json"
     return [path for path in folder.glob("*.safetensors.index*.json") if path.name.endswith(end)]
 
@@ -132,22 +137,24 @@ def _named(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, LookupError, AttributeError, TypeError):
-        raise ConfigError(f"{index} is no index of weights; copy the model's folder again") from None
+        raise ConfigError(
+            f"{index} is not an index of sharded weights; copy the model's folder again"
+        ) from None
 
 
 def adapter(case: Case) -> Iterator[Found]:
-    """What the adapter is on, from the names and shapes in the headers of the weights."""
+    """The layers that the adapter is on, from the names and shapes in the weight headers."""
     parts = [part for part in _parts(case) if weight_files(case.base, part[0])]
     for component, cfg, part in parts:
-        modules = targets.Modules.of_layers(_class_of(case.base, component), _layers(case.base, component))
+        modules, _ = _layers(case.base, component)
         yield from ruled(lambda: targets.select(modules, cfg.targets, part), "use attention")  # noqa: B023
     total = adapter_bytes(case) // 4
     names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, _ in parts)
-    yield ok(f"{names}: about {total:,} parameters" if total else "not known without weights")
+    yield ok(f"{names}: about {total:,} parameters" if total else "unknown without weights")
 
 
 def _parts(case: Case) -> list[tuple[str, AdapterSettings, str]]:
-    """(component, settings, row of PRESETS) of each adapter."""
+    """(component, settings, key in PRESETS) for each adapter."""
     family = case.base.family
     found: list[tuple[str, AdapterSettings, str]] = [(family.denoiser, case.cfg.adapter, "denoiser")]
     if case.cfg.adapter.text_encoder:
@@ -156,37 +163,34 @@ def _parts(case: Case) -> list[tuple[str, AdapterSettings, str]]:
 
 
 def adapter_bytes(case: Case) -> int:
-    """About how large the adapter is, fp32; 0 where its targets select nothing."""
+    """Approximate size of the adapter in fp32, bytes; 0 if its targets select nothing."""
     count = 0
     for component, cfg, part in _parts(case):
-        layers = _layers(case.base, component)
-        modules = targets.Modules.of_layers(_class_of(case.base, component), layers)
+        modules, shapes = _layers(case.base, component)
         try:
             chosen = targets.selected(modules, targets.select(modules, cfg.targets, part))
-        except ConfigError:  # which `adapter` tells
+        except ConfigError:  # `adapter` reports it
             continue
-        sizes = [layers[name][0] + math.prod(layers[name][1:]) for name in chosen]
+        sizes = [shapes[name][0] + math.prod(shapes[name][1:]) for name in chosen]
         count += cfg.rank * sum(sizes) * (2 if cfg.kind == "loha" else 1)
     return 4 * count
 
 
-def _class_of(base: Base, component: str) -> str:
-    return str(base.index[component][1])
-
-
-def _layers(base: Base, component: str) -> dict[str, list[int]]:
-    """Shape of the weight of each linear and convolution layer of a component, by the layer's name."""
+def _layers(base: Base, component: str) -> tuple[targets.Modules, dict[str, list[int]]]:
+    """The linear and convolution layers of a component, and the shape of each one's weight by name."""
     found: dict[str, list[int]] = {}
     for path in weight_files(base, component):
         with safe_open(path, framework="np") as file:
             names: list[str] = list(file.keys())
-            shapes = {name: file.get_slice(name).get_shape() for name in names if name.endswith(".weight")}
-        found |= {n.removesuffix(".weight"): shape for n, shape in shapes.items() if len(shape) in (2, 4)}
-    return found
+            for name in names:
+                shape = file.get_slice(name).get_shape()
+                if name.endswith(".weight") and len(shape) in (2, 4):
+                    found[name.removesuffix(".weight")] = shape
+    return targets.Modules.of_layers(str(base.index[component][1]), found), found
 
 
 def hub(case: Case) -> Iterator[Found]:
-    """A token, where the result is to be pushed."""
+    """Whether there is a token, if the result is pushed."""
     from dbtrain.export import hub as verb
 
     repo = case.cfg.hub.repo
@@ -194,7 +198,7 @@ def hub(case: Case) -> Iterator[Found]:
     yield from found
     if repo and not found and _offline():
         yield error(f"hub.repo is '{repo}', but HF_HUB_OFFLINE is set: nothing can be pushed",
-                    "unset it, or set hub.repo: null and push later with `dbtrain export`")  # fmt: skip
+                    "unset it, or set hub.repo=null and push later with `dbtrain export`")  # fmt: skip
     elif not found:
         token = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "hf auth login"
-        yield ok(f"{repo}: there is a token, of {token}; not tried" if repo else "hub.repo is null: no push")
+        yield ok(f"{repo}: found a token ({token}), not tested" if repo else "hub.repo is null: no push")

@@ -1,11 +1,11 @@
-"""What `doctor` finds, and what it is given to look at."""
+"""What `doctor` checks, and what its checks find."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 from dbtrain.runtime.errors import ConfigError, os_problem
 
@@ -17,68 +17,61 @@ if TYPE_CHECKING:
     from dbtrain.data.shards import Manifest
     from dbtrain.models.base import Base
 
-Answer = TypeVar("Answer")
-LEVELS = ("ok", "warning", "error", "skipped", "")
+Level = Literal["ok", "warning", "error", "skipped", ""]  # "" continues the line above
 
 
 @dataclass(frozen=True)
 class Found:
-    """One line of the table."""
+    """One finding: a line of the table, and how to fix it."""
 
-    level: str  # one of LEVELS; "" goes on with the line above
+    level: Level
     what: str
     cure: str = ""
 
 
-def ok(what: str) -> Found:
-    return Found("ok", what)
+ok, warning, error = partial(Found, "ok"), partial(Found, "warning"), partial(Found, "error")
 
 
-def warning(what: str, cure: str) -> Found:
-    return Found("warning", what, cure)
+def refused(problem: ConfigError, cure: str = "", level: Level = "error") -> Iterator[Found]:
+    """One finding for each problem of a ConfigError.
 
-
-def error(what: str, cure: str) -> Found:
-    return Found("error", what, cure)
-
-
-def refused(problem: ConfigError, cure: str = "", level: str = "error") -> Iterator[Found]:
-    """What a verb's own rule says, a line each, its cure apart; `cure` where it names none."""
+    What follows a problem's last "; " is its cure. A problem without one gets `cure`.
+    """
     for line in problem.problems:
-        what, named, own = line.rpartition("; ")
-        yield Found(level, what, own) if named else Found(level, line, cure)
+        what, separator, own = line.rpartition("; ")
+        yield Found(level, what, own) if separator else Found(level, line, cure)
 
 
-def ruled(rule: Callable[[], Any], cure: str, level: str = "error") -> list[Found]:
-    """What is wrong by a verb's own rule; nothing if it does not raise."""
+def ruled(rule: Callable[[], Any], cure: str) -> list[Found]:
+    """The problems that `rule`, another command's own check, raises as ConfigError; [] if it passes."""
     try:
         rule()
     except ConfigError as problem:
-        return list(refused(problem, cure, level))
+        return list(refused(problem, cure))
     return []
 
 
 class Unknown(Exception):
-    """What a check builds on is not known; the check named in it has told why."""
+    """A check needs something that an earlier check, the one named here, could not find out."""
 
 
-FROM = {"base": "model", "photos": "photos", "manifest": "shards"}
+FROM = {"base": "model", "photos": "photos", "manifest": "shards"}  # attribute of Case -> check that sets it
 
 
 @dataclass
 class Case:
-    """What is checked, and what the checks have found out for those after them."""
+    """The config to check, and what checks have found out for later ones."""
 
     cfg: Config
-    ranks: int | None = None  # as asked for
+    ranks: int | None = None  # processes that will train, if given
     gib: float | None = None  # memory of a GPU elsewhere
-    memory: bool = False  # whether to predict it
+    memory: bool = False  # whether to predict memory
     base: Base = field(init=False)
-    photos: list[tuple[Path, PhotoQuality]] = field(init=False)  # those that can be read
+    photos: list[tuple[Path, PhotoQuality]] = field(init=False)  # the readable ones
     manifest: Manifest | None = field(init=False)  # None: there are no shards yet
 
     def __getattr__(self, name: str) -> Any:
-        """What has not been found out."""
+        """Raise Unknown for what no check has found out."""
         if name not in FROM:
             raise AttributeError(name)
         raise Unknown(FROM[name])
@@ -91,38 +84,30 @@ Check = Callable[..., Iterable[Found]]
 
 
 def looked(check: Check, case: Case | None) -> Iterator[Found]:
-    """What one check finds, whatever it runs into. Beside something wrong, what is right is no verdict."""
+    """Run one check, and turn what it raises into findings. After a problem, "ok" is no longer claimed."""
     fine = True
     try:
         for found in check(case):
             fine = fine and found.level not in ("warning", "error")
             yield found if fine or found.level != "ok" else Found("", found.what)
     except Unknown as missing:
-        yield Found("skipped", f"not checked: needs what '{missing}' could not find")
+        yield Found("skipped", f"not checked: depends on '{missing}'")
     except ConfigError as problem:
         yield from refused(problem)
     except OSError as problem:
-        yield error(os_problem(problem), "give a folder or file that can be read and written")
+        yield error(os_problem(problem), "use a folder or file that can be read and written")
 
 
 def listed(names: Sequence[Any], most: int = 4) -> str:
-    """Names in a line, the first few of many."""
+    """The first `most` names, separated by commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
 
 
 def size(count: float) -> str:
-    """Bytes in words."""
+    """A number of bytes with its unit, e.g. 2.13 GB."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-def ranks_of(case: Case, gpus: int = 0) -> int:
-    """How many processes are to train: as asked, as started, or one a GPU."""
-    started = os.environ.get("WORLD_SIZE", "")
-    if case.ranks:
-        return case.ranks
-    return int(started) if started.isdigit() and int(started) else max(1, gpus)

@@ -1,4 +1,4 @@
-"""A config looked at before it is queued: everything that would fail, found at once and in seconds."""
+"""Checks of a config before a job is queued: everything that would fail, found in seconds."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 from dbtrain.config import Config
 from dbtrain.doctor import environment as machine_checks
 from dbtrain.doctor import settings as setting_checks
-from dbtrain.doctor.case import Case, Check, Found, looked, ok, ranks_of, refused
+from dbtrain.doctor.case import Case, Check, Found, looked, ok, refused
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
-WIDTH = 16  # of the names of checks
-# Without a config; before torch is imported.
+WIDTH = 16  # of the column with the names of checks
+# Checks that need neither a config nor torch.
 ANYWAY: tuple[tuple[str, Check], ...] = (
     ("packages", machine_checks.versions),
     ("processes", machine_checks.started),
 )
+# Checks that need a config, but not torch.
 EARLY: tuple[tuple[str, Check], ...] = (
     ("prompts", setting_checks.prompts),
     ("learning rates", setting_checks.rates),
@@ -26,7 +27,7 @@ EARLY: tuple[tuple[str, Check], ...] = (
 
 
 def _later() -> tuple[tuple[str, Check], ...]:
-    """What needs torch, which takes two seconds to import. Each needs only what stands above it."""
+    """Checks that need torch, which takes two seconds to import. Each one depends only on earlier ones."""
     with importing(at_start=True):
         from dbtrain.doctor import base_model, disk, gpu, photos, shards_and_run
 
@@ -37,14 +38,14 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("photos", photos.photos),
         ("passes", photos.passes),
         ("class images", photos.of_class),
-        ("pictures", photos.drawn),
+        ("images", photos.generated_images),
         ("shards", shards_and_run.shards),
         ("batch", shards_and_run.batch),
         ("run folder", shards_and_run.run_folder),
-        ("writing", disk.writing),
+        ("write access", disk.writing),
         ("disk", disk.disk),
         ("GPU", gpu.gpu),
-        ("compiling", gpu.compiling),
+        ("compiler", gpu.compiling),
         ("Hub", base_model.hub),
         ("memory", memory),
     )
@@ -58,58 +59,57 @@ def check(
     memory: bool = False,
     dry_run: bool = False,
 ) -> Iterator[tuple[str, Found]]:
-    """(check, what it found) of all checks, as they are made; none of them stops the others.
+    """Run all checks, and yield (name of the check, finding). No check stops the others.
 
-    Nothing is written, downloaded or loaded, but for `dry_run`. `ranks`: processes that are to train.
-    `gib`: memory of the GPU that is to train, if it is not this machine's.
+    Writes, downloads and loads nothing, unless `dry_run`. `ranks`: processes that will train. `gib`: memory
+    of the GPU that will train, if it is not in this machine.
     """
+    # The config itself.
     cfg = None
     try:
         cfg = Config.load(config, overrides)
     except ConfigError as problem:
-        cure = "correct it in the file, or put section.key=value after it"
+        cure = "fix the file, or override it with section.key=value"
         yield from (("config", found) for found in refused(problem, cure))
     case = Case(cfg, ranks, gib, memory or gib is not None) if cfg else None
-    tables = [ANYWAY]
     if case:
-        yield "config", next(iter(setting_checks.loaded(case)))
-        tables.append(EARLY)
-    for table in tables:
-        yield from _each(table, case)
-    if case:
-        yield from _each(_later(), case)
-        if dry_run:
-            with importing(at_start=True):
-                from dbtrain.doctor import dry_run as rehearsal
+        yield "config", setting_checks.loaded(case)
+    # Checks in the order of what they need to import.
+    yield from _each(ANYWAY, case)
+    if not case:
+        return
+    yield from _each(EARLY, case)
+    yield from _each(_later(), case)
+    # The dry run.
+    if dry_run:
+        with importing(at_start=True):
+            from dbtrain.doctor import dry_run as trial
 
-            yield from (("dry run", found) for found in looked(rehearsal.dry_run, case))
+        yield from _each((("dry run", trial.dry_run),), case)
 
 
 def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Found]]:
     for name, one in table:
-        for found in looked(one, case):
-            yield name, found
+        yield from ((name, found) for found in looked(one, case))
 
 
 def memory(case: Case) -> Iterator[Found]:
-    """What training takes on each device, if asked for: that runs a step, on tensors without content."""
+    """The memory that training takes on each device, if asked for: runs a step on fake tensors."""
     if not case.memory:
-        yield ok(
-            "not asked for: --memory predicts it (half a minute for SDXL), --gib SIZE for a GPU elsewhere"
-        )
+        yield ok("not predicted; use --memory (half a minute for SDXL), or --gib SIZE for a GPU elsewhere")
         return
-    _ = case.base  # raises Unknown: it would be downloaded
+    _ = case.base  # raises Unknown instead of downloading it
     with importing():
         from dbtrain.doctor import memory as predicted
-    from dbtrain.doctor.gpu import gpus
+    from dbtrain.doctor.gpu import ranks_of
 
-    lines = predicted.report(case.cfg, case.gib, ranks_of(case, gpus(case)))
+    lines = predicted.report(case.cfg, case.gib, ranks_of(case))
     yield ok(next(lines))
     yield from (Found("", line) for line in lines)
 
 
 def table(found: Iterator[tuple[str, Found]]) -> Iterator[str]:
-    """Lines of the table, as they come; the last one counts."""
+    """Lines of the table as the findings come in; the last line counts errors and warnings."""
     counts = {"error": 0, "warning": 0}
     last = ""
     for name, one in found:

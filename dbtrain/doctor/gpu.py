@@ -1,4 +1,4 @@
-"""The GPU: whether there is one, and whether it can do what the config asks of it."""
+"""The GPU: whether there is one, and whether it can do what the config asks for."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from dbtrain.models import kernels
 from dbtrain.runtime import dist
 from dbtrain.train import cuda_graph
 
-LARGE = 200 << 20  # bytes of a denoiser that no one trains on a CPU
+LARGE = 200 << 20  # bytes of a denoiser that is too slow to train on a CPU
 
 
-def gpus(case: Case) -> int:
-    """GPUs of this machine that are to train."""
-    return 0 if case.gib else torch.cuda.device_count()
+def ranks_of(case: Case) -> int:
+    """How many processes will train: as given, as launched, or one for each GPU of this machine."""
+    if case.ranks:
+        return case.ranks
+    launched = os.environ.get("WORLD_SIZE", "")
+    if launched.isdigit() and int(launched):
+        return int(launched)
+    return max(1, 0 if case.gib else torch.cuda.device_count())
 
 
 def gpu(case: Case) -> Iterator[Found]:
@@ -28,14 +33,14 @@ def gpu(case: Case) -> Iterator[Found]:
     train = case.cfg.train
     found = torch.cuda.is_available()
     if case.gib:
-        yield ok(f"a GPU elsewhere, of {case.gib:g} GiB: of its kind nothing is known here")
+        yield ok(f"a GPU elsewhere with {case.gib:g} GiB; its model is unknown")
     elif not found:
         yield from _none(case)
     else:
         yield from _there(case)
     if train.cuda_graph and not found and case.gib:
-        yield warning("train.cuda_graph is true: this machine has no GPU to try that on",
-                      "run doctor there too")  # fmt: skip
+        yield warning("train.cuda_graph is true: this machine has no GPU to try it on",
+                      "run doctor on the GPU's machine too")  # fmt: skip
     elif not case.gib:
         yield from ruled(lambda: cuda_graph.check(train.cuda_graph, dist.device()), "set it to false")
 
@@ -45,8 +50,8 @@ def _none(case: Case) -> Iterator[Found]:
     weights = sum(path.stat().st_size for path in files)
     text = "no CUDA GPU here: trains on the CPU"
     if weights > LARGE:
-        yield warning(f"{text}, for days: the denoiser has {size(weights)} of weights",
-                      "start it where there is a GPU; --gib SIZE says whether it would fit")  # fmt: skip
+        yield warning(f"{text}, which takes days: the denoiser has {size(weights)} of weights",
+                      "use a machine with a GPU; --gib SIZE predicts whether it fits")  # fmt: skip
     else:
         yield ok(text)
 
@@ -57,7 +62,7 @@ def _there(case: Case) -> Iterator[Found]:
     yield ok(f"{torch.cuda.device_count()} x {about.name}, {about.total_memory / 2**30:.1f} GiB each; "
              f"attention: {kernel}")  # fmt: skip
     if "bf16" in train.precision and not torch.cuda.is_bf16_supported(including_emulation=False):
-        yield warning(f"train.precision is {train.precision}, which {about.name} emulates: slow",
+        yield warning(f"train.precision is {train.precision}, which {about.name} emulates slowly",
                       "use train.precision=fp16")  # fmt: skip
 
 
@@ -69,7 +74,7 @@ def compiling(case: Case) -> Iterator[Found]:
         ("prepare.sampling.compile", prepare and prepare.class_prompt and prepare.sampling.compile is True),
     ) if value]  # fmt: skip
     if not asked:
-        yield ok("not asked for")
+        yield ok("not needed: train.compile is off")
         return
     gpus = torch.cuda.is_available() or case.gib
     compiler = os.environ.get("CC", "gcc") if gpus else os.environ.get("CXX", "g++")

@@ -1,16 +1,17 @@
-"""How much memory training takes, before it starts: one step of the real loop on tensors without content.
+"""Predict the memory that training takes, from one real training step on fake tensors.
 
-The model is made from the base's config files alone, and `train_step` itself runs on it under torch's
-FakeTensorMode: each operator says which tensors it would make, and computes none. What lives at once is
-counted, so that checkpointing, precisions, adapters and families need no formulas of their own.
+The model is built from the base's config files alone. `compute_step` runs on it under torch's FakeTensorMode,
+where an operator creates its output tensors without data. Counting the live tensors covers checkpointing,
+precisions, adapters and families without a formula for any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,102 +19,95 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
-from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
 from dbtrain.models.base import Base
-from dbtrain.models.families.family import Family, LatentSpace
+from dbtrain.models.families.family import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.step import train_step
+from dbtrain.train.step import compute_step
 
 GIB = 2**30
-BLOCK = {"cuda": 512, "cpu": 64}  # a tensor takes a multiple of this, bytes
-# What a GPU needs besides tensors, estimated: its context and the libraries' workspaces, GiB, and the
-# share of memory that lies idle between tensors.
-CONTEXT_GIB, IDLE = 0.6, 0.04
+BLOCK = {"cuda": 512, "cpu": 64}  # allocators round a tensor up to a multiple of this, bytes
+# Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
+# of memory lost to fragmentation.
+CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on one rank's device at the fullest moment of a step."""
+    """Bytes on one rank's device at the peak of a step."""
 
-    base: int  # frozen weights, and what else the model holds: prompt table, noise schedule
+    base: int  # frozen weights, prompt table, noise schedule
     adapter: int
     moments: int
-    activations: int  # and what operators make and drop again
-    gradients: int  # those that live throughout: of the micro-batch before, or in DDP's buckets
-    drawing: int = 0  # of pictures for validation, between two steps: in place of the activations
+    activations: int  # with temporary tensors of operators
+    gradients: int  # that stay alive: of earlier micro-batches, or in DDP's buckets
+    validation: int = 0  # generating its images, between steps and so in place of the activations
 
     @property
     def peak(self) -> int:
-        """Of all tensors: what `torch.cuda.max_memory_allocated` tells of a run."""
+        """Peak of all tensors, as `torch.cuda.max_memory_allocated` measures it."""
         resident = self.base + self.adapter + self.moments + self.gradients
-        return resident + max(self.activations, self.drawing)
+        return resident + max(self.activations, self.validation)
 
     @property
     def needed(self) -> int:
-        """The peak, and an estimate of what a GPU needs besides tensors."""
-        return int(self.peak * (1 + IDLE) + CONTEXT_GIB * GIB)
+        """The peak, plus an estimate of what a GPU needs besides tensors."""
+        return int(self.peak * (1 + FRAGMENTED) + CONTEXT_GIB * GIB)
 
 
 def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
-    """The memory that training as `cfg` says takes on each of `ranks` devices: `cuda` or `cpu`.
+    """The memory that training with `cfg` takes on each of `ranks` devices; `device` is `cuda` or `cpu`.
 
-    Reads the base's config files and tokenizers, no weights. A compiled run is predicted as if it were
-    not; it keeps less. Raises ConfigError where training would.
+    Reads the base's config files and tokenizers, no weights. Predicts eager training; a compiled run keeps
+    less. Raises ConfigError where training would.
     """
-    family = base.family
-    hollow = _Hollow(base.name, base.folder, base.variant, family)
+    # The model without weights, and the shapes of its data.
+    skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
     shapes = _Shapes.of(cfg, base)
-    accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
-    share = RankSlice(cfg.train.micro_batch, cfg.train.micro_batch)
-    table, stored = _content(hollow, shapes)
-    model = DreamBooth.build(hollow, shapes.manifest(), table, cfg)
-    vae = hollow.load(family.vae) if family.vae else None
+    table, stored = _prepared(skeleton, shapes)
+    model = DreamBooth.build(skeleton, shapes.manifest(), table, cfg)
+    vae = skeleton.load(base.family.vae) if base.family.vae else None
+    # One step, counted in parts.
     math = like_cuda() if device == "cuda" else nullcontext()
     with FakeTensorMode(), math, MemoryCounter(BLOCK[device]) as counter:
-        _filled(model)
+        _materialize(model)
         adapter = counter.of(model.trainable().values())
         base_bytes = counter.live - adapter
         progress = _with_moments(model, cfg)
-        held = counter.peak = counter.live
-        train_step(model, progress, cast(LatentStream, _Rows(shapes, family, stored, share)), 0, cfg)
-        activations = counter.peak - held
-        drawing = _drawing(counter, model, vae, shapes, family, stored, cfg) if cfg.validation.prompts else 0
-    kept = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
-    return Prediction(base_bytes, adapter, held - base_bytes - adapter, activations, kept, drawing)
+        before = counter.peak = counter.live
+        batch = partial(_batch, base, shapes, stored)
+        compute_step(model, progress, [batch(cfg.train.micro_batch * shapes.roles)], cfg)
+        activations = counter.peak - before
+        validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
+    accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
+    gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
+    moments = before - base_bytes - adapter
+    return Prediction(base_bytes, adapter, moments, activations, gradients, validation)
 
 
-def _drawing(
-    counter: MemoryCounter,
-    model: DreamBooth,
-    vae: Any,
-    shapes: _Shapes,
-    family: Family,
-    stored: Mapping[str, Tensor],
-    cfg: Config,
+def _validation(
+    counter: MemoryCounter, model: DreamBooth, vae: Any, batch: Callable[[int], Batch], cfg: Config
 ) -> int:
-    """What a look at the run takes besides what lives throughout: the denoiser with guidance, or the VAE."""
+    """Bytes that validation adds to the resident tensors: the denoiser with guidance, or the VAE."""
     rows = min(cfg.sample.batch, cfg.validation.images) * (2 if cfg.sample.guidance > 1 else 1)
-    alone = replace(shapes, roles=1)
     before = counter.peak = counter.live
     with torch.no_grad(), model.working_copies.in_place():
         with PRECISIONS[cfg.train.precision].forward(torch.device("cpu")):
-            model(next(_Rows(alone, family, stored, RankSlice(rows, rows))))
+            model(batch(rows))
         if vae:
-            _filled(vae).decode(torch.empty(1, *shapes.space.shape), return_dict=False)
+            _materialize(vae).decode(torch.empty_like(batch(1).noise), return_dict=False)
     return counter.peak - before
 
 
 def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
-    """Settings under `train` that take less memory, and the config with them: the cheapest in speed first."""
+    """(changes under `train`, config with them) that save memory, those that cost the least speed first."""
     train = cfg.train
     smaller = [n for n in range(train.micro_batch - 1, 0, -1) if train.global_batch % n == 0]
     modes = ("none", "transformer", "blocks")
@@ -128,27 +122,29 @@ def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
             yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
 
 
-def _content(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A prompt table and one stored image, as `prepare` would make them: tensors without content."""
+def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(prompt table, one stored image) as `prepare` makes them, on the meta device."""
     tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
     ids = base.family.tokenize(tokenizers, [""] * shapes.prompts)
     encoders = {name: base.load(name) for name in base.family.text_encoders}
     vae = base.load(base.family.vae) if base.family.vae else None
     with FakeTensorMode() as fake, torch.no_grad():
-        stored = base.family.encode_images(vae and _filled(vae), torch.empty(1, 3, shapes.side, shapes.side))
+        stored = base.family.encode_images(
+            vae and _materialize(vae), torch.empty(1, 3, shapes.side, shapes.side)
+        )
         given = {name: fake.from_tensor(tensor) for name, tensor in ids.items()}
-        condition = base.family.embed({name: _filled(part) for name, part in encoders.items()}, given)
+        condition = base.family.embed({n: _materialize(part) for n, part in encoders.items()}, given)
     table = {f"condition.{name}": tensor for name, tensor in condition.items()}
     table |= {f"ids.{name}": tensor for name, tensor in ids.items()}
-    return _empty(table), _empty(stored)
+    return _on_meta(table), _on_meta(stored)
 
 
-def _empty(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
 
 
-class _Hollow(Base):
-    """A base whose components come without their weights."""
+class _Skeleton(Base):
+    """A base that loads its components without weights."""
 
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
         if not issubclass(self._class(component), nn.Module):
@@ -156,40 +152,34 @@ class _Hollow(Base):
         return self.skeleton(component).to(dtype).requires_grad_(False).eval()
 
 
-def _filled(module: Any) -> Any:
-    """The module with each tensor, wherever it was, replaced by one that the modes in force made."""
-    made: dict[int, Tensor] = {}
-
-    def like(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # T5 has one weight under two names
-            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            made[id(tensor)] = (
-                nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-            )
-        return made[id(tensor)]
-
-    keep = []  # ids are only unique among the living
+def _materialize(module: Any) -> Any:
+    """Replace every tensor of a module by a new one, which the active modes make fake and count."""
+    new: dict[Tensor, Tensor] = {}  # T5 has one weight under two names
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None:
-                    keep.append(tensor)
-                    tensors[name] = like(tensor)
+                if tensor is None:
+                    continue
+                if tensor not in new:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    new[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+                tensors[name] = new[tensor]
     return module
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """The shapes of what is trained on."""
+    """The shapes of the training data."""
 
     side: int  # px
     space: LatentSpace
-    roles: int  # instance images, and class images
+    roles: int  # 1: instance images; 2: class images too
     prompts: int
 
     @classmethod
     def of(cls, cfg: Config, base: Base) -> _Shapes:
-        """As `prepare` says, or as the shards are. Raises ConfigError if there is neither."""
+        """What `prepare` describes, or else what the shards have. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
             side = manifest.request["resolution"]
@@ -197,48 +187,36 @@ class _Shapes:
             prompts = len(manifest.prompts.texts)
         else:
             side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
-            prompts = roles if not cfg.prepare.captions else 1000  # more than rows: each row is encoded
+            # With captions, more prompts than a batch has rows, so that each row is encoded.
+            prompts = 1000 if cfg.prepare.captions else roles
         roles = roles if cfg.loss.prior_weight else 1
         return cls(side, base.family.space(base, side), roles, prompts)
 
     def manifest(self) -> Manifest:
-        """What the model is told of the shards."""
+        """A manifest with what the model needs to know about the shards."""
         space = self.space
-        told: Any = {"latent_shape": space.shape, "latent_scale": space.scale, "latent_shift": space.shift}
-        return Manifest.model_construct(**told)
+        values: Any = {"latent_shape": space.shape, "latent_scale": space.scale, "latent_shift": space.shift}
+        return Manifest.model_construct(**values)
 
 
-class _Rows:
-    """A stream of micro-batches without content."""
+def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int) -> Batch:
+    """A micro-batch of fake tensors."""
+    shape, side = (rows, *shapes.space.shape), shapes.side
+    extra = base.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
 
-    device = torch.device("cpu")
+    def like(values: Mapping[str, Tensor], skip: int) -> dict[str, Tensor]:
+        return {n: torch.empty(rows, *t.shape[skip:], dtype=t.dtype) for n, t in values.items()}
 
-    def __init__(
-        self, shapes: _Shapes, family: Family, stored: Mapping[str, Tensor], share: RankSlice
-    ) -> None:
-        self.shapes, self.family, self.stored, self.share = shapes, family, stored, share
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        rows, side = self.share.micro_batch * self.shapes.roles, self.shapes.side
-        shape = (rows, *self.shapes.space.shape)
-        extra = self.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
-
-        def like(values: Mapping[str, Tensor], skip: int) -> dict[str, Tensor]:
-            return {n: torch.empty(rows, *t.shape[skip:], dtype=t.dtype) for n, t in values.items()}
-
-        return Batch(
-            stored=like(self.stored, 1), posterior=torch.empty(shape), noise=torch.empty(shape),
-            u=torch.empty(rows), prompt=torch.empty(rows, dtype=torch.int64), weight=torch.empty(rows),
-            level=torch.empty(rows), position=torch.empty(rows, dtype=torch.float64),
-            extra=like(extra, 0), first=0, seen=0,
-        )  # fmt: skip
+    return Batch(
+        stored=like(stored, 1), posterior=torch.empty(shape), noise=torch.empty(shape),
+        u=torch.empty(rows), prompt=torch.empty(rows, dtype=torch.int64), weight=torch.empty(rows),
+        level=torch.empty(rows), position=torch.empty(rows, dtype=torch.float64),
+        extra=like(extra, 0), first=0, seen=0,
+    )  # fmt: skip
 
 
 def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
-    """What the second step begins with, and all that follow."""
+    """The state that every step but the first starts with: the optimizer has its moments."""
     scaler = torch.amp.GradScaler("cpu", enabled=PRECISIONS[cfg.train.precision].scaled)
     optimizer = optim.build(model.trainable(), cfg.optim)
     for parameter in model.trainable().values():
@@ -249,34 +227,37 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
 
 
 def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
-    """What training takes on each of `ranks` devices, line by line, and what would fit if that does not.
+    """Lines about the memory that training takes on each of `ranks` devices, and settings that would fit.
 
-    `gib`: memory of the GPU to train on, if it is not this machine's. Without either, for the CPU.
-    Raises ConfigError at its end, with what would fit, if it does not.
+    `gib`: memory of the GPU to train on, if it is not in this machine. Without any GPU, the lines are about
+    the CPU. If training does not fit, raises ConfigError after the last line, with settings that would.
     """
+    # The prediction.
     base = Base.find(cfg.model)
     device = "cuda" if gib or torch.cuda.is_available() else "cpu"
     found = predict(cfg, base, device, ranks)
-    yield f"of training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
+    yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
     yield from _table(found, device)
     if cfg.train.compile:
-        yield "train.compile is on: it keeps fewer activations than these, which are eager training's"
+        yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
     if device == "cpu":
         return
     has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
     if found.needed <= has:
         yield f"fits into {has / GIB:.1f} GiB"
         return
-    problem = f"training needs {found.needed / GIB:.2f} GiB, and so does not fit into {has / GIB:.1f} GiB"
-    yield f"does not fit into {has / GIB:.1f} GiB; trying what takes less"
+    problem = f"training needs {found.needed / GIB:.2f} GiB, which does not fit into {has / GIB:.1f} GiB"
+    yield f"does not fit into {has / GIB:.1f} GiB; trying settings that take less"
+    # Without validation images, if they set the peak: then nothing under `train` helps.
     without = ""
-    if found.drawing > found.activations:  # then nothing under `train` helps
+    if found.validation > found.activations:
         without = "validation.prompts=[] "
         cfg = cfg.model_copy(update={"validation": cfg.validation.model_copy(update={"prompts": ()})})
-        needed = replace(found, drawing=0).needed
+        needed = replace(found, validation=0).needed
         yield f"  {without}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
         if needed <= has:
-            raise ConfigError(f"{problem}; use {without.strip()}: then no pictures are drawn")
+            raise ConfigError(f"{problem}; use {without.strip()} (no validation images)")
+    # Smaller settings under `train`, one after the other.
     for changes, other in cheaper(cfg):
         words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
         try:
@@ -288,7 +269,8 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
         if needed <= has:
             raise ConfigError(f"{problem}; use {words}")
     raise ConfigError(
-        f"{problem}, nor does any of these; a smaller adapter.rank or prepare.resolution may, or a larger GPU"
+        f"{problem}, and neither do these settings; use a smaller adapter.rank or prepare.resolution, or a "
+        "larger GPU"
     )
 
 
@@ -296,8 +278,9 @@ def _table(found: Prediction, device: str) -> Iterator[str]:
     rows = [
         ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
         ("activations", found.activations), ("accumulated gradients", found.gradients),
-        *([("or, for validation, pictures", found.drawing)] if found.drawing else []), ("peak", found.peak),
+        *([("or, instead, validation images", found.validation)] if found.validation else []),
+        ("peak", found.peak),
     ]  # fmt: skip
     if device == "cuda":
-        rows.append(("with context, workspaces and gaps (estimated)", found.needed))
+        rows.append(("with context, workspaces, fragmentation (estimated)", found.needed))
     yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)

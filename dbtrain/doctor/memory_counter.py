@@ -1,4 +1,4 @@
-"""Counting the memory that tensors take, as operators make and drop them; on a CPU as if it were a GPU."""
+"""Count the memory of live tensors while operators run; on a CPU, as if it were a GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map_only
 
 
 class MemoryCounter(TorchDispatchMode):
-    """Bytes of the storages that operators under this mode made and that are still alive; their peak.
+    """Counts the live bytes of all storages that operators create under this mode, and their peak.
 
-    `block`: an allocator rounds each storage up to a multiple of this, bytes. What a kernel allocates
-    and frees within itself is not seen.
+    Each storage is rounded up to a multiple of `block` bytes, like an allocator does. What a kernel
+    allocates and frees internally is not counted.
     """
 
     def __init__(self, block: int = 1) -> None:
@@ -38,7 +38,7 @@ class MemoryCounter(TorchDispatchMode):
         return tree_map_only(Tensor, self._count, func(*args, **(kwargs or {})))
 
     def of(self, tensors: Iterable[Tensor]) -> int:
-        """What these tensors take, each storage once."""
+        """Bytes that these tensors take, each storage counted once."""
         sizes = {(s := tensor.untyped_storage())._cdata: s.nbytes() for tensor in tensors}
         return sum(map(self._rounded, sizes.values()))
 
@@ -61,12 +61,12 @@ class MemoryCounter(TorchDispatchMode):
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """In the block, CPU tensors are treated as a GPU's: fused attention, and autocast with norms in fp32.
+    """In the block, treat CPU tensors like a GPU's: fused attention, and autocast with norms in fp32.
 
-    torch cannot run autograd on fake CUDA tensors where it was built without CUDA, and one way for all
-    machines is one way to test. https://docs.pytorch.org/docs/stable/amp.html lists what CUDA's autocast
-    keeps in fp32; the CPU's list has no norms. By patches, as a TorchFunctionMode is off in the backward
-    pass, where checkpoints compute again.
+    A torch built without CUDA cannot run autograd on fake CUDA tensors, so that all machines use CPU tensors.
+    https://docs.pytorch.org/docs/stable/amp.html lists what CUDA's autocast keeps in fp32; the CPU's list has
+    no norms. This patches functions, as a TorchFunctionMode is off during the backward pass, where
+    checkpoints recompute.
     """
     ours = {name: _in_fp32(getattr(functional, name)) for name in ("group_norm", "layer_norm")}
     ours["scaled_dot_product_attention"] = _attention
@@ -93,7 +93,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What CUDA's choice of a fused kernel keeps: flash attention in half precisions, else the efficient one.
+    """Attention with the kernel that CUDA chooses: flash in half precision, else memory-efficient.
 
     Raises NotImplementedError for grouped queries, which no model here has.
     """

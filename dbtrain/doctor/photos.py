@@ -1,4 +1,4 @@
-"""The photos, their captions and the class images: what shows in them, and how much is trained on them."""
+"""The photos, their captions and the class images: their quality, and how often they are trained on."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dbtrain.prepare import class_images, plan
 from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
 
-FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, the field's guides up to some dozens
-SEEN = (20, 2000)  # how often each photo is trained on: guides say 80 to 1000 times
+FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few dozen
+SEEN = (20, 2000)  # times that each photo is trained on: guides say 80 to 1000
 
 
 def photos(case: Case) -> Iterator[Found]:
-    """Every photo opened, measured, and compared with the others."""
+    """Open and measure every photo, and compare it with the others."""
     cfg = case.cfg.prepare
     if cfg is None:
-        yield ok("no prepare section: none are read")
+        yield ok("no prepare section: no photos to check")
         return
     try:
         paths = images.of_subject(cfg)
@@ -33,6 +33,7 @@ def photos(case: Case) -> Iterator[Found]:
             problem, f"put photos of the subject ({', '.join(images.SUFFIXES)}) into that folder"
         )
         return
+    # Open all photos, and keep those that can be read.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         opened = list(pool.map(_open, paths))
     for one in opened:
@@ -41,13 +42,15 @@ def photos(case: Case) -> Iterator[Found]:
     case.photos = [
         (path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)
     ]
+    # Captions.
     if cfg.captions:
         for path in paths:
             yield from ruled(lambda path=path: images.caption(path),  # type: ignore[misc]
                              f"write {path.with_suffix('.txt').name} beside it")  # fmt: skip
+    # Too few or too many, too small, blurred, duplicate, badly cropped.
     yield from _count(len(paths))
-    yield from _single(case.photos, cfg)
-    yield from _twins(case.photos)
+    yield from _quality(case.photos, cfg)
+    yield from _duplicates(case.photos)
     yield from _crops(case.photos, cfg)
     sides = [min(one.height, one.width) for _, one in case.photos]
     shortest = f", short sides {min(sides)} to {max(sides)} px" if sides else ""
@@ -56,7 +59,7 @@ def photos(case: Case) -> Iterator[Found]:
 
 def _open(path: Path) -> PhotoQuality | ConfigError:
     try:
-        images.size(path)  # refuses what is too thin to crop
+        images.size(path)  # raises for what is too thin to crop
         return quality_of(images.load(path))
     except ConfigError as problem:
         return problem
@@ -65,68 +68,64 @@ def _open(path: Path) -> PhotoQuality | ConfigError:
 def _count(count: int) -> Iterator[Found]:
     if count < FEW:
         yield warning(
-            f"{count} photos are few: the subject is learnt with its background", f"take {FEW} to 10"
+            f"{count} photos are few: the background may be learned with the subject", f"use {FEW} to 10"
         )
     elif count > MANY:
         yield warning(
-            f"{count} photos are more than a subject needs; one odd one goes unnoticed", "keep the best"
+            f"{count} photos are more than a subject needs, and a bad one goes unnoticed", "keep the best"
         )
 
 
-def _single(looks: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
+def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
     """Photos that are too small or blurred."""
-    small = [f"{p.name} ({one.width} x {one.height})" for p, one in looks
+    small = [f"{p.name} ({one.width} x {one.height})" for p, one in photos
              if min(one.height, one.width) < cfg.resolution]  # fmt: skip
     if small:
         yield warning(
-            f"smaller than prepare.resolution ({cfg.resolution} px), and so enlarged: {listed(small)}",
+            f"smaller than prepare.resolution ({cfg.resolution} px), so they are upscaled: {listed(small)}",
             "use larger photos, or a smaller prepare.resolution",
         )
-    blurred = [f"{p.name} ({one.sharpness:.0f})" for p, one in looks if one.sharpness < SHARP]
+    blurred = [f"{p.name} ({one.sharpness:.0f})" for p, one in photos if one.sharpness < SHARP]
     if blurred:
-        yield warning(
-            f"blurred (sharpness below {SHARP:.0f}): {listed(blurred)}", "replace or remove what is not sharp"
-        )
+        yield warning(f"blurred (sharpness below {SHARP:.0f}): {listed(blurred)}", "replace or remove them")
 
 
-def _twins(looks: list[tuple[Path, PhotoQuality]]) -> Iterator[Found]:
-    """Photos that stand there twice: those count double in training."""
-    hashes = [hashing.sha256_of(path) for path, _ in looks]
-    pairs = alike([one for _, one in looks])
-    same = [f"{looks[a][0].name} = {looks[b][0].name}" for a, b in pairs if hashes[a] == hashes[b]]
-    near = [f"{looks[a][0].name} ~ {looks[b][0].name}" for a, b in pairs if hashes[a] != hashes[b]]
+def _duplicates(photos: list[tuple[Path, PhotoQuality]]) -> Iterator[Found]:
+    """Photos that are there twice, and so count double in training."""
+    hashes = [hashing.sha256_of(path) for path, _ in photos]
+    pairs = alike([one for _, one in photos])
+    same = [f"{photos[a][0].name} = {photos[b][0].name}" for a, b in pairs if hashes[a] == hashes[b]]
+    near = [f"{photos[a][0].name} ~ {photos[b][0].name}" for a, b in pairs if hashes[a] != hashes[b]]
     if same:
-        yield warning(
-            f"the same file twice, and so trained on twice as often: {listed(same)}", "remove one of them"
-        )
+        yield warning(f"duplicate files, trained on twice as often: {listed(same)}", "keep one of each")
     if near:
-        yield warning(f"nearly the same picture: {listed(near)}", "keep one of them; other views teach more")
+        yield warning(f"near duplicates: {listed(near)}", "keep one of each; other views teach more")
 
 
-def _crops(looks: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
-    """Photos whose centre square leaves out much, or holds less of the details than another square."""
+def _crops(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
+    """Photos whose center crop cuts off a lot, or has less detail than another square."""
     if cfg.crop != "center":
         return
     cut = []
-    for path, one in looks:
+    for path, one in photos:
         if one.missed < MISSED and one.left_out < LEFT_OUT:
             continue
         tall, wide = images.resized(one.height, one.width, cfg.resolution)
         top, left = round((tall - cfg.resolution) / 2), round((wide - cfg.resolution) / 2)
         ends = ("left", "right") if wide > tall else ("top", "bottom")
-        text = f"{path.name} (from {left},{top} px of {wide} x {tall}; {one.left_out:.0%} of it is left out"
+        text = f"{path.name} (at {left},{top} of {wide} x {tall} px; {one.left_out:.0%} is cut off"
         if one.missed >= MISSED:
-            text += f", a square nearer its {ends[one.best > 0.5]} has {one.missed:.0%} more of its edges"
+            text += f", a square closer to the {ends[one.best > 0.5]} has {one.missed:.0%} more of the edges"
         cut.append(text + ")")
     if cut:
         yield warning(
-            f"the centre crop cuts off much: {listed(cut)}",
-            "see that the subject is in the middle: crop these by hand, or use prepare.crop: random",
+            f"the center crop cuts off a lot: {listed(cut)}",
+            "check that the subject is in the center; if not, crop by hand, or use prepare.crop=random",
         )
 
 
 def passes(case: Case) -> Iterator[Found]:
-    """How often each photo is trained on."""
+    """How often each photo is trained on, over the whole run."""
     cfg, count = case.cfg, len(case.photos)
     if not count:
         yield Found("skipped", "not checked: no photo can be read")
@@ -142,15 +141,15 @@ def passes(case: Case) -> Iterator[Found]:
         yield ok(text)
         return
     steps = max(1, round(100 * count / cfg.train.global_batch))
-    effect = "too seldom to learn it" if each < low else "which overfits"
-    yield warning(f"{text}, {effect}; usual are {low} to {high}", f"start from train.steps={steps}")
+    effect = "too rarely to learn it" if each < low else "which overfits"
+    yield warning(f"{text}, {effect}; usual are {low} to {high}", f"start with train.steps={steps}")
 
 
 def of_class(case: Case) -> Iterator[Found]:
-    """How many class images there are, and how many are to be drawn."""
+    """How many class images there are, and how many have to be generated."""
     cfg = case.cfg.prepare
     if cfg is None or not cfg.class_prompt:
-        yield ok("none asked for: no prior preservation")
+        yield ok("no prepare.class_prompt: no prior preservation")
         return
     own = class_images.find_own(cfg)
     for path in own:
@@ -161,32 +160,34 @@ def of_class(case: Case) -> Iterator[Found]:
         return
     plan.left(cfg, "class", cfg.class_images)
     kept = sum(path.exists() for path in generated(case, count))
-    yield ok(f"{cfg.class_images}: {len(own)} of yours, {kept} kept, {count - kept} to generate, "
-             f"in {class_images.root(cfg)}")  # fmt: skip
+    yield ok(f"{cfg.class_images}: {len(own)} of your own, {kept} already generated, "
+             f"{count - kept} to generate, in {class_images.root(cfg)}")  # fmt: skip
 
 
-def drawn(case: Case) -> Iterator[Found]:
-    """What is drawn while it trains, and of its result."""
+def generated_images(case: Case) -> Iterator[Found]:
+    """How many images are generated during and after training."""
     cfg = case.cfg
-    looks = 1 + -(-cfg.train.steps // cfg.validation.every) if cfg.validation.prompts else 0
-    count = looks * len(cfg.validation.prompts) * cfg.validation.images
-    at_the_end = 2 * len(cfg.sample.prompts) * cfg.sample.images
-    if count + at_the_end:
+    validations = 1 + -(-cfg.train.steps // cfg.validation.every) if cfg.validation.prompts else 0
+    count = validations * len(cfg.validation.prompts) * cfg.validation.images
+    after = 2 * len(cfg.sample.prompts) * cfg.sample.images
+    if count + after:
         side = cfg.prepare.resolution if cfg.prepare else None
         sampler.small_pictures(cfg.sample.low_res, case.base.family, side)
-        yield ok(f"{count} in {looks} validations, {at_the_end} at the end, of {cfg.sample.steps} steps each")
+        yield ok(
+            f"{count} in {validations} validations, {after} after training; {cfg.sample.steps} steps each"
+        )
     else:
-        yield ok("none: validation.prompts would show whether it learns")
+        yield ok("none; set validation.prompts to see whether it learns")
 
 
 def generated(case: Case, count: int) -> list[Path]:
-    """Where generated class images are, if any of this prompt are there: else the base need not be hashed."""
+    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base."""
     cfg = case.cfg.prepare
     assert cfg is not None
     if not count:
         return []
-    place = class_images.places(case.base.family, cfg, {}, 1)[0].parent
-    if not any(place.parent.glob(f"{place.name.rpartition('-')[0]}-*")):
+    folder = class_images.places(case.base.family, cfg, {}, 1)[0].parent  # <prompt>-<key of the settings>
+    if not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
         return []
     about = class_images.about_of(case.base, cfg)
     return class_images.places(case.base.family, cfg, about, count)

@@ -1,9 +1,7 @@
-"""Whether a config gives the same run straight, interrupted, and on two processes: tried on this machine."""
+"""Whether a config gives the same run uninterrupted, interrupted, and on two processes on this machine."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,22 +12,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dbtrain.config import Config
-from dbtrain.runtime import console
+from dbtrain.doctor.dry_run import run_command
+from dbtrain.runtime import console, exit_codes
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
 
 STEPS = 6
-# Largest gap between two runs, relative to the size of the adapter's change, that rounding explains.
+# Largest difference of two adapters that rounding explains, relative to how much training changed them.
 ROUNDING = {"fp32": 1e-3, "bf16": 0.1, "pure-bf16": 0.1, "fp16": 0.05}
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take the same steps: number of processes until each stop."""
+    """One way to take the same steps."""
 
     name: str
     parts: tuple[tuple[int, int], ...]  # (processes, step to stop at)
-    same: bool  # bit for bit, where kernels are deterministic
+    same: bool  # bit for bit the same as the straight run, if kernels are deterministic
 
 
 WAYS = (
@@ -46,10 +45,12 @@ class Gap:
     """How far a run is from the straight one."""
 
     way: Way
-    rows: bool  # the same images at every step
+    rows: bool  # whether every step had the same images
     loss: float  # largest relative difference of a step's loss
-    adapter: float  # norm of the difference, relative to that of the change that training made
-    limit: float
+    adapter: (
+        float  # norm of the adapters' difference, relative to the norm of the adapter's change in training
+    )
+    limit: float  # on `adapter`
 
     @property
     def fine(self) -> bool:
@@ -65,35 +66,37 @@ HEAD = f"{'way':20} {'rows':>6} {'loss':>12} {'adapter':>12}"
 
 
 def exact(cfg: Config) -> Iterator[Gap]:
-    """Train a few steps of a config in several ways, in processes of their own, and compare.
+    """Train a few steps in several ways, in new processes, and yield each way's gap to the straight run.
 
-    Reads the config's shards, and writes to a temporary folder only. Raises ConfigError if a run fails.
+    Reads the config's shards, and writes only to a temporary folder. Raises ConfigError if a run fails.
     """
     ways = [way for way in WAYS if all(_possible(cfg, ranks) for ranks, _ in way.parts)]
     skipped = [way.name for way in WAYS if way not in ways]
     if skipped:
-        console.say(f"left out: {', '.join(skipped)} (train.global_batch cannot be shared, or too few GPUs)")
+        console.say(f"skipped: {', '.join(skipped)} (train.global_batch is not divisible, or too few GPUs)")
     with tempfile.TemporaryDirectory(prefix="dbtrain-exact-") as scratch:
-        results = {}
+        straight = None
         for way in ways:
-            folder = Path(scratch) / way.name.replace(" ", "-")
-            results[way.name] = _run(cfg, way, folder)
-            yield _gap(cfg, way, results["straight"], results[way.name])
+            run = _run(cfg, way, Path(scratch) / way.name.replace(" ", "-"))
+            straight = straight or run
+            yield _gap(cfg, way, straight, run)
 
 
 def _possible(cfg: Config, ranks: int) -> bool:
+    """Whether so many processes can share the batch and this machine's GPUs."""
     gpus = torch.cuda.device_count()
     return not cfg.train.global_batch % (ranks * cfg.train.micro_batch) and not 0 < gpus < ranks
 
 
 @dataclass(frozen=True)
 class _Run:
-    start: dict[str, Tensor]
-    end: dict[str, Tensor]
-    lines: list[dict[str, float]]
+    start: dict[str, Tensor]  # the adapter after the first step
+    end: dict[str, Tensor]  # the adapter after the last step
+    lines: list[dict[str, float]]  # metrics.jsonl
 
 
 def _run(cfg: Config, way: Way, folder: Path) -> _Run:
+    """Train `way` in a new folder. Raises ConfigError if a process fails."""
     settings = cfg.model_copy(update={
         "run_dir": str(folder / "run"),
         "train": cfg.train.model_copy(update={"steps": STEPS, "checkpoint_every": 1, "keep": STEPS + 1}),
@@ -103,33 +106,29 @@ def _run(cfg: Config, way: Way, folder: Path) -> _Run:
     folder.mkdir()
     (folder / "config.yaml").write_text(settings.dump())
     for ranks, until in way.parts:
-        launcher = [sys.executable, "-m", "dbtrain"]
-        if ranks > 1:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                        f"--nproc-per-node={ranks}", "-m", "dbtrain"]  # fmt: skip
-        command = [*launcher, "train", str(folder / "config.yaml"), "--until", str(until)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode not in (0, 75):
+        done = run_command(["train", str(folder / "config.yaml"), "--until", str(until)], ranks)
+        if done.returncode not in (0, exit_codes.PREEMPTED):
             errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-            raise ConfigError(f"{way.name}: {' '.join(command)} ended with {done.returncode}", *errors[:3])
+            raise ConfigError(f"{way.name}: {' '.join(done.args)} ended with {done.returncode}", *errors[:3])
     run = RunFolder(folder / "run")
     saved = {step_of(path): path for path in run.checkpoints()}
     return _Run(_adapter(saved[1]), _adapter(saved[STEPS]), run.read_metrics())
 
 
 def _adapter(path: Path) -> dict[str, Tensor]:
+    """All adapter tensors of a checkpoint, by component and name."""
     files = sorted(path.glob("*/adapter_model.safetensors"))
     return {f"{file.parent.name}.{name}": t for file in files for name, t in load_file(file).items()}
 
 
 def _gap(cfg: Config, way: Way, straight: _Run, other: _Run) -> Gap:
-    moved = torch.stack([(straight.end[n] - straight.start[n]).norm() for n in straight.end]).norm()
-    apart = torch.stack([(straight.end[n] - other.end[n]).norm() for n in straight.end]).norm()
+    change = torch.stack([(straight.end[n] - straight.start[n]).norm() for n in straight.end]).norm()
+    difference = torch.stack([(straight.end[n] - other.end[n]).norm() for n in straight.end]).norm()
     pairs = list(zip(straight.lines, other.lines, strict=True))
     return Gap(
         way,
         rows=all(one["rows"] == two["rows"] for one, two in pairs),
         loss=max(abs(one["loss"] - two["loss"]) / abs(one["loss"]) for one, two in pairs),
-        adapter=(apart / moved).item(),
+        adapter=(difference / change).item(),
         limit=ROUNDING[cfg.train.precision],
     )

@@ -1,4 +1,4 @@
-"""What is there of the work already, and whether the rest of it can be shared out."""
+"""Shards and checkpoints of earlier runs, and whether the ranks can share a batch."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from collections.abc import Iterator
 from dbtrain.data import shards as stored
 from dbtrain.data.order import Order, RankSlice
 from dbtrain.data.storage import Storage
-from dbtrain.doctor.case import Case, Found, error, ok, ranks_of, refused, ruled, size, warning
-from dbtrain.doctor.gpu import gpus
+from dbtrain.doctor.case import Case, Found, error, ok, refused, ruled, size, warning
+from dbtrain.doctor.gpu import ranks_of
 from dbtrain.prepare import plan
 from dbtrain.runtime import lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, read_state
 from dbtrain.train import fingerprint
 
-REMAKE = f"{stored.CURE} (`dbtrain run` does so by itself)"
-NEXT = 64  # ranks up to which a fitting number is looked for
+REMAKE = f"{stored.CURE} (`dbtrain run` does it automatically)"
+MOST_RANKS = 64  # to suggest
 
 
 def shards(case: Case) -> Iterator[Found]:
-    """The manifest, the files that it vouches for, and whether they are this config's."""
+    """Whether the shards are complete and were made for this config."""
     cfg = case.cfg
     storage = Storage(cfg.data.shards, retries=0)
     case.manifest = None
     if storage.folder is None:
-        yield ok(f"{cfg.data.shards} is not on this machine: not read")
+        yield ok(f"{cfg.data.shards} is not on this machine, so it was not read")
         if cfg.prepare:
-            yield warning("prepare writes to a folder on this machine only, so `dbtrain run` would refuse",
-                          "start `dbtrain train`, or prepare into a folder and copy it there")  # fmt: skip
+            yield warning("prepare can only write to a local folder, so `dbtrain run` would fail",
+                          "use `dbtrain train`, or prepare locally and copy the shards there")  # fmt: skip
         return
     if cfg.prepare and not storage.has(stored.MANIFEST):
-        yield ok(f"none in {storage.folder} yet: prepare makes them")
+        yield ok(f"none in {storage.folder} yet: prepare creates them")
         return
     if busy := lock.holder(storage.folder):
         yield from _busy("data.shards", *busy)
     manifest = case.manifest = stored.Manifest.read(storage)
     found = ruled(lambda: manifest.check_files(storage), REMAKE)
     found += ruled(lambda: plan.check(cfg, case.base, manifest), REMAKE)
-    yield from (Found(one.level, one.what, REMAKE) for one in found)
+    yield from (error(one.what, REMAKE) for one in found)
     if not found:
         counts = ", ".join(f"{sum(manifest.rows(role))} {role} rows" for role in manifest.roles)
-        yield ok(f"{counts} in {len(manifest.shards)} shards, whole, and made for this config")
+        yield ok(f"{counts} in {len(manifest.shards)} shards, complete and made for this config")
 
 
 def batch(case: Case) -> Iterator[Found]:
-    """Whether the ranks can share a batch, and what each of them reads."""
+    """Whether the ranks can share a batch, and how much data each of them reads."""
     train = case.cfg.train
-    ranks = ranks_of(case, gpus(case))
+    ranks = ranks_of(case)
     try:
         share = RankSlice(train.global_batch, train.micro_batch, 0, ranks)
     except ConfigError as problem:
@@ -61,46 +61,44 @@ def batch(case: Case) -> Iterator[Found]:
 
 
 def _fitting(images: int, micro: int, ranks: int) -> str:
-    """The nearest batches and numbers of ranks that fit."""
+    """A hint with the nearest batch sizes and numbers of ranks that fit."""
     step = ranks * micro
     batches = [value for value in (images // step * step, images // step * step + step) if value]
-    counts = [count for count in range(1, NEXT) if images % (count * micro) == 0]
+    counts = [count for count in range(1, MOST_RANKS) if images % (count * micro) == 0]
     near = sorted(sorted(counts, key=lambda count: abs(count - ranks))[:2])
-    return (
-        f"use train.global_batch={' or '.join(map(str, batches))}, or {' or '.join(map(str, near))} rank"
-        + "s" * (near != [1])
-    )
+    ranks_fit = " or ".join(map(str, near)) + " rank" + "s" * (near != [1])
+    return f"use train.global_batch={' or '.join(map(str, batches))}, or {ranks_fit}"
 
 
 def _reading(case: Case, share: RankSlice) -> Iterator[Found]:
-    """Ranks that outnumber the shards read the same ones: dear only where these do not stay in memory."""
+    """More ranks than shards read the same shards, which is slow only if these do not stay in memory."""
     cfg, manifest = case.cfg, case.manifest
     assert manifest is not None
-    every = [(role, manifest.rows(role)) for role in stored.HELD_OUT if role in manifest.roles]
-    few = min(len(rows) for _, rows in every)
-    if few >= share.world:
+    roles = [(role, manifest.rows(role)) for role in stored.HELD_OUT if role in manifest.roles]
+    fewest = min(len(rows) for _, rows in roles)
+    if fewest >= share.world:
         return
     total = sum(shard.bytes for shard in manifest.shards)
     mine = sum(
         manifest.roles[role][number].bytes
-        for role, rows in every
+        for role, rows in roles
         for number in Order(rows, share.global_batch, cfg.seed, role).shards_of(share)
     )
-    text = f"{share.world} ranks, but {few} shards: rank 0 reads {size(mine)} of {size(total)}"
+    text = f"{share.world} ranks, but {fewest} shards: rank 0 reads {size(mine)} of {size(total)}"
     if mine > cfg.data.cache_gib * 2**30:
         yield warning(
-            f"{text}, again each epoch", f"raise data.cache_gib above {mine / 2**30:.1f}, or use fewer ranks"
+            f"{text}, every epoch", f"raise data.cache_gib above {mine / 2**30:.1f}, or use fewer ranks"
         )
     else:
-        yield Found("", f"{text}, once: it stays in memory (data.cache_gib)")
+        yield Found("", f"{text}, once, as it stays in memory (data.cache_gib)")
 
 
 def run_folder(case: Case) -> Iterator[Found]:
-    """Whether the run folder is free, and what it holds is this run's."""
+    """Whether the run folder is free, and whether its newest checkpoint belongs to this run."""
     run = RunFolder(case.cfg.run_dir)
     folder = run.path
     if folder.exists() and not folder.is_dir():
-        yield error(f"run_dir is '{case.cfg.run_dir}', which is no folder", "give another run_dir")
+        yield error(f"run_dir: '{case.cfg.run_dir}' is not a directory", "use another run_dir")
         return
     if busy := lock.holder(folder):
         yield from _busy("run_dir", *busy)
@@ -109,29 +107,29 @@ def run_folder(case: Case) -> Iterator[Found]:
             state = read_state(path)
         except ConfigError as problem:
             yield from refused(
-                problem, "nothing to do: a run sets it aside, and takes the one before", "warning"
+                problem, "nothing to do: the run moves it aside and uses the one before", "warning"
             )
             continue
         if case.manifest is None:
-            yield warning(f"{path} is there, but not the shards: whether it can be continued is not known",
+            yield warning(f"{path} exists, but the shards do not: unknown whether the run can resume",
                           "run `dbtrain prepare`, then doctor again")  # fmt: skip
             return
-        who = fingerprint.of(case.cfg, case.base, case.manifest)
-        fingerprint.check_continues(path, state, who, case.cfg.train.steps)
+        ours = fingerprint.of(case.cfg, case.base, case.manifest)
+        fingerprint.check_continues(path, state, ours, case.cfg.train.steps)
         if state["step"] == case.cfg.train.steps:
-            yield warning(f"{path}: trained to step {state['step']} already, nothing would be trained",
-                          "give another run_dir, or more train.steps")  # fmt: skip
+            yield warning(f"{path}: already trained to step {state['step']}, nothing left to train",
+                          "use another run_dir, or raise train.steps")  # fmt: skip
         else:
-            yield ok(f"{folder}: goes on from step {state['step']}")
+            yield ok(f"{folder}: resumes from step {state['step']}")
         return
     if run.done.exists():
-        yield warning(f"{folder} holds DONE of an earlier run, but no checkpoint", "give another run_dir")
-    yield ok(f"{folder}: {'no checkpoint yet' if folder.exists() else 'not there yet'}")
+        yield warning(f"{folder} has DONE of an earlier run, but no checkpoint", "use another run_dir")
+    yield ok(f"{folder}: {'no checkpoint yet' if folder.exists() else 'does not exist yet'}")
 
 
 def _busy(what: str, owner: str, sure: bool) -> Iterator[Found]:
-    cure = "wait for it to end, or give another folder"
+    cure = "wait for it to end, or use another folder"
     if sure:
         yield error(f"{what} is in use by {owner}", cure)
     else:
-        yield warning(f"{what} is in use by {owner}, if that still runs", cure)
+        yield warning(f"{what} is in use by {owner}, if it is still running", cure)

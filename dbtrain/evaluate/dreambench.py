@@ -1,10 +1,10 @@
-"""The public DreamBooth dataset: what to train on for each of its subjects, and the mean of their scores.
+"""The public DreamBooth dataset: settings for each of its subjects, and the mean of their scores.
 
     python -m dbtrain.evaluate.dreambench settings DATASET N
     python -m dbtrain.evaluate.dreambench table DATASET [RUNS]
 
-DATASET is the folder `dataset` of github.com/google/dreambooth: a folder of photos for each of 30
-subjects, and a text file with their classes and the 25 prompts of objects and of live subjects.
+DATASET is the folder `dataset` of github.com/google/dreambooth: a folder of photos for each of 30 subjects,
+and a text file with their classes and 25 prompts each for objects and live subjects.
 `launch/dreambench.sbatch` trains and scores all of them.
 """
 
@@ -25,7 +25,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SCORES, RunFolder
 
 TEXTS = "prompts_and_classes.txt"
-LIVE = ("cat", "dog")  # classes whose subjects have prompts of their own
+LIVE = ("cat", "dog")  # classes that use the prompts for live subjects
 TOKEN = "sks"
 RUNS = Path("runs/dreambench")
 
@@ -39,12 +39,13 @@ ROWS = (
     ("clip_t", "CLIP-T"),
     ("dino_real", "DINO, real images"),
     ("clip_i_real", "CLIP-I, real images"),
-    ("dino_base", "DINO, bare base"),
-    ("clip_t_base", "CLIP-T, bare base"),
+    ("dino_base", "DINO, base model"),
+    ("clip_t_base", "CLIP-T, base model"),
     ("preservation", "PRES"),
-    ("preservation_base", "PRES, bare base"),
+    ("preservation_base", "PRES, base model"),
     ("diversity", "diversity"),
 )
+# What must be the same in all scores that are averaged.
 ALIKE = ("dino_model", "dino_preprocessing", "clip_model", "clip_preprocessing", "images")
 
 
@@ -57,7 +58,7 @@ class Dataset:
 
     @classmethod
     def read(cls, folder: Path) -> Dataset:
-        """The dataset's text file. Raises ConfigError if it is not there, or of another form."""
+        """Read the dataset's text file. Raises ConfigError if it is missing or has another format."""
         path = folder / TEXTS
         try:
             head, objects, live = re.split(
@@ -65,21 +66,23 @@ class Dataset:
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{path} is not the list of subjects and prompts of the DreamBooth dataset; give the folder "
+                f"{path} is not the list of subjects and prompts of the DreamBooth dataset; use the folder "
                 "'dataset' of github.com/google/dreambooth"
             ) from error
         subjects: list[tuple[str, str]] = re.findall(r"^(\w+),([\w ]+?)\s*$", head, re.M)
         subjects = [pair for pair in subjects if pair != ("subject_name", "class")]
         prompts = [tuple(_prompts(part)) for part in (objects, live)]
         if not (subjects and all(prompts)):
-            raise ConfigError(f"{path} has {len(subjects)} subjects, {len(prompts[0])} prompts of objects "
-                              f"and {len(prompts[1])} of live subjects; each must have some")  # fmt: skip
+            raise ConfigError(f"{path} has {len(subjects)} subjects, {len(prompts[0])} prompts for objects "
+                              f"and {len(prompts[1])} for live subjects; none of them can be 0")  # fmt: skip
         return cls(folder, tuple(subjects), prompts[0], prompts[1])
 
     def settings(self, number: int, images: int = 4) -> list[str]:
-        """Overrides of a config, `section.key=value` each, for subject `number`, counted from 1."""
+        """Config overrides, as `section.key=value`, for subject `number`, counted from 1."""
         if not 1 <= number <= len(self.subjects):
-            raise ConfigError(f"there is no subject {number}: {self.folder} has {len(self.subjects)}")
+            raise ConfigError(
+                f"there is no subject {number}; {self.folder} has subjects 1 to {len(self.subjects)}"
+            )
         name, kind = self.subjects[number - 1]
         prompts = self.live if kind in LIVE else self.objects
         return [
@@ -95,18 +98,19 @@ class Dataset:
         ]
 
     def scores(self, runs: Path) -> dict[str, dict[str, Any]]:
-        """What `evaluate` wrote for each subject that it is done with."""
+        """The scores.json of each subject that `evaluate` has scored, by name."""
         paths = {name: RunFolder(runs / name).scores / SCORES for name, _ in self.subjects}
         return {name: _scores(path) for name, path in paths.items() if path.is_file()}
 
 
 def _prompts(text: str) -> Iterator[str]:
-    """Prompts of lines like `'a {0} {1} in the snow'.format(unique_token, class_token),`."""
+    """The prompts in lines like `'a {0} {1} in the snow'.format(unique_token, class_token),`."""
     for prompt in re.findall(r"""^\s*(["'])(.*)\1\.format\(unique_token, class_token\),?\s*$""", text, re.M):
         yield prompt[1].replace("{0} {1}", "{}")
 
 
 def _scores(path: Path) -> dict[str, Any]:
+    """A scores.json. Raises ConfigError if it is not one of DINO and CLIP."""
     try:
         values = json.loads(path.read_text())
         lacking = [name for name in ("dino", "clip_i", "clip_t", *ALIKE) if name not in values]
@@ -118,7 +122,7 @@ def _scores(path: Path) -> dict[str, Any]:
 
 
 def table(found: Sequence[dict[str, Any]], subjects: int) -> str:
-    """Means over subjects beside the paper's figures. Raises ConfigError if they were not scored alike."""
+    """Mean scores beside the paper's. Raises ConfigError if the subjects were not scored the same way."""
     for name in ALIKE:
         if len(values := sorted({str(one[name]) for one in found})) > 1:
             raise ConfigError(f"subjects were scored with different {name}: {', '.join(values)}")
@@ -139,19 +143,21 @@ Folder = Annotated[Path, typer.Argument(metavar="DATASET", help="folder `dataset
 def print_settings(
     dataset: Folder,
     number: Annotated[int, typer.Argument(metavar="N", help="number of the subject, from 1")],
-    images: Annotated[int, typer.Option(help="pictures for each prompt")] = 4,
+    images: Annotated[int, typer.Option(help="images per prompt")] = 4,
 ) -> None:
-    """What to put over a config to train and score subject N: one `section.key=value` a line."""
+    """Print the config overrides to train and score subject N, one `section.key=value` per line."""
     print(*Dataset.read(dataset).settings(number, images), sep="\n")
 
 
 @app.command("table")
 def print_table(
     dataset: Folder,
-    runs: Annotated[Path, typer.Argument(help="folder with a run folder for each subject")] = RUNS,
-    when_all: Annotated[bool, typer.Option("--when-all", help="say nothing until all are done")] = False,
+    runs: Annotated[Path, typer.Argument(help="folder with the run folder of each subject")] = RUNS,
+    when_all: Annotated[
+        bool, typer.Option("--when-all", help="print nothing until all subjects are scored")
+    ] = False,
 ) -> None:
-    """The scores' means over all subjects that are done, beside the paper's."""
+    """Print the mean scores over all subjects that are scored, beside the paper's."""
     everything = Dataset.read(dataset)
     found = everything.scores(runs)
     if not found and not when_all:

@@ -1,7 +1,7 @@
-"""How good a run is, and which of its checkpoints is the one to take.
+"""Score a run, or each of its checkpoints to find the best one.
 
-Two judges answer the same questions: DINO and CLIP for any base (`protocol`), and for the embedded
-base a small classifier that knows its world (`tiny.score`).
+Two scorers answer the same questions: DINO and CLIP for any base (`dino_clip`), and a small classifier of
+its own for the embedded base (`tiny_judge`).
 """
 
 from __future__ import annotations
@@ -24,62 +24,65 @@ from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_state, step_of
 
-FEW = 3  # checkpoints that are hardly a choice
+FEW = 3  # fewer checkpoints than this are hardly a choice
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Who scores, and by which two scores checkpoints are compared."""
+    """How adapters are scored, and the two scores that compare checkpoints."""
 
-    evaluate: Callable[[Config, str, Path, Path | None], Any]  # scores on rank 0
-    load: Callable[[Path], Any]
-    table: Callable[[Any, Any], str]
-    subject: str  # is it the subject
-    prompt: str  # does the prompt still count
-    slack: float  # by how much less of that a checkpoint still counts as good
+    evaluate: Callable[[Config, str, Path, Path | None], Any]  # the scores, on rank 0
+    load: Callable[[Path], Any]  # the scores in a scores.json
+    shown: Callable[[Any], list[tuple[str, str]]]  # (label, value) of each score
+    subject: str  # score of subject fidelity
+    prompt: str  # score of prompt fidelity
+    slack: float  # how far below the best prompt fidelity a checkpoint may be
 
 
-DINO_AND_CLIP = Scorer(dino_clip.evaluate, fidelity.Scores.load, fidelity.table, "dino", "clip_t", 0.01)
-CLASSIFIER = Scorer(tiny_judge.evaluate, tiny_judge.Scores.load, tiny_judge.table, "likeness", "place", 0.1)
+DINO_AND_CLIP = Scorer(dino_clip.evaluate, fidelity.Scores.load, fidelity.shown, "dino", "clip_t", 0.01)
+CLASSIFIER = Scorer(
+    tiny_judge.evaluate, tiny_judge.JudgeScores.load, tiny_judge.shown, "likeness", "place", 0.1
+)
 
 
 def judge_of(cfg: Config) -> Scorer:
-    """The embedded base's own judge for it, unless a DINO is asked for."""
+    """The classifier for the embedded base, unless the config names a DINO; else DINO and CLIP."""
     return CLASSIFIER if cfg.model.path == EMBEDDED and cfg.evaluation.dino is None else DINO_AND_CLIP
 
 
 def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
-    """Score the run's adapter into `scores/` of its folder; what to print, on rank 0.
+    """Score the run's adapter into `scores/` of its folder, and yield lines to print on rank 0.
 
-    `beside` is the `scores.json` of another run, to show next to it.
+    `beside` is the `scores.json` of another run, to show next to this one's.
     """
     dist.init()
     judge, out = judge_of(cfg), RunFolder(cfg.run_dir).scores
     with dist.agreed():
         other = judge.load(beside) if beside else None
     if scores := judge.evaluate(cfg, cfg.run_dir, out, None):
-        yield judge.table(scores, other)
+        yield fidelity.table(judge.shown(scores), judge.shown(other) if other else None)
         yield f"contact sheet: {out / SHEET}"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An adapter of the run that could be taken."""
+    """An adapter of the run: a checkpoint, or an export whose checkpoint is gone."""
 
     name: str
-    step: int | None  # None for an export of none of the checkpoints that are kept
+    step: int | None  # None for such an export
     adapter: Path
-    out: Path
+    out: Path  # the folder for its scores
     exported: bool = False
 
 
 def checkpoints(cfg: Config) -> Iterator[str]:
-    """Score every checkpoint of the run, and the export; a table, a plot and a suggestion, on rank 0.
+    """Score every checkpoint of the run, and its export; yield a table and a suggestion on rank 0.
 
-    All of them share the bare base's pictures. Writes `scores/checkpoints.json` and, if matplotlib is
-    installed, `.png`.
+    All of them share the base model's images. Writes `scores/checkpoints.json` and, if matplotlib is
+    installed, `scores/checkpoints.png`.
     """
     dist.init()
+    # Score each candidate.
     judge, run, base = judge_of(cfg), RunFolder(cfg.run_dir), Base.find(cfg.model)
     with dist.agreed():
         found = candidates(cfg, base, run)
@@ -88,19 +91,21 @@ def checkpoints(cfg: Config) -> Iterator[str]:
         console.say(f"{one.name} ({number} of {len(found)})")
         scores = judge.evaluate(cfg, str(one.adapter), one.out, run.scores / "base")
         if scores:
-            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **_numbers(scores)})
+            values = {name: value for name, value in asdict(scores).items() if value is not None}
+            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **values})
+    # Write and show the table.
     with dist.agreed():
         lines = _publish(rows, judge, run.scores) if dist.is_main() else []
     if lines and len(found) < FEW:
-        lines.append(f"only {len(found)} to choose from: train with a train.keep of more than "
-                     f"{cfg.train.keep}, and a smaller train.checkpoint_every, for more")  # fmt: skip
+        lines.append(f"only {len(found)} to choose from; for more, train with train.keep above "
+                     f"{cfg.train.keep} and a smaller train.checkpoint_every")  # fmt: skip
     yield from lines
 
 
 def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
-    """Checkpoints of a run, oldest first, and its export if that is of none of them.
+    """The checkpoints of a run, oldest first, and its export if that is not one of them.
 
-    Raises ConfigError if there is nothing, or a checkpoint is damaged.
+    Raises ConfigError if there is neither, or a checkpoint is damaged.
     """
     paths = run.checkpoints()
     for path in paths:
@@ -108,7 +113,7 @@ def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
     try:
         export = formats.find(run.path)
     except ConfigError:
-        export = None  # a run that is not done has none
+        export = None  # the run is not done
     if not paths and export is None:
         raise ConfigError(f"{run.path} has neither a checkpoint nor an export; run: dbtrain train")
     source = _source(cfg, base, export, paths) if export else None
@@ -120,7 +125,7 @@ def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
 
 
 def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Path | None:
-    """The checkpoint that was exported; None if it is not kept."""
+    """The checkpoint that was exported; None if it was deleted."""
     modules = cache(base.module_names)
     ours = formats.read(export, base.family, modules)
     for path in reversed(paths):
@@ -135,26 +140,21 @@ def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Pat
 
 
 def suggestion(rows: Sequence[Mapping[str, Any]], judge: Scorer) -> tuple[Mapping[str, Any], str]:
-    """The one to take, and why: the most like the subject of those that follow prompts well enough.
+    """(the suggested row, the reason): the best subject fidelity among rows with good prompt fidelity.
 
-    Well enough is within the judge's slack of the one that does best; of equals, the earlier.
+    Good means within the scorer's slack of the best. Of equal rows, the earlier one wins.
     """
     most = max(row[judge.prompt] for row in rows)
     good = [row for row in rows if row[judge.prompt] >= most - judge.slack]
     best = max(good, key=lambda row: row[judge.subject])
     return best, (
-        f"suggested: {best['name']}, which has the highest {judge.subject} ({best[judge.subject]:.3f}) of "
+        f"suggested: {best['name']}, with the highest {judge.subject} ({best[judge.subject]:.3f}) of "
         f"the {len(good)} whose {judge.prompt} is within {judge.slack:g} of the best ({most:.3f})"
     )
 
 
-def _numbers(scores: Any) -> dict[str, float]:
-    """Scores by their plain names."""
-    return {name: value for name, value in asdict(scores).items() if value is not None}
-
-
 def _publish(rows: Sequence[dict[str, Any]], judge: Scorer, folder: Path) -> list[str]:
-    """Write the rows and their plot; a line for each, with the two scores that count, and the suggestion."""
+    """Write the rows and their plot. Returns lines to print: each row's main scores, and the suggestion."""
     best, why = suggestion(rows, judge)
     rows = [row | {"suggested": row is best} for row in rows]
     files.write_atomically(folder / "checkpoints.json", json.dumps(rows, indent=1) + "\n")
@@ -168,17 +168,17 @@ def _publish(rows: Sequence[dict[str, Any]], judge: Scorer, folder: Path) -> lis
 
 
 def _plot(rows: Sequence[Mapping[str, Any]], judge: Scorer, path: Path) -> str:
-    """Draw the rows by the two scores that count, joined in their order; what to print about it."""
+    """Plot the rows by their two main scores, joined in order. Returns a line to print about it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         return (
-            f"{path} is not drawn: {reason(error)}; run: pip install 'dbtrain[benchmarks]' "
-            "(dbtrain report has the scores' curves without it)"
+            f"{path} was not plotted: {reason(error)}; run: pip install 'dbtrain[benchmarks]' "
+            "(dbtrain report plots the scores without it)"
         )
     figure = Figure(layout="constrained")
     axes = figure.add_subplot(
-        xlabel=f"{judge.prompt}: does the prompt count", ylabel=f"{judge.subject}: is it the subject"
+        xlabel=f"{judge.prompt}: prompt fidelity", ylabel=f"{judge.subject}: subject fidelity"
     )
     axes.margins(0.15)  # room for names
     axes.plot([row[judge.prompt] for row in rows], [row[judge.subject] for row in rows], "o-", color="gray")

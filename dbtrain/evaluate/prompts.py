@@ -1,4 +1,4 @@
-"""The words for a subject: its token, what it is, and prompts that put it somewhere."""
+"""The words for a subject (its token and its class), and prompts that use them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dbtrain.config import Evaluation, Prepare
+from dbtrain.config import Config, Evaluation, Prepare
 from dbtrain.runtime.errors import ConfigError
 
-# Where subjects of any kind can be, or what they can look like; `{}` is the subject.
+# Settings that suit subjects of any kind; `{}` is the subject.
 CONTEXTS = (
     "a {} in the snow",
     "a {} on a sandy shore",
@@ -31,42 +31,42 @@ class Subject:
     class_prompt: str  # "a photo of a dog"
 
     def put(self, prompt: str) -> tuple[str, str]:
-        """(what to draw, the same without the token) of a prompt with `{}`, or with the token, in it.
+        """(prompt to generate, the same without the token) for a prompt that contains `{}` or the token.
 
-        Raises ConfigError if it has neither.
+        Raises ConfigError if it contains neither.
         """
         if "{}" in prompt:
             return prompt.replace("{}", f"{self.token} {self.kind}"), prompt.replace("{}", self.kind)
         without = re.sub(rf"(?<!\w){re.escape(self.token)}(?!\w)\s*", "", prompt).strip()
         if without == prompt.strip():
             raise ConfigError(
-                f"evaluation.prompts: '{prompt}' is not about the subject; write {{}} where it shall "
-                f"stand, or '{self.token} {self.kind}'"
+                f"evaluation.prompts: '{prompt}' is not about the subject; put {{}} or "
+                f"'{self.token} {self.kind}' into it"
             )
         return prompt, without
 
 
 def of(prepare: Prepare | None, evaluation: Evaluation) -> Subject:
-    """The subject of a config, read from its two prompts where `evaluation` does not say.
+    """The subject of a config, from `evaluation` or else from the instance and class prompts.
 
-    The token is the words of the instance prompt that the class prompt lacks; what the subject is
-    follows it. Raises ConfigError that says what to set where that cannot be told.
+    The token is the words that only the instance prompt has; the class follows the token. Raises ConfigError
+    with the setting to add if the prompts do not tell.
     """
     if prepare is None:
         raise ConfigError("evaluate needs the photos: the config has no prepare section")
     instance, of_class = prepare.instance_prompt.split(), (prepare.class_prompt or "").split()
     token = (evaluation.token or _token(prepare, instance, of_class)).split()
-    spots = [k for k in range(len(instance)) if instance[k : k + len(token)] == token]
-    if not spots:
+    starts = [k for k in range(len(instance)) if instance[k : k + len(token)] == token]
+    if not starts:
         raise ConfigError(
-            f"evaluation.token is '{' '.join(token)}', which prepare.instance_prompt "
-            f"('{prepare.instance_prompt}') does not have"
+            f"evaluation.token is '{' '.join(token)}', which is not in prepare.instance_prompt "
+            f"('{prepare.instance_prompt}')"
         )
-    after = instance[spots[0] + len(token) :]
+    after = instance[starts[0] + len(token) :]
     kind = evaluation.class_word or " ".join(_shared(after, of_class) if of_class else after)
     if not kind:
         raise ConfigError(
-            f"what '{' '.join(token)}' is cannot be told from prepare.instance_prompt "
+            f"cannot find the class of '{' '.join(token)}' in prepare.instance_prompt "
             f"('{prepare.instance_prompt}'); set evaluation.class_word, e.g. to dog"
         )
     article = "an" if kind[0].lower() in "aeiou" else "a"
@@ -74,20 +74,20 @@ def of(prepare: Prepare | None, evaluation: Evaluation) -> Subject:
 
 
 def _token(prepare: Prepare, instance: Sequence[str], of_class: Sequence[str]) -> str:
-    """The words that only the instance prompt has, if they stand together."""
+    """The words that only the instance prompt has. Raises ConfigError if there are none, or not in a row."""
     known = {word.lower() for word in of_class}
-    spots = [k for k, word in enumerate(instance) if word.lower() not in known]
-    if not of_class or not spots or spots[-1] - spots[0] >= len(spots):
+    own = [k for k, word in enumerate(instance) if word.lower() not in known]
+    if not of_class or not own or own[-1] - own[0] >= len(own):
         raise ConfigError(
-            f"the word that names the subject cannot be told from prepare.instance_prompt "
+            f"cannot find the word that names the subject in prepare.instance_prompt "
             f"('{prepare.instance_prompt}') and prepare.class_prompt ('{prepare.class_prompt or ''}'); "
             "set evaluation.token, e.g. to sks"
         )
-    return " ".join(instance[spots[0] : spots[-1] + 1])
+    return " ".join(instance[own[0] : own[-1] + 1])
 
 
 def _shared(after: Sequence[str], of_class: Sequence[str]) -> Sequence[str]:
-    """The longest start of `after` that stands in the class prompt as well."""
+    """The longest prefix of `after` that is also in the class prompt."""
     for length in range(len(after), 0, -1):
         if any(of_class[k : k + length] == after[:length] for k in range(len(of_class))):
             return after[:length]
@@ -95,5 +95,10 @@ def _shared(after: Sequence[str], of_class: Sequence[str]) -> Sequence[str]:
 
 
 def prompts(subject: Subject, evaluation: Evaluation) -> list[tuple[str, str]]:
-    """(what to draw, the same without the token) of every prompt."""
+    """(prompt to generate, the same without the token) for every prompt of the evaluation."""
     return [subject.put(prompt) for prompt in evaluation.prompts or CONTEXTS]
+
+
+def sampling(cfg: Config, images: int, seed: int) -> Config:
+    """The config, with `images` samples per prompt from `seed` on."""
+    return cfg.model_copy(update={"sample": cfg.sample.model_copy(update={"images": images, "seed": seed})})

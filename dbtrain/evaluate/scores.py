@@ -1,12 +1,11 @@
-"""The DreamBooth paper's scores, for any base: is it the very subject, and does the prompt still count?
+"""The DreamBooth paper's scores for any base: subject fidelity, prompt fidelity, prior preservation.
 
-Ruiz et al. 2022, arXiv:2208.12242, section 4. Pictures of the subject are compared with its photos in
-DINO's embedding (DINO) and CLIP's (CLIP-I): mean cosine over all pairs. CLIP-T is the mean cosine of
-a picture and its prompt without the unique token: "a dog in the snow" for "a sks dog in the snow", as
-published evaluations do it, because CLIP cannot know the token. Prior preservation (PRES) is the
-DINO score of pictures of the class: the lower, the less the class became the subject. Diversity is
-1 - DINO's cosine between pictures of one prompt; the paper takes LPIPS, which needs one more model, so
-that this figure cannot be held against theirs.
+Ruiz et al. 2022, arXiv:2208.12242, section 4. DINO and CLIP-I compare images of the subject with its photos:
+the mean cosine over all pairs, in DINO's or CLIP's embedding. CLIP-T is the mean cosine of an image and its
+prompt without the rare token, "a dog in the snow" for "a sks dog in the snow", as in published evaluations,
+because CLIP does not know the token. Prior preservation (PRES) is the DINO score of images of the class: the
+lower, the less the class became the subject. Diversity is 1 - DINO's cosine between images of one prompt.
+The paper uses LPIPS for it, which needs another model, so its figures are not comparable.
 """
 
 from __future__ import annotations
@@ -25,71 +24,66 @@ from dbtrain.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Scores:
-    """Means of cosines; `_base`: the bare base with the same prompts, `_real`: photos among themselves."""
+    """Mean cosines. `_base`: the base model with the same prompts; `_real`: the photos among themselves."""
 
-    dino_base: float  # where training starts
+    dino_base: float  # the start of training
     dino: float
-    dino_real: float | None  # the ceiling; None of a single photo
+    dino_real: float | None  # the ceiling; None if there is only one photo
     clip_i_base: float
     clip_i: float
     clip_i_real: float | None
     clip_t_base: float
     clip_t: float
-    preservation_base: float  # DINO of the class's pictures: the floor
+    preservation_base: float  # the floor
     preservation: float
     diversity_base: float
     diversity: float
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """The scores in a `scores.json`. Raises ConfigError if it holds none of these."""
+        """The scores in a `scores.json`. Raises ConfigError if it has others."""
         try:
             return cls.of(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path} holds no scores of DINO and CLIP: {error}") from error
+            raise ConfigError(f"{path} has no scores of DINO and CLIP: {error}") from error
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Scores:
-        """The scores among other values. Raises ValueError if one is missing, or is no number."""
+        """The scores among other values. Raises ValueError if one is missing or not a number."""
         found = {field.name: values.get(field.name) for field in fields(cls)}
         optional = {name for name in found if name.endswith("_real")}
-        odd = [name for name, value in found.items()
-               if not isinstance(value, float) and (value is not None or name not in optional)]  # fmt: skip
-        if odd:
-            raise ValueError(f"no {', '.join(odd)}")
+        missing = [name for name, value in found.items()
+                   if not isinstance(value, float) and not (value is None and name in optional)]  # fmt: skip
+        if missing:
+            raise ValueError(f"no {', '.join(missing)}")
         return cls(**found)  # type: ignore[arg-type]
 
 
-# name, what it says: the scores as a table shows them
+# (name, label) of each row of the table
 TABLE = (
     ("dino_base", "DINO, base"),
-    ("dino", "DINO, adapter: is it the subject"),
+    ("dino", "DINO, adapter: subject fidelity"),
     ("dino_real", "DINO, photos among themselves"),
     ("clip_i_base", "CLIP-I, base"),
-    ("clip_i", "CLIP-I, adapter: is it the subject"),
+    ("clip_i", "CLIP-I, adapter: subject fidelity"),
     ("clip_i_real", "CLIP-I, photos among themselves"),
     ("clip_t_base", "CLIP-T, base"),
-    ("clip_t", "CLIP-T, adapter: does the prompt count"),
+    ("clip_t", "CLIP-T, adapter: prompt fidelity"),
     ("preservation_base", "PRES, base"),
-    ("preservation", "PRES, adapter: did the class become it (low is good)"),
-    ("diversity_base", "diversity of a prompt, base"),
-    ("diversity", "diversity of a prompt, adapter"),
+    ("preservation", "PRES, adapter: class turned into subject (low is good)"),
+    ("diversity_base", "diversity per prompt, base"),
+    ("diversity", "diversity per prompt, adapter"),
 )
 
 
 def shown(scores: Scores) -> list[tuple[str, str]]:
-    """(what it says, value) of every row of the table."""
+    """(label, value) of each row of the table."""
     values = asdict(scores)
     return [(text, "-" if values[name] is None else f"{values[name]:.3f}") for name, text in TABLE]
 
 
-def table(scores: Scores, beside: Scores | None = None) -> str:
-    """The scores as text, one line each, next to those of another run."""
-    return side_by_side(shown(scores), shown(beside) if beside else None)
-
-
-def side_by_side(rows: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]] | None = None) -> str:
-    """Lines of text with a column for this run, and one for another."""
+def table(rows: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]] | None = None) -> str:
+    """(label, value) rows as text, with a column for this run and one for another."""
     columns = [dict(rows), *([dict(others)] if others else [])]
     width = max(map(len, columns[0]))
     heads = ["this run", "expected"][: len(columns)]
@@ -99,22 +93,22 @@ def side_by_side(rows: Sequence[tuple[str, str]], others: Sequence[tuple[str, st
 
 
 def between(some: Tensor, others: Tensor) -> float:
-    """Mean cosine over all pairs of unit vectors, one from each of two groups, (n, D) and (m, D)."""
+    """Mean cosine over all pairs of unit vectors from two groups, (n, D) and (m, D)."""
     return (some.double() @ others.double().T).mean().item()
 
 
 def among(vectors: Tensor) -> float | None:
-    """Mean cosine over all pairs of different ones of a group, (n, D); None if there is no pair."""
+    """Mean cosine over all pairs of different unit vectors of a group, (n, D); None if there is no pair."""
     count = len(vectors)
     if count < 2:
         return None
     cosines = vectors.double() @ vectors.double().T
-    return (cosines[~torch.eye(count, dtype=torch.bool)].mean()).item()
+    return cosines[~torch.eye(count, dtype=torch.bool)].mean().item()
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Embeddings of one kind of everything that was drawn, and of the photos."""
+    """One encoder's embeddings of the photos and of all generated images."""
 
     photos: Tensor  # (photos, D)
     subject: Tensor  # (prompts, images, D)
@@ -124,13 +118,13 @@ class Seen:
 
 
 def scored(dino: Seen, clip: Seen, texts: Tensor) -> Scores:
-    """The scores of embeddings; `texts` are CLIP's of the prompts, (prompts, D)."""
+    """The scores from the embeddings. `texts`: CLIP's embeddings of the prompts, (prompts, D)."""
 
-    def varied(drawn: Tensor) -> float:
-        return 1 - sum(among(of_prompt) or 0.0 for of_prompt in drawn) / len(drawn)
+    def diversity(images: Tensor) -> float:  # (prompts, images, D)
+        return 1 - sum(among(of_prompt) or 0.0 for of_prompt in images) / len(images)
 
-    def told(drawn: Tensor) -> float:  # (prompts, images, D)
-        return (drawn.double() * texts.double()[:, None]).sum(-1).mean().item()
+    def prompt_fidelity(images: Tensor) -> float:  # (prompts, images, D)
+        return (images.double() * texts.double()[:, None]).sum(-1).mean().item()
 
     return Scores(
         dino_base=between(dino.subject_base.flatten(0, 1), dino.photos),
@@ -139,10 +133,10 @@ def scored(dino: Seen, clip: Seen, texts: Tensor) -> Scores:
         clip_i_base=between(clip.subject_base.flatten(0, 1), clip.photos),
         clip_i=between(clip.subject.flatten(0, 1), clip.photos),
         clip_i_real=among(clip.photos),
-        clip_t_base=told(clip.subject_base),
-        clip_t=told(clip.subject),
+        clip_t_base=prompt_fidelity(clip.subject_base),
+        clip_t=prompt_fidelity(clip.subject),
         preservation_base=between(dino.of_class_base, dino.photos),
         preservation=between(dino.of_class, dino.photos),
-        diversity_base=varied(dino.subject_base),
-        diversity=varied(dino.subject),
+        diversity_base=diversity(dino.subject_base),
+        diversity=diversity(dino.subject),
     )

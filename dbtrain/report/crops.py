@@ -1,4 +1,4 @@
-"""What a run was trained on: each photo, and each stored crop as training sees it, decoded again."""
+"""A run's training data: the photos, and the stored crops decoded to what training sees."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import ConfigError, os_problem
 
 DECODED = (
-    "What training sees: the mean of each stored posterior, decoded by the base's VAE. Crops are in pixels "
-    "of the photo after its short side was resized."
+    "What training sees: the mean of each stored posterior, decoded by the base's VAE. Crop positions are in "
+    "pixels of the resized photo."
 )
 PHOTOS = 64  # most photos shown
-FEW = 4  # crops of the subject for each class image shown
+FEW = 4  # crops of the subject per class image shown
+TITLES = {
+    "instance": "Crops as trained", "class": "Class images as trained",
+    shards.HELD_OUT["instance"]: "Photos held out", shards.HELD_OUT["class"]: "Class images held out",
+}  # fmt: skip
 Decode = Callable[[shards.Row], Image.Image]
 
 
 @dataclass
 class Part:
-    """Pictures of one kind, how many there are in all, and why there are none, if so."""
+    """Images of one kind, how many there are in all, and why they cannot be shown, if so."""
 
     title: str
     pictures: list[Picture] = field(default_factory=list)
@@ -42,14 +46,14 @@ class Part:
 
 @dataclass(frozen=True)
 class DataSheet:
-    """The data of some runs that share it."""
+    """The data that some runs share."""
 
     labels: list[str]
     parts: list[Part]
 
 
 def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
-    """A sheet for each set of data that the runs were trained on. `crops`: most that are decoded of each."""
+    """One sheet for each data set of the runs. `crops`: how many to decode of each at most."""
     shared: dict[tuple, list[Run]] = {}
     for run in runs:
         key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.model)
@@ -62,9 +66,9 @@ def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
 
 def _photos(cfg: Config) -> Part:
     part = Part("The photos")
-    with _telling(part):
+    with _reporting(part):
         if cfg.prepare is None:
-            raise ConfigError("the config has no 'prepare' section, so it names no photos")
+            raise ConfigError("the config has no 'prepare' section, and so no photos")
         found = photos.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
         part.total = len(found)
         part.pictures = [_photo(path) for path in found[:PHOTOS]]
@@ -72,8 +76,8 @@ def _photos(cfg: Config) -> Part:
 
 
 @contextmanager
-def _telling(part: Part) -> Iterator[None]:
-    """Let a part say why the block could not show it, so that the rest of the page can be made."""
+def _reporting(part: Part) -> Iterator[None]:
+    """Turn an error in the block into the part's `problem`, so that the rest of the page is still made."""
     try:
         yield
     except ConfigError as problem:
@@ -81,7 +85,7 @@ def _telling(part: Part) -> Iterator[None]:
     except OSError as problem:
         part.problem = os_problem(problem)
     except torch.OutOfMemoryError:
-        part.problem = "the GPU has no memory left to decode them; try again when it is idle"
+        part.problem = "not enough GPU memory to decode them; try again when the GPU is idle"
 
 
 def _photo(path: Path) -> Picture:
@@ -94,46 +98,31 @@ def _photo(path: Path) -> Picture:
 
 
 def _stored(cfg: Config, crops: int) -> list[Part]:
-    """For each role of the shards, its first rows as pictures; what cannot be reached says why."""
+    """For each role of the shards, its first rows as images, or why they cannot be shown."""
     storage = Storage(cfg.data.shards, retries=1)
-    unread = Part(_title("instance"))
-    with _telling(unread):
+    unread = Part(TITLES["instance"])
+    with _reporting(unread):
         manifest = shards.Manifest.read(storage)
     if unread.problem:
         return [unread]
     decode: Decode | None = None
     parts = []
     for role in manifest.roles:
-        part = Part(_title(role), total=sum(manifest.rows(role)), note=DECODED if role == "instance" else "")
-        with _telling(part):
+        part = Part(TITLES[role], total=sum(manifest.rows(role)), note=DECODED if role == "instance" else "")
+        with _reporting(part):
             rows = _rows(storage, manifest, role, crops if role == "instance" else -(-crops // FEW))
             if rows:
                 decode = decode or _decoder(cfg)
-                part.pictures = _decoded(rows, decode, manifest.prompts.texts, f"decode {role}")
+                with console.bar(len(rows), f"decode {role}", "image") as bar:
+                    for row in rows:
+                        part.pictures.append(_crop(row, decode(row), manifest.prompts.texts))
+                        bar.update()
         parts.append(part)
     return parts
 
 
-def _decoded(rows: Sequence[shards.Row], decode: Decode, prompts: Sequence[str], what: str) -> list[Picture]:
-    pictures = []
-    with console.bar(len(rows), what, "image") as bar:
-        for row in rows:
-            pictures.append(_crop(row, decode(row), prompts))
-            bar.update()
-    return pictures
-
-
-def _title(role: str) -> str:
-    known = {"instance": "Crops as trained", "class": "Class images as trained"}
-    held_out = {
-        shards.HELD_OUT["instance"]: "Photos held out",
-        shards.HELD_OUT["class"]: "Class images held out",
-    }
-    return (known | held_out)[role]
-
-
 def _rows(storage: Storage, manifest: shards.Manifest, role: str, most: int) -> list[shards.Row]:
-    """The first `most` rows of a role, those of a photo together; reads no more shards than that takes."""
+    """The first `most` rows of a role, sorted by photo. Reads no more shards than that takes."""
     rows: list[shards.Row] = []
     for shard in manifest.roles[role]:
         if len(rows) < most:
@@ -142,7 +131,7 @@ def _rows(storage: Storage, manifest: shards.Manifest, role: str, most: int) -> 
 
 
 def _decoder(cfg: Config) -> Decode:
-    """A function from a stored row to the picture that its mean stands for; loads the base's VAE."""
+    """A function that decodes the mean of a stored row to an image. Loads the base's VAE."""
     base = Pretrained.here(cfg.model)
     if base is None:
         raise ConfigError(f"model.path is '{cfg.model.path}', which is not on this machine")
@@ -151,9 +140,8 @@ def _decoder(cfg: Config) -> Decode:
 
     @torch.no_grad()
     def decode(row: shards.Row) -> Image.Image:
-        x0 = family.sample_posterior(row.tensors, torch.zeros(()))[
-            None
-        ]  # without noise: the posterior's mean
+        mean = family.sample_posterior(row.tensors, torch.zeros(()))  # zero noise
+        x0 = mean[None]  # (1, C, H, W)
         pixels = vae.decode(x0.to(dist.device())).sample if vae else x0
         values = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())

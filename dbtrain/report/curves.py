@@ -1,4 +1,4 @@
-"""The curves of a page: plain lists, which the page's script draws."""
+"""The curves of a page, as lists of numbers that the page's script draws."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 from dbtrain.report.run import METRICS, SPEED, TIMESTEPS, VALIDATION, Line, Run, number
 
-POINTS = 1500  # most points of a curve; more are averaged in groups
-WINDOWS = 60  # most points of a curve by timestep, each a mean over many rows
+POINTS = 1500  # most points of a curve; neighbors are averaged if there are more
+WINDOWS = 60  # most points of a curve by timestep, each a mean over many images
 TENTHS = 10
-ROLES = ("instance", "prior")
+ROLES = {"instance": "instance images", "prior": "class images"}
 Values = list[float | None]
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `colour`: a run's number, or "k/n": the k-th of n shades."""
+    """One line. `colour`: a run's number, or "k/n" for the k-th of n shades."""
 
     label: str
     xs: list[int]
     ys: Values
     colour: int | str
-    smooth: bool = False  # drawn faint, with its smoothed self over it
+    smooth: bool = False  # drawn faint, with a smoothed line over it
     dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over one axis. `log`: may be shown on a logarithmic scale."""
+    """Lines over one axis. `log`: whether a logarithmic scale is offered."""
 
     title: str
     series: list[Series]
@@ -48,7 +48,7 @@ class Group:
     note: str = ""
 
     def data(self) -> list[dict[str, Any]]:
-        """The charts as JSON has them; six digits are more than a screen shows."""
+        """The charts for JSON, with six digits per value, which is more than a screen shows."""
         charts = [asdict(chart) for chart in self.charts]
         for series in (series for chart in charts for series in chart["series"]):
             series["ys"] = [None if y is None else float(f"{y:.6g}") for y in series["ys"]]
@@ -57,7 +57,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a run's table that becomes a chart with a line a run."""
+    """A column of a run's table, for a chart with one line per run."""
 
     table: str
     key: str
@@ -86,18 +86,17 @@ SPEEDS = (
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """All charts that there is anything to draw for, by subject."""
+    """All charts that have data, grouped by subject."""
     found = [
         Group(
             "Loss", _charts(runs, LOSSES),
-            "Each step's training loss is a mean over all ranks and micro-batches, but of random timesteps: "
-            "it jumps, and says little. Held-out losses are taken at the same timesteps with the same noise "
-            "each time: compare those.",
+            "The training loss is a mean over all ranks and micro-batches, but at random timesteps, so it is "
+            "noisy. Held-out losses use the same timesteps and noise every time, so compare those.",
         ),
         Group(
             "Loss by timestep", [*_by_tenth(runs), *_profiles(runs)],
-            "From 0%, almost no noise, where details are learnt, to 100%, almost nothing but noise, where "
-            "shape and layout are.",
+            "From 0%, almost no noise, where details are learned, to 100%, almost pure noise, where shape "
+            "and layout are learned.",
         ),
         Group("Optimizer", _charts(runs, OPTIMIZER)),
         Group("Speed and memory", _charts(runs, SPEEDS)),
@@ -106,7 +105,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
 
 
 def scores(runs: Sequence[Run]) -> Group:
-    """The scores of each run's checkpoints, a chart a score."""
+    """The scores of each run's checkpoints, one chart per score."""
     keys = [key for run in runs for key in run.score_names]
     charts = []
     for key in dict.fromkeys(keys):
@@ -122,6 +121,7 @@ def scores(runs: Sequence[Run]) -> Group:
 
 
 def _charts(runs: Sequence[Run], columns: Sequence[Column]) -> list[Chart]:
+    """One chart for each column that any run has values for."""
     charts = []
     for column in columns:
         lines, longest = [], 0
@@ -139,12 +139,12 @@ def _charts(runs: Sequence[Run], columns: Sequence[Column]) -> list[Chart]:
 
 
 def group_size(count: int, most: int = POINTS) -> int:
-    """How many neighbours of `count` points are averaged, so that at most about `most` are left."""
+    """How many neighbors to average so that at most `most` of `count` points are left."""
     return max(1, -(-count // most))
 
 
 def thinned(xs: list[int], ys: Values, most: int = POINTS) -> tuple[list[int], Values]:
-    """At most about `most` points: means of groups of neighbours, each at its last step."""
+    """At most `most` points: means of groups of neighbors, each at its last step."""
     size = group_size(len(xs), most)
     if size == 1:
         return xs, ys
@@ -153,13 +153,13 @@ def thinned(xs: list[int], ys: Values, most: int = POINTS) -> tuple[list[int], V
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """Mean of what is finite; None if nothing is."""
+    """Mean of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def _by_tenth(runs: Sequence[Run]) -> Iterator[Chart]:
-    """For each run and role, the training loss of each tenth of the timesteps, over steps."""
+    """For each run and role, a chart of the training loss by tenth of the timesteps, over steps."""
     for run in runs:
         for role in ROLES:
             lines = [line for line in run.tables[TIMESTEPS] if _tenths(line.get(role))]
@@ -172,12 +172,12 @@ def _by_tenth(runs: Sequence[Run]) -> Iterator[Chart]:
                 for k in range(TENTHS)
             ]
             owner = f", {run.label}" if len(runs) > 1 else ""
-            title = f"Training loss by timestep, {_pictures(role)}{owner}"
-            yield Chart(title, series, "a line for each tenth of the timesteps, smoothed", log=True)
+            title = f"Training loss by timestep, {ROLES[role]}{owner}"
+            yield Chart(title, series, "one line per tenth of the timesteps, smoothed", log=True)
 
 
 def _tenths(part: Any) -> bool:
-    """Whether a line's part holds a count and a sum for each tenth."""
+    """Whether a role's values in a line have a count and a sum for each tenth."""
     if not isinstance(part, dict):
         return False
     columns = [part.get("rows"), part.get("loss")]
@@ -185,7 +185,7 @@ def _tenths(part: Any) -> bool:
 
 
 def _tenth(windows: Sequence[Sequence[Line]], role: str, tenth: int) -> tuple[list[int], Values]:
-    """(last steps, mean losses) of a tenth's rows in each window of lines that saw any; None: not finite."""
+    """(last step, mean loss) of each window of lines with images in this tenth; None if not finite."""
     xs: list[int] = []
     ys: Values = []
     for window in windows:
@@ -198,7 +198,7 @@ def _tenth(windows: Sequence[Sequence[Line]], role: str, tenth: int) -> tuple[li
 
 
 def _profiles(runs: Sequence[Run]) -> Iterator[Chart]:
-    """For each role, the held-out loss over timesteps: at first, and at last."""
+    """For each role, a chart of the held-out loss over timesteps at the first and last validation."""
     for role in ROLES:
         series = []
         for at, run in enumerate(runs):
@@ -208,16 +208,12 @@ def _profiles(runs: Sequence[Run]) -> Iterator[Chart]:
                 ys = [number(value) for value in line["by_timestep"][role]]
                 series.append(Series(label, line["timesteps"], ys, at, dashed=line is not lines[-1]))
         if series:
-            title = f"Held-out loss over timesteps, {_pictures(role)}"
-            yield Chart(title, series, "dashed: at first; solid: at last", x="timestep", log=True)
+            title = f"Held-out loss over timesteps, {ROLES[role]}"
+            yield Chart(title, series, "dashed: first; solid: last", x="timestep", log=True)
 
 
 def _profile(line: Line, role: str) -> bool:
-    """Whether a line holds a loss for each of its timesteps."""
+    """Whether a line has a loss for each of its timesteps."""
     by_role, times = line.get("by_timestep"), line.get("timesteps")
     losses = by_role.get(role) if isinstance(by_role, dict) else None
     return isinstance(times, list) and isinstance(losses, list) and len(times) == len(losses) > 0
-
-
-def _pictures(role: str) -> str:
-    return {"instance": "instance images", "prior": "class images"}[role]

@@ -1,4 +1,4 @@
-"""The figures that matter, in a few words each."""
+"""The most important figures of a run, for the page's summary."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from dbtrain.report.curves import mean
 from dbtrain.report.run import METRICS, SPEED, VALIDATION, Run
 
-SCORES = 4  # of scores.json in the summary; a table has all
-WAITS = 0.1  # share of the time waiting for data from which on it is said to be much
+MOST_SCORES = 4  # in the summary; a table has all of them
+SLOW_DATA = 0.1  # share of the time waiting for data above which the page points it out
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Figure:
 
 
 def short(value: float) -> str:
-    """A number as a reader wants it: four digits, no exponents of ordinary numbers."""
+    """A number with four digits, and without an exponent if it is ordinary."""
     return f"{value:.4g}"
 
 
 def of_run(run: Run) -> list[Figure]:
-    """Is it learning, is the result good, and what did it take; only what the folder tells."""
+    """Losses, scores, speed and memory, as far as the run folder has them."""
     found = [
         _held_out(run, "held_out_instance", "Held-out loss, instance"),
         _held_out(run, "held_out_prior", "Held-out loss, class"),
@@ -57,15 +57,13 @@ def _trained(run: Run, key: str, label: str) -> Figure | None:
     first, last = mean(values[:tenth]), mean(values[-tenth:])
     if first is None or last is None:
         return None
-    return Figure(
-        label, f"{short(first)} → {short(last)}", "means of the first and the last tenth of the steps"
-    )
+    return Figure(label, f"{short(first)} → {short(last)}", "means of the first and last tenth of the steps")
 
 
 def _scores(run: Run) -> list[Figure]:
     shown = [
         Figure(name.replace("_", " ").capitalize(), short(value), run.score_labels.get(name, ""))
-        for name, value in list(run.scores.items())[:SCORES]
+        for name, value in list(run.scores.items())[:MOST_SCORES]
     ]
     best = [str(row["step"]) for row in run.checkpoint_scores if row.get("suggested")]
     if best:
@@ -84,9 +82,11 @@ def _speed(run: Run) -> Figure | None:
     if rate is None:
         return None
     step, wait = _median(run, "step_ms"), mean(run.values(SPEED, "wait_share")[1])
-    parts = [f"{step:.0f} ms a step"] if step is not None else []
+    parts = [f"{step:.0f} ms per step"] if step is not None else []
     if wait is not None:
-        parts.append(f"{wait:.1%} of the time waiting for data{', which is much' if wait > WAITS else ''}")
+        parts.append(
+            f"{wait:.1%} of the time waiting for data{', which is a lot' if wait > SLOW_DATA else ''}"
+        )
     return Figure("Speed", f"{rate:.3g} samples/s", ", ".join(parts))
 
 

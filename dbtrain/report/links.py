@@ -1,4 +1,4 @@
-"""The files of a run that a reader of its page may want, as links where they can be followed."""
+"""Links to the files of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dbtrain.runtime.run_folder import SHEET, TABLES
 
 @dataclass(frozen=True)
 class Link:
-    """A file or folder. One outside the page's folder has no `href`, and its whole path as `text`."""
+    """A file or folder. Outside the page's folder, `href` is empty and `text` is the whole path."""
 
     what: str
     text: str
@@ -22,7 +22,7 @@ class Link:
 
 
 def of_run(run: Run, page: Path) -> list[Link]:
-    """Adapter files first, then pictures, checkpoints, logs."""
+    """Links to adapter files, images, scores, checkpoints and logs, in this order."""
     return [_link(what, path, page) for what, path in _files(run)]
 
 
@@ -32,7 +32,7 @@ def _files(run: Run) -> Iterator[tuple[str, Path]]:
         if path.is_file() and not path.name.startswith("."):
             yield ("adapter" if path.suffix == ".safetensors" else "export"), path
     for folder, pattern in ((names.samples, "*/"), (names.scores, ""), (names.validation, "*/")):
-        yield from (("pictures", path) for path in sorted(folder.glob(pattern + SHEET)))
+        yield from (("images", path) for path in sorted(folder.glob(pattern + SHEET)))
     yield from (("scores", path) for path in sorted(names.scores.glob("*.json")))
     yield from (("checkpoint", path) for path in names.checkpoints())
     logs = (names.config, names.log, *map(names.table, TABLES))
@@ -42,22 +42,21 @@ def _files(run: Run) -> Iterator[tuple[str, Path]]:
 def _link(what: str, path: Path, page: Path) -> Link:
     href = href_of(path, page)
     text = str(path.relative_to(page.parent)) if href else str(path)
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else (
-        path.stat().st_size
-    )  # fmt: skip
-    return Link(what, text, href, _size(size))
+    parts = path.rglob("*") if path.is_dir() else [path]
+    return Link(what, text, href, _size(sum(part.stat().st_size for part in parts if part.is_file())))
 
 
 def href_of(path: Path, page: Path) -> str:
-    """The way from the page to a file below its folder; empty for one elsewhere."""
+    """Relative URL from the page to a file below its folder; empty for other files."""
     if not path.is_relative_to(page.parent):
         return ""
     return "./" + quote(path.relative_to(page.parent).as_posix()) + ("/" if path.is_dir() else "")
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
+    """A number of bytes with its unit, e.g. 2.1 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024  # type: ignore[assignment]
+        count /= 1024
     return f"{count:.1f} GiB"

@@ -20,7 +20,7 @@
     return node;
   }
 
-  // Exponential moving average, without the pull of its start (as TensorBoard's).
+  // Exponential moving average with bias correction, like TensorBoard's.
   function smoothed(ys, share) {
     let sum = 0, weight = 0;
     return ys.map((y) => {
@@ -38,7 +38,7 @@
     return rounded && Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);
   }
 
-  // The value of a series at an index of the joint axis, or the last one before it.
+  // The value of a series at an index of the shared axis, or the last value before it.
   function valueAt(ys, at) {
     for (let k = at; k >= 0; k--) if (ys[k] !== undefined) return ys[k];
     return undefined;
@@ -75,7 +75,7 @@
       new ResizeObserver(() => this.plot.setSize(this.size())).observe(this.holder);
     }
 
-    // What the curves say, for those who do not see them.
+    // The curves in words, for screen readers.
     words() {
       const parts = this.chart.series.map((series) => {
         const known = series.ys.filter((y) => y !== null);
@@ -95,7 +95,7 @@
       const log = chart.log && tools && tools.elements.log.checked;
       const usable = (ys) => (log ? ys.map((y) => (y > 0 ? y : null)) : ys);
       const lines = [], tables = [];
-      this.mine = chart.series.map(() => []); // numbers of uPlot's series, by ours
+      this.mine = chart.series.map(() => []); // indices of uPlot's series, by ours
       chart.series.forEach((series, number) => {
         const stroke = colourOf(series.colour);
         this.keys[number].stroke.style.setProperty("--c", stroke);
@@ -109,7 +109,7 @@
           });
           this.mine[number].push(lines.length);
         };
-        // Ten faint lines at once would be a thicket.
+        // Not for series of many shades, whose faint lines would be unreadable.
         if (faint && chart.series.every((one) => typeof one.colour === "number")) {
           add(series.ys, { width: 1, alpha: 0.3, points: { show: false } });
         }
@@ -149,7 +149,7 @@
       this.tell();
     }
 
-    // Values under the cursor; the last ones while there is none.
+    // Show the values under the cursor, or the last values without one.
     tell() {
       const u = this.plot;
       if (!u) return;
@@ -200,7 +200,7 @@
     tools.elements.reset.addEventListener("click", () => plots.forEach((plot) => plot.reset()));
   }
 
-  // A picture enlarged; the arrow keys go through its row, or its part of the page.
+  // Enlarge an image. The arrow keys go through its row, or its part of the page.
   const viewer = document.getElementById("viewer");
   const [large, caption, file] = ["img", "#caption", "a"].map((name) => viewer.querySelector(name));
   let row = [], now = 0;

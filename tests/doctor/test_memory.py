@@ -92,11 +92,11 @@ def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
     with MemoryCounter(64) as counter, torch.no_grad():
         vae.decode(torch.randn(1, *families.get("sd").space(base, 64).shape))
         taken = counter.peak + sum(parameter.nbytes for parameter in vae.parameters())
-    assert found.drawing == pytest.approx(taken, rel=BOUND)
+    assert found.validation == pytest.approx(taken, rel=BOUND)
     assert found.peak == found.base + found.adapter + found.moments + found.gradients + max(
-        found.drawing, found.activations
+        found.validation, found.activations
     )
-    assert memory.predict(make(), base, "cpu").drawing == 0
+    assert memory.predict(make(), base, "cpu").validation == 0
 
 
 def test_what_does_not_fit_because_of_pictures_is_said(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.M
     assert done.returncode == 0 and "fits into 24.0 GiB" in done.stdout
     rows = ["base", "adapter", "optimizer", "activations", "accumulated gradients", "peak"]
     lines = done.stdout.splitlines()
-    first = next(number for number, line in enumerate(lines) if "of training on a GPU, GiB" in line)
+    first = next(number for number, line in enumerate(lines) if "for training on a GPU, GiB" in line)
     assert [line.strip().rsplit(" ", 1)[0].strip() for line in lines[first + 1 : first + 7]] == rows
 
     asked = []
@@ -140,7 +140,7 @@ def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.M
     ]  # fmt: skip
     best = "train.micro_batch=1 train.gradient_checkpointing=blocks train.base_linears=int8"
     assert "training needs 21.40 GiB" in str(told.value) and str(told.value).endswith(f"; use {best}")
-    with pytest.raises(ConfigError, match="nor does any of these; a smaller"):
+    with pytest.raises(ConfigError, match="neither do these settings; use a smaller"):
         list(memory.report(make(train__micro_batch=4), 2.0))
 
 

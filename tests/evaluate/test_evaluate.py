@@ -99,7 +99,7 @@ def mean(values: Any) -> float:
 def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
     """Picture by picture, pair by pair, with the models' own forward passes."""
     done = dbtrain("evaluate", Path(ran.run_dir).parent / "c.yaml")
-    assert done.returncode == 0 and "DINO, adapter: is it the subject" in done.stdout
+    assert done.returncode == 0 and "DINO, adapter: subject fidelity" in done.stdout
     out = Path(ran.run_dir) / "scores"
     values = json.loads((out / "scores.json").read_text())
     real = sorted(photos.glob("*.jpg"))
@@ -128,7 +128,7 @@ def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
         assert values["preservation" + end] == pytest.approx(expected, abs=1e-5)
     assert values["dino"] != values["dino_base"] and values["clip_t"] != values["clip_t_base"]
     assert (values["prompts"], values["images"], values["photos"]) == (3, 3, len(real))
-    assert values["labels"]["clip_t"] == "CLIP-T, adapter: does the prompt count"
+    assert values["labels"]["clip_t"] == "CLIP-T, adapter: prompt fidelity"
     assert (
         "short side 36 px bicubic antialiased, centre 32 px, mean 0.4/0.5/0.6" in values["dino_preprocessing"]
     )
@@ -167,7 +167,9 @@ def test_one_photo_has_no_ceiling() -> None:
     seen = fidelity.Seen(one, drawn, drawn, several, several)
     scores = fidelity.scored(seen, seen, several[:2])
     assert scores.dino_real is None and scores.diversity == 1 and scores.dino == pytest.approx(1 / 3)
-    assert "-" in next(line for line in fidelity.table(scores).splitlines() if "DINO, photos" in line)
+    assert "-" in next(
+        line for line in fidelity.table(fidelity.shown(scores)).splitlines() if "DINO, photos" in line
+    )
 
 
 def test_clip_sees_pictures_as_its_own_processor_does() -> None:
@@ -225,7 +227,7 @@ def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
     assert [(row["step"], row["exported"]) for row in rows] == [(2, False), (4, True)]
     assert sum(row["suggested"] for row in rows) == 1
     chosen = next(row for row in rows if row["suggested"])
-    assert f"suggested: {chosen['name']}, which has the highest dino" in done.stdout
+    assert f"suggested: {chosen['name']}, with the highest dino" in done.stdout
     assert "only 2 to choose from" in done.stdout
     for row in rows:
         alone = fidelity.Scores.load(run / "scores" / f"step-{row['step']:06d}" / "scores.json")
@@ -338,16 +340,16 @@ def test_models_that_are_none_are_refused(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = {"evaluation__dino": str(eyes.dino()), "evaluation__clip": str(eyes.clip())}
-    assert "neither a folder here nor a model that could be" in told(
+    assert "neither a local folder nor a model that could be" in told(
         make(**good | {"evaluation__dino": "no/way"})
     )
     pickled = shutil.copytree(eyes.dino(), tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     assert "has no safetensors" in told(make(**good | {"evaluation__dino": str(pickled)}))
-    assert "a clip and no ViT" in told(make(**good | {"evaluation__dino": str(eyes.clip())}))
-    assert "no CLIP" in told(make(**good | {"evaluation__clip": str(eyes.dino())}))
+    assert "a clip, not a ViT" in told(make(**good | {"evaluation__dino": str(eyes.clip())}))
+    assert "not a CLIP" in told(make(**good | {"evaluation__clip": str(eyes.dino())}))
     (wordless := shutil.copytree(eyes.clip(), tmp_path / "wordless")).joinpath("tokenizer.json").unlink()
-    assert "holds no vocabulary" in told(make(**good | {"evaluation__clip": str(wordless)}))
+    assert "has no vocabulary" in told(make(**good | {"evaluation__clip": str(wordless)}))
     assert "not about the subject" in told(make(**good, evaluation__prompts=["a dog in the snow"]))
 
 
@@ -359,7 +361,7 @@ def test_a_pickle_on_the_hub_is_refused(make: Make, tmp_path: Path, monkeypatch:
     (cache / "models--org--old" / "refs" / "main").write_text("0" * 40)
     shutil.copy(eyes.dino() / "config.json", kept)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    assert "give another model, or a revision that has them" in told(
+    assert "use another model, or a revision that has them" in told(
         make(evaluation__dino="org/old", evaluation__clip=str(eyes.clip()))
     )
 
@@ -372,13 +374,13 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     lost = next(name for name in tensors if "layernorm.weight" in name)
     save_file({k: v for k, v in tensors.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 weights are missing or of another shape, e\.g\. .*layernorm"):
-        encoders.dino_pictures(encoders.dino(str(folder)))
+        encoders.dino_images(encoders.dino(str(folder)))
 
 
 def test_scores_of_the_other_judge_are_not_shown_beside(ran: Config, tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(json.dumps({"likeness": 0.5}))
-    with pytest.raises(ConfigError, match="holds no scores of DINO and CLIP: no dino_base"):
+    with pytest.raises(ConfigError, match="has no scores of DINO and CLIP: no dino_base"):
         list(evaluate.evaluate(ran, path))
 
 
@@ -387,6 +389,6 @@ def test_photos_and_a_prepare_section_are_needed(make: Make, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="no prepare section"):
         dino_clip.evaluate(cfg.model_copy(update={"prepare": None}), "none", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="there are none in"):
+    with pytest.raises(ConfigError, match=r"prepare\.photos: no photos"):
         dino_clip.evaluate(make(prepare__photos=str(tmp_path / "empty")), "none", tmp_path / "out")
     draw_photo(tmp_path / "empty" / "a.png", 1)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dbtrain.evaluate import evaluate, tiny_judge
+from dbtrain.evaluate.scores import table
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.tiny import world
@@ -27,7 +28,7 @@ def of_subject(name: str, first: int, place: str | None = None, count: int = 8) 
 
 def scores_of(
     kept: list[Image.Image], subject: list[Image.Image], wrong_places: int = 0
-) -> tiny_judge.Scores:
+) -> tiny_judge.JudgeScores:
     """Scores of a run whose pictures are these; the base draws ordinary mugs."""
     base = [render(scene) for scene in MUGS]
     places = list(world.PLACES)
@@ -59,13 +60,13 @@ def test_a_run_that_ignores_the_place() -> None:
 
 
 def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
-    scores = tiny_judge.Scores(0.1, 0.7, 0.9, 0.8, 0.9, 0.04, 0.0, 0.6, 0.9)
-    text = tiny_judge.table(scores, scores)
+    scores = tiny_judge.JudgeScores(0.1, 0.7, 0.9, 0.8, 0.9, 0.04, 0.0, 0.6, 0.9)
+    text = table(tiny_judge.shown(scores), tiny_judge.shown(scores))
     assert "75%       75%" in next(line for line in text.splitlines() if line.startswith("of the way"))
-    assert tiny_judge.Scores.load(ROOT / "benchmarks" / "results" / "quickstart.json"), "without labels"
+    assert tiny_judge.JudgeScores.load(ROOT / "benchmarks" / "results" / "quickstart.json"), "without labels"
     (tmp_path / "s.json").write_text("{}")
-    with pytest.raises(ConfigError, match="holds no scores"):
-        tiny_judge.Scores.load(tmp_path / "s.json")
+    with pytest.raises(ConfigError, match="has no scores"):
+        tiny_judge.JudgeScores.load(tmp_path / "s.json")
 
 
 def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) ->
     first = dbtrain("evaluate", tmp_path / "c.yaml", ranks=2)
     assert first.returncode == 0 and "of the way from base to real" in first.stdout
     out = run / "scores"
-    scores = tiny_judge.Scores.load(out / "scores.json")
+    scores = tiny_judge.JudgeScores.load(out / "scores.json")
     assert scores.closed < 0.3, "one sampling step draws no mug"
     with Image.open(out / "sheet.png") as sheet:
         assert np.asarray(sheet).std() > 10
@@ -88,10 +89,10 @@ def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) ->
     again = dbtrain("evaluate", tmp_path / "c.yaml", "--beside", out / "scores.json")
     assert again.returncode == 0 and "expected" in again.stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in out.rglob("*seed*.png")}, "drawn again"
-    assert tiny_judge.Scores.load(out / "scores.json") == scores
+    assert tiny_judge.JudgeScores.load(out / "scores.json") == scores
     values = json.loads((out / "scores.json").read_text())
     assert values["place"] == scores.place
-    assert values["labels"]["place"] == "share of the subject's pictures in the place asked for"
+    assert values["labels"]["place"] == "share of the subject's images in the requested place"
 
 
 def test_checkpoints_are_compared_by_likeness_and_place(
@@ -121,5 +122,5 @@ def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> No
     (tmp_path / "photos").mkdir()
     draw_photo(tmp_path / "photos" / "a.png", 1)
     cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED)
-    with pytest.raises(ConfigError, match=r"do not show the small world's mug; .*tiny\.world"):
+    with pytest.raises(ConfigError, match=r"do not show the embedded base's mug; .*tiny\.world"):
         tiny_judge.evaluate(cfg, "none", tmp_path / "out")

@@ -58,7 +58,7 @@ def plant(folder: Path, prompts: tuple[str, ...]) -> None:
     rows = [{"step": step, "instance": tenths, "prior": tenths} for step in (2, 4)]
     (folder / "timesteps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "scores").mkdir()
-    labels = {"likeness": "likeness of the adapter's pictures of the subject"}
+    labels = {"likeness": "likeness of the adapter's images of the subject"}
     (folder / "scores" / "scores.json").write_text(
         json.dumps({"likeness": 0.75, "place": 1.0, "labels": labels})
     )
@@ -183,7 +183,7 @@ def test_curves_are_drawn_and_tell_their_values(browser: Page, one: Path) -> Non
         "Training loss, instance images", "Training loss, class images", "Held-out loss, instance images",
         "Training loss by timestep, instance images", "Held-out loss over timesteps, class images",
         "Learning rate", "Gradient norm, before clipping", "Samples per second, all ranks",
-        "Time of a step, ms", "RankSlice of the time waiting for data", "Peak memory of rank 0, GiB",
+        "Time of a step, ms", "Share of the time waiting for data", "Peak memory of rank 0, GiB",
     ):  # fmt: skip
         assert title in titles
     inked = page(
@@ -322,7 +322,7 @@ def test_a_folder_with_nothing_but_a_config_gives_a_page(make: Make, tmp_path: P
     text = page.texts("main")[0]
     assert f"prepare.photos: '{tmp_path / 'gone'}' is not a directory" in text
     assert "has no manifest.json; rerun: dbtrain prepare" in text
-    assert "metrics.jsonl is missing or empty" in text and "No step was logged yet" in text
+    assert "metrics.jsonl is missing or empty" in text and "No step has been logged yet" in text
 
 
 def test_the_report_imports_neither_peft_nor_the_compiler() -> None:
@@ -353,7 +353,7 @@ def test_a_base_that_is_not_here_is_said_and_not_downloaded(
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no run folder: it has no config\.yaml"):
+    with pytest.raises(ConfigError, match=r"not a run folder: it has no config\.yaml"):
         report.report([tmp_path])
 
 
@@ -409,7 +409,7 @@ def test_figures_say_where_the_held_out_loss_was_lowest(runs: list[Path], tmp_pa
     assert (figure.value, figure.note) == ("0.4 → 0.3", "−25%, lowest at step 10, 0.2; it has risen since")
     assert found["Suggested checkpoint"].value == "step 4"
     likeness, place = found["Likeness"], found["Place"]
-    assert (likeness.value, likeness.note) == ("0.75", "likeness of the adapter's pictures of the subject")
+    assert (likeness.value, likeness.note) == ("0.75", "likeness of the adapter's images of the subject")
     assert (place.value, place.note) == ("1", ""), "a score without a label, as older versions wrote them"
     assert "Held-out loss, class" not in found
 
