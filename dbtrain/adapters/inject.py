@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import (
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-)
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.loha import LoHaLayer
 from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer

@@ -16,6 +16,7 @@ from dbtrain.runtime import files
 TEXT_KEY = "dbtrain"  # PNG text chunk with the note on how an image was made
 GAP, LINE, FONT_SIZE = 8, 18, 13  # px
 LEAST_WIDTH = 420  # px, so that labels fit
+MOST_CELL = 256  # px
 BROKEN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises on bad files
 
 
@@ -48,9 +49,10 @@ class Row:
     captions: Sequence[str] = ()  # gray, one above each image
 
 
-def contact_sheet(rows: Sequence[Row], least_cell: int = 96, most_cell: int = 256) -> Image.Image:
-    """All rows on one white page. Cells are as wide as the first image, within the two bounds (px)."""
-    cell = max(least_cell, min(most_cell, rows[0].pictures[0].width))
+def contact_sheet(rows: Sequence[Row], least_cell: int = 96) -> Image.Image:
+    """All rows on one white page. Cells are as wide as the first image, from `least_cell` to MOST_CELL px."""
+    # Lay out: the first row's images give the cell, the widest row the page, the labels the height.
+    cell = max(least_cell, min(MOST_CELL, rows[0].pictures[0].width))
     columns = max(len(row.pictures) for row in rows)
     width = max(columns * (cell + GAP) + GAP, LEAST_WIDTH)
     font = ImageFont.load_default(FONT_SIZE)
@@ -63,6 +65,7 @@ def contact_sheet(rows: Sequence[Row], least_cell: int = 96, most_cell: int = 25
     height = GAP + sum(
         (len(lines) + bool(row.captions)) * LINE + cell + GAP for row, lines in zip(rows, labels, strict=True)
     )
+    # Draw each row: its labels, its captions, its images.
     page = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(page)
     top = GAP

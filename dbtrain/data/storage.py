@@ -17,7 +17,8 @@ from dbtrain.runtime import console, files
 from dbtrain.runtime.errors import ConfigError, reason
 
 REMOTE = ("http", "https", "s3", "gs", "az", "hf")  # through fsspec
-TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EREMOTEIO}
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR}
+TRANSIENT |= {getattr(errno, "EREMOTEIO", errno.EIO)}  # Linux only
 SLOW_S = 120.0  # timeout of a remote read
 ALLOW_PIPE = "DBTRAIN_ALLOW_PIPE"
 

@@ -114,9 +114,11 @@ def encode_once(
     Rank 0 encodes them once and saves them in `folder` for the other ranks and later starts.
     `components`: the hashes of the base's components.
     """
+    # The file is named by everything that the tensors depend on.
     parts = [components[name] for name in (*base.family.text_encoders, *base.family.text_encoders.values())]
     key = content_key([parts, list(prompts), guidance > 1, precision])
     path = folder / f"prompts-{key[:12]}.safetensors"
+    # Rank 0 writes it.
     with dist.agreed():
         if dist.is_main() and not path.is_file():
             tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
@@ -129,6 +131,7 @@ def encode_once(
                 for name, tensor in one.items()
             }
             files.write_atomically(path, safetensors.torch.save(tensors))
+    # Every rank reads it.
     with dist.agreed():
         found = safetensors.torch.load_file(path)
     encoded: list[dict[str, Tensor]] = [{} for _ in prompts]

@@ -34,13 +34,10 @@ class Lost(Exception):
 
 # Errors of the operating system whose cause lies outside this program.
 _USER_ERRNOS = {
-    getattr(errno, name)
-    for name in (
-        "ENOSPC EDQUOT EACCES EPERM EROFS ENOENT ENOTDIR EISDIR EEXIST ENAMETOOLONG EIO EFBIG "
-        "EMFILE ENFILE ELOOP ESTALE EBUSY ETXTBSY"
-    ).split()
-    if hasattr(errno, name)
-}
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
+    errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE,
+    errno.ELOOP, errno.ESTALE, errno.EBUSY, errno.ETXTBSY,
+}  # fmt: skip
 
 
 def os_problem(error: OSError) -> str:

@@ -38,6 +38,7 @@ def held(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
     """
     mine: Lock | None = None
     waiting = False
+    # Rank 0 takes the lock, again and again if it may wait.
     while True:
         busy = False
         with dist.agreed():
@@ -53,6 +54,7 @@ def held(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
             console.say(f"{what} {folder} is in use by {owner_of(folder)}; waiting for it to end")
         waiting = True
         time.sleep(POLL_S)
+    # Hold it for the block.
     try:
         yield
     finally:
@@ -144,6 +146,7 @@ def _take_over(path: Path, part: Path) -> bool | None:
     lock. If that process dies first, a claim on its claim replaces it, and so on. A lock that was
     replaced never comes back, because every lock has its own token.
     """
+    # Claim the lock, or the claim of a dead process, and so on.
     dead = before = _text(path)
     claims: list[Path] = []
     while True:
@@ -157,6 +160,7 @@ def _take_over(path: Path, part: Path) -> bool | None:
             break
         except FileExistsError:
             before = _text(claims[-1])
+    # Replace it, unless someone else has done so since.
     try:
         if _text(path) != dead:
             return None

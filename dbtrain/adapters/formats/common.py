@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,11 +31,8 @@ def by_module(state: AdapterState) -> dict[str, dict[str, Tensor]]:
     """Module -> name of the tensor within it -> tensor."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.tensors.items():
-        for mark in (".lora_", ".hada_", ".lokr_"):
-            module, separator, part = key.rpartition(mark)
-            if separator:
-                found.setdefault(module, {})[mark[1:] + part] = tensor
-                break
+        if match := re.fullmatch(r"(.*)\.((?:lora|hada|lokr)_.*)", key):
+            found.setdefault(match[1], {})[match[2]] = tensor
     return found
 
 

@@ -131,9 +131,12 @@ def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
     )
 
 
-def tokenize_clip(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """CLIP token ids, (prompts, L) int64, padded to the tokenizer's maximum length."""
-    return padded(tokenizer, prompts, tokenizer.model_max_length).input_ids
+def tokenize_clip(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """CLIP token ids of each text encoder, (prompts, L) int64, padded to the tokenizer's maximum length."""
+    return {
+        name: padded(tokenizer, prompts, tokenizer.model_max_length).input_ids
+        for name, tokenizer in tokenizers.items()
+    }
 
 
 def encode_moments(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:

@@ -5,8 +5,7 @@ Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -19,10 +18,6 @@ from dbtrain.models.families.family import (
     vae_space,
 )
 from dbtrain.models.pretrained import Pretrained
-
-
-def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
-    return {"text_encoder": tokenize_clip(tokenizers["text_encoder"], prompts)}
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,7 +41,7 @@ FAMILY = Family(
     pipeline="StableDiffusionPipeline",
     denoiser="unet",
     text_encoders={"text_encoder": "tokenizer"},
-    tokenize=tokenize,
+    tokenize=tokenize_clip,
     embed=embed,
     space=vae_space,
     encode_images=encode_moments,

@@ -5,7 +5,7 @@ Podell et al. 2023, "SDXL: Improving Latent Diffusion Models", arXiv:2307.01952.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,6 @@ from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 TIME_IDS = 6  # original height and width, crop top and left, target height and width: px
-
-
-def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
-    return {name: tokenize_clip(tokenizer, prompts) for name, tokenizer in tokenizers.items()}
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +75,7 @@ FAMILY = Family(
     pipeline="StableDiffusionXLPipeline",
     denoiser="unet",
     text_encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
-    tokenize=tokenize,
+    tokenize=tokenize_clip,
     embed=embed,
     space=vae_space,
     encode_images=encode_moments,
