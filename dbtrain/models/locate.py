@@ -10,7 +10,6 @@ from typing import Any
 from dbtrain.config import Model
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.hashing import content_key
 
 EMBEDDED = "tiny"  # `model.path` of the base that comes with the package
 LIBRARIES = ("diffusers", "transformers")  # only classes of these are loaded from a model folder
@@ -47,7 +46,11 @@ def _converted(cfg: Model, path: Path) -> Path:
             f"model.path: '{cfg.path}' is not a .safetensors file; other formats are pickles, which may run "
             "code"
         )
-    return files.cache() / "single-files" / content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
+    return (
+        files.cache()
+        / "single-files"
+        / hashing.content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
+    )
 
 
 def from_single_file(cfg: Model, path: Path) -> Path:

@@ -15,7 +15,6 @@ from dbtrain.config import Model
 from dbtrain.models import locate
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -173,7 +172,7 @@ class Pretrained:
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
-        return content_key([[path.name, hashing.cached_sha256_of(path)] for path in found])
+        return hashing.content_key([[path.name, hashing.cached_sha256_of(path)] for path in found])
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:

@@ -22,7 +22,6 @@ from dbtrain.adapters.formats.common import Modules, States, by_module, one_rank
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder
 
 KINDS = ("LORA", "LOHA", "LOKR")
@@ -103,7 +102,7 @@ def find(adapter: str | Path) -> Path:
 def content_of(path: Path) -> str:
     """A hash of an adapter's content."""
     found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
-    return content_key([[file.name, hashing.sha256_of(file)] for file in found])
+    return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found])
 
 
 def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> States:

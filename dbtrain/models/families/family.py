@@ -111,7 +111,7 @@ def pixel_space(base: Pretrained, side: int) -> LatentSpace:
 
 
 def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> None:
-    """Raise ConfigError unless each (component, setting) equals its (component, setting)."""
+    """Raise ConfigError unless both settings of each (component, setting, component, setting) are equal."""
     for one, name, other, its_name in pairs:
         here, there = base.setting(one, name, int), base.setting(other, its_name, int)
         if here != there:
