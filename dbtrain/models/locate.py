@@ -46,11 +46,8 @@ def _converted(cfg: Model, path: Path) -> Path:
             f"model.path: '{cfg.path}' is not a .safetensors file; other formats are pickles, which may run "
             "code"
         )
-    return (
-        files.cache()
-        / "single-files"
-        / hashing.content_key([hashing.cached_sha256_of(path), cfg.config])[:16]
-    )
+    key = hashing.content_key([hashing.cached_sha256_of(path), cfg.config])
+    return files.cache() / "single-files" / key[:16]
 
 
 def from_single_file(cfg: Model, path: Path) -> Path:
