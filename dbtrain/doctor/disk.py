@@ -55,15 +55,14 @@ def nearest(folder: Path) -> Path:
 
 def disk(case: Case) -> Iterator[Found]:
     """What the run will still write, against the free space of each file system."""
-    wanted: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
+    by_device: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
     for what, folder, count in _needs(case):
         there = nearest(folder)
-        wanted[there.stat().st_dev].append((what, there, count))
-    for needs in wanted.values():
+        by_device[there.stat().st_dev].append((what, there, count))
+    for needs in by_device.values():
         total, free = sum(count for _, _, count in needs), shutil.disk_usage(needs[0][1]).free
         parts = ", ".join(f"{what} {size(count)}" for what, _, count in needs)
-        where = files.expand(needs[0][1])
-        text = f"{where}: {size(free)} free, about {size(total)} needed ({parts})"
+        text = f"{needs[0][1]}: {size(free)} free, about {size(total)} needed ({parts})"
         if total > free:
             yield error(
                 text, "free some space, or use another disk (run_dir, data.shards, prepare.class_dir)"

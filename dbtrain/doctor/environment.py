@@ -81,8 +81,8 @@ def started(case: Case | None = None) -> Iterator[Found]:
         yield error(f"WORLD_SIZE is {world}, but RANK is not set: every process would be rank 0", START)
     elif int(given.get("RANK", 0)) >= world:
         yield error(f"RANK is {given['RANK']}, but WORLD_SIZE is {world}", START)
-    if world > 1 and (lacking := [name for name in ADDRESS if name not in given]):
-        yield error(f"WORLD_SIZE is {world}, but there is no {' and no '.join(lacking)} to connect to",
+    if world > 1 and (missing := [name for name in ADDRESS if name not in given]):
+        yield error(f"WORLD_SIZE is {world}, but there is no {' and no '.join(missing)} to connect to",
                     START)  # fmt: skip
     if world > 1 and "RANK" in given and "LOCAL_RANK" not in given:
         yield warning("LOCAL_RANK is not set: all ranks of a node would use its first GPU", START)

@@ -79,10 +79,10 @@ def compiling(case: Case) -> Iterator[Found]:
     gpus = torch.cuda.is_available() or case.gib
     compiler = os.environ.get("CC", "gcc") if gpus else os.environ.get("CXX", "g++")
     others = ("cc", "clang") if gpus else ()
-    lacking = [] if any(map(shutil.which, (compiler, *others))) else [f"the compiler {compiler}"]
-    lacking += ["Triton"] if gpus and not util.find_spec("triton") else []
-    if lacking:
-        yield error(f"{' and '.join(asked)} needs {' and '.join(lacking)}, not found here",
+    missing = [] if any(map(shutil.which, (compiler, *others))) else [f"the compiler {compiler}"]
+    missing += ["Triton"] if gpus and not util.find_spec("triton") else []
+    if missing:
+        yield error(f"{' and '.join(asked)} needs {' and '.join(missing)}, not found here",
                     f"install it, or set {asked[0]}=false")  # fmt: skip
     else:
         yield ok(f"{' and '.join(asked)}: {compiler}{' and Triton' if gpus else ''} found")

@@ -47,11 +47,9 @@ def photos(case: Case) -> Iterator[Found]:
         for path in paths:
             yield from ruled(lambda path=path: images.caption(path),  # type: ignore[misc]
                              f"write {path.with_suffix('.txt').name} beside it")  # fmt: skip
-    # Too few or too many, too small, blurred, duplicate, badly cropped.
+    # Number and quality.
     yield from _count(len(paths))
     yield from _quality(case.photos, cfg)
-    yield from _duplicates(case.photos)
-    yield from _crops(case.photos, cfg)
     sides = [min(one.height, one.width) for _, one in case.photos]
     shortest = f", short sides {min(sides)} to {max(sides)} px" if sides else ""
     yield ok(f"{len(case.photos)} of {len(paths)} in {cfg.photos} can be read{shortest}")
@@ -77,37 +75,34 @@ def _count(count: int) -> Iterator[Found]:
 
 
 def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
-    """Photos that are too small or blurred."""
+    """Photos that are small, blurred, there twice, or badly cropped."""
+    # Each photo by itself.
     small = [f"{p.name} ({one.width} x {one.height})" for p, one in photos
              if min(one.height, one.width) < cfg.resolution]  # fmt: skip
-    if small:
-        yield warning(
-            f"smaller than prepare.resolution ({cfg.resolution} px), so they are upscaled: {listed(small)}",
-            "use larger photos, or a smaller prepare.resolution",
-        )
     blurred = [f"{p.name} ({one.sharpness:.0f})" for p, one in photos if one.sharpness < SHARP]
-    if blurred:
-        yield warning(f"blurred (sharpness below {SHARP:.0f}): {listed(blurred)}", "replace or remove them")
-
-
-def _duplicates(photos: list[tuple[Path, PhotoQuality]]) -> Iterator[Found]:
-    """Photos that are there twice, and so count double in training."""
+    # Pairs of photos.
     hashes = [hashing.sha256_of(path) for path, _ in photos]
     pairs = alike([one for _, one in photos])
     same = [f"{photos[a][0].name} = {photos[b][0].name}" for a, b in pairs if hashes[a] == hashes[b]]
     near = [f"{photos[a][0].name} ~ {photos[b][0].name}" for a, b in pairs if hashes[a] != hashes[b]]
-    if same:
-        yield warning(f"duplicate files, trained on twice as often: {listed(same)}", "keep one of each")
-    if near:
-        yield warning(f"near duplicates: {listed(near)}", "keep one of each; other views teach more")
+    # One warning for each problem.
+    for names, problem, cure in (
+        (small, f"smaller than prepare.resolution ({cfg.resolution} px), so they are upscaled",
+         "use larger photos, or a smaller prepare.resolution"),
+        (blurred, f"blurred (sharpness below {SHARP:.0f})", "replace or remove them"),
+        (same, "duplicate files, trained on twice as often", "keep one of each"),
+        (near, "near duplicates", "keep one of each; other views teach more"),
+        (_cut_off(photos, cfg), "the center crop cuts off a lot",
+         "check that the subject is in the center; if not, crop by hand, or use prepare.crop=random"),
+    ):  # fmt: skip
+        if names:
+            yield warning(f"{problem}: {listed(names)}", cure)
 
 
-def _crops(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
+def _cut_off(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> list[str]:
     """Photos whose center crop cuts off a lot, or has less detail than another square."""
-    if cfg.crop != "center":
-        return
     cut = []
-    for path, one in photos:
+    for path, one in photos if cfg.crop == "center" else ():
         if one.missed < MISSED and one.left_out < LEFT_OUT:
             continue
         tall, wide = images.resized(one.height, one.width, cfg.resolution)
@@ -117,11 +112,7 @@ def _crops(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Fo
         if one.missed >= MISSED:
             text += f", a square closer to the {ends[one.best > 0.5]} has {one.missed:.0%} more of the edges"
         cut.append(text + ")")
-    if cut:
-        yield warning(
-            f"the center crop cuts off a lot: {listed(cut)}",
-            "check that the subject is in the center; if not, crop by hand, or use prepare.crop=random",
-        )
+    return cut
 
 
 def passes(case: Case) -> Iterator[Found]:

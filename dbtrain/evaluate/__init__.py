@@ -1,1 +1,1 @@
-"""How well a run learnt its subject, and what it forgot."""
+"""How well a run learned its subject, and what it forgot."""

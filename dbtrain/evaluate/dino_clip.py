@@ -168,7 +168,7 @@ def _seen(scenario: Scenario, rows: Sequence[Sequence[float]]) -> Seen:
 def _write(scenario: Scenario, scores: Scores, key: str) -> None:
     """Write `sheet.png`, then `scores.json`."""
     ours = scenario.cfg.evaluation
-    whole = {
+    values = {
         "judge": "dino and clip", **{name: v for name, v in asdict(scores).items() if v is not None},
         "photos": len(scenario.photos), "prompts": len(scenario.prompts), "images": ours.images,
         "class_images": ours.class_images, "dino_model": scenario.dino.name,
@@ -186,4 +186,4 @@ def _write(scenario: Scenario, scores: Scores, key: str) -> None:
             f'"{scenario.about.class_prompt}"'),
     ]  # fmt: skip
     save_png(scenario.out / SHEET, contact_sheet(rows, least_cell=128))
-    files.write_atomically(scenario.out / SCORES, json.dumps(whole, indent=1) + "\n")
+    files.write_atomically(scenario.out / SCORES, json.dumps(values, indent=1) + "\n")

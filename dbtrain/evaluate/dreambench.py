@@ -113,11 +113,11 @@ def _scores(path: Path) -> dict[str, Any]:
     """A scores.json. Raises ConfigError if it is not one of DINO and CLIP."""
     try:
         values = json.loads(path.read_text())
-        lacking = [name for name in ("dino", "clip_i", "clip_t", *ALIKE) if name not in values]
+        missing = [name for name in ("dino", "clip_i", "clip_t", *ALIKE) if name not in values]
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
-    if lacking:
-        raise ConfigError(f"{path} has no {', '.join(lacking)}: another judge wrote it")
+    if missing:
+        raise ConfigError(f"{path} has no {', '.join(missing)}: another judge wrote it")
     return values
 
 

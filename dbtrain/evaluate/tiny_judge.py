@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from dbtrain.config import Config
 from dbtrain.data import photos as images
 from dbtrain.data.pictures import Row, contact_sheet, save_png
 from dbtrain.evaluate import prompts as subjects
+from dbtrain.evaluate.scores import among
 from dbtrain.runtime import dist, files
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SCORES, SHEET
@@ -110,8 +110,8 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     base, adapted = (_images(folder, 0) for folder in (base_out, out / "class"))
     plain, *placed = (_images(out / "subject", prompt) for prompt in range(len(prompts)))
     scores = judged(Judge.load(), kind, photos, base, adapted, plain, placed)
-    whole = asdict(scores) | {"labels": LABELS}
-    files.write_atomically(out / SCORES, json.dumps(whole, indent=1) + "\n")
+    values = asdict(scores) | {"labels": LABELS}
+    files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
     # The contact sheet.
     by_place = dict(zip(world.PLACE_WORDS, placed, strict=True))
     rows = [
@@ -155,11 +155,9 @@ def judged(
     )
 
 
-def diversity(judge: Judge, pictures: Sequence[Image.Image]) -> float:
-    """Mean 1 - cosine between the embeddings of two different pictures."""
-    found = judge(as_tensor(pictures))["likeness"]
-    same = found @ found.T
-    return 1 - same[~torch.eye(len(same), dtype=torch.bool)].mean().item()
+def diversity(judge: Judge, images: Sequence[Image.Image]) -> float:
+    """1 - the mean cosine between the embeddings of two different images."""
+    return 1 - (among(judge(as_tensor(images))["likeness"]) or 0.0)
 
 
 def _subject(cfg: Config) -> tuple[str, list[Image.Image]]:
