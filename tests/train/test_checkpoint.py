@@ -62,7 +62,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_adapter(make: Make, t
     assert not (killed / "DONE").exists(), "it was killed too late for this test to say anything"
     done = dbtrain("train", tmp_path / "c.yaml")
     assert done.returncode == 0
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert same(whole, killed)
     assert (killed / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
