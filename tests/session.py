@@ -35,6 +35,7 @@ def begin() -> Path:
             del os.environ[name]
     if WORKER not in os.environ or FOLDER not in os.environ:
         made = tempfile.mkdtemp(prefix="dbtrain-tests-")
+        Path(made).chmod(0o755)  # munge runs as a user of its own, and wants to see its socket
         os.environ[FOLDER] = made
         atexit.register(shutil.rmtree, made, ignore_errors=True)
     folder = Path(os.environ[FOLDER])
