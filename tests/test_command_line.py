@@ -169,7 +169,7 @@ def test_empty_photo_folder(refused: Refused, config: Path, tmp_path: Path) -> N
 
 def test_no_photo_folder(refused: Refused, config: Path) -> None:
     refused(
-        "prepare", config, "prepare.photos=/nowhere", told="prepare.photos: '/nowhere' is not a directory"
+        "prepare", config, "prepare.photos=/nowhere", told="'/nowhere' is not a directory"
     )
 
 
