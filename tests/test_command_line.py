@@ -168,7 +168,9 @@ def test_empty_photo_folder(refused: Refused, config: Path, tmp_path: Path) -> N
 
 
 def test_no_photo_folder(refused: Refused, config: Path) -> None:
-    refused("prepare", config, "prepare.photos=/nowhere", told="prepare.photos is '/nowhere'")
+    refused(
+        "prepare", config, "prepare.photos=/nowhere", told="'/nowhere' is not a directory"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 cut short"])
@@ -345,7 +347,7 @@ def test_a_photo_that_links_to_nowhere_is_named(refused: Refused, config: Path, 
     folder.mkdir()
     draw_photo(folder / "good.png", 1)
     (folder / "gone.jpg").symlink_to("/nowhere.jpg")
-    refused("prepare", config, f"prepare.photos={folder}", told="gone.jpg is a link")
+    refused("prepare", config, f"prepare.photos={folder}", told="gone.jpg links to")
 
 
 def test_a_photo_too_thin_to_crop_is_named(refused: Refused, config: Path, tmp_path: Path) -> None:

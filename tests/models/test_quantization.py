@@ -109,7 +109,7 @@ def test_a_denoiser_shrinks_by_its_wide_linears(storage: str) -> None:
 
 
 def test_a_component_without_wide_layers_says_so() -> None:
-    with pytest.raises(ConfigError, match=r"train.base_linears is 'int8', but a Sequential .* use full"):
+    with pytest.raises(ConfigError, match=r"train.base_linears is 'int8', but the Sequential .* use full"):
         quantize(nn.Sequential(nn.Linear(32, 512)), "int8")
 
 
