@@ -90,8 +90,8 @@ class Encoder:
         except Exception as error:  # the library can raise anything for a broken folder
             raise ConfigError(f"cannot load {self.setting} ({self.name}): {reason(error)}") from error
         # The pooler is an untrained layer on top of DINO's embedding, and unused here.
-        missing = [str(key) for key in sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])]
-        if missing := [key for key in missing if not key.startswith("pooler.")]:
+        keys = map(str, [*info["missing_keys"], *info["mismatched_keys"]])
+        if missing := sorted(key for key in keys if not key.startswith("pooler.")):
             raise ConfigError(
                 f"{self.setting} ({self.name}) is not a {kind}: {len(missing)} weights are missing or of "
                 f"another shape, e.g. {missing[0]}"
