@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -264,7 +265,7 @@ def command(name: str) -> str:
             key, sign, value = word.rpartition("=")
             words.append(key + sign + Path(value).name if value.startswith("/") else word)
         skip = word in ("--out", "--work")
-    return " ".join(["python -m", f"benchmarks.{name}", *words])
+    return f"python -m benchmarks.{name} {shlex.join(words)}".rstrip()
 
 
 def versions() -> dict[str, str | None]:
