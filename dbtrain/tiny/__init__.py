@@ -1,4 +1,4 @@
-"""The base model that comes with the package: an ordinary Diffusers folder, a few MB small."""
+"""The embedded base model: an ordinary Diffusers folder of 14 MB."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""A judge of pictures of the small world: what a picture shows, where, and how like a subject it is.
+"""A classifier for images of the cartoon world: what they show, where, and how much like a subject it is.
 
     judge = Judge.load()
-    judge.read(pictures).places        # ["beach", "snow", ...]
-    judge.likeness(pictures, photos)   # cosine to the photos' mean embedding, (pictures,)
+    judge.read(images).places        # ["beach", "snow", ...]
+    judge.likeness(images, photos)   # cosine to the photos' mean embedding, (images,)
 
 Trained and measured by `python -m benchmarks.tiny.judge`.
 """
@@ -26,12 +26,12 @@ from dbtrain.tiny.paint import COLOURS, KINDS, PATTERNS, SIDE
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 HEADS = {"kind": tuple(KINDS), "place": world.PLACES, "colour": tuple(COLOURS), "pattern": tuple(PATTERNS)}
 LIKENESS = 64  # width of the embedding
-SAME = 0.6  # likeness from which a picture counts as one of the subject
+SAME = 0.6  # minimum likeness of an image that counts as the subject
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in each picture."""
+    """The predicted attributes of each image."""
 
     kinds: list[str]
     places: list[str]
@@ -40,49 +40,49 @@ class Reading:
 
 
 class Judge(nn.Module):
-    """A small convolutional network: one trunk, a head for each attribute, one for likeness."""
+    """A small convolutional network with one trunk, one head per attribute, and one for likeness."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96, 128, 160)
-        strides = (2, 2, 1, 2, 2)
-        blocks = []
-        for i, stride in enumerate(strides):
-            conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=1)
-            blocks += [conv, nn.GroupNorm(8, widths[i + 1]), nn.SiLU()]
+        blocks, channels = [], 3
+        for width, stride in ((32, 2), (64, 2), (96, 1), (128, 2), (160, 2)):
+            conv = nn.Conv2d(channels, width, 3, stride, padding=1)
+            blocks += [conv, nn.GroupNorm(8, width), nn.SiLU()]
+            channels = width
         self.trunk = nn.Sequential(*blocks, nn.Flatten())
         self.shared = nn.Sequential(nn.Linear(160 * 16, 192), nn.SiLU())
         self.heads = nn.ModuleDict({name: nn.Linear(192, len(words)) for name, words in HEADS.items()})
         self.likeness_head = nn.Linear(192, LIKENESS)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits of each head and unit "likeness" (B, LIKENESS), for images (B, 3, H, W) in [-1, 1]."""
+        """Logits of each head and a unit "likeness" (B, LIKENESS), for images (B, 3, H, W) in [-1, 1]."""
         features = self.shared(self.trunk(images))
         found = {name: head(features) for name, head in self.heads.items()}
         return found | {"likeness": normalize(self.likeness_head(features))}
 
     @classmethod
     def load(cls, path: Path = WEIGHTS) -> Judge:
-        """The judge that comes with the package."""
+        """Load the trained judge, by default the one that ships with dbtrain."""
         judge = cls()
         judge.load_state_dict({name: t.float() for name, t in safetensors.torch.load_file(path).items()})
         return judge.eval().requires_grad_(False)
 
-    def read(self, pictures: Sequence[Image.Image]) -> Reading:
-        found = self(as_tensor(pictures))
+    def read(self, images: Sequence[Image.Image]) -> Reading:
+        """Return the most likely attributes of each image."""
+        found = self(as_tensor(images))
         words = [[HEADS[name][i] for i in found[name].argmax(1).tolist()] for name in HEADS]
         return Reading(*words)
 
-    def likeness(self, pictures: Sequence[Image.Image], photos: Sequence[Image.Image]) -> Tensor:
-        """Cosine of each picture's embedding to the mean of the photos', (pictures,) in [-1, 1]."""
+    def likeness(self, images: Sequence[Image.Image], photos: Sequence[Image.Image]) -> Tensor:
+        """Cosine of each image's embedding to the mean of the photos', (images,) in [-1, 1]."""
         centre = normalize(self(as_tensor(photos))["likeness"].mean(0), dim=0)
-        return self(as_tensor(pictures))["likeness"] @ centre
+        return self(as_tensor(images))["likeness"] @ centre
 
 
-def as_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures as the judge wants them, (B, 3, SIDE, SIDE) in [-1, 1]."""
-    small = [picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
-    return normed(np.stack([np.asarray(picture) for picture in small]))
+def as_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Images as the judge expects them, (B, 3, SIDE, SIDE) in [-1, 1]."""
+    small = [image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
+    return normed(np.stack([np.asarray(image) for image in small]))
 
 
 def normed(pixels: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the picture world is drawn: things, patterns, marks and places, in vectors and with light."""
+"""Render scenes of the cartoon world: objects, patterns, marks, and places."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from dbtrain.runtime.hashing import digest
 
-SIDE = 64  # px of a picture
-FINE = 4  # drawn this much larger, then reduced: smooth edges
+SIDE = 64  # px of an image
+FINE = 4  # supersampling factor, for smooth edges
 CANVAS = SIDE * FINE
 
 Colour = tuple[int, int, int]
@@ -26,7 +26,7 @@ COLOURS: dict[str, Colour] = {
 
 @dataclass(frozen=True)
 class Look:
-    """How a thing's surface is painted: a pattern of two colours; plain paints the first only."""
+    """How an object's surface is painted: a pattern of two colours; "plain" uses only the first."""
 
     pattern: str
     first: str
@@ -35,19 +35,19 @@ class Look:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture, fully described: the same scene is drawn the same pixel by pixel."""
+    """A complete description of an image: the same scene always gives the same pixels."""
 
     kind: str
     upper: Look
-    lower: Look  # the same as `upper` but for subjects
+    lower: Look  # differs from `upper` for subjects only
     mark: tuple[str, str] | None  # shape and colour; subjects only
     place: str
-    x: float  # centre, as a share of the side
+    x: float  # centre, as a fraction of the side
     y: float
-    size: float  # half the height, as a share of the side
+    size: float  # half the height, as a fraction of the side
     angle: float  # radians
     mirrored: bool
-    scenery: int  # seed of what varies in the place
+    scenery: int  # seed of the background's random details
 
 
 PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -76,8 +76,8 @@ def _star(x: float, y: float, r: float) -> Points:
     ]
 
 
-# Things in a box of -1 ... 1, y down. "body" is painted with the look; the rest has its own colour:
-# a name, "shade" (a darker first colour) or "first". Drawn in order.
+# Objects in a box of -1 ... 1, y down, drawn in order. "body" is painted with the look; everything else
+# has a colour: a name, "shade" (a darker first colour), or "first".
 KINDS: dict[str, list[tuple[str, Points]]] = {
     "mug": [
         ("first", _oval(0.62, 0.0, 0.36, 0.42)), ("hole", _oval(0.62, 0.0, 0.19, 0.25)),
@@ -140,23 +140,19 @@ def source(*key: str | int) -> np.random.Generator:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene as a picture, SIDE px square, RGB."""
-    picture = _place(scene.place, source("scenery", scene.scenery))
-    behind = picture.copy()
+    """Render a scene to an RGB image, SIDE px square."""
+    image = _place(scene.place, source("scenery", scene.scenery))
+    behind = image.copy()
     surface = _surface(scene, *_object_coordinates(scene))
     base = COLOURS[scene.upper.first]
     ink = FIXED | {"first": base, "shade": _mixed(base, (0, 0, 0), 0.45)}
-    pen = ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(image)
     for paint, points in KINDS[scene.kind]:
         outline = _placed(points, scene)
-        if paint == "body":
-            mask = Image.new("L", picture.size)
+        if paint in ("body", "hole"):
+            mask = Image.new("L", image.size)
             ImageDraw.Draw(mask).polygon(outline, fill=255)
-            picture.paste(surface, (0, 0), mask)
-        elif paint == "hole":
-            mask = Image.new("L", picture.size)
-            ImageDraw.Draw(mask).polygon(outline, fill=255)
-            picture.paste(behind, (0, 0), mask)
+            image.paste(surface if paint == "body" else behind, (0, 0), mask)
         else:
             pen.polygon(outline, fill=ink[paint])
         pen.line([*outline, outline[0]], fill=_mixed(ink.get(paint, base), (0, 0, 0), 0.6), width=FINE)
@@ -164,11 +160,11 @@ def render(scene: Scene) -> Image.Image:
         x, y = MARK_AT[scene.kind]
         shape = [(x + px, y + py) for px, py in MARKS[scene.mark[0]]]
         pen.polygon(_placed(shape, scene), fill=COLOURS[scene.mark[1]], outline=(30, 30, 30), width=FINE)
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def _placed(points: Points, scene: Scene) -> Points:
-    """Object coordinates to canvas pixels."""
+    """Convert object coordinates to canvas pixels."""
     flip = -1 if scene.mirrored else 1
     cos, sin, scale = np.cos(scene.angle), np.sin(scene.angle), scene.size * CANVAS
     return [
@@ -200,19 +196,19 @@ def _surface(scene: Scene, u: np.ndarray, v: np.ndarray) -> Image.Image:
     return Image.fromarray((paint * light).clip(0, 255).astype(np.uint8))
 
 
-def _mixed(one: Colour, other: Colour, share: float) -> Colour:
-    return tuple(round(a + (b - a) * share) for a, b in zip(one, other, strict=True))  # type: ignore[return-value]
+def _mixed(one: Colour, other: Colour, amount: float) -> Colour:
+    return tuple(round(a + (b - a) * amount) for a, b in zip(one, other, strict=True))  # type: ignore[return-value]
 
 
 def _place(name: str, rng: np.random.Generator) -> Image.Image:
-    """A background, CANVAS px square, with what varies drawn from `rng`."""
+    """A background, CANVAS px square, with random details from `rng`."""
     sky, ground = {
         "beach": ((130, 205, 240), (238, 205, 150)), "snow": ((205, 222, 240), (246, 249, 253)),
         "grass": ((150, 205, 250), (90, 170, 70)), "city": ((18, 20, 52), (52, 52, 62)),
         "table": ((205, 190, 170), (150, 98, 55)), "space": ((8, 6, 22), (8, 6, 22)),
     }[name]  # fmt: skip
-    picture = Image.new("RGB", (CANVAS, CANVAS), sky)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (CANVAS, CANVAS), sky)
+    pen = ImageDraw.Draw(image)
     horizon = int(rng.uniform(0.5, 0.66) * CANVAS)
     pen.rectangle((0, horizon, CANVAS, CANVAS), fill=ground)
 
@@ -254,4 +250,4 @@ def _place(name: str, rng: np.random.Generator) -> Image.Image:
         x, y, r = rng.uniform(20, 236), rng.uniform(10, 70), rng.uniform(18, 34)
         pen.ellipse((x - r, y - r, x + r, y + r), fill=(190, 120, 90))
         pen.ellipse((x - r * 0.5, y - r * 0.8, x + r * 0.9, y + r * 0.5), fill=(210, 145, 110))
-    return picture
+    return image

@@ -1,14 +1,13 @@
-"""A small picture world: seeded pictures of things in places, with captions in plain English.
+"""A cartoon world: seeded images of objects in places, with captions in plain English.
 
-`python -m dbtrain.tiny.world FOLDER [SUBJECT]` draws five photos of a subject. A *subject* is one
-unusual thing that no caption can spell out: two two-colour patterns and a mark.
+`python -m dbtrain.tiny.world FOLDER [SUBJECT]` renders five photos of a subject. A *subject* is an object
+that no caption describes completely: it has two patterns of two colours each, and a mark.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,12 @@ PLACE_WORDS = {
     "beach": "on the beach", "snow": "in the snow", "grass": "on the grass",
     "city": "in the city at night", "table": "on a wooden table", "space": "in space",
 }  # fmt: skip
-PICTURES = 65_536  # that the base and its tokenizer are trained on
-CAPTIONS = 4  # of each picture; a training step takes one
-IDENTIFIERS = ("sks", "xyz", "zwx", "ohwx")  # never in a caption: free to mean a subject
+PICTURES = 65_536  # images that the base and its tokenizer are trained on
+CAPTIONS = 4  # per image; a training step uses one
+IDENTIFIERS = ("sks", "xyz", "zwx", "ohwx")  # in no caption, so that they can name a subject
 
 
-# name -> class, upper look, lower look, mark: what DreamBooth has to learn
+# name -> class, upper look, lower look, mark: what DreamBooth must learn
 SUBJECTS: dict[str, tuple[str, Look, Look, tuple[str, str]]] = {
     "mug": ("mug", Look("checks", "purple", "yellow"), Look("stripes", "green", "white"), ("star", "red")),
     "ball": ("ball", Look("dots", "black", "pink"), Look("zigzag", "orange", "blue"), ("cross", "white")),
@@ -40,25 +39,24 @@ SUBJECTS: dict[str, tuple[str, Look, Look, tuple[str, str]]] = {
 
 
 def scene(number: int, split: str = "train") -> Scene:
-    """Scene `number` of the endless set called `split`: any class, look, place and pose."""
+    """Scene `number` of the infinite set called `split`, with any class, look, place, and pose."""
     rng = source(split, number)
     first, second = rng.choice(list(COLOURS), 2, replace=False)
     pattern = "plain" if rng.random() < 0.35 else str(rng.choice([p for p in PATTERNS if p != "plain"]))
     look = Look(pattern, str(first), str(second))
     kind, place = str(rng.choice(list(KINDS))), str(rng.choice(PLACES))
-    return _posed(Scene(kind, look, look, None, place, 0, 0, 0, 0, False, 0), rng)
+    return _posed(rng, kind, look, look, None, place)
 
 
 def subject_scene(name: str, number: int, place: str | None = None) -> Scene:
-    """Picture `number` of a subject, in some pose; 0 to 4 are its photos, the rest is held out."""
+    """Scene `number` of a subject in a random pose; 0 to 4 are its photos, the rest are held out."""
     kind, upper, lower, mark = SUBJECTS[name]
     rng = source("subject", name, number)
-    somewhere = place or PLACES[number % len(PLACES)]
-    return _posed(Scene(kind, upper, lower, mark, somewhere, 0, 0, 0, 0, False, 0), rng)
+    return _posed(rng, kind, upper, lower, mark, place or PLACES[number % len(PLACES)])
 
 
 def random_subject_scene(subject: int, number: int) -> Scene:
-    """Picture `number` of made-up subject `subject`: what a judge of likeness is trained on."""
+    """Scene `number` of the made-up subject `subject`, to train the judge's likeness on."""
     rng = source("made-up", subject)
     names = list(COLOURS)
     patterns = [p for p in PATTERNS if p != "plain"]
@@ -68,12 +66,11 @@ def random_subject_scene(subject: int, number: int) -> Scene:
     mark = (str(rng.choice(list(MARKS))), colours[4])
     rng_pose = source("made-up", subject, number)
     place = str(rng_pose.choice(PLACES))
-    made = Scene(str(rng.choice(list(KINDS))), looks[0], looks[1], mark, place, 0, 0, 0, 0, False, 0)
-    return _posed(made, rng_pose)
+    return _posed(rng_pose, str(rng.choice(list(KINDS))), looks[0], looks[1], mark, place)
 
 
 def caption(scene: Scene, number: int) -> str:
-    """A caption of a scene in plain English; attributes and place are often left out."""
+    """A caption of a scene in plain English; it often omits attributes and the place."""
     rng = source("caption", number)
     words = []
     if rng.random() < 0.6:
@@ -89,7 +86,7 @@ def caption(scene: Scene, number: int) -> str:
 
 
 def captions(scenes: Sequence[Scene]) -> list[str]:
-    """CAPTIONS captions of each scene, those of a scene side by side."""
+    """CAPTIONS captions per scene, grouped by scene."""
     return [caption(scenes[k // CAPTIONS], k) for k in range(len(scenes) * CAPTIONS)]
 
 
@@ -98,16 +95,20 @@ def photos(name: str) -> list[Image.Image]:
     return [render(subject_scene(name, number)) for number in range(5)]
 
 
-def _posed(scene: Scene, rng: np.random.Generator) -> Scene:
-    size = rng.uniform(0.24, 0.36)
-    return replace(
-        scene, size=float(size), x=float(rng.uniform(0.36, 0.64)), y=float(rng.uniform(0.48, 0.66)),
-        angle=float(rng.uniform(-0.22, 0.22)), mirrored=bool(rng.random() < 0.5),
-        scenery=int(rng.integers(2**31)),
+def _posed(
+    rng: np.random.Generator, kind: str, upper: Look, lower: Look, mark: tuple[str, str] | None, place: str
+) -> Scene:
+    """A scene with a random pose and background."""
+    return Scene(
+        kind, upper, lower, mark, place,
+        size=float(rng.uniform(0.24, 0.36)), x=float(rng.uniform(0.36, 0.64)),
+        y=float(rng.uniform(0.48, 0.66)), angle=float(rng.uniform(-0.22, 0.22)),
+        mirrored=bool(rng.random() < 0.5), scenery=int(rng.integers(2**31)),
     )  # fmt: skip
 
 
 def main(folder: Path, name: str = "mug") -> None:
+    """Write the photos of a subject into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, photo in enumerate(photos(name)):
         photo.save(folder / f"{number:02d}.png")
