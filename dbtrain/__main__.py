@@ -1,4 +1,4 @@
-"""The door: verbs and their arguments."""
+"""The command line: one function per command, its arguments, and their help."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the subject")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="SECTION.KEY=VALUE", help="settings put over the file's, e.g. optim.lr=2e-4"),
+    typer.Argument(metavar="SECTION.KEY=VALUE", help="settings that override the file's, e.g. optim.lr=2e-4"),
 ]
 
-# Verbs are imported when they are called: help needs no pydantic, config errors need no torch.
+# Commands import what they need when they run: help needs no pydantic, config errors need no torch.
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
-    """The checked config; from here on, signals ask for an orderly stop, and the terminal is told."""
+    """Load and check the config, then start signal handling and terminal output."""
     from dbtrain.config import Config
 
     cfg = Config.load(config, overrides or ())
@@ -51,14 +51,14 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run and the shards")],
-    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder with the photos of the subject")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run, and the shards")],
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos of the subject")],
     base: Annotated[str, typer.Option(help="base model: sd15, sd21, sdxl, deepfloyd, deepfloyd-2, tiny")],
     word: Annotated[
-        str | None, typer.Option(help="what the photos show, e.g. dog (default: the folder's name)")
+        str | None, typer.Option(help="what the photos show, e.g. dog (default: the name of the folder)")
     ] = None,
 ) -> None:
-    """Write a config for a folder of photos, and copy the launch scripts."""
+    """Write a config for a folder of photos and copy the launch scripts."""
     from dbtrain.prepare import init as verb
 
     for line in verb.init(name, photos, base, word):
@@ -67,7 +67,7 @@ def init(
 
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Photos (and class images) to shards of VAE latents and a prompt table."""
+    """Encode photos and class images into shards of VAE latents and a prompt table."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
         from dbtrain.prepare import prepare as verb
@@ -80,10 +80,10 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     until: Annotated[
-        int | None, typer.Option(help="stop at this step, as if preempted there; run again to go on")
+        int | None, typer.Option(help="stop at this step as if preempted; rerun the command to continue")
     ] = None,
 ) -> None:
-    """Shards to an adapter; goes on from the newest checkpoint."""
+    """Train an adapter on the shards, from the newest checkpoint if there is one."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export, hub
@@ -101,12 +101,12 @@ def export(
     config: ConfigPath,
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="checkpoint to export (default: the newest)")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder (default: export/ in the run folder)")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder (default: the run's export/)")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="adapter file or folder to convert, instead of a checkpoint")
+        Path | None, typer.Option(help="adapter file or folder to convert instead of a checkpoint")
     ] = None,
 ) -> None:
-    """A checkpoint (or an adapter file) to the files that Diffusers, PEFT or A1111 and ComfyUI load."""
+    """Export a checkpoint, or convert an adapter, for Diffusers, PEFT, A1111, or ComfyUI."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export as verb
@@ -118,7 +118,7 @@ def export(
 
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
-    """prepare, train, export, sample (and push) in one go; what is done already is skipped."""
+    """Prepare, train, export, sample, and push to the Hub; finished stages are skipped."""
     cfg = _load(config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export, hub
@@ -140,21 +140,21 @@ def sample(
     config: ConfigPath,
     overrides: Overrides = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="what to draw; may stand several times (default: sample.prompts)")
+        list[str] | None, typer.Option(help="prompt to generate; may be repeated (default: sample.prompts)")
     ] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATH[:SCALE]",
-            help="run folder or adapter file; several times for a row each, joined by + to mix, "
-            "'none' for the bare base (default: none, and the config's run)",
+            help="run folder or adapter file; repeat it for one row each, join with + to mix, "
+            "'none' for the base model alone (default: none, then the config's run)",
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the first image")] = None,
-    images: Annotated[int | None, typer.Option(help="images for each prompt")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder (default: in the run's samples/)")] = None,
+    images: Annotated[int | None, typer.Option(help="images per prompt")] = None,
+    out: Annotated[Path | None, typer.Option(help="output folder (default: in the run's samples/)")] = None,
 ) -> None:
-    """Pictures of prompts with one or more adapters, and a contact sheet."""
+    """Generate images with one or more adapters, and a contact sheet."""
     extra = [f"sample.seed={seed}"] if seed is not None else []
     extra += [f"sample.images={images}"] if images is not None else []
     cfg = _load(config, [*(overrides or ()), *extra])
@@ -170,15 +170,15 @@ def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
     beside: Annotated[
-        Path | None, typer.Option(help="scores.json of another run, to print next to this one's")
+        Path | None, typer.Option(help="scores.json of another run to print side by side")
     ] = None,
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="score every checkpoint, and suggest one")
+        bool, typer.Option("--checkpoints", help="score every checkpoint and suggest one")
     ] = False,
 ) -> None:
-    """How well a run learnt its subject, and what it forgot: scores, and a sheet to see it."""
+    """Score how well a run learned its subject and what it forgot, with a contact sheet."""
     if beside and checkpoints:
-        raise ConfigError("--beside is for the scores of one adapter: leave it or --checkpoints out")
+        raise ConfigError("--beside compares the scores of one adapter; drop it, or drop --checkpoints")
     cfg = _load(config, overrides)
     with importing(at_start=True):
         from dbtrain.evaluate import evaluate as verb
@@ -194,10 +194,10 @@ def report(
         Path | None, typer.Option(help="HTML file (default: report.html in the first run folder)")
     ] = None,
     crops: Annotated[
-        int, typer.Option(min=0, help="most stored crops to decode and show; 0 spares loading the VAE")
+        int, typer.Option(min=0, help="show at most this many stored crops; 0 skips loading the VAE")
     ] = 64,
 ) -> None:
-    """One HTML file about one or several runs: curves, pictures, scores, data, settings."""
+    """Write one HTML page about one or more runs: curves, images, scores, data, settings."""
     with importing(at_start=True):
         from dbtrain.report import report as verb
         from dbtrain.runtime import console
@@ -211,55 +211,54 @@ def doctor(
     config: ConfigPath,
     overrides: Overrides = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="processes that are to train (default: one a GPU here)")
+        int | None, typer.Option(min=1, help="number of training processes (default: one per local GPU)")
     ] = None,
-    memory: Annotated[bool, typer.Option("--memory", help="predict the memory that training takes")] = False,
-    gib: Annotated[float | None, typer.Option(help="predict it for a GPU elsewhere, of so many GiB")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="predict the peak memory of training")] = False,
+    gib: Annotated[
+        float | None, typer.Option(help="compare the prediction with a GPU of this many GiB")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="prepare, train and export for two steps, in a temporary folder")
+        bool, typer.Option("--dry-run", help="prepare, train two steps, and export in a temporary folder")
     ] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="a few steps: straight, interrupted, on 2 processes; the gaps")
+        bool, typer.Option("--exact", help="compare uninterrupted, resumed, and two-process training")
     ] = False,
 ) -> None:
-    """Everything that would make a run of this config fail, before it is queued."""
+    """Find everything that would make a run of this config fail, before it is queued."""
     if exact:
-        _exact(_load(config, overrides))
+        cfg = _load(config, overrides)
+        with importing(at_start=True):
+            from dbtrain.doctor import reproducibility
+
+        print(reproducibility.HEAD)
+        different = []
+        for gap in reproducibility.exact(cfg):
+            print(gap, flush=True)
+            if not gap.fine:
+                different.append(gap.way.name)
+        if different:
+            raise ConfigError(f"these differ from the uninterrupted run: {', '.join(different)}")
         return
     ranks_here = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if ranks_here != "1" and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0":
-        return  # the first of them speaks
+        return  # one process reports
     from dbtrain.doctor import doctor as verb
 
-    levels = []
+    failed = False
     for line in verb.table(verb.check(config, overrides or (), ranks, gib, memory, dry_run)):
         print(line, flush=True)
-        levels.append(line.split(" ", 1)[0])
-    if "error" in levels:
+        failed |= line.startswith("error ")
+    if failed:
         raise typer.Exit(2)
-
-
-def _exact(cfg: Config) -> None:
-    """Print how far the ways to take a few steps are apart. Raises ConfigError if they are not one run."""
-    with importing(at_start=True):
-        from dbtrain.doctor import reproducibility
-
-    print(reproducibility.HEAD)
-    gaps = []
-    for gap in reproducibility.exact(cfg):
-        print(gap, flush=True)
-        gaps.append(gap)
-    if bad := [gap.way.name for gap in gaps if not gap.fine]:
-        raise ConfigError(f"not the same run as the straight one: {', '.join(bad)}")
 
 
 @app.command()
 def config(
     config: ConfigPath,
     overrides: Overrides = None,
-    key: Annotated[str | None, typer.Option(help="print this setting's value only, e.g. run_dir")] = None,
+    key: Annotated[str | None, typer.Option(help="print only this setting, e.g. run_dir")] = None,
 ) -> None:
-    """The config as every verb would read it, overrides and defaults included."""
+    """Print the resolved config, with overrides and defaults."""
     from dbtrain.config import Config
 
     cfg = Config.load(config, overrides or ())
@@ -269,7 +268,7 @@ def config(
     value: Any = cfg
     for part in key.split("."):
         if part not in getattr(type(value), "model_fields", {}):
-            raise ConfigError(f"there is no setting '{key}'")
+            raise ConfigError(f"--key is '{key}', which is not a setting")
         value = getattr(value, part)
     print(value)
 
@@ -282,7 +281,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="print the vers
 
 
 def entry() -> None:
-    """Run a verb, and end this process with its exit code."""
+    """Run a command and exit with its code."""
     exit_codes.end(lambda: app(standalone_mode=True))
 
 
