@@ -1,4 +1,4 @@
-"""Adapter files, their model card, and the Hub."""
+"""Export adapter files with a model card, and push them to the Hub."""
 
 from dbtrain.runtime.imports import make_callable
 

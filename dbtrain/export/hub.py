@@ -1,4 +1,4 @@
-"""Publishing an export: exactly the adapter, its card and its pictures; nothing else leaves the machine."""
+"""Push an export to the Hugging Face Hub: the adapter, its model card, and its images, nothing else."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from dbtrain.runtime.run_folder import SAMPLES, RunFolder
 
 
 def push(cfg: Config, folder: Path | None = None) -> str | None:
-    """Push an export folder (the run's own) to `cfg.hub.repo`; the address, or None without a repository.
+    """Push `folder`, by default the run's export, to `cfg.hub.repo`; return its URL, or None without a repo.
 
-    Uses the token that `hf auth login` saved or HF_TOKEN holds. Raises ConfigError if there is none,
-    or if the Hub refuses; the export on disk stays as it is.
+    Uses the token from `hf auth login` or HF_TOKEN. Raises ConfigError if there is none or if the Hub
+    refuses; the export on disk is not affected.
     """
     dist.init()
     folder = folder or RunFolder(cfg.run_dir).export
-    address = None
+    url = None
     with dist.agreed():
         if cfg.hub.repo and dist.is_main():
-            address = _push(cfg, cfg.hub.repo, folder)
-            console.say(f"pushed {folder} to {address}")
-    return dist.from_main(address)
+            url = _push(cfg, cfg.hub.repo, folder)
+            console.say(f"pushed {folder} to {url}")
+    return dist.from_main(url)
 
 
 def check(cfg: Config) -> None:
-    """Raise ConfigError if the result is to be pushed and there is no token: before hours of training."""
+    """Raise ConfigError if `hub.repo` is set without a token. Call it before training, not after."""
     if cfg.hub.repo:
         _token()
 
@@ -38,14 +38,14 @@ def _token() -> str:
 
     token = get_token()
     if not token:
-        raise ConfigError("hub.repo is set, but there is no Hub token; run: hf auth login, or set HF_TOKEN")
+        raise ConfigError("hub.repo is set, but there is no Hub token; run hf auth login, or set HF_TOKEN")
     return token
 
 
 def uploaded(folder: Path) -> list[Path]:
-    """The files of an export folder that are published, relative to it."""
+    """The files of an export folder that are pushed, relative to the folder."""
     from dbtrain.adapters.formats import peft_folder
-    from dbtrain.adapters.formats.registry import FORMATS  # here, as `check` needs none of what they import
+    from dbtrain.adapters.formats.registry import FORMATS  # slow to import, and `check` does not need it
 
     mains = [form.main for form in FORMATS.values() if form.main]
     peft = [path for name in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{name}")]
@@ -59,17 +59,17 @@ def _push(cfg: Config, repo: str, folder: Path) -> str:
     token = _token()
     names = uploaded(folder)
     if not any(name.suffix == ".safetensors" for name in names):
-        raise ConfigError(f"{folder} holds no export to push; run: dbtrain export")
+        raise ConfigError(f"{folder} contains no export to push; run dbtrain export first")
     api = HfApi(token=token)
     try:
-        made = api.create_repo(repo, private=cfg.hub.private, exist_ok=True)
+        created = api.create_repo(repo, private=cfg.hub.private, exist_ok=True)
         operations = [
             CommitOperationAdd(str(name), io.BytesIO((folder / name).read_bytes())) for name in names
         ]
         with console.bar(len(names), "upload", "file") as bar:
-            api.create_commit(made.repo_id, operations, commit_message="Adapter trained with dbtrain")
+            api.create_commit(created.repo_id, operations, commit_message="Adapter trained with dbtrain")
             bar.update(len(names))
-    except Exception as error:  # the Hub client raises dozens of kinds, httpx's among them
+    except Exception as error:  # the Hub client raises dozens of types, including httpx's
         said = reason(error).replace(token, "***")
         raise ConfigError(f"hub.repo is '{repo}', but the push failed: {said}") from None
-    return str(made)
+    return str(created)

@@ -1,4 +1,4 @@
-"""The model card: what an exported adapter is, what it was trained on, how to load it."""
+"""The model card: what an exported adapter is, how it was trained, and how to load it."""
 
 from __future__ import annotations
 
@@ -17,27 +17,31 @@ from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import RunFolder
 
+KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def card(
-    cfg: Config, base: Base, states: States, step: int | None, formats: Sequence[str],
-    pictures: Sequence[str] = (),
-) -> str:  # fmt: skip
-    """The README.md of an export. `step` None: a file that was converted; `pictures`: names beside it."""
+    cfg: Config, base: Base, states: States, step: int | None, formats: Sequence[str], images: Sequence[str]
+) -> str:
+    """Return the README.md of an export.
+
+    `step` is None for a converted file. `images` are names of files in the same folder.
+    """
     prompt = cfg.prepare.instance_prompt if cfg.prepare else "a photo of the subject"
     model = str(base.folder) if cfg.model.path == EMBEDDED else cfg.model.path
     kinds = sorted({state.config["peft_type"].lower() for state in states.values()})
     facts: dict[str, Any] = {"library_name": "diffusers", "instance_prompt": prompt}
     if base.folder != files.expand(cfg.model.path) and cfg.model.path != EMBEDDED:
-        facts["base_model"] = model  # the Hub takes nothing but its own ids here
+        facts["base_model"] = model  # the Hub accepts only its own ids here
     if cfg.hub.license:
         facts["license"] = cfg.hub.license
     facts["tags"] = ["text-to-image", "diffusers", *kinds, "dreambooth", "dbtrain"]
-    if pictures:
-        facts["widget"] = [{"text": prompt, "output": {"url": name}} for name in pictures]
+    if images:
+        facts["widget"] = [{"text": prompt, "output": {"url": name}} for name in images]
     changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in base.family.sampler.items())
     sampler = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {changes})\n"
+    lines = RunFolder(cfg.run_dir).read_metrics()
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -45,16 +49,7 @@ def card(
         cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=base.family,
         sampler=sampler if changes else "",
         name=files.expand(cfg.run_dir).name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
-        model=model, prompt=prompt, step=step, formats=formats, pictures=pictures,
-        quoted=lambda text: json.dumps(text, ensure_ascii=False), last=_last_metrics(cfg),
+        model=model, prompt=prompt, step=step, formats=formats, images=images,
+        quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},
         adapters=[(name, state.config["r"], alpha_in(state.config)) for name, state in states.items()],
     )  # fmt: skip
-
-
-KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
-
-
-def _last_metrics(cfg: Config) -> dict[str, Any]:
-    """The last line that the run logged."""
-    lines = RunFolder(cfg.run_dir).read_metrics()
-    return lines[-1] if lines else {}
