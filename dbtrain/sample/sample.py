@@ -1,4 +1,4 @@
-"""Pictures with adapters: the base is loaded once, adapters are added, switched and mixed on it."""
+"""Generate images with adapters. The base is loaded once; adapters are switched and mixed on it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from dbtrain.sample.pipeline import AdapterPipeline
 
 @dataclass(frozen=True)
 class Mix:
-    """Adapters used together: (run folder or file, scale) each; none is the bare base."""
+    """Adapters used together, as (run folder or file, scale); an empty mix is the base alone."""
 
     label: str
     parts: tuple[tuple[str, float], ...]
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """`PATH[:SCALE]`, joined by `+` to mix several; `none` is the bare base."""
+        """Parse `PATH[:SCALE]`, joined by `+` to mix several, or `none` for the base alone."""
         if text == "none":
             return NO_ADAPTER
         parts: dict[str, float] = {}
@@ -45,8 +45,8 @@ class Mix:
                 strength = math.nan
             if not math.isfinite(strength) or not path or path in parts:
                 raise ConfigError(
-                    f"adapter '{text}': '{item}' is not PATH or PATH:SCALE, or stands twice; "
-                    "give e.g. runs/dog:0.8 or runs/dog:0.8+runs/cat:0.5",
+                    f"adapter '{text}': '{item}' is not PATH or PATH:SCALE, or is repeated; "
+                    "use e.g. runs/dog:0.8 or runs/dog:0.8+runs/cat:0.5",
                     shared=True,
                 )
             parts[path] = strength
@@ -58,37 +58,37 @@ NO_ADAPTER = Mix("no adapter", ())
 
 
 def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path | None = None) -> Path:
-    """Draw every prompt with every mix of adapters, split over ranks; the labelled contact sheet's path.
+    """Generate images of every prompt with every mix, split over ranks; return the contact sheet's path.
 
-    `cfg.sample` says how many pictures, from which seed, and how. Does nothing if the sheet was made
-    from the very same base, adapters and settings.
+    `cfg.sample` sets the number of images, the seeds, and the sampler. Does nothing if the sheet exists
+    and was made with the same base, adapters, and settings.
     """
     dist.init()
     settings = cfg.sample
     if not prompts:
-        raise ConfigError("there is no prompt to draw; give --prompt or sample.prompts", shared=True)
+        raise ConfigError("there is no prompt; give --prompt or set sample.prompts", shared=True)
     base = Base.find(cfg.model)
     side = cfg.prepare.resolution if cfg.prepare else None
     with dist.agreed():
-        small = sampler.small_pictures(cfg.sample.low_res, base.family, side)
+        low_res = sampler.small_pictures(cfg.sample.low_res, base.family, side)
         paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
         key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
     key = dist.from_main(key)
     out = out or RunFolder(cfg.run_dir).samples / f"sample-{key[:8]}"
     sheet = out / SHEET
     names = [_name(*job) for job in _jobs(len(mixes), len(prompts), settings)]
-    if dist.from_main(_is_made(sheet, key, names)):
+    if dist.from_main(note_in(sheet) == key and all((out / name).is_file() for name in names)):
         console.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
-        _draw(cfg, base, mixes, paths, prompts, out, side, small, key)
+        _generate(cfg, base, mixes, paths, prompts, out, side, low_res, key)
     with dist.agreed():
         if dist.is_main():
-            for path in out.glob("??-??-seed*.png"):  # of an earlier sheet
+            for path in out.glob("??-??-seed*.png"):  # left by an earlier sheet
                 if path.name not in names:
                     path.unlink()
-            _write_sheet(sheet, key, mixes, prompts, settings.images, settings.seed, out)
-            console.say(f"pictures and contact sheet: {sheet}")
+            _write_sheet(sheet, key, mixes, prompts, settings)
+            console.say(f"images and contact sheet: {sheet}")
     return sheet
 
 
@@ -100,7 +100,7 @@ def _key(
     paths: Mapping[str, Path],
     side: int | None,
 ) -> str:
-    """A name for all that the pictures depend on; reads the base and the adapters whole."""
+    """A hash of everything that the images depend on, including the weights."""
     return content_key({
         "model": [base.key(part) for part in base.family.parts],
         "prompts": list(prompts), "side": side, "sampler": sampler.SAMPLER,
@@ -111,7 +111,7 @@ def _key(
 
 
 def sample_run(cfg: Config) -> Path | None:
-    """The pictures that `cfg.sample` asks for, without and with the run's adapter; None for none."""
+    """Sample `cfg.sample.prompts` without and with the run's adapter; None if there are no prompts."""
     if not cfg.sample.prompts:
         return None
     out = RunFolder(cfg.run_dir).samples_of(cfg.train.steps)
@@ -119,11 +119,11 @@ def sample_run(cfg: Config) -> Path | None:
 
 
 def without_and_with(run_dir: str) -> list[Mix]:
-    """The bare base, and the adapter of a run."""
+    """Two mixes: the base alone, and a run's adapter."""
     return [NO_ADAPTER, Mix(_short(run_dir), ((run_dir, 1.0),))]
 
 
-def _draw(
+def _generate(
     cfg: Config,
     base: Base,
     mixes: Sequence[Mix],
@@ -131,29 +131,34 @@ def _draw(
     prompts: Sequence[str],
     out: Path,
     side: int | None,
-    small: Sequence[Image.Image],
+    low_res: Sequence[Image.Image],
     key: str,
 ) -> None:
-    """This rank's pictures: (mix, prompt, image) jobs in fixed batches, dealt to ranks.
+    """Generate this rank's images in batches that do not depend on the number of ranks.
 
-    Those that an interrupted call with the same `key` made are kept.
+    Batches whose images an interrupted call with the same `key` has written are skipped.
     """
+    # Split the jobs into batches of one mix each, and deal those to the ranks.
     settings, size = cfg.sample, cfg.sample.batch
     jobs = _jobs(len(mixes), len(prompts), settings)
-    of_mix = [[job for job in jobs if job[0] == m] for m in range(len(mixes))]
-    batches = [every[i : i + size] for every in of_mix for i in range(0, len(every), size)]
-    kept = {job for job in jobs if _key_in(out / _name(*job)) == key}
-    mine = [batch for batch in batches[dist.rank() :: dist.world()] if not kept.issuperset(batch)]
+    by_mix = [[job for job in jobs if job[0] == m] for m in range(len(mixes))]
+    batches = [group[i : i + size] for group in by_mix for i in range(0, len(group), size)]
+    existing = {job for job in jobs if _key_in(out / _name(*job)) == key}
+    mine = [batch for batch in batches[dist.rank() :: dist.world()] if not existing.issuperset(batch)]
     if not mine:
         return
+
+    # Load the base and all adapters.
     pipe = AdapterPipeline(base, settings.precision)
-    if dist.is_main():  # says which prompts are too long for the base
+    if dist.is_main():  # warns about prompts that are too long for the base
         base.family.tokenize(
             {name: getattr(pipe.pipe, part) for name, part in base.family.text_encoders.items()}, prompts
         )
     names = {path: f"adapter{number}" for number, path in enumerate(paths)}
     for path, name in names.items():
         pipe.add(name, paths[path])
+
+    # Generate and save each batch.
     with console.bar(sum(map(len, mine)), "sample", "image", share=True) as bar:
         for batch in mine:
             preemption.check()
@@ -161,18 +166,18 @@ def _draw(
             pipe.use({names[path]: scale for path, scale in mix.parts})
             seeds = [seed for _, _, seed in batch]
             texts = [prompts[p] for _, p, _ in batch]
-            enlarged = [small[(seed - settings.seed) % len(small)] for seed in seeds] if small else []
-            pictures = pipe.generate(texts, seeds, settings.steps, settings.guidance, side, enlarged)
-            for (m, p, seed), picture in zip(batch, pictures, strict=True):
+            inputs = [low_res[(seed - settings.seed) % len(low_res)] for seed in seeds] if low_res else []
+            images = pipe.generate(texts, seeds, settings.steps, settings.guidance, side, inputs)
+            for (m, p, seed), image in zip(batch, images, strict=True):
                 note = {"prompt": prompts[p], "seed": seed, "adapters": mix.label,
                         "model": cfg.model.path, "steps": settings.steps,
                         "guidance": settings.guidance, "key": key}  # fmt: skip
-                save_png(out / _name(m, p, seed), picture, json.dumps(note))
+                save_png(out / _name(m, p, seed), image, json.dumps(note))
             bar.update(len(batch))
 
 
 def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, int]]:
-    """(mix, prompt, seed) of every picture."""
+    """(mix, prompt, seed) of every image."""
     seeds = range(settings.seed, settings.seed + settings.images)
     return [(m, p, seed) for m in range(mixes) for p in range(prompts) for seed in seeds]
 
@@ -182,31 +187,27 @@ def _name(mix: int, prompt: int, seed: int) -> str:
 
 
 def _key_in(path: Path) -> str:
-    """The key of the call that drew a picture; none if it is not there, or damaged."""
+    """The key of the call that generated an image; "" if the file is missing or damaged."""
     try:
         return json.loads(note_in(path) or "{}").get("key", "")
     except (ValueError, AttributeError):
         return ""
 
 
-def _is_made(sheet: Path, key: str, names: Sequence[str]) -> bool:
-    """Whether the sheet with this key and all its pictures are there."""
-    return all((sheet.parent / name).is_file() for name in names) and note_in(sheet) == key
-
-
 def _write_sheet(
-    path: Path, key: str, mixes: Sequence[Mix], prompts: Sequence[str], images: int, seed: int, out: Path
+    path: Path, key: str, mixes: Sequence[Mix], prompts: Sequence[str], settings: Sample
 ) -> None:
-    """One row for each prompt and mix under its label, one column a seed."""
+    """Write the contact sheet: one row per prompt and mix, one column per seed."""
+    seeds = range(settings.seed, settings.seed + settings.images)
     rows: list[Row] = []
     for p, prompt in enumerate(prompts):
         for m, mix in enumerate(mixes):
-            pictures = [Image.open(out / _name(m, p, seed + k)) for k in range(images)]
-            captions = () if rows else [f"seed {seed + k}" for k in range(images)]
-            rows.append(Row(pictures, "" if m else prompt, mix.label, captions))
+            images = [Image.open(path.parent / _name(m, p, seed)) for seed in seeds]
+            captions = () if rows else [f"seed {seed}" for seed in seeds]
+            rows.append(Row(images, "" if m else prompt, mix.label, captions))
     save_png(path, contact_sheet(rows), key)
 
 
 def _short(path: str) -> str:
-    """The last two names of a path: enough to tell adapters apart on a sheet."""
+    """The last two parts of a path, which label an adapter on the contact sheet."""
     return "/".join(Path(path).parts[-2:])
