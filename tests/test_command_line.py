@@ -203,7 +203,7 @@ def test_targets_that_cannot_be_adapted(refused: Refused, config: Path, shards: 
 def test_missing_prepare_section(refused: Refused, config: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare.yaml"
     bare.write_text("run_dir: r\ndata: {shards: s}\n")
-    refused("prepare", bare, told="no 'prepare' section")
+    refused("prepare", bare, told="no prepare section")
 
 
 def test_nothing_to_export(refused: Refused, config: Path) -> None:

@@ -1,4 +1,4 @@
-"""Photos and class images to shards."""
+"""Turn photos and class images into shards."""
 
 from dbtrain.runtime.imports import make_callable
 

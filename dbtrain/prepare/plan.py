@@ -1,4 +1,4 @@
-"""What the shards shall hold: a pure list, made before anything is encoded."""
+"""Plan what the shards will contain, before anything is encoded."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 
-SHARD_ROWS = 256  # most rows of a shard
-SHARDS = 64  # most shards while they fit that
+SHARD_ROWS = 256  # most rows in a shard
+SHARDS = 64  # most shards, unless SHARD_ROWS requires more
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A shard as it shall be: its file name, and source and description of each row."""
+    """A planned shard: its file name, and the source and description of each row."""
 
     file: str
     sources: list[str]
@@ -31,23 +31,23 @@ class Planned:
 
 
 def request(prepare: Prepare, family: Family) -> dict[str, Any]:
-    """The settings that shape the shards' content, as the manifest remembers them."""
+    """The settings that determine the shards' content, as the manifest records them."""
     settings = prepare.model_dump(mode="json", exclude={"sampling": {"batch", "compile"}})
     settings["class_pictures"] = not class_images.as_latents(family, prepare)
-    if prepare.class_prompt is None:  # then nothing depends on how class images would be made
+    if prepare.class_prompt is None:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):
             del settings[name]
     return settings
 
 
-# What shards of older versions were made with, which do not say so.
-ONCE = {"class_pictures": True, "held_out": 0, "class_held_out": 0}
+# Settings that the manifests of older versions do not record, with the values that were used then.
+OLD_DEFAULTS = {"class_pictures": True, "held_out": 0, "class_held_out": 0}
 
 
 def plan_shards(
     base: Base, prepare: Prepare, seed: int, pictures: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """(prompts, keys of the base's components, planned shards of each role), JSON-able."""
+    """Return (prompts, keys of the base's components, planned shards by role), JSON-able."""
     encoders = base.family.text_encoders
     vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
@@ -55,7 +55,7 @@ def plan_shards(
     space = base.family.space(base, prepare.resolution)
     texts: list[str] = []
     plans = {}
-    for role, paths in _kept_back(pictures, prepare, seed).items():
+    for role, paths in _split_held_out(pictures, prepare, seed).items():
         rows = []
         settings = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path in paths:
@@ -73,7 +73,7 @@ def plan_shards(
     return texts, components, plans
 
 
-# Variants and flips make much of few photos; class images are many.
+# Variants and flips augment the few training photos only.
 ONE_CROP: dict[str, dict[str, Any]] = {
     "class": {"variants": 1, "flip": False},
     **{role: {"crop": "center", "variants": 1, "flip": False} for role in shards.HELD_OUT.values()},
@@ -81,36 +81,34 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 
 
 def left(prepare: Prepare, role: str, count: int) -> int:
-    """How many of `count` images of a role are trained on. Raises ConfigError if none is."""
+    """How many of `count` images of a role are left to train on. Raises ConfigError if none are."""
     key = {"instance": "held_out", "class": "class_held_out"}[role]
-    kept_back = getattr(prepare, key)
-    if kept_back >= count:
+    held_out = getattr(prepare, key)
+    if held_out >= count:
         raise ConfigError(
-            f"prepare.{key} is {kept_back}, of {count} {role} images: none is left to train on; "
-            "keep fewer back"
+            f"prepare.{key} is {held_out}, but there are only {count} {role} images, which leaves none to "
+            "train on; hold out fewer"
         )
-    return count - kept_back
+    return count - held_out
 
 
-def _kept_back(pictures: dict[str, list[Path]], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
-    """The pictures of each role, those that are held out under a role of their own.
+def _split_held_out(pictures: dict[str, list[Path]], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
+    """The images of each role, with held-out images under roles of their own.
 
-    Which ones depends on their content and `seed`: another photo more changes the choice by one at most.
+    The choice depends on their content and `seed`: adding a photo changes it by one image at most.
     """
-    every = dict(pictures)
+    split = dict(pictures)
     for role, paths in pictures.items():
-        if (role == "instance" and not prepare.held_out) or (role == "class" and not prepare.class_held_out):
-            continue
-        contents = {hashing.sha256_of(path) for path in paths}  # no twin of what is held out is trained on
-        count = len(contents) - left(prepare, role, len(contents))
-        turns = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
-        every[role] = [path for path in paths if hashing.sha256_of(path) not in turns]
-        every[shards.HELD_OUT[role]] = [path for path in paths if hashing.sha256_of(path) in turns]
-    return every
+        contents = {hashing.sha256_of(path) for path in paths}  # copies of a photo stay together
+        if count := len(contents) - left(prepare, role, len(contents)):
+            chosen = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
+            split[role] = [path for path in paths if hashing.sha256_of(path) not in chosen]
+            split[shards.HELD_OUT[role]] = [path for path in paths if hashing.sha256_of(path) in chosen]
+    return split
 
 
 def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) -> list[tuple[str, dict]]:
-    """(image path, description) of every stored crop of one image."""
+    """(image path, row description) of every stored crop of one image."""
     photo_key = hashing.sha256_of(path)
     height, width = photos.size(path)
     if min(height, width) < prepare.resolution:
@@ -118,29 +116,28 @@ def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) ->
     rows = []
     for crop in photos.crops(photo_key, height, width, prepare, seed):
         where = [prepare.resolution, asdict(crop)]
-        key = content_key([shards.VERSION, encoder, photo_key, where])[:16]
-        meta = {
-            "source": path.name, "original_size": [height, width], "crop": [crop.top, crop.left],
-            "flip": crop.flip, "prompt": prompt, "key": key,
-        }  # fmt: skip
-        rows.append((str(path), meta))
+        key = content_key([shards.VERSION, encoder, photo_key, where])
+        rows.append((str(path), _meta(path, [height, width], crop, prompt, key)))
     return rows
 
 
 def _latent_row(path: Path, prompt: int, side: int, space: LatentSpace) -> tuple[str, dict]:
-    """(path, description) of a class image that was kept as a latent: whole, and of its own size."""
+    """(path, row description) of a class image that is stored as a latent: neither cropped nor resized."""
     key = content_key(
         [shards.VERSION, class_images.LATENT, space.scale, space.shift, hashing.sha256_of(path)]
     )
-    meta = {
-        "source": path.name, "original_size": [side, side], "crop": [0, 0], "flip": False,
-        "prompt": prompt, "key": key[:16],
+    return str(path), _meta(path, [side, side], photos.Crop(0, 0, False), prompt, key)
+
+
+def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, key: str) -> dict[str, Any]:
+    return {
+        "source": path.name, "original_size": original_size, "crop": [crop.top, crop.left],
+        "flip": crop.flip, "prompt": prompt, "key": key[:16],
     }  # fmt: skip
-    return str(path), meta
 
 
 def _shard_count(rows: int) -> int:
-    """A power of two, so that columns come out even; about four rows or more each, up to `SHARDS`."""
+    """Number of shards for `rows`: a power of two, at least 4 rows each, at most SHARDS if they fit."""
     count = 1
     while count * 2 <= SHARDS and count * 8 <= rows:
         count *= 2
@@ -156,7 +153,7 @@ def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, 
 
 
 def check(cfg: Config, base: Base, manifest: Manifest) -> None:
-    """Raise ConfigError unless the shards are what this config's `prepare` makes with its base."""
+    """Raise ConfigError unless this config's `prepare` section and base would produce these shards."""
     parts = [part for part, key in manifest.components.items() if base.key(part) != key]
     if parts:
         raise ConfigError(
@@ -168,9 +165,9 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
             f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
         )
     if cfg.prepare:
-        asked = request(cfg.prepare, base.family)
-        made = ONCE | manifest.request
-        odd = [key for key in asked if asked[key] != made.get(key)]
-        if odd:
-            changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {asked[key]!r}" for key in odd)
+        now = request(cfg.prepare, base.family)
+        made = OLD_DEFAULTS | manifest.request
+        changed = [key for key in now if now[key] != made.get(key)]
+        if changed:
+            changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now[key]!r}" for key in changed)
             raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")

@@ -1,6 +1,6 @@
 """prepare: photos -> class images -> VAE moments and prompt table -> shards.
 
-First a plan, a pure list of what the shards shall hold; then only what the folder lacks is done.
+It first plans what the shards will contain, then encodes only what the folder lacks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photos as images
-from dbtrain.data import shards
+from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, encode
@@ -29,24 +28,23 @@ OURS = re.compile(
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked for, of which base, and what is there already."""
+    """The request, the base model, and the existing shards."""
 
-    cfg: Config
     settings: Prepare
+    seed: int
     base: Base
     folder: Path
-    storage: Storage  # the same folder
+    storage: Storage  # of the same folder
     old: shards.Manifest | None
 
 
 def prepare(cfg: Config) -> Path:
-    """Make (or complete) the shards that `cfg` asks for, over all ranks; returns their folder.
+    """Create or complete the shards for `cfg` on all ranks; return their folder.
 
-    Does nothing, and says so, when they are there already. Raises ConfigError for what a user can fix.
+    Does nothing if they are up to date. Raises ConfigError for anything a user can fix.
     """
     if cfg.prepare is None:
-        raise ConfigError("the config has no 'prepare' section; give prepare.photos and "
-                          "prepare.instance_prompt")  # fmt: skip
+        raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
     dist.init()
     base = Base.find(cfg.model)
     with dist.agreed():
@@ -54,109 +52,111 @@ def prepare(cfg: Config) -> Path:
         folder = storage.folder
         if folder is None:
             raise ConfigError(
-                f"data.shards is '{cfg.data.shards}'; prepare writes to a folder on this machine, "
-                "which can then be copied there"
+                f"data.shards is '{cfg.data.shards}', but prepare writes to a local folder only; "
+                "set it to one, then copy the shards there"
             )
-        base.family.space(base, cfg.prepare.resolution)  # raises now, not after all the encoding
+        base.family.space(base, cfg.prepare.resolution)  # fail now, not after encoding
         if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"data.shards is '{cfg.data.shards}', which is no folder")
-        photos = images.of_subject(cfg.prepare)
-    pictures = {"instance": photos}
+            raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
+        pictures = {"instance": photos.of_subject(cfg.prepare)}
     if cfg.prepare.class_prompt:
         pictures["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
-        return _fill(Task(cfg, cfg.prepare, base, folder, storage, _old_manifest(storage)), pictures)
+        return _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), pictures)
 
 
 def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
-    """Make what the folder lacks of the planned shards, and publish the manifest."""
+    """Encode the planned shards that the folder lacks, and publish the manifest."""
+    # Rank 0 plans, and finds the shards that are already valid.
     with dist.agreed():
-        wanted = (task.base, task.settings, task.cfg.seed, pictures)
-        answer = plan_shards(*wanted) if dist.is_main() else None
-    texts, components, plans = dist.from_main(answer)
+        plan = plan_shards(task.base, task.settings, task.seed, pictures) if dist.is_main() else None
+    texts, components, plans = dist.from_main(plan)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
-    everything = [plan for every in planned.values() for plan in every]
+    everything = [shard for every in planned.values() for shard in every]
     with dist.agreed():
-        good = _good_files(task, everything) if dist.is_main() else None
-    good = dist.from_main(good)
+        valid = _valid_shards(task, everything) if dist.is_main() else None
+    entries = dist.from_main(valid)
 
-    missing = [plan for plan in everything if plan.file not in good]
+    # All ranks encode the missing ones; rank 0 publishes.
+    missing = [shard for shard in everything if shard.file not in entries]
     with dist.agreed():
-        made = _encode(task, missing[dist.rank() :: dist.world()])
-    vouched = {name: entry for entries in dist.gather_json(made) for name, entry in entries.items()} | good
+        written = _encode(task, missing[dist.rank() :: dist.world()])
+    for part in dist.gather_json(written):
+        entries |= part
     with dist.agreed():
         if dist.is_main():
-            _publish(task, _manifest(task, texts, components, planned, vouched))
+            _publish(task, _manifest(task, texts, components, planned, entries))
     return task.folder
 
 
 def _old_manifest(storage: Storage) -> shards.Manifest | None:
-    """The manifest that is there, on every rank; None if there is none that can be used."""
+    """The existing manifest, on every rank; None if it is missing or unreadable."""
     with dist.agreed():
         try:
             old = shards.Manifest.read(storage).text() if dist.is_main() else None
         except ConfigError:
-            old = None  # missing or damaged: all is made anew, and said so at the end
+            old = None  # everything is written again, and the log says so
     text = dist.from_main(old)
     return shards.Manifest.model_validate_json(text, strict=False) if text else None
 
 
-def _good_files(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any]]:
-    """Planned shards that are on disk already, unharmed: file name -> manifest entry."""
-    vouched = {shard.file: shard for shard in task.old.shards} if task.old else {}
-    good = {}
+def _valid_shards(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any]]:
+    """Manifest entries of the planned shards that exist undamaged, by file name."""
+    known = {shard.file: shard for shard in task.old.shards} if task.old else {}
+    valid = {}
     for plan in planned:
         path = task.folder / plan.file
         if not path.is_file():
             continue
         entry = _entry(plan, path.read_bytes())
-        shard = vouched.get(plan.file) or shards.Shard(**entry)  # not vouched for: a killed prepare's
+        shard = known.get(plan.file) or shards.Shard(**entry)  # a killed prepare leaves shards, no manifest
         try:
             if [row.meta for row in shards.read(task.storage, shard)] == plan.metas:
-                good[plan.file] = entry
+                valid[plan.file] = entry
         except ConfigError as problem:
-            console.say(f"{problem}: making it anew")
-    return good
+            console.say(f"{problem}: writing it again")
+    return valid
 
 
 def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
-    """Write this rank's part of the missing shards; rows that an old shard holds are copied."""
+    """Write this rank's missing shards and return their manifest entries; reuse rows of old shards."""
     if not mine:
         return {}
     settings = task.settings
     encoder = encode.image_encoder(task.base, settings.vae_precision, settings.resolution)
-    kept = _kept_rows(task, {meta["key"] for plan in mine for meta in plan.metas})
+    old_rows = _reusable_rows(task, {meta["key"] for plan in mine for meta in plan.metas})
     encoded = 0
-    made = {}
-    with console.bar(sum(len(plan.metas) for plan in mine), "encode", "image", share=True) as bar:
+    entries = {}
+    total = sum(len(plan.metas) for plan in mine)
+    with console.bar(total, "encode", "image", share=True) as bar:
         for plan in mine:
             rows = []
             for source, meta in zip(plan.sources, plan.metas, strict=True):
                 preemption.check()
-                tensors = kept.get(meta["key"])
+                tensors = old_rows.get(meta["key"])
                 rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
                 encoded += tensors is None and not source.endswith(class_images.SUFFIX)
                 bar.update()
             data = shards.pack(rows)
             files.write_atomically(task.folder / plan.file, data)
-            made[plan.file] = _entry(plan, data)
-    console.say(f"encoded {encoded} images and kept {sum(len(p.metas) for p in mine) - encoded} "
-            f"in {len(mine)} shards" + (" on rank 0" if dist.world() > 1 else ""))  # fmt: skip
-    return made
+            entries[plan.file] = _entry(plan, data)
+    where = " on rank 0" if dist.world() > 1 else ""
+    console.say(f"encoded {encoded} images and reused {total - encoded} in {len(mine)} shards{where}")
+    return entries
 
 
-def _kept_rows(task: Task, wanted: set[str]) -> dict[str, Any]:
-    """Tensors of wanted rows that the old shards hold, by content key."""
-    kept: dict[str, Any] = {}
+def _reusable_rows(task: Task, keys: set[str]) -> dict[str, Any]:
+    """Tensors of the rows in the old shards that have one of these content keys, by key."""
+    found: dict[str, Any] = {}
     for shard in task.old.shards if task.old else ():
-        if wanted & set(shard.keys):
+        if keys & set(shard.keys):
             try:
                 rows = shards.read(task.storage, shard)
             except ConfigError:
-                continue  # harmed: `_good_files` or the encoder takes care of its rows
-            kept |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in wanted}
-    return kept
+                continue  # damaged: its rows are encoded again
+            found |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in keys}
+    return found
 
 
 def _entry(plan: Planned, data: bytes) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _manifest(
     texts: list[str],
     components: dict[str, str],
     planned: dict[str, list[Planned]],
-    vouched: dict[str, dict[str, Any]],
+    entries: dict[str, dict[str, Any]],
 ) -> shards.Manifest:
     old_prompts = task.old.prompts if task.old else None
     prompts = encode.prompt_table(task.base, texts, task.folder, old_prompts)
@@ -178,17 +178,17 @@ def _manifest(
         version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,
         request=request(task.settings, task.base.family), latent_shape=space.shape,
         latent_scale=space.scale, latent_shift=space.shift, prompts=prompts,
-        roles={role: tuple(shards.Shard(**vouched[plan.file]) for plan in every)
+        roles={role: tuple(shards.Shard(**entries[plan.file]) for plan in every)
                for role, every in planned.items()},
     )  # fmt: skip
 
 
 def _publish(task: Task, manifest: shards.Manifest) -> None:
-    """Put the manifest in place, then remove what it no longer mentions."""
+    """Write the manifest, then delete the files that it no longer refers to."""
     if task.old != manifest:
         files.write_atomically(task.folder / shards.MANIFEST, manifest.text())
     used = {shard.file for shard in manifest.shards} | {manifest.prompts.file}
-    for path in task.folder.iterdir():  # replaced ones, and what a killed run left half-written
+    for path in task.folder.iterdir():  # replaced files, and partial files of a killed run
         if OURS.fullmatch(path.name) and path.name not in used:
             path.unlink()
     counts = ", ".join(f"{sum(manifest.rows(role))} {role} crops" for role in manifest.roles)

@@ -338,7 +338,7 @@ def test_if_stage_2_draws_by_enlarging(make: Make, tmp_path: Path) -> None:
     assert pictures[0].tobytes() != pictures[1].tobytes()
     with pytest.raises(ConfigError, match=r"sample\.low_res has 0 images, but a deepfloyd-2 model is an"):
         sample_run(make(model=cfg.model.model_dump(), sample__prompts=["a dog"]))
-    with pytest.raises(ConfigError, match="cannot draw class images from a prompt"):
+    with pytest.raises(ConfigError, match="cannot generate class images from a prompt"):
         prepare(configured(make, tmp_path, "if-2", prepare__class_images=5))
 
 

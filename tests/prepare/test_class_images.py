@@ -184,7 +184,7 @@ def test_a_damaged_file_is_named_and_once_removed_drawn_anew(drawn: Any, damage:
     cfg, kept = drawn(bases.sd())
     good = kept[2].read_bytes()
     kept[2].write_bytes(DAMAGE[damage](good))
-    with pytest.raises(ConfigError, match=rf"cannot read class image {kept[2]}: .*; remove it"):
+    with pytest.raises(ConfigError, match=rf"cannot read class image {kept[2]}: .*; delete it"):
         prepare(cfg)
     kept[2].unlink()
     prepare(cfg)
@@ -192,7 +192,7 @@ def test_a_damaged_file_is_named_and_once_removed_drawn_anew(drawn: Any, damage:
 
 
 def test_a_latent_that_is_not_finite_is_not_kept(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"NaN or infinite; use prepare\.sampling\.precision: fp32"):
+    with pytest.raises(ConfigError, match=r"NaN or infinite; set prepare\.sampling\.precision to fp32"):
         class_images.save_latent(tmp_path / "00000.safetensors", torch.tensor([[[torch.nan]]]))
     assert not list(tmp_path.iterdir())
 

@@ -152,14 +152,14 @@ def test_a_name_with_slashes_is_refused() -> None:
 def test_an_existing_config_is_not_overwritten() -> None:
     Path("configs").mkdir()
     Path("configs/rex.yaml").write_text("mine")
-    refused("configs/rex.yaml exists and is not overwritten; choose another NAME, or remove the file")
+    refused("configs/rex.yaml already exists; choose another NAME, or delete the file")
 
 
 def test_a_missing_or_empty_folder_is_refused() -> None:
-    refused("PHOTOS is 'photos/cat', which is not a folder", photos="photos/cat")
+    refused("PHOTOS is 'photos/cat', which is not a directory", photos="photos/cat")
     Path("photos/cat").mkdir()
     Path("photos/cat/notes.txt").write_text("not a photo")
-    refused("PHOTOS is 'photos/cat', which holds no photos; put some there (.jpg,", photos="photos/cat")
+    refused("PHOTOS is 'photos/cat', which contains no photos; add some (.jpg,", photos="photos/cat")
 
 
 def test_all_broken_photos_are_named() -> None:
@@ -178,7 +178,7 @@ def test_an_unknown_base_and_an_odd_word_are_refused() -> None:
     refused("--word is 'a: {b'", word="a: {b")
     refused("--word is ''", word="")
     Path("photos/dog").rename("photos/2024")
-    refused("the name of the folder is '2024'", photos="photos/2024")
+    refused("the folder is called '2024'", photos="photos/2024")
 
 
 def test_init_imports_no_torch() -> None:
