@@ -1,6 +1,6 @@
-"""Checkpoints: adapter, moments and an integer; written whole or not at all, resumed exactly.
+"""Checkpoints: the adapter, the optimizer's moments, and the step. They are written atomically.
 
-Data order, randomness and learning rate are functions of the step, so nothing else needs saving.
+Data order, randomness, and learning rate are functions of the step, so a run resumes exactly.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from dbtrain.train.fingerprint import check_identity
 
 @dataclass
 class Progress:
-    """What changes while training, and so what a checkpoint holds; beside it only the step."""
+    """Everything that training changes: a checkpoint stores it with the step."""
 
     model: DreamBooth
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    skipped: torch.Tensor  # () int64, on the device: steps left out, as something was not finite
+    skipped: torch.Tensor  # () int64, on the device: steps skipped because of a NaN or infinity
 
     @classmethod
     def begin(cls, model: DreamBooth, cfg: Config) -> Progress:
-        """Nothing done yet."""
+        """The progress of a run before its first step."""
         device = dist.device()
         return cls(
             model, optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph),
@@ -49,21 +49,21 @@ class Progress:
 
 
 def save(run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` on rank 0, then remove all but the newest `keep`.
+    """Write the checkpoint of `step` on rank 0, then delete all but the newest `keep`.
 
-    Raises ConfigError if the ranks' adapters differ, which nothing else would show.
+    Raises ConfigError if the ranks' adapters differ, which would otherwise go unnoticed.
     """
     check_ranks(progress.model)
     with dist.agreed():
         if dist.is_main():
             path = run.checkpoint(step)
-            files.write_folder_atomically(path, lambda part: _fill(part, step, progress, fingerprint))
+            files.write_folder_atomically(path, lambda part: _write(part, step, progress, fingerprint))
             for old in run.checkpoints()[:-keep]:
                 shutil.rmtree(old)
 
 
 def check_ranks(model: DreamBooth) -> None:
-    """Raise ConfigError unless all ranks hold the same adapter: DDP only ever adds equal gradients to it."""
+    """Raise ConfigError unless all ranks hold the same adapter: DDP synchronizes gradients, not weights."""
     if dist.world() > 1:
         weights = hashlib.sha256()
         for parameter in model.trainable().values():
@@ -71,7 +71,7 @@ def check_ranks(model: DreamBooth) -> None:
         dist.assert_same(weights.hexdigest(), "the adapter")
 
 
-def _fill(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, Any]) -> None:
+def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, Any]) -> None:
     for component, adapter in progress.model.states().items():
         if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
             raise ConfigError(
@@ -92,9 +92,9 @@ def _fill(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, A
 
 
 def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, and its state.
+    """Return the newest undamaged checkpoint and its state.
 
-    Says which ones are not, and sets them aside: among the newest, they would push out good ones.
+    Damaged ones are reported and renamed, so that they do not count among those to keep.
     """
     for path in reversed(run.checkpoints()):
         try:
@@ -103,15 +103,15 @@ def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            console.say(f"{problem}; set aside as {aside.name}, trying the one before it")
+            console.say(f"{problem}; set aside as {aside.name}, trying the previous one")
     return None
 
 
 def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, Any]) -> int:
-    """Put the newest whole checkpoint into `progress`; the step it was taken at.
+    """Load the newest undamaged checkpoint, which rank 0 chooses, into `progress`.
 
-    0 if there is none. Rank 0 chooses. Raises ConfigError that names each setting by which the run
-    differs from the one that is to be continued.
+    Returns its step, or 0 if there is none. Raises ConfigError that names each setting that differs from
+    the checkpoint's run.
     """
     with dist.agreed():
         found = latest(run) if dist.is_main() else None

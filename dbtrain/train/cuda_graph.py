@@ -1,52 +1,55 @@
-"""A step recorded as a CUDA graph: one launch in place of thousands."""
+"""Record a training step as a CUDA graph: one launch instead of thousands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dbtrain.data.batch import Batch
 from dbtrain.runtime.errors import ConfigError
 
-WARM_UP = {False: 3, True: 11}  # steps before one is recorded; DDP settles its buckets within 11
+if TYPE_CHECKING:
+    from dbtrain.config import Config
+    from dbtrain.data.batch import Batch
+    from dbtrain.train.checkpoint import Progress
+    from dbtrain.train.metrics import Outcome
+    from dbtrain.train.step import Compute
+
+WARM_UP = {False: 3, True: 11}  # by whether DDP is used: its buckets take up to 11 steps to settle
 
 
 def check(wanted: bool, device: torch.device) -> None:
-    """Raise ConfigError if a step is to be recorded as a CUDA graph on a device that records none."""
+    """Raise ConfigError if a CUDA graph is wanted on a device that has none."""
     if wanted and device.type != "cuda":
         raise ConfigError("train.cuda_graph is true, but there is no CUDA GPU here; set it to false")
 
 
-Result = TypeVar("Result", bound=NamedTuple)
+class Recorded:
+    """A step that is recorded as a CUDA graph after a few warm-up calls and then replayed.
 
-
-class Recorded(Generic[Result]):
-    """A step that is recorded as a CUDA graph after a few calls, and replayed from then on.
-
-    The whole step, forward, backward and optimizer, is then one launch: a small batch takes as long as
-    the GPU needs, not as long as Python needs to launch thousands of kernels. Its inputs are
-    copied into the tensors that were recorded. Everything must run `on_side_stream`.
+    Forward, backward, and optimizer become a single launch, so that a small batch is not limited by the
+    time that Python takes to launch thousands of kernels. Inputs are copied into the recorded tensors.
+    Everything must run `on_side_stream`.
     """
 
-    def __init__(self, compute: Callable[..., Result], distributed: bool) -> None:
+    def __init__(self, compute: Compute, distributed: bool) -> None:
         self.compute = compute
         self.calls_left = WARM_UP[distributed]
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Batch] = []
-        self.result: Result | None = None
+        self.result: Outcome | None = None
 
-    def __call__(self, ddp: nn.Module, progress: Any, batches: Sequence[Batch], cfg: Any) -> Result:
+    def __call__(self, ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
         if self.calls_left:
             self.calls_left -= 1
             return self.compute(ddp, progress, batches, cfg)
         if self.graph is None:
             self.inputs = list(batches)
             self.graph = torch.cuda.CUDAGraph()
-            # thread_local: the thread that reads ahead may pin memory meanwhile.
+            # thread_local: the prefetching thread may pin memory during the capture.
             with torch.cuda.graph(
                 self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
@@ -56,13 +59,12 @@ class Recorded(Generic[Result]):
                 mine.take(given)
         self.graph.replay()
         assert self.result is not None
-        seen = sum(batch.seen for batch in batches)
-        return self.result._replace(seen=seen)  # its tensors are written anew by each replay
+        return self.result._replace(seen=sum(batch.seen for batch in batches))
 
 
 @contextmanager
 def on_side_stream(wanted: bool) -> Iterator[None]:
-    """In the block, kernels run on a stream of their own, as a recording needs it."""
+    """Run the block's kernels on a side stream, which capturing requires."""
     if not wanted:
         yield
         return

@@ -1,4 +1,4 @@
-"""The module that is trained: a denoiser with its adapter, the prompt table and the objective."""
+"""The trained module: a denoiser with its adapter, the prompt table, and the objective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dbtrain.models.precision import PRECISIONS, WorkingCopies
 
 
 class DreamBooth(nn.Module):
-    """One module for one DDP wrapper: `forward` gives one loss per image, for every family.
+    """The module that DDP wraps. For every family, `forward` returns one loss per image.
 
     Ruiz et al. 2022, "DreamBooth", arXiv:2208.12242.
     """
@@ -40,26 +40,28 @@ class DreamBooth(nn.Module):
         super().__init__()
         self.family = family
         self.denoiser = denoiser
-        self.text_encoders = nn.ModuleDict(text_encoders)  # none, or all of the family's, trained
+        self.text_encoders = nn.ModuleDict(
+            text_encoders
+        )  # all of the family's if they are trained, else none
         self.objective = objective
         for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.noising = noising
         self.sees = sees
         self.prompt_names = tuple(prompts)
-        for name, table in prompts.items():  # (prompts, ...), moved along with the module
+        for name, table in prompts.items():  # (prompts, ...)
             self.register_buffer(f"prompts_{name}", table, persistent=False)
-        self.dtype = dtype  # of the base, and of what the denoiser is given
-        learnt = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
-        self.working_copies = WorkingCopies(self, learnt, dtype)
+        self.dtype = dtype  # of the base, and of the denoiser's input
+        self.working_copies = WorkingCopies(self, adapters.trainable(self), dtype)
 
     @classmethod
     def build(cls, base: Base, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config) -> DreamBooth:
-        """The base's denoiser (and text encoders) with new adapters, on the CPU.
+        """Load the base's denoiser, and text encoders if they are trained, with new adapters, on the CPU.
 
-        `table` is the shards' prompt table: embeddings where the text encoders stay frozen, token
-        ids where they learn.
+        `table` is the shards' prompt table. Frozen text encoders need its embeddings, trained ones its
+        token ids.
         """
+        # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
         denoiser = base.load(base.family.denoiser, dtype)
         if cfg.train.channels_last:
@@ -70,16 +72,16 @@ class DreamBooth(nn.Module):
         encoders = {name: base.load(name, dtype) for name in base.family.text_encoders} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
             assert settings is not None
-            idle = base.family.idle(name, encoder)
-            adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, idle)
+            unused = base.family.idle(name, encoder)
+            adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, unused)
         activation_checkpointing.checkpoint_activations(
             denoiser, list(encoders.values()), cfg.train.gradient_checkpointing
         )
+
+        # The objective, the prompts, and the latents' scale.
         objective = base.family.objective(base.config("scheduler"), cfg.loss.min_snr_gamma)
-        wanted = "ids." if encoders else "condition."
-        prompts = {
-            name.removeprefix(wanted): tensor for name, tensor in table.items() if name.startswith(wanted)
-        }
+        prefix = "ids." if encoders else "condition."
+        prompts = {name.removeprefix(prefix): t for name, t in table.items() if name.startswith(prefix)}
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
         noising = DDPM.of(base.config(base.family.noising), None) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
@@ -87,11 +89,11 @@ class DreamBooth(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """The components that carry an adapter, by the name they have in the base's folder."""
+        """The components with an adapter, by their name in the base's folder."""
         return {self.family.denoiser: self.denoiser, **self.text_encoders}
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What the optimizer works on, as `<component>.<parameter>`."""
+        """The trained parameters, as `<component>.<parameter>`."""
         return {
             f"{component}.{name}": parameter
             for component, module in self.trained.items()
@@ -115,16 +117,16 @@ class DreamBooth(nn.Module):
         return self.objective.weight(t) * error.square().flatten(1).mean(1)
 
     def x0(self, batch: Batch) -> Tensor:
-        """What the denoiser learns to recover, (rows, C, H, W) fp32."""
-        drawn = self.family.sample_posterior(batch.stored, batch.posterior)
-        return (drawn - self.get_buffer("latent_shift")) * self.get_buffer("latent_scale")
+        """The clean latents or pixels that are noised, (rows, C, H, W) fp32."""
+        sample = self.family.sample_posterior(batch.stored, batch.posterior)
+        return (sample - self.get_buffer("latent_shift")) * self.get_buffer("latent_scale")
 
     def condition(self, prompt: Tensor) -> dict[str, Tensor]:
-        """What the denoiser is told of the prompts with these numbers, (rows,): tensors, (rows, ...) each."""
+        """The denoiser's conditioning, (rows, ...) each, for rows of the prompt table, (rows,)."""
         table = {name: self.get_buffer(f"prompts_{name}") for name in self.prompt_names}
         encoders = dict(self.text_encoders.items())
         if encoders and len(next(iter(table.values()))) <= len(prompt):
-            table = self.family.embed(encoders, table)  # each prompt once, however many rows have it
+            table = self.family.embed(encoders, table)  # encode each prompt only once
             encoders = {}
-        mine = {name: values[prompt] for name, values in table.items()}
-        return self.family.embed(encoders, mine) if encoders else mine
+        rows = {name: values[prompt] for name, values in table.items()}
+        return self.family.embed(encoders, rows) if encoders else rows

@@ -1,4 +1,4 @@
-"""A run's fingerprint: what its checkpoints can only be continued with."""
+"""A run's fingerprint: the settings and content that must not change when it is resumed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dbtrain.runtime.hashing import content_key
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
-    """What a checkpoint can only be continued with, by the config key a user knows it by.
+    """Return the fingerprint of a run, by config key.
 
-    Content (models, shards) is named by its hash. Steps, learning rate, micro-batch, precision,
-    memory settings and ranks may change: the data and the noise of a step do not depend on them.
+    Models and shards are represented by hashes. Steps, learning rate, micro-batch, precision, memory
+    settings, and ranks can change: the data and noise of a step do not depend on them.
     """
     parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
     trained = base.family.text_encoders if cfg.adapter.text_encoder else ()
@@ -48,18 +48,18 @@ def _shards_content(manifest: Manifest) -> str:
 
 
 def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise ConfigError that names every setting in which two identities differ."""
-    odd = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-    if odd:
-        changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in odd)
-        raise ConfigError(f"{path} cannot be continued: {changes}; set them back, or give another run_dir")
+    """Raise ConfigError that names every setting in which two fingerprints differ."""
+    changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
+    if changed:
+        changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in changed)
+        raise ConfigError(f"{path} cannot be continued: {changes}; restore them, or change run_dir")
 
 
 def check_continues(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps: int) -> None:
-    """Raise ConfigError unless a run of identity `now` can go on from a checkpoint, or ends with it."""
+    """Raise ConfigError unless a run with fingerprint `now` and `steps` can resume from a checkpoint."""
     check_identity(path, state["identity"], now)
     if state["step"] > steps:
         raise ConfigError(
             f"{path} is past train.steps ({steps}); "
-            "use more steps or another run_dir, or export an earlier checkpoint"
+            "increase train.steps, change run_dir, or export an earlier checkpoint"
         )

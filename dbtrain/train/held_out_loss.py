@@ -1,7 +1,7 @@
-"""The loss of photos and class images that nothing trains on: at fixed timesteps, with fixed noise.
+"""The loss on held-out photos and class images, at fixed timesteps and with fixed noise.
 
-What varies from step to step of training, timesteps and noise above all, does not vary here: the
-curve is smooth, and where it turns up while the training loss still falls, photos are being learnt by heart.
+Random timesteps and noise make the training loss noisy. Here they are fixed, so the curve is smooth: if it
+rises while the training loss still falls, the model is overfitting.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ METRICS = {"instance": "held_out_instance", "class": "held_out_prior"}
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A row at one of the timesteps."""
+    """A held-out row at one of the timesteps."""
 
     role: str  # "instance" or "class"
-    number: int  # of the timestep
-    u: float  # the timestep, as a share of all
+    number: int  # index of the timestep
+    u: float  # the timestep, as a fraction of the range
     row: shards.Row
     extra: Mapping[str, Tensor]
 
@@ -41,7 +41,7 @@ class HeldOut:
 def rows(
     manifest: Manifest, storage: Storage, family: Family, role: str, timesteps: int
 ) -> Iterator[HeldOut]:
-    """Every row of a role that was kept back, at the middle of each of `timesteps` parts of their range."""
+    """Yield every held-out row of a role at the centers of `timesteps` equal parts of the range."""
     for shard in manifest.roles[HELD_OUT[role]]:
         for row in shards.read(storage, shard):
             extra = family.row(row.meta, manifest.request["resolution"])
@@ -50,9 +50,11 @@ def rows(
 
 
 def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict[str, Any]:
-    """Mean loss of each role, and at each of the timesteps; over all ranks, in batches that are the same
-    for any number of them."""
-    size = 2 * cfg.train.micro_batch  # rows that a step has in memory, with all that their gradients need
+    """Mean loss of each role, overall and at each timestep.
+
+    The work is split over ranks into batches that do not depend on their number.
+    """
+    size = 2 * cfg.train.micro_batch  # a training step holds as many rows, and their gradients
     batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
     mine = {}
     with dist.agreed():
@@ -66,22 +68,22 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     for role, metric in METRICS.items():
         pairs = [(one.number, loss) for one, loss in zip(held_out, losses, strict=True) if one.role == role]
         if pairs:
-            numbers = sorted({number for number, _ in pairs})
             means[metric] = fmean(loss for _, loss in pairs)
             by_timestep["prior" if role == "class" else role] = [
-                fmean(loss for number, loss in pairs if number == wanted) for wanted in numbers
+                fmean(loss for number, loss in pairs if number == wanted)
+                for wanted in sorted({number for number, _ in pairs})
             ]
-    shares = sorted({one.u for one in held_out})
-    timesteps = model.objective.timesteps(torch.tensor(shares, device=dist.device())).tolist()
+    fractions = sorted({one.u for one in held_out})
+    timesteps = model.objective.timesteps(torch.tensor(fractions, device=dist.device())).tolist()
     return {**means, "timesteps": timesteps, "by_timestep": by_timestep}
 
 
 def batch_of(rows: Sequence[HeldOut]) -> Batch:
-    """The rows as training has them, with noise that depends on the image and the timestep alone."""
+    """Return the rows as a training batch, with noise that depends only on the image and the timestep."""
     draws = []
     for one in rows:
         shape = tuple(next(iter(one.row.tensors.values())).shape)
-        drawn = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
-        at = torch.tensor(one.u)
-        draws.append(drawn._replace(u=at, level=at))
+        noise = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
+        u = torch.tensor(one.u)
+        draws.append(noise._replace(u=u, level=u))
     return Batch.collate([one.row for one in rows], draws, [one.extra for one in rows])

@@ -1,4 +1,4 @@
-"""The loop: shards in, an adapter out, the same whatever the number of ranks and interruptions."""
+"""The training loop. Its result does not depend on the number of ranks or on interruptions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dbtrain.train.step import train_step
 
 
 def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] | None = None) -> Path:
-    """Fit one adapter for `cfg.train.steps` optimizer steps; returns the run folder.
+    """Train an adapter for `cfg.train.steps` optimizer steps; return the run folder.
 
-    Run again, it goes on from the newest checkpoint, or does nothing if it is done. `until`: a step to
-    stop at, as if preempted there. `on_step(step)` is called on every rank after each step.
+    Resumes from the newest checkpoint; does nothing if the run is complete. `until` is a step to stop at,
+    as if preempted. `on_step(step)` is called on every rank after each step.
 
-    Raises ConfigError for what a user can fix, and Preempted (with a checkpoint) if it is to stop early:
-    on every rank, at the same step.
+    Raises ConfigError for anything a user can fix. Raises Preempted, after saving a checkpoint, if it stops
+    early. Both are raised on every rank at the same step.
     """
     dist.init()
     dist.assert_same(content_key(cfg.model_dump(mode="json")), "the config")
@@ -29,10 +29,10 @@ def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] 
     with lock.held(run.path, "run_dir"):
         inputs = Inputs.find(cfg)
         if inputs.is_trained(cfg):
-            console.say(f"{cfg.run_dir} is trained to step {cfg.train.steps} already: nothing to do")
+            console.say(f"{cfg.run_dir} is already trained to step {cfg.train.steps}: nothing to do")
             return run.path
 
-        job = setup(cfg, inputs)  # model, optimizer, data, log, validation
+        job = setup(cfg, inputs)  # model, optimizer, data, metrics, validation
         with job.open(until) as (ddp, stop):
             for step in range(job.start, cfg.train.steps):
                 done = step + 1
@@ -47,7 +47,7 @@ def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] 
                 if saved := bool(stopping) or job.is_save_step(done):
                     job.save(done)
                 if stopping and done < cfg.train.steps:
-                    raise Preempted(f"{stopping}, at step {done}, which is saved")
+                    raise Preempted(f"{stopping} at step {done} (checkpoint saved)")
                 # Validate with the same prompts, seeds and noise every time.
                 job.validate(done, saved)
     return run.path

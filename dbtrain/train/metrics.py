@@ -1,4 +1,4 @@
-"""What a run leaves of itself: metrics.jsonl, speed.jsonl, log.txt, TensorBoard, W&B."""
+"""Record a run: metrics.jsonl, speed.jsonl, timesteps.jsonl, log.txt, TensorBoard, and W&B."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from torch import Tensor
 from dbtrain.config import Config
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.runtime.run_folder import TABLES, RunFolder
+from dbtrain.runtime.run_folder import TABLES, RunFolder, read_lines
 from dbtrain.train import trackers
 
-TENTHS = 10  # parts of the range of timesteps whose losses are told apart
+TENTHS = 10  # bins of the timesteps for timesteps.jsonl
 
 
 class Outcome(NamedTuple):
-    """What a step gave, on the device."""
+    """The result of a step, on the device."""
 
-    losses: Tensor  # (2,) this rank's shares of the mean instance and class loss: they sum to the means
-    grad_norm: Tensor  # () of the gradient before clipping, over all ranks
-    bad: Tensor  # (2,) fp64, this rank's first instance and class position of no finite loss; or inf
-    spread: Tensor  # (2, 2, TENTHS) this rank's instance and class rows by timestep: count, sum of losses
-    seen: int  # sum of the numbers of this rank's rows
+    losses: Tensor  # (2,) this rank's terms of the mean instance and class loss; their sum is the mean
+    grad_norm: Tensor  # () of the gradient over all ranks, before clipping
+    bad: Tensor  # (2,) fp64, first instance and class position with a loss that is not finite; else inf
+    spread: Tensor  # (2, 2, TENTHS) this rank's (instance, class) x (rows, sum of losses) by timestep
+    seen: int  # sum of the ids of this rank's rows
     lr: float = 0.0
-    wait_s: float = 0.0  # that this rank waited for data
+    wait_s: float = 0.0  # time that this rank waited for data
 
 
 class Metrics:
-    """Losses and meters of one run. They stay on the device, and are read at log steps only.
+    """The losses and speed of a run. They stay on the device and are read at log steps only.
 
-    metrics.jsonl gets a line a step with what is the same in every run of a config, so that two runs
-    can be compared line by line; speed.jsonl gets what is not.
+    metrics.jsonl has one line per step with reproducible values, so that two runs can be compared line by
+    line. speed.jsonl has the values that vary.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Metrics:
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
         self.step_samples = cfg.train.global_batch * len(roles)
-        self.pending: list[tuple[Tensor, int, float]] = []  # (losses and norm (3,), rows seen, lr) a step
+        self.pending: list[tuple[Tensor, int, float]] = []  # per step: losses and norm (3,), seen, lr
         self.first_bad = torch.full((3,), math.inf, dtype=torch.float64, device=dist.device())
         self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device())
         self.spread = torch.zeros(2, 2, TENTHS, device=dist.device())
@@ -60,7 +60,7 @@ class Metrics:
         self.trackers: list[trackers.Tracker] = []
         if dist.is_main():
             for path in (self.metrics, self.speed, self.timesteps):
-                _forget_after(path, start)
+                keep_lines(path, lambda line: line["step"] <= start)
             self.file = console.ToFile(run.log)
             console.logger.addHandler(self.file)
             self.trackers = trackers.of(run, cfg, start)
@@ -69,8 +69,8 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type | None, problem: BaseException | None, trace: object) -> None:
-        if isinstance(problem, (ConfigError, Preempted)):
-            self._note(f"stopped: {problem}")
+        if dist.is_main() and isinstance(problem, (ConfigError, Preempted)):  # the terminal shows it later
+            self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
         self.bar.close()
         for tracker in self.trackers:
             tracker.close()
@@ -78,9 +78,9 @@ class Metrics:
             console.logger.removeHandler(self.file)
 
     def step(self, done: int, outcome: Outcome, skipped: Tensor) -> None:
-        """Count step number `done` of this rank; `skipped` steps were left out so far, ()."""
+        """Add the outcome of step `done`; `skipped`, (), is the number of steps skipped so far."""
         norm = outcome.grad_norm
-        if self.train.precision == "fp16":  # an infinite gradient is the scaler's business: no step
+        if self.train.precision == "fp16":  # the scaler skips steps with an infinite gradient
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
         self.pending.append((torch.cat([outcome.losses, norm[None]]), outcome.seen, outcome.lr))
         bad_norm = torch.where(norm.isfinite(), math.inf, float(done)).double()
@@ -94,46 +94,52 @@ class Metrics:
             self.report()
 
     def report(self) -> None:
-        """Write down the steps since the last report, and show their means.
+        """Write the steps since the last report, and show their means.
 
-        Raises ConfigError on every rank if a loss was NaN or infinite, or too many steps were left out.
+        Raises ConfigError on every rank if a loss was NaN or infinite, or if too many steps were skipped.
         """
         if self.pending:
             self._report()
         self._check_finite()
 
     def _check_finite(self) -> None:
+        # Skipped steps are allowed up to a limit.
         if self.faults.nonfinite == "skip":
             if (count := self.skipped.item()) > self.faults.skips:
                 raise ConfigError(
-                    f"{count} steps by step {self.done} were left out, as their loss or gradient was NaN or "
-                    f"infinite: more than faults.skips ({self.faults.skips}); lower optim.lr",
+                    f"{count} of the first {self.done} steps were skipped because their loss or gradient was "
+                    f"NaN or infinite, more than faults.skips ({self.faults.skips}); lower optim.lr",
                     shared=True,
                 )
             return
+
+        # Otherwise name the first step that went wrong, and the images that caused it.
         *positions, step = dist.min_over_ranks(self.first_bad).tolist()
         batch = self.train.global_batch
         step = min([step, *(at // batch + 1 for at in positions if math.isfinite(at))])
         if math.isfinite(step):
-            named = "".join(
+            images = "".join(
                 f", {role} position {int(at)} ({self.source(role, int(at))})"
                 for role, at in zip(self.roles, positions, strict=False)
-                if at < step * batch  # what comes later is an effect of it
+                if at < step * batch  # later ones are a consequence
             )
             raise ConfigError(
-                f"the loss or gradient was NaN or infinite at step {int(step)}{named}; the last "
+                f"the loss or gradient was NaN or infinite at step {int(step)}{images}; the last "
                 "good checkpoint is kept; lower optim.lr, or use train.precision: bf16 or fp32, or "
                 "faults.nonfinite: skip",
                 shared=True,
             )
 
     def _report(self) -> None:
+        # Sum over ranks with one collective.
         found, seen, rates = zip(*self.pending, strict=True)
         table = torch.stack(found)  # (steps, 3)
         sums = dist.sum_over_ranks(torch.cat([table[:, :2].flatten(), self.spread.flatten()]))
         table[:, :2] = sums[: 2 * len(table)].view(-1, 2)
         spread = sums[2 * len(table) :].view_as(self.spread).tolist()
         rows = dist.sum_over_ranks(torch.tensor(seen)).tolist()
+
+        # One line per step, the speed, and the means of all steps with a finite loss.
         seconds, steps = time.perf_counter() - self.since, len(seen)
         lines = []
         for number, (values, row, lr) in enumerate(zip(table.tolist(), rows, rates, strict=True)):
@@ -147,9 +153,11 @@ class Metrics:
             "samples_per_s": steps * self.step_samples / seconds, "step_ms": 1000 * seconds / steps,
             "wait_share": self.wait_s / seconds, "peak_gib": _peak_gib(),
         }  # fmt: skip
-        counted = [line for line in lines if math.isfinite(line["loss"])] or lines
+        finite = [line for line in lines if math.isfinite(line["loss"])] or lines
         means = [key for key in lines[0] if key not in ("step", "rows")]
-        mean = {key: sum(line[key] for line in counted) / len(counted) for key in means}
+        mean = {key: sum(line[key] for line in finite) / len(finite) for key in means}
+
+        # To the files and trackers, and to the terminal.
         if dist.is_main():
             files.append(self.metrics, "".join(json.dumps(_finite(line)) + "\n" for line in lines))
             files.append(self.speed, json.dumps({"step": self.done, **speed}) + "\n")
@@ -158,23 +166,23 @@ class Metrics:
                 tracker.write(self.done, mean | speed)
         parts = f"instance {mean['loss_instance']:.4f}"
         parts += f", prior {mean['loss_prior']:.4f}" if self.prior_weight else ""
-        left_out = f"  {int(self.skipped)} left out" if self.faults.nonfinite == "skip" else ""
+        skipped = f"  {int(self.skipped)} skipped" if self.faults.nonfinite == "skip" else ""
         console.say(
             f"step {self.done}/{self.train.steps}  loss {mean['loss']:.4f} ({parts})  "
             f"grad {mean['grad_norm']:.3g}  lr {rates[-1]:.3g}  {speed['samples_per_s']:.3g} samples/s  "
             f"{speed['step_ms']:.0f} ms  wait {speed['wait_share']:.1%}  {speed['peak_gib']:.2f} GiB"
-            f"{left_out}"
+            f"{skipped}"
         )
         self.pending, self.wait_s = [], 0.0
         self.spread.zero_()
         self.since = time.perf_counter()
 
     def validated(self, step: int, found: dict[str, Any], sheet: Path | None) -> None:
-        """Write down what was measured of the run at `step`, and show it; `sheet`: pictures of it."""
+        """Record and show the validation results at `step`; `sheet` is the contact sheet, if any."""
         values = {key: value for key, value in found.items() if isinstance(value, float)}
         if values:
-            words = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in values.items())
-            console.say(f"step {step}/{self.train.steps}  {words}")
+            text = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in values.items())
+            console.say(f"step {step}/{self.train.steps}  {text}")
         if dist.is_main():
             if found:
                 line = _finite({"step": step, **found})
@@ -187,7 +195,7 @@ class Metrics:
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
-        """Keep the block out of the throughput; not what the GPU has still to do of the steps before it."""
+        """Exclude the block from the throughput, after the GPU has finished the steps before it."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         before = time.perf_counter()
@@ -196,46 +204,34 @@ class Metrics:
         finally:
             self.since += time.perf_counter() - before
 
-    def _note(self, text: str) -> None:
-        """Put a line into log.txt only: the terminal is told by the door."""
-        if dist.is_main():
-            self.file.handle(logging.makeLogRecord({"msg": text}))
-
 
 def _by_role(spread: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:
-    """Rows and sums of losses in each tenth of the timesteps, of the roles that have rows."""
+    """Rows and sums of losses in each timestep bin, for the roles that have rows."""
     return {
         role: {"rows": [int(count) for count in counts], "loss": _finite(losses)}
         for role, (counts, losses) in zip(("instance", "prior"), spread, strict=True)
         if any(counts)
-    }  # fmt: skip
+    }
 
 
 def _finite(value: Any) -> Any:
-    """A line with null for NaN and infinities, which JSON has not."""
+    """Replace NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(path: Path, start: int) -> None:
-    """Drop lines of steps that a resumed run takes again, and any that a crash spoilt."""
-
-    def stays(line: str) -> bool:
-        try:
-            return line.endswith("\n") and json.loads(line)["step"] <= start
-        except (ValueError, LookupError, TypeError):
-            return False
-
-    if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        files.write_atomically(path, "".join(filter(stays, text.splitlines(keepends=True))))
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a *.jsonl with the lines that `wanted` accepts. Damaged lines are dropped."""
+    if path.is_file():
+        lines = [line for line in read_lines(path) if isinstance(line.get("step"), int) and wanted(line)]
+        files.write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _peak_gib() -> float:
-    """Most memory this process held: on its GPU, or resident where it has none."""
+    """Peak memory of this process: on its GPU, or resident if it has none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

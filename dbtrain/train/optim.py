@@ -1,4 +1,4 @@
-"""AdamW over the adapter, and its learning rate as a function of the step."""
+"""AdamW for the adapter, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dbtrain.runtime.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
-# Factor on the peak learning rate, from the share of the decay that is done.
+# Multiplier of the peak learning rate, by the completed fraction of the decay.
 SCHEDULES = {
-    "constant": lambda share: 1.0,
-    "linear": lambda share: 1.0 - share,
-    "cosine": lambda share: 0.5 * (1.0 + math.cos(math.pi * share)),
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 
 
 def build(parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool = False) -> torch.optim.AdamW:
-    """AdamW, one group for each learning rate. Fused: one kernel, and fp16 scaling without a host read.
+    """Return a fused AdamW with one group per learning rate. Fused fp16 scaling needs no host read.
 
+    `capturable` allows the step in a CUDA graph: learning rates are tensors, so that a replay sees changes.
     Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
-    et al. 2024, arXiv:2402.12354. `capturable`: a CUDA graph may hold its step; learning rates are then
-    tensors, which later changes reach.
+    et al. 2024, arXiv:2402.12354.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -52,15 +52,16 @@ def _factor(name: str, cfg: Optim) -> float:
 def lr_at(step: int, cfg: Optim, steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0, of `steps`.
 
-    Warm-up climbs from lr / warmup_steps to lr; what follows falls to 0 after the last step.
+    It rises linearly from lr / warmup_steps to lr, then follows the schedule.
     """
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
-    share = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
-    return cfg.lr * SCHEDULES[cfg.schedule](min(1.0, share))
+    done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)
+    return cfg.lr * SCHEDULES[cfg.schedule](min(1.0, done))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group to its multiple of `lr`."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr * group["factor"])
@@ -69,9 +70,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Adam's moments by parameter name: `<moment>.<parameter>`, on the CPU.
+    """Adam's moments as `<moment>.<parameter>`, on the CPU.
 
-    By name, not by index, so that no change of order can pair a weight with another's moments.
+    They are stored by name, not by index, so that the order of the parameters does not matter.
     """
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
@@ -84,7 +85,7 @@ def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Paramete
 def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
 ) -> None:
-    """Put moments that `state` took back. Raises ConfigError if they are another adapter's."""
+    """Restore what `state` returned. Raises ConfigError if it belongs to another adapter."""
     wanted = {f"{moment}.{name}" for name in parameters for moment in MOMENTS}
     if saved and wanted != saved.keys():
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The module that trains, wrapped so that its gradients are averaged over ranks."""
+"""Average gradients over ranks with DDP."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dbtrain.runtime import dist
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """The module under DDP; itself in a world of one.
+    """Wrap the module in DDP; return it as is if there is only one rank.
 
-    `init_sync` is off: the adapter starts from the seed and the base from files, both the same on every
-    rank, and a broadcast of gigabytes of frozen weights would only cost time.
+    `init_sync` is off because all ranks start with the same weights: the adapter depends on the seed, and
+    the base is read from files. A broadcast of gigabytes of frozen weights would only cost time.
     """
     if dist.world() == 1:
         return module
-    with warnings.catch_warnings():  # torch 2.13 has a new name for broadcast_buffers, 2.10 has not
+    with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, 2.10 does not
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module,
@@ -27,12 +27,12 @@ def wrap(module: nn.Module) -> nn.Module:
             init_sync=False,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            bucket_cap_mb=1 << 20,  # one bucket: an adapter is small, and each all-reduce has its latency
+            bucket_cap_mb=1 << 20,  # one bucket: an adapter is small, and latency dominates
         )
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Context of one micro-batch: gradients are exchanged in the last one of a step only."""
+    """The context of a micro-batch: gradients are synchronized in the last one of a step only."""
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     return module.no_sync()

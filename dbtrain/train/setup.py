@@ -1,4 +1,4 @@
-"""What a run trains with, made once before its first step: the `Job` that the loop holds."""
+"""Build the `Job` that the loop runs: model, optimizer, data, metrics, and validation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from dbtrain.train.validation import Validator
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made of, looked up before anything is loaded; the same on every rank."""
+    """The base and the shards of a run, checked before anything is loaded; the same on every rank."""
 
     base: Base
     storage: Storage
@@ -44,7 +44,7 @@ class Inputs:
 
     @classmethod
     def find(cls, cfg: Config) -> Inputs:
-        """Raises ConfigError if the shards are missing, or made for another base or other settings."""
+        """Find them. Raises ConfigError if the shards are missing, or made for another base or settings."""
         storage = Storage(cfg.data.shards, cfg.faults.retries)
         base = Base.find(cfg.model)
         with dist.agreed():
@@ -59,9 +59,9 @@ class Inputs:
         return cls(base, storage, manifest, share, dist.from_main(found))
 
     def is_trained(self, cfg: Config) -> bool:
-        """Whether no step is left, and nothing to validate.
+        """Whether all steps and validations are done.
 
-        Raises ConfigError if the newest checkpoint is another run's, or past `train.steps`.
+        Raises ConfigError if the newest checkpoint belongs to another run or is past `train.steps`.
         """
         with dist.agreed():
             found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
@@ -70,26 +70,26 @@ class Inputs:
             trained = (
                 found is not None
                 and found[1]["step"] == cfg.train.steps
-                and not validation.lacking(cfg, self.manifest, self.fingerprint, cfg.train.steps)
+                and not validation.missing(cfg, self.manifest, self.fingerprint, cfg.train.steps)
             )
         return dist.from_main(trained)
 
 
 class Stop:
-    """Why all ranks stop after a step: agreed one step late, so that no rank waits for the answer."""
+    """The reason to stop after a step. Ranks agree on it one step late, so that none of them waits."""
 
     def __init__(self, until: int | None) -> None:
         self.votes, self.until = dist.Vote(), until
 
     def reason(self, step: int) -> str:
-        """In words; "" to go on. The same on every rank."""
-        wish = self.votes.cast(preemption.stop_requested())
-        return preemption.REASONS[wish] or ("as asked" if step == self.until else "")
+        """The reason, or "" to continue; the same on every rank."""
+        vote = self.votes.cast(preemption.stop_requested())
+        return preemption.REASONS[vote] or ("as requested" if step == self.until else "")
 
 
 @dataclass
 class Job:
-    """A run that is ready to train from step `start` on."""
+    """A run that is ready to train from step `start`."""
 
     cfg: Config
     run: RunFolder
@@ -102,7 +102,7 @@ class Job:
 
     @contextmanager
     def open(self, until: int | None = None) -> Iterator[tuple[nn.Module, Stop]]:
-        """The module to call, wrapped for these ranks, and the stop signal; all is closed at the end."""
+        """Yield the module to call, wrapped in DDP, and the stop signal; close everything at the end."""
         train, device = self.cfg.train, dist.device()
         with (
             closing(self.stream), self.metrics,
@@ -119,44 +119,44 @@ class Job:
         return step == self.cfg.train.steps or step % self.cfg.train.checkpoint_every == 0
 
     def save(self, step: int) -> None:
-        """Write the checkpoint of `step`, after its log lines: a kill after the save loses none."""
+        """Write the checkpoint of `step`, after its log lines, so that a kill cannot lose them."""
         self.metrics.report()
         with self.metrics.untimed():
             checkpoint.save(self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep)
 
     def validate(self, step: int, saved: bool) -> None:
-        """Validate, if it is due; a run that is stopped meanwhile saves first, unless it has."""
+        """Validate if it is due. If that is interrupted, save first, unless `step` is saved already."""
         if not self.validation.is_due(step):
             return
         try:
             self.validation.run(step, self.metrics)
-        except (Preempted, ConfigError):  # on all ranks; a resumed run makes up for it
+        except (Preempted, ConfigError):  # on all ranks; a resumed run repeats the validation
             if not saved:
                 self.save(step)
             raise
 
 
 def setup(cfg: Config, inputs: Inputs) -> Job:
-    """Build the model, load the newest checkpoint and start reading ahead, on every rank.
+    """Build the model, load the newest checkpoint, and start prefetching, on every rank.
 
-    Raises ConfigError for what a user can fix.
+    Raises ConfigError for anything a user can fix.
     """
-    run, manifest, found = RunFolder(cfg.run_dir), inputs.manifest, inputs.fingerprint
-    # The model, and what follows from its adapter.
+    run, manifest, identity = RunFolder(cfg.run_dir), inputs.manifest, inputs.fingerprint
+    # The model with its adapter, validation, and the state of the newest checkpoint.
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         model = DreamBooth.build(inputs.base, manifest, table, cfg)
-        for name in cfg.export.formats:  # now, not after the last step
+        for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, model.states())
         if dist.is_main():
             files.write_atomically(run.config, cfg.dump())
             run.done.unlink(missing_ok=True)
-    watcher = Validator.build(cfg, inputs.base, model, manifest, found)
+    validator = Validator.build(cfg, inputs.base, model, manifest, identity)
     progress = Progress.begin(model.to(dist.device()), cfg)
-    start = checkpoint.load_latest(run, progress, found)
+    start = checkpoint.load_latest(run, progress, identity)
     checkpoint.check_ranks(model)
 
-    # The data, from the step on that comes next.
+    # The data, from the next step on.
     weights = _role_weights(cfg, manifest)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
@@ -165,20 +165,20 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
 
-    # The log, without the steps that are taken again.
+    # The metrics, without the steps that are repeated.
     with dist.agreed():
         metrics = Metrics(run, cfg, start, list(weights), stream.source)
         if dist.is_main():
-            validation.forget_after(cfg, found, start)
-    console.say(_greeting(cfg, model, manifest, weights, start))
+            validation.forget_after(cfg, identity, start)
+    console.say(_describe(cfg, model, manifest, weights, start))
     compute = compute_step
     if cfg.train.cuda_graph:
         compute = cuda_graph.Recorded(compute_step, dist.world() > 1)
-    return Job(cfg, run, progress, stream, metrics, watcher, compute, start)
+    return Job(cfg, run, progress, stream, metrics, validator, compute, start)
 
 
 def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
-    """Compile the denoiser; of several ranks on a node one does it, the others find it in the cache."""
+    """Compile the denoiser; on each node one rank compiles first, and the others use its cache."""
     model, device = progress.model, dist.device()
     kernels.compile_module(model.denoiser, cfg.train.compile, activation_memory=cfg.train.activation_memory)
     if dist.world() == 1:
@@ -191,22 +191,23 @@ def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
 
 
 def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
-    """Weight of each role's mean loss; class images of weight 0 are not drawn at all."""
+    """Weight of each role's mean loss; class images with weight 0 are not loaded at all."""
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
     return {role: weights[role] for role in ("instance", "class") if role in manifest.roles and weights[role]}
 
 
-def _greeting(
+def _describe(
     cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: Mapping[str, float], start: int
 ) -> str:
+    """The log line that says what is trained, on which data and devices."""
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in role_weights)
     sizes = []
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters of {name}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    go_on = f"going on from step {start}; " if start else ""
+    resuming = f"resuming from step {start}; " if start else ""
     return (
-        f"{go_on}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
+        f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
         f"batches of {cfg.train.global_batch} on {where}"
     )

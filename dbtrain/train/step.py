@@ -29,7 +29,7 @@ def train_step(
     cfg: Config,
     compute: Compute | None = None,
 ) -> Outcome:
-    """Optimizer step number `step`, counted from 0, on the stream's next micro-batches."""
+    """Run optimizer step `step`, counted from 0, on the stream's next micro-batches."""
     lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
     optim.set_lr(progress.optimizer, lr)
     before = time.perf_counter()
@@ -40,7 +40,7 @@ def train_step(
 
 
 def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
-    """The step's work on the device; nothing in it reads a tensor back to the host."""
+    """The part of a step that runs on the device. It never reads a tensor back to the host."""
     model, optimizer, scaler = progress.model, progress.optimizer, progress.scaler
     precision, device = PRECISIONS[cfg.train.precision], batches[0].weight.device
     losses = torch.zeros(2, device=device)
@@ -49,7 +49,7 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
     bad = torch.full((2,), torch.inf, dtype=torch.float64, device=device)
     optimizer.zero_grad(set_to_none=not cfg.train.cuda_graph)
 
-    # Forward and backward of each micro-batch; gradients add up.
+    # Forward and backward passes of each micro-batch accumulate gradients.
     with model.working_copies.in_place():
         for number, batch in enumerate(batches):
             if adapters.drops(cfg.adapter):
@@ -58,28 +58,28 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
             with parallel.accumulating(ddp, last=number == len(batches) - 1):
                 with precision.forward(device):
                     per_image = ddp(batch)  # (rows,): instance rows, then class rows
-                # The weights make a sum over all rows of all ranks; DDP gives the mean over ranks.
+                # The weights define a sum over the rows of all ranks, but DDP averages over ranks.
                 loss = (batch.weight * per_image).sum() * dist.world()
                 scaler.scale(loss).backward()
 
-            # What the log wants to know, kept on the device: losses by role, by timestep, the first bad row.
+            # Keep the statistics for the log on the device: losses by role and timestep, first bad row.
             by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
             roles = len(by_role)
             losses[:roles] += by_role.sum(1) / cfg.train.global_batch
-            own = (batch.u * TENTHS).long().view_as(by_role)[..., None] == tenths
-            spread[:roles, 0] += own.sum(1)
-            spread[:roles, 1] += torch.where(own, by_role[..., None], 0).sum(1)
+            in_bin = (batch.u * TENTHS).long().view_as(by_role)[..., None] == tenths
+            spread[:roles, 0] += in_bin.sum(1)
+            spread[:roles, 1] += torch.where(in_bin, by_role[..., None], 0).sum(1)
             first = torch.where(by_role.isfinite(), torch.inf, batch.position.view_as(by_role)).amin(1)
             bad[:roles] = torch.minimum(bad[:roles], first)
 
-    # Clip, and step unless something was NaN or infinite.
+    # Clip the gradients, and step unless something is NaN or infinite.
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.optim.clip)
     if cfg.faults.nonfinite == "skip" and not scaler.is_enabled():
-        leave_out = ~grad_norm.isfinite()
-        optimizer.found_inf = leave_out.float()  # type: ignore[attr-defined]  # as the scaler tells AdamW
-        progress.skipped += leave_out
+        skip = ~grad_norm.isfinite()
+        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # GradScaler's protocol
+        progress.skipped += skip
     scaler.step(optimizer)
     scaler.update()
     return Outcome(losses, grad_norm, bad, spread, sum(batch.seen for batch in batches))

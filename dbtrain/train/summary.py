@@ -1,4 +1,4 @@
-"""The last words of a run: how long each phase took, how fast it trained, and where things are."""
+"""The summary at the end of a run: the time of each phase, the speed, and the output files."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from dbtrain.config import Config
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines
 
-# name of a phase's progress bar -> what it is called here
+# name of a phase's progress bar -> its name in the summary
 PHASES = {
     "class images": "class images", "encode": "shards", "train": "training", "validation": "validation",
-    "sample": "pictures", "upload": "upload",
+    "sample": "images", "upload": "upload",
 }  # fmt: skip
 
 
 def summary(cfg: Config) -> None:
-    """Say it on rank 0, and write it into log.txt."""
+    """Print the summary on rank 0 and append it to log.txt."""
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
-        text = "\n".join(_times(run) + [f"  {name:<14}{path}" for name, path in _places(run)])
+        text = "\n".join(_times(run) + [f"  {name:<14}{path}" for name, path in _outputs(run)])
         console.say(text)
         files.append(run.log, text + "\n")
 
 
 def _times(run: RunFolder) -> list[str]:
-    """A line a phase that did something, after their sum."""
+    """The total time, then one line per phase that did something."""
     spent = {phase: console.spent_s.get(phase, 0.0) for phase in PHASES}
-    spent["train"] -= min(spent["train"], spent["validation"])  # which is inside it
+    spent["train"] -= min(spent["train"], spent["validation"])  # it is part of training
     all_s = time.monotonic() - console.started
     lines = [f"done in {_human(all_s)}"]
     for phase, name in PHASES.items():
         if spent[phase] > 0.05:
             rate = _rate(run) if phase == "train" else ""
             lines.append(f"  {name:<14}{_human(spent[phase]):>10}{rate}")
-    return [*lines, f"  {'the rest':<14}{_human(all_s - sum(spent.values())):>10}  (loading, saving)"]
+    return [*lines, f"  {'other':<14}{_human(all_s - sum(spent.values())):>10}  (loading, saving)"]
 
 
 def _rate(run: RunFolder) -> str:
-    """The median of the rates that were logged."""
+    """The median of the logged rates."""
     rates = sorted(line["samples_per_s"] for line in read_lines(run.table("speed")))
     return f"  {rates[len(rates) // 2]:.3g} samples/s" if rates else ""
 
 
-def _places(run: RunFolder) -> list[tuple[str, Path]]:
-    """Where the adapter and its pictures are; of several steps, the last."""
+def _outputs(run: RunFolder) -> list[tuple[str, Path]]:
+    """(name, path) of the adapter, the newest contact sheets, and the log."""
     adapters = [*run.export.glob("*.safetensors"), *run.export.glob("*/adapter_model.safetensors")]
     found = [("adapter", path) for path in sorted(adapters) if not path.name.startswith(".")]
-    for name, folder in (("pictures", run.samples), ("validation", run.validation)):
+    for name, folder in (("images", run.samples), ("validation", run.validation)):
         found += [(name, path) for path in sorted(folder.glob(f"*/{SHEET}"))[-1:]]
     return [*found, ("log", run.log)]
 

@@ -1,4 +1,4 @@
-"""Where metrics and pictures go besides the run folder's own files: TensorBoard, W&B."""
+"""Send metrics and images to TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dbtrain.runtime.run_folder import RunFolder
 
 
 class Tracker(Protocol):
-    """Something that is told what a run does."""
+    """Receives a run's metrics and images."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None: ...
-    def show(self, step: int, name: str, picture: Path) -> None: ...
+    def show(self, step: int, name: str, image: Path) -> None: ...
     def close(self) -> None: ...
 
 
@@ -36,9 +36,9 @@ class _TensorBoard:
             for name, value in metrics.items():
                 self.writer.add_scalar(name, value, step)
 
-    def show(self, step: int, name: str, picture: Path) -> None:
-        with files.naming(self.folder), Image.open(picture) as image:
-            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    def show(self, step: int, name: str, image: Path) -> None:
+        with files.naming(self.folder), Image.open(image) as sheet:
+            self.writer.add_image(name, np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         with files.naming(self.folder):
@@ -60,20 +60,22 @@ class _WandB:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log(metrics, step=step)
 
-    def show(self, step: int, name: str, picture: Path) -> None:
-        self.run.log({name: self.image(str(picture))}, step=step)
+    def show(self, step: int, name: str, image: Path) -> None:
+        self.run.log({name: self.image(str(image))}, step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
 def of(run: RunFolder, cfg: Config, start: int) -> list[Tracker]:
-    """The trackers of a run that goes on from step `start`."""
+    """The trackers of a run that starts or resumes at step `start`."""
     found: list[Tracker] = []
     try:
         found.append(_TensorBoard(run.tensorboard, start))
     except ImportError:
-        console.say("no TensorBoard log: pip install 'dbtrain[tensorboard]' for one")
+        console.say(
+            "TensorBoard is not installed, so there is no log for it; pip install 'dbtrain[tensorboard]'"
+        )
     if cfg.train.wandb:
         found.append(_WandB(run.path, cfg.train.wandb, cfg.model_dump(mode="json")))
     return found

@@ -102,8 +102,8 @@ def test_a_preempted_job_goes_on_by_itself(
         "time limit": "the job's time",
     }
     for how in hows:
-        assert f"{reasons[how]}, at step" in said
-    assert said.count("which is saved") >= len(hows) <= said.count("going on from step")
+        assert f"{reasons[how]} at step" in said
+    assert said.count("checkpoint saved") >= len(hows) <= said.count("resuming from step")
     assert not (run / "PREEMPTED").exists()
     whole = ["train", config, f"run_dir={tmp_path / 'whole'}", *settings]
     assert dbtrain(*whole, ranks=2).returncode == 0
@@ -123,7 +123,7 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Pat
     slurm.call("node-up", "n2")
     ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1
-    assert "going on from step" in (tmp_path / f"dbtrain-{job}.out").read_text()
+    assert "resuming from step" in (tmp_path / f"dbtrain-{job}.out").read_text()
     whole = ["train", config, f"run_dir={tmp_path / 'whole'}", "train.steps=200"]
     assert dbtrain(*whole, ranks=2).returncode == 0
     assert (run / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()

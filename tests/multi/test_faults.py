@@ -84,7 +84,7 @@ def test_torchrun_starts_lost_ranks_again_from_the_last_checkpoint(
     begun.wait_for(lambda: (tmp_path / STEP).exists())
     begun.signal(signal.SIGKILL, rank=1)
     code, said = begun.end()
-    assert code == 0 and "going on from step" in said
+    assert code == 0 and "resuming from step" in said
     assert (tmp_path / "run" / EXPORT).read_bytes() == (tmp_path / "whole" / EXPORT).read_bytes()
     assert not (tmp_path / "run" / "PREEMPTED").exists()
 
@@ -154,7 +154,7 @@ def test_steps_that_are_not_finite_can_be_left_out(make: Make, tmp_path: Path, p
     for until in (7, 20):
         assert dbtrain("train", tmp_path / "c.yaml", "--until", until).returncode in (0, 75)
     assert (tmp_path / "halves" / EXPORT).read_bytes() == (run / EXPORT).read_bytes()
-    with pytest.raises(ConfigError, match=r"3 steps by step \d+ were left out.*faults.skips \(2\)"):
+    with pytest.raises(ConfigError, match=r"3 of the first \d+ steps were skipped.*faults.skips \(2\)"):
         train(
             make(
                 **settings | {"run_dir": str(tmp_path / "limited"), "faults__skips": 2, "train__log_every": 1}

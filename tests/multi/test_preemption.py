@@ -61,7 +61,7 @@ def test_every_phase_stops_in_order_and_goes_on(
         assert "Traceback" not in said
         assert code == (130 if number == signal.SIGINT else 75)
     assert marker.exists() == (number != signal.SIGINT), "a person who presses Ctrl-C wants no requeue"
-    assert phase != "training" or "which is saved" in said
+    assert phase != "training" or "checkpoint saved" in said
     drawn = [*tmp_path.rglob("*.png"), *tmp_path.glob("class/*/0*.safetensors")]
     before = {p: p.stat().st_mtime_ns for p in drawn}
 

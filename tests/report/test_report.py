@@ -389,8 +389,8 @@ def test_the_state_is_told_by_what_the_folder_holds(runs: list[Path], tmp_path: 
 
     assert state() == "done, step 4 of 4"
     (folder / "DONE").unlink()
-    (folder / "PREEMPTED").write_text("SIGTERM, at step 4, which is saved\n")
-    assert state() == "preempted at step 4 of 4: SIGTERM, at step 4, which is saved"
+    (folder / "PREEMPTED").write_text("SIGTERM at step 4 (checkpoint saved)\n")
+    assert state() == "preempted at step 4 of 4: SIGTERM at step 4 (checkpoint saved)"
     (folder / "PREEMPTED").unlink()
     (folder / lock.NAME).write_text("{}")
     assert state() == "running, at step 4 of 4"

@@ -55,7 +55,7 @@ def test_killed_while_it_trains_and_run_again_gives_the_same_adapter(make: Make,
     steps = step_of(RunFolder(run).checkpoints()[-1]) + 6  # wherever the kill came
     done = dbtrain("train", tmp_path / "c.yaml", f"train.steps={steps}")
     assert done.returncode == 0
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     whole = train(make(run_dir=str(tmp_path / "whole"), train__steps=steps, **settings))
     assert same(whole, run)
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()

@@ -59,7 +59,7 @@ def test_a_run_ends_with_where_the_time_went_and_where_things_are(
         summary.summary(cfg)
     lines = caplog.messages
     names = [line.split()[0] for line in lines[-1].splitlines()]
-    assert names == ["done", "training", "validation", "the", "adapter", "validation", "log"]
+    assert names == ["done", "training", "validation", "other", "adapter", "validation", "log"]
     assert "samples/s" in lines[-1]
     for line in lines[-1].splitlines()[-3:]:
         assert Path(line.split()[-1]).exists()

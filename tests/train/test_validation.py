@@ -125,7 +125,7 @@ def test_what_is_kept_back_is_not_trained_on(make: Make) -> None:
 
 
 def test_keeping_everything_back_is_refused(make: Make) -> None:
-    with pytest.raises(ConfigError, match=r"prepare\.class_held_out is 8, of 8 class images"):
+    with pytest.raises(ConfigError, match=r"prepare\.class_held_out is 8, but there are only 8 class images"):
         prepare(make(prepare__class_held_out=8))
 
 
