@@ -221,7 +221,7 @@ def doctor(
         bool, typer.Option("--dry-run", help="prepare, train two steps, and export in a temporary folder")
     ] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="compare uninterrupted, resumed, and two-process training")
+        bool, typer.Option("--exact", help="compare straight, interrupted, and two-process training")
     ] = False,
 ) -> None:
     """Find everything that would make a run of this config fail, before it is queued."""
@@ -250,6 +250,21 @@ def doctor(
         failed |= line.startswith("error ")
     if failed:
         raise typer.Exit(2)
+
+
+def _exact(cfg: Config) -> None:
+    """Print how far the result of each way to train differs. Raises ConfigError if one is not the same."""
+    with importing(at_start=True):
+        from dbtrain.doctor import reproducibility
+
+    print(reproducibility.HEAD)
+    different = []
+    for gap in reproducibility.exact(cfg):
+        print(gap, flush=True)
+        if not gap.fine:
+            different.append(gap.way.name)
+    if different:
+        raise ConfigError(f"these differ from the straight run: {', '.join(different)}")
 
 
 @app.command()

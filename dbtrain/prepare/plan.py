@@ -45,7 +45,7 @@ OLD_DEFAULTS = {"class_pictures": True, "held_out": 0, "class_held_out": 0}
 
 
 def plan_shards(
-    base: Base, prepare: Prepare, seed: int, pictures: dict[str, list[Path]]
+    base: Base, prepare: Prepare, seed: int, images: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
     """Return (prompts, keys of the base's components, planned shards by role), JSON-able."""
     encoders = base.family.text_encoders
@@ -55,7 +55,7 @@ def plan_shards(
     space = base.family.space(base, prepare.resolution)
     texts: list[str] = []
     plans = {}
-    for role, paths in _split_held_out(pictures, prepare, seed).items():
+    for role, paths in _split_held_out(images, prepare, seed).items():
         rows = []
         settings = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path in paths:
@@ -92,13 +92,13 @@ def left(prepare: Prepare, role: str, count: int) -> int:
     return count - held_out
 
 
-def _split_held_out(pictures: dict[str, list[Path]], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
+def _split_held_out(images: dict[str, list[Path]], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
     """The images of each role, with held-out images under roles of their own.
 
     The choice depends on their content and `seed`: adding a photo changes it by one image at most.
     """
-    split = dict(pictures)
-    for role, paths in pictures.items():
+    split = dict(images)
+    for role, paths in images.items():
         contents = {hashing.sha256_of(path) for path in paths}  # copies of a photo stay together
         if count := len(contents) - left(prepare, role, len(contents)):
             chosen = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]

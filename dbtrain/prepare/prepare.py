@@ -58,19 +58,19 @@ def prepare(cfg: Config) -> Path:
         base.family.space(base, cfg.prepare.resolution)  # fail now, not after encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
-        pictures = {"instance": photos.of_subject(cfg.prepare)}
+        images = {"instance": photos.of_subject(cfg.prepare)}
     if cfg.prepare.class_prompt:
-        pictures["class"] = class_images.ensure(base, cfg.prepare)
+        images["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
-        return _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), pictures)
+        return _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), images)
 
 
-def _fill(task: Task, pictures: dict[str, list[Path]]) -> Path:
+def _fill(task: Task, images: dict[str, list[Path]]) -> Path:
     """Encode the planned shards that the folder lacks, and publish the manifest."""
     # Rank 0 plans, and finds the shards that are already valid.
     with dist.agreed():
-        plan = plan_shards(task.base, task.settings, task.seed, pictures) if dist.is_main() else None
+        plan = plan_shards(task.base, task.settings, task.seed, images) if dist.is_main() else None
     texts, components, plans = dist.from_main(plan)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
     everything = [shard for every in planned.values() for shard in every]

@@ -107,7 +107,10 @@ class AdapterPipeline:
         self.use({other: scale for other, scale in self.scales.items() if other != name})
         del self.deltas[name]
         for component in self.layouts.pop(name):
-            _remove(self.components[component], name)
+            for layer in _tuner_layers(self.components[component]):
+                if name in layer._all_available_adapter_names():
+                    layer.delete_adapter(name)
+            getattr(self.components[component], "peft_config", {}).pop(name, None)
 
     def names(self) -> set[str]:
         """Names of the loaded adapters."""
@@ -221,11 +224,3 @@ def _unwrapped(label: str) -> str:
 def _tuner_layers(module: nn.Module) -> Iterator[Any]:
     """All layers of a module that hold adapters; PEFT nests layers of different kinds."""
     return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
-
-
-def _remove(module: nn.Module, name: str) -> None:
-    """Delete the adapter `name` from a module."""
-    for layer in _tuner_layers(module):
-        if name in layer._all_available_adapter_names():
-            layer.delete_adapter(name)
-    getattr(module, "peft_config", {}).pop(name, None)

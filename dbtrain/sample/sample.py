@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 from pathlib import Path
 
 from PIL import Image
 
 from dbtrain.adapters.formats import registry as formats
-from dbtrain.config import Config, Sample
+from dbtrain.config import Config
 from dbtrain.data.pictures import Row, contact_sheet, note_in, save_png
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
@@ -64,7 +65,6 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     and was made with the same base, adapters, and settings.
     """
     dist.init()
-    settings = cfg.sample
     if not prompts:
         raise ConfigError("there is no prompt; give --prompt or set sample.prompts", shared=True)
     base = Base.find(cfg.model)
@@ -72,42 +72,25 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     with dist.agreed():
         low_res = sampler.small_pictures(cfg.sample.low_res, base.family, side)
         paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
-        key = _key(cfg, base, prompts, mixes, paths, side) if dist.is_main() else None
+        request = _Request(cfg, base, prompts, mixes, paths, side)
+        key = request.key() if dist.is_main() else None
     key = dist.from_main(key)
     out = out or RunFolder(cfg.run_dir).samples / f"sample-{key[:8]}"
     sheet = out / SHEET
-    names = [_name(*job) for job in _jobs(len(mixes), len(prompts), settings)]
+    names = [_name(*job) for job in request.jobs()]
     if dist.from_main(note_in(sheet) == key and all((out / name).is_file() for name in names)):
         console.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
-        _generate(cfg, base, mixes, paths, prompts, out, side, low_res, key)
+        request.generate(out, low_res, key)
     with dist.agreed():
         if dist.is_main():
             for path in out.glob("??-??-seed*.png"):  # left by an earlier sheet
                 if path.name not in names:
                     path.unlink()
-            _write_sheet(sheet, key, mixes, prompts, settings)
+            save_png(sheet, contact_sheet(request.rows(out)), key)
             console.say(f"images and contact sheet: {sheet}")
     return sheet
-
-
-def _key(
-    cfg: Config,
-    base: Base,
-    prompts: Sequence[str],
-    mixes: Sequence[Mix],
-    paths: Mapping[str, Path],
-    side: int | None,
-) -> str:
-    """A hash of everything that the images depend on, including the weights."""
-    return content_key({
-        "model": [base.key(part) for part in base.family.parts],
-        "prompts": list(prompts), "side": side, "sampler": sampler.SAMPLER,
-        "mixes": [[mix.label, [formats.content_of(paths[p]) for p, _ in mix.parts]] for mix in mixes],
-        **cfg.sample.model_dump(exclude={"prompts", "low_res"}),
-        "low_res": [hashing.sha256_of(files.expand(name)) for name in cfg.sample.low_res],
-    })  # fmt: skip
 
 
 def sample_run(cfg: Config) -> Path | None:
@@ -123,63 +106,87 @@ def without_and_with(run_dir: str) -> list[Mix]:
     return [NO_ADAPTER, Mix(_short(run_dir), ((run_dir, 1.0),))]
 
 
-def _generate(
-    cfg: Config,
-    base: Base,
-    mixes: Sequence[Mix],
-    paths: Mapping[str, Path],
-    prompts: Sequence[str],
-    out: Path,
-    side: int | None,
-    low_res: Sequence[Image.Image],
-    key: str,
-) -> None:
-    """Generate this rank's images in batches that do not depend on the number of ranks.
+@dataclass(frozen=True)
+class _Request:
+    """Every prompt with every mix of adapters, with `cfg.sample.images` seeds each."""
 
-    Batches whose images an interrupted call with the same `key` has written are skipped.
-    """
-    # Split the jobs into batches of one mix each, and deal those to the ranks.
-    settings, size = cfg.sample, cfg.sample.batch
-    jobs = _jobs(len(mixes), len(prompts), settings)
-    by_mix = [[job for job in jobs if job[0] == m] for m in range(len(mixes))]
-    batches = [group[i : i + size] for group in by_mix for i in range(0, len(group), size)]
-    existing = {job for job in jobs if _key_in(out / _name(*job)) == key}
-    mine = [batch for batch in batches[dist.rank() :: dist.world()] if not existing.issuperset(batch)]
-    if not mine:
-        return
+    cfg: Config
+    base: Base
+    prompts: Sequence[str]
+    mixes: Sequence[Mix]
+    paths: Mapping[str, Path]  # of the adapters in the mixes
+    side: int | None
 
-    # Load the base and all adapters.
-    pipe = AdapterPipeline(base, settings.precision)
-    if dist.is_main():  # warns about prompts that are too long for the base
-        base.family.tokenize(
-            {name: getattr(pipe.pipe, part) for name, part in base.family.text_encoders.items()}, prompts
-        )
-    names = {path: f"adapter{number}" for number, path in enumerate(paths)}
-    for path, name in names.items():
-        pipe.add(name, paths[path])
+    def key(self) -> str:
+        """A hash of everything that the images depend on, including the weights."""
+        return content_key({
+            "model": [self.base.key(part) for part in self.base.family.parts],
+            "prompts": list(self.prompts), "side": self.side, "sampler": sampler.SAMPLER,
+            "mixes": [
+                [mix.label, [formats.content_of(self.paths[p]) for p, _ in mix.parts]] for mix in self.mixes
+            ],
+            **self.cfg.sample.model_dump(exclude={"prompts", "low_res"}),
+            "low_res": [hashing.sha256_of(files.expand(name)) for name in self.cfg.sample.low_res],
+        })  # fmt: skip
 
-    # Generate and save each batch.
-    with console.bar(sum(map(len, mine)), "sample", "image", share=True) as bar:
-        for batch in mine:
-            preemption.check()
-            mix = mixes[batch[0][0]]
-            pipe.use({names[path]: scale for path, scale in mix.parts})
-            seeds = [seed for _, _, seed in batch]
-            texts = [prompts[p] for _, p, _ in batch]
-            inputs = [low_res[(seed - settings.seed) % len(low_res)] for seed in seeds] if low_res else []
-            images = pipe.generate(texts, seeds, settings.steps, settings.guidance, side, inputs)
-            for (m, p, seed), image in zip(batch, images, strict=True):
-                note = {"prompt": prompts[p], "seed": seed, "adapters": mix.label,
-                        "model": cfg.model.path, "steps": settings.steps,
-                        "guidance": settings.guidance, "key": key}  # fmt: skip
-                save_png(out / _name(m, p, seed), image, json.dumps(note))
-            bar.update(len(batch))
+    @property
+    def seeds(self) -> range:
+        return range(self.cfg.sample.seed, self.cfg.sample.seed + self.cfg.sample.images)
 
+    def jobs(self) -> list[tuple[int, int, int]]:
+        """(mix, prompt, seed) of every image."""
+        return list(product(range(len(self.mixes)), range(len(self.prompts)), self.seeds))
 
-def _jobs(mixes: int, prompts: int, settings: Sample) -> list[tuple[int, int, int]]:
-    """(mix, prompt, seed) of every image."""
-    seeds = range(settings.seed, settings.seed + settings.images)
-    return [(m, p, seed) for m in range(mixes) for p in range(prompts) for seed in seeds]
+    def generate(self, out: Path, low_res: Sequence[Image.Image], key: str) -> None:
+        """Generate this rank's images in batches that do not depend on the number of ranks.
+
+        Batches whose images an interrupted call with the same `key` has written are skipped.
+        """
+        # Split the jobs into batches of one mix each, and deal those to the ranks.
+        settings, size = self.cfg.sample, self.cfg.sample.batch
+        by_mix = [list(jobs) for _, jobs in groupby(self.jobs(), key=lambda job: job[0])]
+        batches = [jobs[i : i + size] for jobs in by_mix for i in range(0, len(jobs), size)]
+        existing = {job for job in self.jobs() if _key_in(out / _name(*job)) == key}
+        mine = [batch for batch in batches[dist.rank() :: dist.world()] if not existing.issuperset(batch)]
+        if not mine:
+            return
+
+        # Load the base and all adapters.
+        pipe = AdapterPipeline(self.base, settings.precision)
+        if dist.is_main():  # warns about prompts that are too long for the base
+            encoders = self.base.family.text_encoders
+            tokenizers = {name: getattr(pipe.pipe, part) for name, part in encoders.items()}
+            self.base.family.tokenize(tokenizers, self.prompts)
+        names = {path: f"adapter{number}" for number, path in enumerate(self.paths)}
+        for path, name in names.items():
+            pipe.add(name, self.paths[path])
+
+        # Generate and save each batch.
+        with console.bar(sum(map(len, mine)), "sample", "image", share=True) as bar:
+            for batch in mine:
+                preemption.check()
+                mix = self.mixes[batch[0][0]]
+                pipe.use({names[path]: scale for path, scale in mix.parts})
+                seeds = [seed for _, _, seed in batch]
+                texts = [self.prompts[p] for _, p, _ in batch]
+                inputs = [low_res[(seed - settings.seed) % len(low_res)] for seed in seeds] if low_res else []
+                images = pipe.generate(texts, seeds, settings.steps, settings.guidance, self.side, inputs)
+                for (m, p, seed), image in zip(batch, images, strict=True):
+                    note = {"prompt": self.prompts[p], "seed": seed, "adapters": mix.label,
+                            "model": self.cfg.model.path, "steps": settings.steps,
+                            "guidance": settings.guidance, "key": key}  # fmt: skip
+                    save_png(out / _name(m, p, seed), image, json.dumps(note))
+                bar.update(len(batch))
+
+    def rows(self, out: Path) -> list[Row]:
+        """The contact sheet's rows: one per prompt and mix, with one column per seed."""
+        rows: list[Row] = []
+        for p, prompt in enumerate(self.prompts):
+            for m, mix in enumerate(self.mixes):
+                images = [Image.open(out / _name(m, p, seed)) for seed in self.seeds]
+                captions = () if rows else [f"seed {seed}" for seed in self.seeds]
+                rows.append(Row(images, "" if m else prompt, mix.label, captions))
+        return rows
 
 
 def _name(mix: int, prompt: int, seed: int) -> str:
@@ -192,20 +199,6 @@ def _key_in(path: Path) -> str:
         return json.loads(note_in(path) or "{}").get("key", "")
     except (ValueError, AttributeError):
         return ""
-
-
-def _write_sheet(
-    path: Path, key: str, mixes: Sequence[Mix], prompts: Sequence[str], settings: Sample
-) -> None:
-    """Write the contact sheet: one row per prompt and mix, one column per seed."""
-    seeds = range(settings.seed, settings.seed + settings.images)
-    rows: list[Row] = []
-    for p, prompt in enumerate(prompts):
-        for m, mix in enumerate(mixes):
-            images = [Image.open(path.parent / _name(m, p, seed)) for seed in seeds]
-            captions = () if rows else [f"seed {seed}" for seed in seeds]
-            rows.append(Row(images, "" if m else prompt, mix.label, captions))
-    save_png(path, contact_sheet(rows), key)
 
 
 def _short(path: str) -> str:

@@ -25,7 +25,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import OPTIMIZER, STATE, RunFolder, read_state
 from dbtrain.train import optim
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.fingerprint import check_identity
+from dbtrain.train.fingerprint import check_unchanged
 
 
 @dataclass
@@ -121,7 +121,7 @@ def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, An
     path = run.checkpoint(step)
     with dist.agreed():
         state = read_state(path)
-        check_identity(path, state["identity"], fingerprint)
+        check_unchanged(path, state["identity"], fingerprint)
         for component, module in progress.model.trained.items():
             adapters.restore(module, peft_folder.read(path / component).tensors)
         saved = safetensors.torch.load_file(path / OPTIMIZER)

@@ -47,7 +47,7 @@ def _shards_content(manifest: Manifest) -> str:
     return f"{rows}, content {content[:12]}"
 
 
-def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_unchanged(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError that names every setting in which two fingerprints differ."""
     changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if changed:
@@ -57,7 +57,7 @@ def check_identity(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def check_continues(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps: int) -> None:
     """Raise ConfigError unless a run with fingerprint `now` and `steps` can resume from a checkpoint."""
-    check_identity(path, state["identity"], now)
+    check_unchanged(path, state["identity"], now)
     if state["step"] > steps:
         raise ConfigError(
             f"{path} is past train.steps ({steps}); "

@@ -80,10 +80,10 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
 
 def batch_of(rows: Sequence[HeldOut]) -> Batch:
     """Return the rows as a training batch, with noise that depends only on the image and the timestep."""
-    draws = []
+    noises = []
     for one in rows:
         shape = tuple(next(iter(one.row.tensors.values())).shape)
         noise = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
         u = torch.tensor(one.u)
-        draws.append(noise._replace(u=u, level=u))
-    return Batch.collate([one.row for one in rows], draws, [one.extra for one in rows])
+        noises.append(noise._replace(u=u, level=u))
+    return Batch.collate([one.row for one in rows], noises, [one.extra for one in rows])

@@ -141,7 +141,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
 
     Raises ConfigError for anything a user can fix.
     """
-    run, manifest, identity = RunFolder(cfg.run_dir), inputs.manifest, inputs.fingerprint
+    run, manifest = RunFolder(cfg.run_dir), inputs.manifest
     # The model with its adapter, validation, and the state of the newest checkpoint.
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
@@ -151,9 +151,9 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         if dist.is_main():
             files.write_atomically(run.config, cfg.dump())
             run.done.unlink(missing_ok=True)
-    validator = Validator.build(cfg, inputs.base, model, manifest, identity)
+    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
     progress = Progress.begin(model.to(dist.device()), cfg)
-    start = checkpoint.load_latest(run, progress, identity)
+    start = checkpoint.load_latest(run, progress, inputs.fingerprint)
     checkpoint.check_ranks(model)
 
     # The data, from the next step on.
@@ -169,7 +169,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         metrics = Metrics(run, cfg, start, list(weights), stream.source)
         if dist.is_main():
-            validation.forget_after(cfg, identity, start)
+            validation.forget_after(cfg, inputs.fingerprint, start)
     console.say(_describe(cfg, model, manifest, weights, start))
     compute = compute_step
     if cfg.train.cuda_graph:

@@ -184,4 +184,4 @@ def test_a_pipe_runs_only_where_it_is_allowed(make: Make, tmp_path: Path) -> Non
 def test_prepare_refuses_to_write_elsewhere(make: Make, tmp_path: Path) -> None:
     make(data__shards="s3://bucket/dog")
     done = dbtrain("prepare", tmp_path / "c.yaml")
-    assert done.returncode == 2 and "prepare writes to a folder on this machine" in done.stderr
+    assert done.returncode == 2 and "prepare writes to a local folder only" in done.stderr

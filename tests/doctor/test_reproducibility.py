@@ -35,7 +35,7 @@ def test_another_run_is_noticed(
         reproducibility._run(other, reproducibility.WAYS[0], tmp_path / "other"),
     )
     monkeypatch.setattr(reproducibility, "exact", lambda _: iter([gap]))
-    with pytest.raises(ConfigError, match="not the same run as the straight one: straight"):
+    with pytest.raises(ConfigError, match="these differ from the straight run: straight"):
         __main__._exact(cfg)
     assert not gap.rows and gap.adapter > 0.1 and not gap.fine and "NOT THE SAME" in str(gap)
 

@@ -133,7 +133,7 @@ def test_a_run_pushes_the_adapter_its_card_and_its_pictures_and_nothing_else(
                      "unet/adapter_model.safetensors")
     }  # fmt: skip
     card = hub.files["README.md"].decode()
-    assert "license: openrail++" in card and "url: samples.png" in card and "loss_prior at the end" in card
+    assert "license: openrail++" in card and "url: samples.png" in card and "final loss_prior" in card
     with Image.open(local / "samples.png") as sheet:
         assert sheet.height > 2 * 96
     everything = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]

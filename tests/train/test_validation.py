@@ -29,7 +29,7 @@ from dbtrain.sample import sample
 from dbtrain.sample.sample import NO_ADAPTER, Mix
 from dbtrain.train import held_out_loss, loop, setup
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo
+from tests.conftest import Make, at, dbtrain, draw_photo, train
 from tests.networks import Dispatched
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog in the snow"]
@@ -69,7 +69,7 @@ def test_pictures_change_no_loss_by_a_bit(make: Make, tmp_path: Path, prepared: 
 
 def test_the_pictures_are_those_of_sample(make: Make, tmp_path: Path, prepared: Path) -> None:
     cfg = make(data__shards=str(prepared), validation__prompts=PROMPTS, optim__lr=1e-2)
-    loop.train(cfg)
+    train(cfg)
     mixes = [NO_ADAPTER, Mix.parse(cfg.run_dir)]
     drawn = sample.sample(cfg, PROMPTS, mixes, tmp_path / "drawn").parent
     for number, step in enumerate((0, cfg.train.steps)):
