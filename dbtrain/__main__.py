@@ -226,18 +226,7 @@ def doctor(
 ) -> None:
     """Find everything that would make a run of this config fail, before it is queued."""
     if exact:
-        cfg = _load(config, overrides)
-        with importing(at_start=True):
-            from dbtrain.doctor import reproducibility
-
-        print(reproducibility.HEAD)
-        different = []
-        for gap in reproducibility.exact(cfg):
-            print(gap, flush=True)
-            if not gap.fine:
-                different.append(gap.way.name)
-        if different:
-            raise ConfigError(f"these differ from the uninterrupted run: {', '.join(different)}")
+        _exact(_load(config, overrides))
         return
     ranks_here = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if ranks_here != "1" and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0":
