@@ -329,7 +329,7 @@ def test_a_scheduler_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("seed=2024-99-99", "the value is not YAML"),
+        ("seed=2024-99-99", "the value is not valid YAML"),
         ("seed=99999999999999999999", "seed is 99999999999999999999"),
         ("sample.steps=1500", "sample.steps is 1500"),
         ("prepare.photos=~nouser/x", "~nouser"),

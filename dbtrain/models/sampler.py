@@ -179,7 +179,7 @@ def small_pictures(names: Sequence[str], family: Family, side: int | None) -> li
     Raises ConfigError if an upscaler has no input images, or if another model has some.
     """
     if (family.enlarges > 1) != bool(names):
-        need = "is an upscaler and needs some" if family.enlarges > 1 else "takes none"
+        need = "enlarges images; add some" if family.enlarges > 1 else "enlarges none; remove them"
         raise ConfigError(f"sample.low_res has {len(names)} images, but a {family.name} model {need}")
     size = (side or 256) // family.enlarges
     return [photos.load(files.expand(name)).resize((size, size), Image.Resampling.LANCZOS) for name in names]

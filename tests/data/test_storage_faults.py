@@ -245,6 +245,6 @@ def test_a_config_from_a_stranger_runs_nothing(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is not a valid config"):
             Config.load(path)
     path.write_text("run_dir: x\n")
-    with pytest.raises(ConfigError, match="the value is not YAML"):
+    with pytest.raises(ConfigError, match="the value is not valid YAML"):
         Config.load(path, [f"run_dir=!!python/object/apply:os.mkdir ['{tmp_path / 'boom'}']"])
     assert not (tmp_path / "boom").exists()

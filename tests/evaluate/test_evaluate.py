@@ -373,7 +373,7 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     lost = next(name for name in tensors if "layernorm.weight" in name)
     save_file({k: v for k, v in tensors.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"1 weights are missing or have another shape, e\.g\. .*layernorm"):
+    with pytest.raises(ConfigError, match=r"1 weights are missing or of another shape, e\.g\. .*layernorm"):
         encoders.dino_images(encoders.dino(str(folder)))
 
 
