@@ -336,7 +336,7 @@ def test_if_stage_2_draws_by_enlarging(make: Make, tmp_path: Path) -> None:
     pictures = [Image.open(path) for path in sorted((tmp_path / "run").glob("samples/*/01-00-seed*.png"))]
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
     assert pictures[0].tobytes() != pictures[1].tobytes()
-    with pytest.raises(ConfigError, match=r"sample\.low_res has 0 images, but a deepfloyd-2 model is an"):
+    with pytest.raises(ConfigError, match=r"sample\.low_res has 0 images, but a deepfloyd-2 model enlarges"):
         sample_run(make(model=cfg.model.model_dump(), sample__prompts=["a dog"]))
     with pytest.raises(ConfigError, match="cannot generate class images from a prompt"):
         prepare(configured(make, tmp_path, "if-2", prepare__class_images=5))
