@@ -168,9 +168,7 @@ def test_empty_photo_folder(refused: Refused, config: Path, tmp_path: Path) -> N
 
 
 def test_no_photo_folder(refused: Refused, config: Path) -> None:
-    refused(
-        "prepare", config, "prepare.photos=/nowhere", told="'/nowhere' is not a directory"
-    )
+    refused("prepare", config, "prepare.photos=/nowhere", told="'/nowhere' is not a directory")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 cut short"])
