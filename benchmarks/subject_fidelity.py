@@ -21,6 +21,7 @@ from benchmarks import common, trainer
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Config
 from dbtrain.evaluate import tiny_judge
+from dbtrain.evaluate.scores import table
 from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
             results[cell] = found
     if args.smoke:
         for scores in (scores for found in results.values() for scores in found.values()):
-            console.say(tiny_judge.table(scores))
+            console.say(table(tiny_judge.shown(scores)))
             low = [f"{name} {getattr(scores, name):.2f} < {least}" for name, least in LOWEST.items()
                    if getattr(scores, name) < least]  # fmt: skip
             if low:

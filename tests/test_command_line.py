@@ -86,7 +86,7 @@ def test_unknown_adapter_kind(refused: Refused, config: Path) -> None:
 
 
 def test_batches_that_do_not_divide(refused: Refused, config: Path, shards: Path) -> None:
-    refused("train", config, "train.global_batch=6", "train.micro_batch=4", told="micro_batch 4")
+    refused("train", config, "train.global_batch=6", "train.micro_batch=4", told="micro_batch (4)")
 
 
 def test_missing_model(refused: Refused, config: Path) -> None:

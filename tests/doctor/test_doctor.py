@@ -322,7 +322,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (a_missing_caption, "photos", "error", "has no readable caption 0.txt"),
     (corrupt_class_image, "class images", "error", "a.png"),
     (upscaler_without_class_images, "class images", "error", "cannot generate class images"),
-    (config(prepare__held_out=5), "passes", "error", "prepare.held_out is 5, but there are only 5 instance images"),
+    (config(prepare__held_out=5), "passes", "error", "is 5, but there are only 5 instance images"),
     (config(prepare__class_held_out=9), "class images", "error", "leaves none to train on"),
     (config(validation__prompts=["a dog"], sample__low_res=["small.png"]), "images", "error",
      "sample.low_res has 1 images"),

@@ -94,7 +94,9 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, photos: Path) -> Non
     begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=999")
     begun.wait_for(lambda: list(tmp_path.glob(SIGNS["class images"])))
     begun.signal(signal.SIGINT)
-    begun.wait_for(lambda: "Ctrl-C again: at once" in begun.output())  # the batch in hand takes seconds
+    begun.wait_for(
+        lambda: "press Ctrl-C again to stop at once" in begun.output()
+    )  # the batch in hand takes seconds
     begun.signal(signal.SIGINT)
     code, said = begun.end()
     assert code == 130 and "interrupted; run the same command again" in said and "Traceback" not in said

@@ -245,7 +245,7 @@ def test_class_images_are_kept_and_shared(
     def never(*args: object) -> None:
         raise AssertionError("the class images are there already")
 
-    monkeypatch.setattr(class_images.generate, "build", never)
+    monkeypatch.setattr(class_images.sampler, "build", never)
     prepare(make(**settings, data__shards=str(photo_dir / "others")))
     assert snapshot(folder) == made and len(made) == 9
 

@@ -42,7 +42,6 @@ def trained(cfg: Config) -> dict[str, str]:
     run = Path(cfg.run_dir)
     found = [
         run / "metrics.jsonl",
-        *run.glob("export/*.safetensors"),
         *run.glob("checkpoints/*/*.safetensors"),
     ]
     return {str(path.relative_to(run)): sha256_of(path) for path in found}
