@@ -91,7 +91,7 @@ def test_a_run_stops_before_the_job_s_time_is_over(make: Make, tmp_path: Path, p
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, photos: Path) -> None:
-    begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=999")
+    begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=500")
     begun.wait_for(lambda: list(tmp_path.glob(SIGNS["class images"])))
     begun.signal(signal.SIGINT)
     begun.wait_for(
