@@ -71,8 +71,8 @@ def replaced_by_a_folder(path: Path) -> None:
     path.mkdir()
 
 
-def vouch(folder: Path, data: bytes, **changes: object) -> None:
-    """Put other bytes into the first instance shard of a new run, and let the manifest vouch for them."""
+def reshard(folder: Path, data: bytes, **changes: object) -> None:
+    """Put other bytes into the first instance shard of a new run, and let the manifest reshard for them."""
     shutil.rmtree(folder.parent / "run")
     manifest = json.loads((folder / MANIFEST).read_text())
     shard = manifest["roles"]["instance"][0]
@@ -95,14 +95,14 @@ def with_member(folder: Path, name: str, data: bytes) -> None:
     path = first(folder, "instance-*.tar")
     with tarfile.open(path) as archive:
         members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]  # type: ignore[union-attr]
-    vouch(folder, tar(*members, (name, data)))
+    reshard(folder, tar(*members, (name, data)))
 
 
 def escaping(folder: Path) -> None:
     """A manifest whose shard lies outside its folder."""
     path = first(folder, "instance-*.tar")
     shutil.copy(path, folder.parent / "outside.tar")
-    vouch(folder, path.read_bytes(), file="../outside.tar")
+    reshard(folder, path.read_bytes(), file="../outside.tar")
 
 
 RECOVERED: dict[str, Harm] = {
@@ -144,8 +144,8 @@ REFUSED: dict[str, tuple[Harm, str]] = {
     "shard cut short": (lambda _, f: cut(first(f, "instance-*.tar")), "truncated or altered; rerun"),
     "shard flipped": (lambda _, f: flip(first(f, "instance-*.tar"), 700), "does not match the manifest"),
     "shard that is a folder": (lambda _, f: replaced_by_a_folder(first(f, "class-*.tar")), "is missing"),
-    "shard of other rows": (lambda _, f: vouch(f, shards.pack([])), "not match the rows in the manifest"),
-    "shard of garbage": (lambda _, f: vouch(f, b"garbage" * 100), "cannot be read|rows in the manifest"),
+    "shard of other rows": (lambda _, f: reshard(f, shards.pack([])), "not match the rows in the manifest"),
+    "shard of garbage": (lambda _, f: reshard(f, b"garbage" * 100), "cannot be read|rows in the manifest"),
     "shard with a member that leaves its folder": (
         lambda _, f: with_member(f, "../../../outside.txt", b"x"), "cannot be read"
     ),
