@@ -2,7 +2,7 @@
 # Every check: style, types, tests.
 # Usage: bash launch/test.sh [--quick] [PYTEST ARGUMENT ...]
 #   --quick  a few minutes: no mypy, and no test that is marked as slow
-# From the environment: TEST_PROCESSES (how many pytest workers; default: one a core, at most 8).
+# From the environment: TEST_PROCESSES (how many pytest workers; default: one a core and one more, as some tests wait; at most 8).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,4 +19,4 @@ ruff check .
 ruff format --check .
 [[ $quick ]] || mypy
 cores=$(nproc)
-python -m pytest --numprocesses="${TEST_PROCESSES:-$((cores < 8 ? cores : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@"
+python -m pytest --numprocesses="${TEST_PROCESSES:-$((cores < 8 ? cores + 1 : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@"

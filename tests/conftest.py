@@ -39,9 +39,13 @@ REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checko
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow tests first, so that workers end together."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if getattr(config.option, "loadgroup", False):  # in a worker; pytest 9.2 renamed what xdist 3.8 sets
+        assert all("@" in item.nodeid for item in grouped), "pytest-xdist does not keep groups together"
 
 
 def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:

@@ -86,7 +86,7 @@ def test_a_run_stops_before_the_job_s_time_is_over(make: Make, tmp_path: Path, p
          faults__stop_before_s=3600.0)  # fmt: skip
     begun = Started("train", tmp_path / "c.yaml", SLURM_JOB_END_TIME=str(int(time.time()) + 3605))
     code, said = begun.end()
-    assert code == 75 and "the end of the job's time, at step" in said
+    assert code == 75 and "stopped: the end of the job's time at step" in said
     assert (tmp_path / "run" / "PREEMPTED").read_text().startswith("the end of the job's time")
 
 
