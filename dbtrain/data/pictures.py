@@ -40,7 +40,7 @@ def note_in(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """A row of images with labels above it and one caption per image."""
 
     pictures: Sequence[Image.Image]
@@ -49,7 +49,7 @@ class Row:
     captions: Sequence[str] = ()  # gray, one above each image
 
 
-def contact_sheet(rows: Sequence[Row], least_cell: int = 96) -> Image.Image:
+def contact_sheet(rows: Sequence[SheetRow], least_cell: int = 96) -> Image.Image:
     """All rows on one white page. Cells are as wide as the first image, from `least_cell` to MOST_CELL px."""
     # Lay out: the first row's images give the cell, the widest row the page, the labels the height.
     cell = max(least_cell, min(MOST_CELL, rows[0].pictures[0].width))

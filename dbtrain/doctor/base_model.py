@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from dbtrain.adapters import targets
 from dbtrain.config.adapter import AdapterSettings
-from dbtrain.doctor.case import Case, Found, error, ok, refused, ruled, size, warning
+from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
@@ -22,7 +22,7 @@ from dbtrain.runtime.errors import ConfigError, reason
 PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
-def model(case: Case) -> Iterator[Found]:
+def model(case: Case) -> Iterator[Finding]:
     """The folder, its family, and each component in use."""
     path = case.cfg.model.path
     # The folder and its index.
@@ -33,21 +33,21 @@ def model(case: Case) -> Iterator[Found]:
             return
         base = Base.of(here, case.cfg.model)
     except ConfigError as problem:
-        yield from refused(problem, "use a complete Diffusers folder, a Hub id, or tiny")
+        yield from findings_of(problem, "use a complete Diffusers folder, a Hub id, or tiny")
         return
     # Weights, vocabularies, and whether the resolution fits.
     found = [line for name in models_of(base.family) for line in _weights(base, name)]
     for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
-        found += ruled(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]
+        found += problems_of(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]
     if case.cfg.prepare:
         side = case.cfg.prepare.resolution
-        found += ruled(lambda: base.family.space(base, side), "use another prepare.resolution")
+        found += problems_of(lambda: base.family.space(base, side), "use another prepare.resolution")
     yield from found
     case.base = base
     total = sum(file.stat().st_size for name in models_of(base.family) for file in weight_files(base, name))
     if not any(line.level == "error" for line in found):
-        yield ok(f"{path}: {base.family.name}, {size(total)} of weights in {base.folder}")
+        yield ok(f"{path}: {base.family.name}, {files.size_text(total)} of weights in {base.folder}")
 
 
 def models_of(family: Family) -> list[str]:
@@ -55,7 +55,7 @@ def models_of(family: Family) -> list[str]:
     return [family.denoiser, *([family.vae] if family.vae else []), *family.text_encoders]
 
 
-def _absent(path: str) -> Iterator[Found]:
+def _absent(path: str) -> Iterator[Finding]:
     """A base that is not here yet."""
     if files.expand(path).is_file():
         yield warning(
@@ -92,7 +92,7 @@ def _variant(stem: str) -> str | None:
     return stem.partition(".")[2].partition("-")[0] or None
 
 
-def _weights(base: Pretrained, component: str) -> Iterator[Found]:
+def _weights(base: Pretrained, component: str) -> Iterator[Finding]:
     """Problems with a component's weight files."""
     folder = base.folder / component
     there, other = weight_files(base, component), sorted(folder.glob("*.safetensors"))
@@ -142,12 +142,12 @@ def _named(index: Path) -> set[str]:
         ) from None
 
 
-def adapter(case: Case) -> Iterator[Found]:
+def adapter(case: Case) -> Iterator[Finding]:
     """The layers that the adapter is on, from the names and shapes in the weight headers."""
     parts = [part for part in _parts(case) if weight_files(case.base, part[0])]
     for component, cfg, part in parts:
         modules, _ = _layers(case.base, component)
-        yield from ruled(lambda: targets.select(modules, cfg.targets, part), "use attention")  # noqa: B023
+        yield from problems_of(lambda: targets.select(modules, cfg.targets, part), "use attention")  # noqa: B023
     total = adapter_bytes(case) // 4
     names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, _ in parts)
     yield ok(f"{names}: about {total:,} parameters" if total else "unknown without weights")
@@ -189,12 +189,12 @@ def _layers(base: Base, component: str) -> tuple[targets.Modules, dict[str, list
     return targets.Modules.of_layers(str(base.index[component][1]), found), found
 
 
-def hub(case: Case) -> Iterator[Found]:
+def hub(case: Case) -> Iterator[Finding]:
     """Whether there is a token, if the result is pushed."""
     from dbtrain.export import hub as verb
 
     repo = case.cfg.hub.repo
-    found = ruled(lambda: verb.check(case.cfg), "run: hf auth login")
+    found = problems_of(lambda: verb.check(case.cfg), "run: hf auth login")
     yield from found
     if repo and not found and _offline():
         yield error(f"hub.repo is '{repo}', but HF_HUB_OFFLINE is set: nothing can be pushed",

@@ -21,7 +21,7 @@ Level = Literal["ok", "warning", "error", "skipped", ""]  # "" continues the lin
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """One finding: a line of the table, and how to fix it."""
 
     level: Level
@@ -29,25 +29,25 @@ class Found:
     cure: str = ""
 
 
-ok, warning, error = partial(Found, "ok"), partial(Found, "warning"), partial(Found, "error")
+ok, warning, error = partial(Finding, "ok"), partial(Finding, "warning"), partial(Finding, "error")
 
 
-def refused(problem: ConfigError, cure: str = "", level: Level = "error") -> Iterator[Found]:
+def findings_of(problem: ConfigError, cure: str = "", level: Level = "error") -> Iterator[Finding]:
     """One finding for each problem of a ConfigError.
 
     What follows a problem's last "; " is its cure. A problem without one gets `cure`.
     """
     for line in problem.problems:
         what, separator, own = line.rpartition("; ")
-        yield Found(level, what, own) if separator else Found(level, line, cure)
+        yield Finding(level, what, own) if separator else Finding(level, line, cure)
 
 
-def ruled(rule: Callable[[], Any], cure: str) -> list[Found]:
+def problems_of(rule: Callable[[], Any], cure: str) -> list[Finding]:
     """The problems that `rule`, another command's own check, raises as ConfigError; [] if it passes."""
     try:
         rule()
     except ConfigError as problem:
-        return list(refused(problem, cure))
+        return list(findings_of(problem, cure))
     return []
 
 
@@ -80,20 +80,20 @@ class Case:
         return name in vars(self)
 
 
-Check = Callable[..., Iterable[Found]]
+Check = Callable[..., Iterable[Finding]]
 
 
-def looked(check: Check, case: Case | None) -> Iterator[Found]:
+def run_check(check: Check, case: Case | None) -> Iterator[Finding]:
     """Run one check, and turn what it raises into findings. After a problem, "ok" is no longer claimed."""
     fine = True
     try:
         for found in check(case):
             fine = fine and found.level not in ("warning", "error")
-            yield found if fine or found.level != "ok" else Found("", found.what)
+            yield found if fine or found.level != "ok" else Finding("", found.what)
     except Unknown as missing:
-        yield Found("skipped", f"not checked: depends on '{missing}'")
+        yield Finding("skipped", f"not checked: depends on '{missing}'")
     except ConfigError as problem:
-        yield from refused(problem)
+        yield from findings_of(problem)
     except OSError as problem:
         yield error(os_problem(problem), "use a folder or file that can be read and written")
 
@@ -102,12 +102,3 @@ def listed(names: Sequence[Any], most: int = 4) -> str:
     """The first `most` names, separated by commas, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(str, names[:most])) + more
-
-
-def size(count: float) -> str:
-    """A number of bytes with its unit, e.g. 2.13 GB."""
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

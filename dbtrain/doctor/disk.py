@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.base_model import adapter_bytes
-from dbtrain.doctor.case import Case, Found, error, ok, size
+from dbtrain.doctor.case import Case, Finding, error, ok
 from dbtrain.doctor.photos import generated
 from dbtrain.prepare import class_images
 from dbtrain.runtime import files
@@ -22,7 +22,7 @@ PNG = 2.0  # bytes per pixel, 3 before compression
 MOMENTS = 2  # AdamW keeps two, each as large as the adapter
 
 
-def writing(case: Case) -> Iterator[Found]:
+def writing(case: Case) -> Iterator[Finding]:
     """Whether each folder can be written to: try an unnamed file in it or its nearest existing parent."""
     writable = []
     for what, folder in _folders(case):
@@ -53,7 +53,7 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def disk(case: Case) -> Iterator[Found]:
+def disk(case: Case) -> Iterator[Finding]:
     """What the run will still write, against the free space of each file system."""
     by_device: dict[int, list[tuple[str, Path, float]]] = defaultdict(list)
     for what, folder, count in _needs(case):
@@ -61,8 +61,8 @@ def disk(case: Case) -> Iterator[Found]:
         by_device[there.stat().st_dev].append((what, there, count))
     for needs in by_device.values():
         total, free = sum(count for _, _, count in needs), shutil.disk_usage(needs[0][1]).free
-        parts = ", ".join(f"{what} {size(count)}" for what, _, count in needs)
-        text = f"{needs[0][1]}: {size(free)} free, about {size(total)} needed ({parts})"
+        parts = ", ".join(f"{what} {files.size_text(count)}" for what, _, count in needs)
+        text = f"{needs[0][1]}: {files.size_text(free)} free, about {files.size_text(total)} needed ({parts})"
         if total > free:
             yield error(
                 text, "free some space, or use another disk (run_dir, data.shards, prepare.class_dir)"
@@ -70,7 +70,7 @@ def disk(case: Case) -> Iterator[Found]:
         else:
             yield ok(text)
     if not case.knows("base"):
-        yield Found("", "not counted: what depends on the model, which is unknown")
+        yield Finding("", "not counted: what depends on the model, which is unknown")
 
 
 def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dbtrain.config import Config
 from dbtrain.doctor import environment as machine_checks
 from dbtrain.doctor import settings as setting_checks
-from dbtrain.doctor.case import Case, Check, Found, looked, ok, refused
+from dbtrain.doctor.case import Case, Check, Finding, findings_of, ok, run_check
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
@@ -58,7 +58,7 @@ def check(
     gib: float | None = None,
     memory: bool = False,
     dry_run: bool = False,
-) -> Iterator[tuple[str, Found]]:
+) -> Iterator[tuple[str, Finding]]:
     """Run all checks, and yield (name of the check, finding). No check stops the others.
 
     Writes, downloads and loads nothing, unless `dry_run`. `ranks`: processes that will train. `gib`: memory
@@ -70,7 +70,7 @@ def check(
         cfg = Config.load(config, overrides)
     except ConfigError as problem:
         cure = "fix the file, or override it with section.key=value"
-        yield from (("config", found) for found in refused(problem, cure))
+        yield from (("config", found) for found in findings_of(problem, cure))
     case = Case(cfg, ranks, gib, memory or gib is not None) if cfg else None
     if case:
         yield "config", setting_checks.loaded(case)
@@ -88,12 +88,12 @@ def check(
         yield from _each((("dry run", trial.dry_run),), case)
 
 
-def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Found]]:
+def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Finding]]:
     for name, one in table:
-        yield from ((name, found) for found in looked(one, case))
+        yield from ((name, found) for found in run_check(one, case))
 
 
-def memory(case: Case) -> Iterator[Found]:
+def memory(case: Case) -> Iterator[Finding]:
     """The memory that training takes on each device, if asked for: runs a step on fake tensors."""
     if not case.memory:
         yield ok("not predicted; use --memory (half a minute for SDXL), or --gib SIZE for a GPU elsewhere")
@@ -105,10 +105,10 @@ def memory(case: Case) -> Iterator[Found]:
 
     lines = predicted.report(case.cfg, case.gib, ranks_of(case))
     yield ok(next(lines))
-    yield from (Found("", line) for line in lines)
+    yield from (Finding("", line) for line in lines)
 
 
-def table(found: Iterator[tuple[str, Found]]) -> Iterator[str]:
+def table(found: Iterator[tuple[str, Finding]]) -> Iterator[str]:
     """Lines of the table as the findings come in; the last line counts errors and warnings."""
     counts = {"error": 0, "warning": 0}
     last = ""

@@ -15,7 +15,7 @@ import torch
 
 from dbtrain.config import Config
 from dbtrain.data import photos
-from dbtrain.doctor.case import Case, Found, error, ok
+from dbtrain.doctor.case import Case, Finding, error, ok
 from dbtrain.doctor.gpu import ranks_of
 from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import RunFolder, read_lines
@@ -27,7 +27,7 @@ IMAGES = 2  # photos, and class images
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
 
 
-def dry_run(case: Case) -> Iterator[Found]:
+def dry_run(case: Case) -> Iterator[Finding]:
     """Prepare a few images, train two steps and export: one finding each, or the command's own error."""
     _ = case.base  # raises Unknown instead of downloading it
     ranks = _possible_ranks(case)
@@ -102,7 +102,7 @@ def run_command(arguments: Sequence[str], ranks: int) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-def _problems(verb: str, done: subprocess.CompletedProcess[str]) -> Iterator[Found]:
+def _problems(verb: str, done: subprocess.CompletedProcess[str]) -> Iterator[Finding]:
     """The errors that a failed command printed, or else its last line."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or lines[-1:]

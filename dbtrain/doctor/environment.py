@@ -9,7 +9,7 @@ from importlib import metadata, util
 
 from packaging.requirements import Requirement
 
-from dbtrain.doctor.case import Case, Found, error, ok, warning
+from dbtrain.doctor.case import Case, Finding, error, ok, warning
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -17,7 +17,7 @@ NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 START = "start it with torchrun or srun, or unset these variables"
 
 
-def versions(case: Case | None = None) -> Iterator[Found]:
+def versions(case: Case | None = None) -> Iterator[Finding]:
     """Installed versions, against the package's requirements."""
     try:
         needed = [Requirement(text) for text in metadata.requires("dbtrain") or ()]
@@ -43,7 +43,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def packages(case: Case) -> Iterator[Found]:
+def packages(case: Case) -> Iterator[Finding]:
     """Optional packages that the config needs."""
     from dbtrain.data.storage import REMOTE, Storage  # imports torch
 
@@ -64,7 +64,7 @@ def packages(case: Case) -> Iterator[Found]:
     yield ok(f"checked what the config needs{without}")
 
 
-def started(case: Case | None = None) -> Iterator[Found]:
+def started(case: Case | None = None) -> Iterator[Finding]:
     """Whether the variables of torchrun and srun are complete and consistent."""
     given = {name: os.environ[name] for name in (*NUMBERS, "MASTER_ADDR") if os.environ.get(name)}
     if invalid := [f"{n}={given[n]}" for n in NUMBERS if n in given and not given[n].isdigit()]:
@@ -89,7 +89,7 @@ def started(case: Case | None = None) -> Iterator[Found]:
     yield ok(f"rank {given['RANK']} of {world}" if "RANK" in given else "one process")
 
 
-def _tasks(tasks: int) -> Iterator[Found]:
+def _tasks(tasks: int) -> Iterator[Finding]:
     """The number of srun tasks, against the GPUs of their node."""
     here, gpus = _number("SLURM_NTASKS_PER_NODE"), _number("SLURM_GPUS_ON_NODE")
     here = here or -(-tasks // max(1, _number("SLURM_STEP_NUM_NODES") or _number("SLURM_JOB_NUM_NODES")))
@@ -101,7 +101,7 @@ def _tasks(tasks: int) -> Iterator[Found]:
     yield ok(f"{tasks} srun tasks")
 
 
-def job(case: Case) -> Iterator[Found]:
+def job(case: Case) -> Iterator[Finding]:
     """The batch job's remaining time, against the time that a run needs for its last checkpoint."""
     if not os.environ.get("SLURM_JOB_ID"):
         yield ok("not in a SLURM job")

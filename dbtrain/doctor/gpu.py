@@ -10,9 +10,9 @@ from importlib import util
 import torch
 
 from dbtrain.doctor.base_model import weight_files
-from dbtrain.doctor.case import Case, Found, error, ok, ruled, size, warning
+from dbtrain.doctor.case import Case, Finding, error, ok, problems_of, warning
 from dbtrain.models import kernels
-from dbtrain.runtime import dist
+from dbtrain.runtime import dist, files
 from dbtrain.train import cuda_graph
 
 LARGE = 200 << 20  # bytes of a denoiser that is too slow to train on a CPU
@@ -28,7 +28,7 @@ def ranks_of(case: Case) -> int:
     return max(1, 0 if case.gib else torch.cuda.device_count())
 
 
-def gpu(case: Case) -> Iterator[Found]:
+def gpu(case: Case) -> Iterator[Finding]:
     """The device, its precisions, and its attention kernels."""
     train = case.cfg.train
     found = torch.cuda.is_available()
@@ -42,21 +42,21 @@ def gpu(case: Case) -> Iterator[Found]:
         yield warning("train.cuda_graph is true: this machine has no GPU to try it on",
                       "run doctor on the GPU's machine too")  # fmt: skip
     elif not case.gib:
-        yield from ruled(lambda: cuda_graph.check(train.cuda_graph, dist.device()), "set it to false")
+        yield from problems_of(lambda: cuda_graph.check(train.cuda_graph, dist.device()), "set it to false")
 
 
-def _none(case: Case) -> Iterator[Found]:
-    files = weight_files(case.base, case.base.family.denoiser) if case.knows("base") else []
-    weights = sum(path.stat().st_size for path in files)
+def _none(case: Case) -> Iterator[Finding]:
+    paths = weight_files(case.base, case.base.family.denoiser) if case.knows("base") else []
+    weights = sum(path.stat().st_size for path in paths)
     text = "no CUDA GPU here: trains on the CPU"
     if weights > LARGE:
-        yield warning(f"{text}, which takes days: the denoiser has {size(weights)} of weights",
+        yield warning(f"{text}, which takes days: the denoiser has {files.size_text(weights)} of weights",
                       "use a machine with a GPU; --gib SIZE predicts whether it fits")  # fmt: skip
     else:
         yield ok(text)
 
 
-def _there(case: Case) -> Iterator[Found]:
+def _there(case: Case) -> Iterator[Finding]:
     train, about = case.cfg.train, torch.cuda.get_device_properties(dist.device())
     kernel = kernels.preferred(train.attention, dist.device())
     yield ok(f"{torch.cuda.device_count()} x {about.name}, {about.total_memory / 2**30:.1f} GiB each; "
@@ -66,7 +66,7 @@ def _there(case: Case) -> Iterator[Found]:
                       "use train.precision=fp16")  # fmt: skip
 
 
-def compiling(case: Case) -> Iterator[Found]:
+def compiling(case: Case) -> Iterator[Finding]:
     """What torch.compile calls: a C++ compiler for CPUs, Triton and a C compiler for GPUs."""
     prepare = case.cfg.prepare
     asked = [name for name, value in (

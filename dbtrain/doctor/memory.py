@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
-from dbtrain.data.shards import HELD_OUT, Manifest
+from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
 from dbtrain.models.base import Base
@@ -27,6 +27,7 @@ from dbtrain.models.families.family import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
@@ -201,18 +202,11 @@ class _Shapes:
 
 def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int) -> Batch:
     """A micro-batch of fake tensors."""
-    shape, side = (rows, *shapes.space.shape), shapes.side
+    shape, side = shapes.space.shape, shapes.side
+    image = {name: torch.empty(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in stored.items()}
+    noise = RowNoise(torch.empty(()), torch.empty(shape), torch.empty(shape), torch.empty(()))
     extra = base.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
-
-    def like(values: Mapping[str, Tensor], skip: int) -> dict[str, Tensor]:
-        return {n: torch.empty(rows, *t.shape[skip:], dtype=t.dtype) for n, t in values.items()}
-
-    return Batch(
-        stored=like(stored, 1), posterior=torch.empty(shape), noise=torch.empty(shape),
-        u=torch.empty(rows), prompt=torch.empty(rows, dtype=torch.int64), weight=torch.empty(rows),
-        level=torch.empty(rows), position=torch.empty(rows, dtype=torch.float64),
-        extra=like(extra, 0), first=0, seen=0,
-    )  # fmt: skip
+    return Batch.collate([Row(image, {"prompt": 0})] * rows, [noise] * rows, [extra] * rows)
 
 
 def _with_moments(model: DreamBooth, cfg: Config) -> Progress:

@@ -10,7 +10,7 @@ from pathlib import Path
 from dbtrain.config import Prepare
 from dbtrain.data import photos as images
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
-from dbtrain.doctor.case import Case, Found, listed, ok, refused, ruled, warning
+from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
 from dbtrain.models import sampler
 from dbtrain.prepare import class_images, plan
 from dbtrain.runtime import hashing
@@ -20,7 +20,7 @@ FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few doz
 SEEN = (20, 2000)  # times that each photo is trained on: guides say 80 to 1000
 
 
-def photos(case: Case) -> Iterator[Found]:
+def photos(case: Case) -> Iterator[Finding]:
     """Open and measure every photo, and compare it with the others."""
     cfg = case.cfg.prepare
     if cfg is None:
@@ -29,7 +29,7 @@ def photos(case: Case) -> Iterator[Found]:
     try:
         paths = images.of_subject(cfg)
     except ConfigError as problem:
-        yield from refused(
+        yield from findings_of(
             problem, f"put photos of the subject ({', '.join(images.SUFFIXES)}) into that folder"
         )
         return
@@ -38,14 +38,14 @@ def photos(case: Case) -> Iterator[Found]:
         opened = list(pool.map(_open, paths))
     for one in opened:
         if isinstance(one, ConfigError):
-            yield from refused(one, "replace or remove it")
+            yield from findings_of(one, "replace or remove it")
     case.photos = [
         (path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)
     ]
     # Captions.
     if cfg.captions:
         for path in paths:
-            yield from ruled(lambda path=path: images.caption(path),  # type: ignore[misc]
+            yield from problems_of(lambda path=path: images.caption(path),  # type: ignore[misc]
                              f"write {path.with_suffix('.txt').name} beside it")  # fmt: skip
     # Number and quality.
     yield from _count(len(paths))
@@ -63,7 +63,7 @@ def _open(path: Path) -> PhotoQuality | ConfigError:
         return problem
 
 
-def _count(count: int) -> Iterator[Found]:
+def _count(count: int) -> Iterator[Finding]:
     if count < FEW:
         yield warning(
             f"{count} photos are few: the background may be learned with the subject", f"use {FEW} to 10"
@@ -74,7 +74,7 @@ def _count(count: int) -> Iterator[Found]:
         )
 
 
-def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Found]:
+def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Finding]:
     """Photos that are small, blurred, there twice, or badly cropped."""
     # Each photo by itself.
     small = [f"{p.name} ({one.width} x {one.height})" for p, one in photos
@@ -115,11 +115,11 @@ def _cut_off(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> list[str]
     return cut
 
 
-def passes(case: Case) -> Iterator[Found]:
+def passes(case: Case) -> Iterator[Finding]:
     """How often each photo is trained on, over the whole run."""
     cfg, count = case.cfg, len(case.photos)
     if not count:
-        yield Found("skipped", "not checked: no photo can be read")
+        yield Finding("skipped", "not checked: no photo can be read")
         return
     if cfg.prepare:
         count = plan.left(cfg.prepare, "instance", count)
@@ -136,7 +136,7 @@ def passes(case: Case) -> Iterator[Found]:
     yield warning(f"{text}, {effect}; usual are {low} to {high}", f"start with train.steps={steps}")
 
 
-def of_class(case: Case) -> Iterator[Found]:
+def of_class(case: Case) -> Iterator[Finding]:
     """How many class images there are, and how many have to be generated."""
     cfg = case.cfg.prepare
     if cfg is None or not cfg.class_prompt:
@@ -144,9 +144,9 @@ def of_class(case: Case) -> Iterator[Found]:
         return
     own = class_images.find_own(cfg)
     for path in own:
-        yield from ruled(lambda path=path: images.size(path), "replace or remove it")  # type: ignore[misc]
+        yield from problems_of(lambda path=path: images.size(path), "replace or remove it")  # type: ignore[misc]
     count = cfg.class_images - len(own)
-    if count and (found := ruled(lambda: class_images.check_draws(case.base, cfg, len(own)), "")):
+    if count and (found := problems_of(lambda: class_images.check_draws(case.base, cfg, len(own)), "")):
         yield from found
         return
     plan.left(cfg, "class", cfg.class_images)
@@ -155,7 +155,7 @@ def of_class(case: Case) -> Iterator[Found]:
              f"{count - kept} to generate, in {class_images.root(cfg)}")  # fmt: skip
 
 
-def generated_images(case: Case) -> Iterator[Found]:
+def generated_images(case: Case) -> Iterator[Finding]:
     """How many images are generated during and after training."""
     cfg = case.cfg
     validations = 1 + -(-cfg.train.steps // cfg.validation.every) if cfg.validation.prompts else 0

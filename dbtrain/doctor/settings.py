@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dbtrain.config import fields
-from dbtrain.doctor.case import Case, Found, ok, warning
+from dbtrain.doctor.case import Case, Finding, ok, warning
 
 # Words that say nothing about a subject.
 FILLERS = set("a an the of in on with my this one photo picture image photograph close up closeup".split())
@@ -15,7 +15,7 @@ FILLERS = set("a an the of in on with my this one photo picture image photograph
 RATES = {"lr": (1e-5, 2e-3), "text_encoder_lr": (1e-6, 1e-3)}
 
 
-def loaded(case: Case) -> Found:
+def loaded(case: Case) -> Finding:
     """A summary of the valid config."""
     changed = 0
     for name, setting in fields():
@@ -26,7 +26,7 @@ def loaded(case: Case) -> Found:
     return ok(f"valid; {changed} settings differ from the defaults; run_dir {case.cfg.run_dir}")
 
 
-def prompts(case: Case) -> Iterator[Found]:
+def prompts(case: Case) -> Iterator[Finding]:
     """Whether the subject has a word of its own, and shares the class word with the class prompt."""
     cfg = case.cfg.prepare
     if cfg is None:
@@ -65,7 +65,7 @@ def words(prompt: str) -> set[str]:
     return set(re.findall(r"\w+", prompt.casefold())) - FILLERS
 
 
-def rates(case: Case) -> Iterator[Found]:
+def rates(case: Case) -> Iterator[Finding]:
     """Whether the learning rates are of the order usual for adapters."""
     used = {"lr": case.cfg.optim.lr}
     if case.cfg.adapter.text_encoder and case.cfg.optim.text_encoder_lr:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dbtrain.data import shards as stored
 from dbtrain.data.order import Order, RankSlice
 from dbtrain.data.storage import Storage
-from dbtrain.doctor.case import Case, Found, error, ok, refused, ruled, size, warning
+from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.doctor.gpu import ranks_of
 from dbtrain.prepare import plan
-from dbtrain.runtime import lock
+from dbtrain.runtime import files, lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, read_state
 from dbtrain.train import fingerprint
@@ -19,7 +19,7 @@ REMAKE = f"{stored.CURE} (`dbtrain run` does it automatically)"
 MOST_RANKS = 64  # to suggest
 
 
-def shards(case: Case) -> Iterator[Found]:
+def shards(case: Case) -> Iterator[Finding]:
     """Whether the shards are complete and were made for this config."""
     cfg = case.cfg
     storage = Storage(cfg.data.shards, retries=0)
@@ -36,22 +36,22 @@ def shards(case: Case) -> Iterator[Found]:
     if busy := lock.holder(storage.folder):
         yield from _busy("data.shards", *busy)
     manifest = case.manifest = stored.Manifest.read(storage)
-    found = ruled(lambda: manifest.check_files(storage), REMAKE)
-    found += ruled(lambda: plan.check(cfg, case.base, manifest), REMAKE)
+    found = problems_of(lambda: manifest.check_files(storage), REMAKE)
+    found += problems_of(lambda: plan.check(cfg, case.base, manifest), REMAKE)
     yield from (error(one.what, REMAKE) for one in found)
     if not found:
         counts = ", ".join(f"{sum(manifest.rows(role))} {role} rows" for role in manifest.roles)
         yield ok(f"{counts} in {len(manifest.shards)} shards, complete and made for this config")
 
 
-def batch(case: Case) -> Iterator[Found]:
+def batch(case: Case) -> Iterator[Finding]:
     """Whether the ranks can share a batch, and how much data each of them reads."""
     train = case.cfg.train
     ranks = ranks_of(case)
     try:
         share = RankSlice(train.global_batch, train.micro_batch, 0, ranks)
     except ConfigError as problem:
-        for one in refused(problem):
+        for one in findings_of(problem):
             yield error(one.what, _fitting(train.global_batch, train.micro_batch, ranks))
         return
     yield ok(f"{train.global_batch} images over {ranks} rank{'s' * (ranks > 1)}: {share.micro_batches} x "
@@ -70,7 +70,7 @@ def _fitting(images: int, micro: int, ranks: int) -> str:
     return f"use train.global_batch={' or '.join(map(str, batches))}, or {ranks_fit}"
 
 
-def _reading(case: Case, share: RankSlice) -> Iterator[Found]:
+def _reading(case: Case, share: RankSlice) -> Iterator[Finding]:
     """More ranks than shards read the same shards, which is slow only if these do not stay in memory."""
     cfg, manifest = case.cfg, case.manifest
     assert manifest is not None
@@ -84,16 +84,17 @@ def _reading(case: Case, share: RankSlice) -> Iterator[Found]:
         for role, rows in roles
         for number in Order(rows, share.global_batch, cfg.seed, role).shards_of(share)
     )
-    text = f"{share.world} ranks, but {fewest} shards: rank 0 reads {size(mine)} of {size(total)}"
+    part, whole = files.size_text(mine), files.size_text(total)
+    text = f"{share.world} ranks, but {fewest} shards: rank 0 reads {part} of {whole}"
     if mine > cfg.data.cache_gib * 2**30:
         yield warning(
             f"{text}, every epoch", f"raise data.cache_gib above {mine / 2**30:.1f}, or use fewer ranks"
         )
     else:
-        yield Found("", f"{text}, once, as it stays in memory (data.cache_gib)")
+        yield Finding("", f"{text}, once, as it stays in memory (data.cache_gib)")
 
 
-def run_folder(case: Case) -> Iterator[Found]:
+def run_folder(case: Case) -> Iterator[Finding]:
     """Whether the run folder is free, and whether its newest checkpoint belongs to this run."""
     run = RunFolder(case.cfg.run_dir)
     folder = run.path
@@ -106,7 +107,7 @@ def run_folder(case: Case) -> Iterator[Found]:
         try:
             state = read_state(path)
         except ConfigError as problem:
-            yield from refused(
+            yield from findings_of(
                 problem, "nothing to do: the run moves it aside and uses the one before", "warning"
             )
             continue
@@ -127,7 +128,7 @@ def run_folder(case: Case) -> Iterator[Found]:
     yield ok(f"{folder}: {'no checkpoint yet' if folder.exists() else 'does not exist yet'}")
 
 
-def _busy(what: str, owner: str, sure: bool) -> Iterator[Found]:
+def _busy(what: str, owner: str, sure: bool) -> Iterator[Finding]:
     cure = "wait for it to end, or use another folder"
     if sure:
         yield error(f"{what} is in use by {owner}", cure)

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import photos as images
-from dbtrain.data.pictures import Row, contact_sheet, save_png
+from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
 from dbtrain.evaluate import encoders
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate.encoders import Encoder
@@ -177,12 +177,13 @@ def _write(scenario: Scenario, scores: Scores, key: str) -> None:
     }  # fmt: skip
     several = scenario.groups["subject"][:: ours.images][:SHOWN]
     rows = [
-        Row([ImageOps.fit(images.load(path), (256, 256)) for path in scenario.photos[:SHOWN]], "the photos"),
-        Row([Image.open(path) for path in scenario.groups["of_class_base"][:SHOWN]], "base",
+        SheetRow([ImageOps.fit(images.load(path), (256, 256)) for path in scenario.photos[:SHOWN]],
+                 "the photos"),
+        SheetRow([Image.open(path) for path in scenario.groups["of_class_base"][:SHOWN]], "base",
             f'"{scenario.about.class_prompt}"'),
-        Row([Image.open(path) for path in several], "adapter", "; ".join(
+        SheetRow([Image.open(path) for path in several], "adapter", "; ".join(
             f'"{text}"' for text, _ in scenario.prompts[:SHOWN])),
-        Row([Image.open(path) for path in scenario.groups["of_class"][:SHOWN]], "",
+        SheetRow([Image.open(path) for path in scenario.groups["of_class"][:SHOWN]], "",
             f'"{scenario.about.class_prompt}"'),
     ]  # fmt: skip
     save_png(scenario.out / SHEET, contact_sheet(rows, least_cell=128))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dbtrain.config import Config
 from dbtrain.data import photos as images
-from dbtrain.data.pictures import Row, contact_sheet, save_png
+from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
 from dbtrain.evaluate import prompts as subjects
 from dbtrain.evaluate.scores import among
 from dbtrain.runtime import dist, files
@@ -115,11 +115,11 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     # The contact sheet.
     by_place = dict(zip(world.PLACE_WORDS, placed, strict=True))
     rows = [
-        Row(photos[:5], "the photos"),
-        Row(base[:5], "base", f'"{of_class}"'),
-        Row([by_place[place][0] for place in SHOWN], "adapter", f'"{subject} ..."',
+        SheetRow(photos[:5], "the photos"),
+        SheetRow(base[:5], "base", f'"{of_class}"'),
+        SheetRow([by_place[place][0] for place in SHOWN], "adapter", f'"{subject} ..."',
             [f"... {world.PLACE_WORDS[place]}" for place in SHOWN]),
-        Row(adapted[:5], "", f'"{of_class}"'),
+        SheetRow(adapted[:5], "", f'"{of_class}"'),
     ]  # fmt: skip
     save_png(out / SHEET, contact_sheet(rows, least_cell=128))
     return scores

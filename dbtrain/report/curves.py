@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dbtrain.report.run import METRICS, SPEED, TIMESTEPS, VALIDATION, Line, Run, number
+from dbtrain.train.metrics import TENTHS
 
 POINTS = 1500  # most points of a curve; neighbors are averaged if there are more
 WINDOWS = 60  # most points of a curve by timestep, each a mean over many images
-TENTHS = 10
 ROLES = {"instance": "instance images", "prior": "class images"}
 Values = list[float | None]
 

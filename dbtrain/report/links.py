@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from dbtrain.report.run import Run
+from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import SHEET, TABLES
 
 
@@ -43,7 +44,8 @@ def _link(what: str, path: Path, page: Path) -> Link:
     href = href_of(path, page)
     text = str(path.relative_to(page.parent)) if href else str(path)
     parts = path.rglob("*") if path.is_dir() else [path]
-    return Link(what, text, href, _size(sum(part.stat().st_size for part in parts if part.is_file())))
+    size = sum(part.stat().st_size for part in parts if part.is_file())
+    return Link(what, text, href, files.size_text(size))
 
 
 def href_of(path: Path, page: Path) -> str:
@@ -51,12 +53,3 @@ def href_of(path: Path, page: Path) -> str:
     if not path.is_relative_to(page.parent):
         return ""
     return "./" + quote(path.relative_to(page.parent).as_posix()) + ("/" if path.is_dir() else "")
-
-
-def _size(count: float) -> str:
-    """A number of bytes with its unit, e.g. 2.1 MiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

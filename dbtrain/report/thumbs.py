@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain.data.pictures import BROKEN, TEXT_KEY
+from dbtrain.data.pictures import BROKEN, note_in
 from dbtrain.report.run import Run
 from dbtrain.runtime.errors import reason
 from dbtrain.runtime.run_folder import SHEET, step_of
@@ -135,9 +135,8 @@ def sheets(run: Run) -> list[Picture]:
 def _prompt(path: Path) -> str:
     """The prompt in an image's metadata; empty if there is none."""
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            note = json.loads(getattr(picture, "text", {}).get(TEXT_KEY, "{}"))
-    except BROKEN:
+        note = json.loads(note_in(path) or "{}")
+    except ValueError:
         return ""
     prompt = note.get("prompt") if isinstance(note, dict) else None
     return prompt if isinstance(prompt, str) else ""

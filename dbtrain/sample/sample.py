@@ -13,7 +13,7 @@ from PIL import Image
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
-from dbtrain.data.pictures import Row, contact_sheet, note_in, save_png
+from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, preemption
@@ -178,14 +178,14 @@ class _Request:
                     save_png(out / _name(m, p, seed), image, json.dumps(note))
                 bar.update(len(batch))
 
-    def rows(self, out: Path) -> list[Row]:
+    def rows(self, out: Path) -> list[SheetRow]:
         """The contact sheet's rows: one per prompt and mix, with one column per seed."""
-        rows: list[Row] = []
+        rows: list[SheetRow] = []
         for p, prompt in enumerate(self.prompts):
             for m, mix in enumerate(self.mixes):
                 images = [Image.open(out / _name(m, p, seed)) for seed in self.seeds]
                 captions = () if rows else [f"seed {seed}" for seed in self.seeds]
-                rows.append(Row(images, "" if m else prompt, mix.label, captions))
+                rows.append(SheetRow(images, "" if m else prompt, mix.label, captions))
         return rows
 
 

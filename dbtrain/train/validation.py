@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dbtrain.config import Config
-from dbtrain.data.pictures import Row, contact_sheet, note_in, save_png
+from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models import sampler
@@ -140,7 +140,7 @@ class Validator:
                 for number, prompt in enumerate(prompts):
                     images = [Image.open(sheet.parent / name) for name in names[number]]
                     captions = () if number else [f"seed {seed}" for seed in seeds]
-                    rows.append(Row(images, prompt, "" if number else f"step {step}", captions))
+                    rows.append(SheetRow(images, prompt, "" if number else f"step {step}", captions))
                 save_png(sheet, contact_sheet(rows), _images_key(self.cfg, self.fingerprint))
         return sheet
 

@@ -21,12 +21,12 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
 from dbtrain.doctor import doctor
-from dbtrain.doctor.case import Found
+from dbtrain.doctor.case import Finding
 from dbtrain.runtime import lock
 from tests import bases
 from tests.conftest import config_in, dbtrain, draw_photo, train
 
-Rows = list[tuple[str, Found]]
+Rows = list[tuple[str, Finding]]
 
 
 @dataclass

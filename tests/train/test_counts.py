@@ -15,10 +15,12 @@ from peft.tuners.lora import LoraLayer
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter, Config, Train
 from dbtrain.data.batch import Batch
+from dbtrain.data.shards import Row
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import LatentSpace
 from dbtrain.models.objectives import DDPM
 from dbtrain.models.precision import PRECISIONS
+from dbtrain.runtime.rng import RowNoise
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step
@@ -45,12 +47,10 @@ def network(precision: str) -> DreamBooth:
 
 
 def batch() -> Batch:
-    latent, one = torch.randn(1, 4, 32, 32), torch.ones(1)
-    return Batch(
-        stored={"mean": latent, "std": latent.abs()}, posterior=latent, noise=latent, u=one / 2,
-        prompt=torch.zeros(1, dtype=torch.int64), weight=one, level=one, position=one.double(), extra={},
-        first=0, seen=0,
-    )  # fmt: skip
+    latent = torch.randn(4, 32, 32)
+    row = Row({"mean": latent, "std": latent.abs()}, {"prompt": 0})
+    noise = RowNoise(torch.tensor(0.5), latent, latent, torch.tensor(1.0))
+    return Batch.collate([row], [noise], [{}], weights=[1.0], positions=[1])
 
 
 def bare(dtype: torch.dtype) -> int:
