@@ -100,7 +100,7 @@ def _scheduler() -> Any:
 def model(name: str, work: Path, weights: bool = False) -> Model:
     """The config's model: the embedded base, a folder with random weights, or one without weights."""
     if name == "tiny":
-        return Model()
+        return Model(path="tiny")
     return Model(path=str((folder if weights else outline)(name, work)), variant=None)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dbtrain
-from dbtrain.runtime import exit_codes, preemption
+from dbtrain.runtime import exit_codes, files, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
@@ -162,7 +162,8 @@ def sample(
         from dbtrain.sample import sample as verb
 
     mixes = [verb.Mix.parse(text) for text in adapter or ()]
-    verb.sample(cfg, prompt or cfg.sample.prompts, mixes or verb.without_and_with(cfg.run_dir), out)
+    prompts = [cfg.subject.filled(text) for text in prompt or cfg.sample.prompts]
+    verb.sample(cfg, prompts, mixes or verb.without_and_with(cfg.run_dir), out)
 
 
 @app.command()
@@ -274,7 +275,7 @@ def config(
         if part not in getattr(type(value), "model_fields", {}):
             raise ConfigError(f"--key is '{key}', which is not a setting")
         value = getattr(value, part)
-    print(value)
+    print(files.expand(value) if key == "run_dir" else value)  # scripts look into it
 
 
 @app.callback(invoke_without_command=True)

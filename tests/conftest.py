@@ -80,6 +80,7 @@ def config_in(folder: Path, photos: Path, class_dir: Path, **changes: Any) -> Co
     """A small valid config, written to `folder/c.yaml`; keyword `section__key` changes one value."""
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
+        "subject": {"token": "sks", "class_word": "dog"},
         "model": {"path": str(bases.sd())},
         "prepare": {
             "photos": str(photos), "instance_prompt": "a photo of sks dog",
@@ -216,6 +217,12 @@ class Started:
             self.kill()
         print(said := self.output())
         return code, said
+
+    def cpu_seconds(self) -> float:
+        """What the first of its processes has computed so far. Raises FileNotFoundError once it has ended."""
+        assert isinstance(self.processes, Forked)
+        stat = Path(f"/proc/{self.processes.pids[0]}/stat").read_text().rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
     def output(self) -> str:
         """What it has said so far."""

@@ -202,7 +202,7 @@ def test_targets_that_cannot_be_adapted(refused: Refused, config: Path, shards: 
 
 def test_missing_prepare_section(refused: Refused, config: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare.yaml"
-    bare.write_text("run_dir: r\ndata: {shards: s}\n")
+    bare.write_text("run_dir: r\nmodel: {path: tiny}\ndata: {shards: s}\n")
     refused("prepare", bare, told="no prepare section")
 
 
@@ -327,7 +327,7 @@ def test_a_scheduler_that_makes_no_sense_is_refused(
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("seed=2024-99-99", "the value is not valid YAML"),
+        ("seed=2024-99-99", "seed is '2024-99-99'"),
         ("seed=99999999999999999999", "seed is 99999999999999999999"),
         ("sample.steps=1500", "sample.steps is 1500"),
         ("prepare.photos=~nouser/x", "~nouser"),

@@ -16,7 +16,18 @@ class Section(BaseModel):
 
 
 def listed(value: Any) -> Any:
+    """A list as a tuple, as YAML has lists and frozen models need tuples."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def one_or_listed(value: Any) -> Any:
+    """A list, or a single text, as a tuple."""
+    return (value,) if isinstance(value, str) else listed(value)
+
+
+def split_or_listed(value: Any) -> Any:
+    """A list, or words with commas between them, as a tuple."""
+    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else listed(value)
 
 
 def no_number(value: Any) -> Any:
@@ -24,7 +35,7 @@ def no_number(value: Any) -> Any:
     return str(value) if type(value) is int else value
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(listed)]  # YAML has lists, frozen models need tuples
+Names = Annotated[tuple[str, ...], BeforeValidator(one_or_listed)]
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(listed)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ from pydantic import Field, ValidationError, model_validator
 from dbtrain.config import loading
 from dbtrain.config.adapter import Adapter
 from dbtrain.config.base import Section, Seed, Text
-from dbtrain.config.inputs import Data, Model, Prepare
+from dbtrain.config.inputs import PLACEHOLDER, Data, Model, Prepare, Subject
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
 from dbtrain.config.training import Faults, Loss, Optim, Train
 from dbtrain.runtime.errors import ConfigError
+
+PROMPTS = (("prepare", "instance_prompt"), ("prepare", "class_prompt"), ("validation", "prompts"),
+           ("sample", "prompts"))  # fmt: skip
 
 
 class Config(Section):
     run_dir: Text = Field(description="run folder: checkpoints, logs, exported files, samples")
     seed: Seed = Field(0, description="seed of everything random in the run")
-    model: Model = Field(default=Model(), description="the base model")
+    subject: Subject = Field(default=Subject(), description="what the photos show, in words")
+    model: Model = Field(description="the base model")
     prepare: Prepare | None = Field(None, description="how photos are turned into shards")
     data: Data = Field(description="where the shards are, and how they are read")
     adapter: Adapter = Field(default=Adapter(), description="the adapter that is trained")
@@ -38,6 +43,35 @@ class Config(Section):
     hub: Hub = Field(default=Hub(), description="publishing to the Hugging Face Hub")
     sample: Sample = Field(default=Sample(), description="images generated with the trained adapter")
     evaluation: Evaluation = Field(default=Evaluation(), description="how `evaluate` scores the result")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_subject(cls, values: Any) -> Any:
+        """Derive from the subject what is not set: the run folder, the shards, and its words in prompts."""
+        try:
+            subject = Subject.model_validate(values["subject"])
+        except (ValidationError, LookupError, TypeError):
+            return values  # without a subject, or told once the sections are read
+        derived = {"run_dir": f"runs/{subject.name}"} if subject.name else {}
+        derived |= values
+        if subject.name and isinstance(data := derived.setdefault("data", {}), dict):
+            derived["data"] = {"shards": f"shards/{subject.name}"} | data
+        for section, key in PROMPTS:
+            if isinstance(part := derived.get(section), dict) and key in part:
+                derived[section] = part | {key: _filled(part[key], subject)}
+        return derived
+
+    @model_validator(mode="after")
+    def _words_for_every_prompt(self) -> Config:
+        for section, key in PROMPTS:
+            value = getattr(getattr(self, section), key, None)
+            for prompt in (value,) if isinstance(value, str) else value or ():
+                if PLACEHOLDER.search(prompt):
+                    raise ValueError(
+                        f"{section}.{key}: '{prompt}' needs words for the subject; set subject.token and "
+                        "subject.class_word, e.g. to sks and dog"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> Config:
@@ -64,7 +98,7 @@ class Config(Section):
 
         Raises a ConfigError that lists every problem.
         """
-        return cls.from_dict(loading.read_yaml(Path(path)), overrides)
+        return cls.from_dict(loading.read_yaml(Path(path), kinds()), overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
@@ -73,7 +107,7 @@ class Config(Section):
         Raises a ConfigError that lists every problem.
         """
         given = loading.plain(values)
-        problems = [problem for item in overrides if (problem := loading.override(given, item))]
+        problems = [problem for item in overrides if (problem := loading.override(given, item, kinds()))]
         try:
             config = cls.model_validate(given)
         except ValidationError as error:
@@ -83,7 +117,7 @@ class Config(Section):
         return config
 
     def override(self, *overrides: str) -> Config:
-        """A copy with `section.key=value` overrides applied.
+        """A copy with `section.key=value` overrides applied; prompts and folders keep the words they have.
 
         Raises a ConfigError that lists every problem.
         """
@@ -106,3 +140,16 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield from fields(inner[0], f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+
+
+@cache
+def kinds() -> dict[str, loading.Kinds]:
+    """The types of every setting, by dotted key."""
+    return {name: loading.kinds_of(field.annotation) for name, field in fields()}
+
+
+def _filled(value: Any, subject: Subject) -> Any:
+    """A prompt, or each prompt of a list, with the subject's words; other values as they are."""
+    if isinstance(value, (list, tuple)):
+        return [_filled(one, subject) for one in value]
+    return subject.filled(value) if isinstance(value, str) else value

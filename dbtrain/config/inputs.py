@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Steps, Text
 
+PLACEHOLDER = re.compile(r"\{(|token|class)\}")
+
+
+class Subject(Section):
+    """What the photos show. Prompts can refer to it: see `filled`."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = Field(
+        None,
+        description="names the run: `run_dir` defaults to `runs/NAME`, and `data.shards` to `shards/NAME`",
+    )
+    token: Text | None = Field(
+        None, description="rare word that comes to mean the subject, e.g. `sks`; `{token}` in prompts"
+    )
+    class_word: Text | None = Field(
+        None, description="what the subject is, e.g. `dog`; `{class}` in prompts, where `{}` is both words"
+    )
+
+    def filled(self, prompt: str) -> str:
+        """A prompt with the words in place of `{token}`, `{class}` and `{}`, as far as they are set."""
+        known = {"token": self.token, "class": self.class_word}
+        if self.token and self.class_word:
+            known[""] = f"{self.token} {self.class_word}"
+        return PLACEHOLDER.sub(lambda match: known.get(match[1]) or match[0], prompt)
+
 
 class Model(Section):
     path: Text = Field(
-        "tiny",
         description="base model: a Diffusers folder, a Hub id, a single-file SD or SDXL checkpoint "
-        "(`.safetensors`), or `tiny`, which comes with dbtrain",
+        "(`.safetensors`), or `tiny`, a toy model that comes with dbtrain",
     )
     family: str = Field(
         "auto",

@@ -6,8 +6,9 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -27,9 +28,23 @@ SYNONYMS = {
     "pretrained_model_name_or_path": "model.path",
 }  # fmt: skip
 
+MISSING = {  # what to do about a missing setting, if there is more than one way
+    "model": "name the base model, e.g. model.path=stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "run_dir": "add it to the config, or subject.name, from which it is derived",
+    "data": "add it to the config, or subject.name, from which data.shards is derived",
+}
+NULL = "tag:yaml.org,2002:null"
+LIST = '; quote the items of a list that have special characters, e.g. ["mug #1", "a: b"]'
+_REPLACED = ("int", "float", "timestamp")  # PyYAML reads 0500 as 320, 8:20 as 500, and 1e-4 as text
+_NUMBERS = {
+    "int": r"[-+]?[0-9][0-9_]*",
+    "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))"
+    r"|\.(nan|NaN|NAN)",
+}
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: `1e-4` is a number, and duplicate keys are an error."""
+    """YAML as people expect it: numbers are decimal, dates are text, and duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -39,18 +54,25 @@ class _Loader(yaml.SafeLoader):
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",  # PyYAML follows YAML 1.1, where 1e-4 needs a dot: 1.e-4
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        return int(self.construct_scalar(node).replace("_", ""))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError if there is none."""
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in _REPLACED]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(f"^({_pattern})$"), list("-+.0123456789")
+    )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
+
+
+def read_yaml(path: Path, kinds: Mapping[str, Kinds] | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file; `kinds` are those of the settings. Raises ConfigError if there is none."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        values = _parse(path.read_text(encoding="utf-8-sig"), kinds or {})
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's constructors raise these
@@ -58,6 +80,52 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a valid config: it has no `key: value` pairs")
     return values
+
+
+Kinds = frozenset[type]  # the types that a setting can have; `tuple` for a list of text
+
+
+def kinds_of(annotation: Any) -> Kinds:
+    """The types of the values that a type annotation allows."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return frozenset(map(type, get_args(annotation)))
+    if origin is tuple:
+        return frozenset([tuple])
+    if origin is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    parts = get_args(annotation)
+    return frozenset().union(*map(kinds_of, parts)) if parts else frozenset([annotation])
+
+
+def _is_text(allowed: Kinds) -> bool:
+    """Whether a value is text as it is written, or nothing: not a number, a switch or a section."""
+    return bool(allowed) and allowed <= {str, tuple, type(None)}
+
+
+def _parse(text: str, kinds: Mapping[str, Kinds], key: str = "") -> Any:
+    """The value of YAML text for a dotted key, or for the whole config."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _retag(node, kinds, key)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _retag(node: Any, kinds: Mapping[str, Kinds], key: str) -> None:
+    """Make plain scalars such as 007 and `on` text where the setting is text; `null` stays if it can be."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            _retag(value, kinds, f"{key}.{name.value}" if key else str(name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _retag(value, kinds, key)
+    elif isinstance(node, yaml.ScalarNode):
+        allowed = kinds.get(key, frozenset())
+        if _is_text(allowed) and (node.tag != NULL or type(None) not in allowed):
+            node.tag = "tag:yaml.org,2002:str"
 
 
 def plain(values: Any) -> Any:
@@ -69,16 +137,20 @@ def plain(values: Any) -> Any:
     return str(values) if isinstance(values, os.PathLike) else values
 
 
-def override(values: dict[str, Any], item: str) -> str | None:
-    """Apply one `a.b=value` to `values`. Returns the problem with it, or None."""
+def override(values: dict[str, Any], item: str, kinds: Mapping[str, Kinds]) -> str | None:
+    """Apply one `a.b=value` to `values`. Returns the problem with it, or None.
+
+    `kinds`: the types of every setting, which decide how the value is read. Text is taken as it is, unless it
+    is quoted. A mapping for a section changes the keys that it has.
+    """
     name, equals, text = item.partition("=")
     keys = name.split(".")
     if not equals or not all(keys):
         return f"override '{item}' is not of the form section.key=value"
     try:
-        value = yaml.load(text, _Loader)
+        value = _value(name, text.strip(), kinds)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return f"override '{item}': the value is not valid YAML"
+        return f"override '{item}': the value is not valid YAML{LIST if text.lstrip()[:1] == '[' else ''}"
     for key in keys[:-1]:
         inner = values.get(key)
         if inner is None:
@@ -86,8 +158,33 @@ def override(values: dict[str, Any], item: str) -> str | None:
         if not isinstance(inner, dict):
             return f"override '{item}': '{key}' is not a section"
         values = inner
-    values[keys[-1]] = value
+    _merge(values, {keys[-1]: value})
     return None
+
+
+def _value(name: str, text: str, kinds: Mapping[str, Kinds]) -> Any:
+    """The value that the text of an override means for a setting."""
+    allowed = kinds.get(name, frozenset())
+    if not _is_text(allowed):
+        return _parse(text, kinds, name)
+    if type(None) in allowed and text in ("", "null"):
+        return None
+    if tuple in allowed and text[:1] == "[" and text[-1:] == "]":
+        return _parse(text, kinds, name)
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        with suppress(yaml.YAMLError):  # it only begins and ends with a quoted word
+            return _parse(text, kinds, name)
+    return text
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put `changes` over nested values."""
+    for key, value in changes.items():
+        old = values.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            _merge(old, value)
+        else:
+            values[key] = value
 
 
 def problems(error: ValidationError, known: Sequence[str]) -> list[str]:
@@ -105,7 +202,7 @@ def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key '{place}'{_did_you_mean(place, known)}"
     if error["type"] == "missing":
-        return f"'{place}' is missing; add it to the config"
+        return f"'{place}' is missing; {MISSING.get(place.partition('.')[0], 'add it to the config')}"
     if error["type"] == "literal_error":
         return f"{place} is {value!r}; choose from {context['expected']}"
     if error["type"] == "value_error":

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from dbtrain.config.base import Count, Names, NonNegative, Section, Seed, Steps, Text, listed
+from dbtrain.config.base import Count, Names, NonNegative, Section, Seed, Steps, Text, split_or_listed
 
 
 class Validation(Section):
@@ -26,7 +26,7 @@ class Export(Section):
         "adapters that `diffusers` cannot store)"
     )  # fmt: skip
 
-    _listed = field_validator("formats", mode="before")(listed)
+    _split = field_validator("formats", mode="before")(split_or_listed)
 
 
 class Hub(Section):
@@ -69,10 +69,3 @@ class Evaluation(Section):
     )
     seed: Seed = Field(1000, description="seed of the first image; image i uses seed + i")
     batch: Count = Field(32, description="images per batch of DINO and CLIP on each rank")
-    token: Text | None = Field(
-        None, description="word that stands for the subject, e.g. `sks` (null: what the instance prompt has "
-        "and the class prompt does not)"
-    )  # fmt: skip
-    class_word: Text | None = Field(
-        None, description="class of the subject, e.g. `dog` (null: what follows the token)"
-    )

@@ -55,7 +55,7 @@ class Storage:
             return str(self.folder / name)
         if self.scheme == "pipe":
             return self.location.replace("{}", name)
-        return f"{self.location.rstrip('/')}/{name}"
+        return f"{files.with_variables(self.location).rstrip('/')}/{name}"
 
     def has(self, name: str) -> bool:
         """Whether a file exists. Always True for remote storage, where only reading it can tell."""

@@ -37,7 +37,7 @@ class Scenario:
     """Everything to score: the image files by what they show, and the encoders."""
 
     cfg: Config
-    about: subject.Subject
+    about: subject.SubjectWords
     prompts: Sequence[tuple[str, str]]  # (generated, the same without the token)
     photos: Sequence[Path]
     dino: Encoder
@@ -106,7 +106,7 @@ def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Scenario:
         return encoders.dino(ours.dino or encoders.DINO), encoders.clip(ours.clip or encoders.CLIP)
 
     with dist.agreed():
-        about = subject.of(cfg.prepare, ours)
+        about = subject.of(cfg.prepare, cfg.subject)
         prompts = subject.prompts(about, ours)
         photos = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",)) if cfg.prepare else []
         if not photos:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dbtrain.config import Config, Evaluation, Prepare
+from dbtrain.config import Config, Evaluation, Prepare, Subject
 from dbtrain.runtime.errors import ConfigError
 
 # Settings that suit subjects of any kind; `{}` is the subject.
@@ -25,7 +25,7 @@ CONTEXTS = (
 
 
 @dataclass(frozen=True)
-class Subject:
+class SubjectWords:
     token: str  # "sks"
     kind: str  # "dog"
     class_prompt: str  # "a photo of a dog"
@@ -46,8 +46,8 @@ class Subject:
         return prompt, without
 
 
-def of(prepare: Prepare | None, evaluation: Evaluation) -> Subject:
-    """The subject of a config, from `evaluation` or else from the instance and class prompts.
+def of(prepare: Prepare | None, subject: Subject) -> SubjectWords:
+    """The subject of a config, from `subject` or else from the instance and class prompts.
 
     The token is the words that only the instance prompt has; the class follows the token. Raises ConfigError
     with the setting to add if the prompts do not tell.
@@ -55,22 +55,22 @@ def of(prepare: Prepare | None, evaluation: Evaluation) -> Subject:
     if prepare is None:
         raise ConfigError("evaluate needs the photos: the config has no prepare section")
     instance, of_class = prepare.instance_prompt.split(), (prepare.class_prompt or "").split()
-    token = (evaluation.token or _token(prepare, instance, of_class)).split()
+    token = (subject.token or _token(prepare, instance, of_class)).split()
     starts = [k for k in range(len(instance)) if instance[k : k + len(token)] == token]
     if not starts:
         raise ConfigError(
-            f"evaluation.token is '{' '.join(token)}', which is not in prepare.instance_prompt "
+            f"subject.token is '{' '.join(token)}', which is not in prepare.instance_prompt "
             f"('{prepare.instance_prompt}')"
         )
     after = instance[starts[0] + len(token) :]
-    kind = evaluation.class_word or " ".join(_shared(after, of_class) if of_class else after)
+    kind = subject.class_word or " ".join(_shared(after, of_class) if of_class else after)
     if not kind:
         raise ConfigError(
             f"cannot find the class of '{' '.join(token)}' in prepare.instance_prompt "
-            f"('{prepare.instance_prompt}'); set evaluation.class_word, e.g. to dog"
+            f"('{prepare.instance_prompt}'); set subject.class_word, e.g. to dog"
         )
     article = "an" if kind[0].lower() in "aeiou" else "a"
-    return Subject(" ".join(token), kind, prepare.class_prompt or f"a photo of {article} {kind}")
+    return SubjectWords(" ".join(token), kind, prepare.class_prompt or f"a photo of {article} {kind}")
 
 
 def _token(prepare: Prepare, instance: Sequence[str], of_class: Sequence[str]) -> str:
@@ -81,7 +81,7 @@ def _token(prepare: Prepare, instance: Sequence[str], of_class: Sequence[str]) -
         raise ConfigError(
             f"cannot find the word that names the subject in prepare.instance_prompt "
             f"('{prepare.instance_prompt}') and prepare.class_prompt ('{prepare.class_prompt or ''}'); "
-            "set evaluation.token, e.g. to sks"
+            "set subject.token, e.g. to sks"
         )
     return " ".join(instance[own[0] : own[-1] + 1])
 
@@ -94,7 +94,7 @@ def _shared(after: Sequence[str], of_class: Sequence[str]) -> Sequence[str]:
     return ()
 
 
-def prompts(subject: Subject, evaluation: Evaluation) -> list[tuple[str, str]]:
+def prompts(subject: SubjectWords, evaluation: Evaluation) -> list[tuple[str, str]]:
     """(prompt to generate, the same without the token) for every prompt of the evaluation."""
     return [subject.put(prompt) for prompt in evaluation.prompts or CONTEXTS]
 

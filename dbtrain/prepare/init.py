@@ -7,8 +7,6 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-
 import dbtrain
 from dbtrain.config.loading import read_yaml
 from dbtrain.config.template import filled
@@ -52,10 +50,16 @@ def init(name: str, photos: Path, base: str, word: str | None = None) -> Iterato
     settings = read_yaml(example)
     steps, resolution = steps_for(len(sides), settings["train"]["steps"]), settings["prepare"]["resolution"]
     text = filled(
-        with_word(example.read_text(encoding="utf-8"), what),
-        {"run_dir": f"runs/{name}", "prepare.photos": str(photos), "data.shards": f"shards/{name}",
-         "train.steps": steps},
-    )  # fmt: skip
+        example.read_text(encoding="utf-8"),
+        {
+            "subject.name": name,
+            "subject.class_word": what,
+            "prepare.photos": str(photos),
+            "train.steps": steps,
+        },
+    )
+    if what[0].lower() in "aeiou":
+        text = text.replace("a {class}", "an {class}")
     command = shlex.join(["dbtrain", "init", name, str(photos), "--base", base, "--word", what])
     summary = describe(sides, resolution)
     header = [f"Written by: {command}", *summary]
@@ -118,13 +122,6 @@ def steps_for(photos: int, steps: int) -> int:
     """Training steps, in hundreds: `steps` for 3 to 5 photos, half for fewer, up to twice for more."""
     scale = 0.5 if photos < 3 else min(max(photos / TYPICAL, 1), 2)
     return max(1, round(steps * scale / 100)) * 100
-
-
-def with_word(text: str, word: str) -> str:
-    """The example config with its own subject replaced by `word`, in prompts and comments."""
-    own = yaml.safe_load(text)["prepare"]["instance_prompt"].split()[-1]
-    article = "an " if word[0].lower() in "aeiou" else "a "
-    return re.sub(rf"\b(a )?{own}\b", lambda match: (article if match[1] else "") + word, text)
 
 
 def copy_scripts(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,6 +50,7 @@ def end(work: Callable[[], None]) -> None:
             code = _refuse(ConfigError(f"{reason(error)}: {remedy}"))
         else:
             traceback.print_exc()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C would only add a traceback
     if dist := _dist():
         dist.finish(code)
     sys.exit(code)

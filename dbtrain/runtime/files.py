@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,30 @@ from pathlib import Path
 
 from dbtrain.runtime.errors import ConfigError
 
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
+
 
 def expand(text: str | Path) -> Path:
-    """A path with `~` resolved. Raises ConfigError if that user has no home folder."""
+    """A path with `~` and environment variables resolved.
+
+    Raises ConfigError if that user has no home folder, or if a variable is not set.
+    """
     try:
-        return Path(text).expanduser()
+        return Path(with_variables(str(text))).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"cannot resolve '{text}': {error}") from error
+
+
+def with_variables(text: str) -> str:
+    """Text with `$NAME` and `${NAME}` replaced. Raises ConfigError if a variable is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ConfigError(f"cannot resolve '{text}': the environment variable {name} is not set")
+        return os.environ[name]
+
+    return VARIABLE.sub(value, text)
 
 
 def cache() -> Path:

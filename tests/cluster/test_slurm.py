@@ -135,10 +135,10 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     lines = []
     for name in names:
         world.main(tmp_path / "photos" / name, name)
-        lines.append(f"{name}\t{tmp_path / 'photos' / name}\ta photo of sks {name}\ta photo of a thing\n")
-    (tmp_path / "subjects.tsv").write_text("".join(lines))
+        lines.append(f"{name}  '{tmp_path / 'photos' / name}'\tthing\n")
+    (tmp_path / "subjects").write_text("".join(lines))
     array = slurm.submit(
-        "--array=1-3", ARRAY, "subjects.tsv", config, f"prepare.class_dir={tmp_path / 'class'}",
+        "--array=1-3", ARRAY, "subjects", config, f"prepare.class_dir={tmp_path / 'class'}",
         "prepare.class_images=10", "prepare.sampling.batch=1", "train.steps=6", cwd=tmp_path,
     )  # fmt: skip
     until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")

@@ -12,7 +12,7 @@ from dbtrain.config import Config, Prepare, fields
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import ROOT
 
-MINIMAL = "run_dir: runs/x\ndata: {shards: s}\n"
+MINIMAL = "run_dir: runs/x\nmodel: {path: tiny}\ndata: {shards: s}\n"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:
@@ -40,7 +40,7 @@ def test_1e_4_in_the_file_is_a_number_too(tmp_path: Path) -> None:
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
-    text = "data: {shards: s}\noptim: {lrr: 1}\ntrain: {steps: many}\n"
+    text = "model: {path: tiny}\ndata: {shards: s}\noptim: {lrr: 1}\ntrain: {steps: many}\n"
     told = problems(tmp_path, text, "nonsense", "adapter.kind=lorax")
     assert len(told) == 5
     assert any("'run_dir' is missing" in line for line in told)
@@ -67,11 +67,128 @@ def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tmp_path: Path) -> Non
         ("train.steps.deep=3", "train.steps"),
         ("optim.warmup_steps=501", "optim.warmup_steps is 501"),
         ("train.micro_batch=3", "global_batch is 4, which is not divisible by micro_batch (3)"),
-        ("adapter.targets=7", "adapter.targets is 7"),
+        ("adapter.targets=[]", "targets is empty"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, override: str, told: str) -> None:
     assert any(told in line for line in problems(tmp_path, MINIMAL, override))
+
+
+PREPARE = "prepare: {photos: p, instance_prompt: a, class_prompt: b}\nadapter: {alpha: 3}\n"
+READ = [  # override, and the value that it means: the type of the setting decides
+    ("prepare.photos=/data/My Photos #2", "/data/My Photos #2"),
+    ("prepare.instance_prompt=a photo of sks mug #1, side", "a photo of sks mug #1, side"),
+    ("prepare.instance_prompt=&sks mug", "&sks mug"),
+    ("prepare.instance_prompt=a: b", "a: b"),
+    ("prepare.instance_prompt=*star*", "*star*"),
+    ("prepare.instance_prompt=[sks] mug", "[sks] mug"),
+    ("prepare.instance_prompt='x: y'", "x: y"),
+    ("prepare.instance_prompt='x' and 'y'", "'x' and 'y'"),
+    ("prepare.class_prompt=null", None),
+    ("prepare.class_prompt=", None),
+    ("run_dir=007", "007"),
+    ("run_dir=2024-05-01", "2024-05-01"),
+    ("run_dir=on", "on"),
+    ("model.revision=1234567", "1234567"),
+    ("evaluation.prompts=a {} on the beach", ("a {} on the beach",)),
+    ("sample.prompts=a photo of sks dog", ("a photo of sks dog",)),
+    ("sample.prompts=[a, 'b, c', 007, null]", ("a", "b, c", "007", "null")),
+    ("sample.prompts=[]", ()),
+    ("export.formats=kohya,peft", ("kohya", "peft")),
+    ("export.formats=[kohya, peft]", ("kohya", "peft")),
+    ("adapter.targets=[to_q, to_k]", ("to_q", "to_k")),
+    ("adapter.targets=mid_block.*[qk]", "mid_block.*[qk]"),
+    ("train.steps=0500", 500),
+    ("train.steps=1_000", 1000),
+    ("optim.lr=.5", 0.5),
+    ("optim.lr=2", 2.0),
+    ("train.compile=true", True),
+    ("train.compile=regional", "regional"),
+]
+
+
+@pytest.mark.parametrize(("override", "value"), READ)
+def test_the_type_of_a_setting_decides_how_an_override_is_read(
+    tmp_path: Path, override: str, value: object
+) -> None:
+    cfg: object = load(tmp_path, MINIMAL + PREPARE, override)
+    for key in override.partition("=")[0].split("."):
+        cfg = getattr(cfg, key)
+    assert cfg == value and type(cfg) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.steps=8:20", "train.steps is '8:20'"),
+        ("train.steps=0x10", "train.steps is '0x10'"),
+        ("train.keep=1e2", "train.keep is 100.0"),
+        ("sample.prompts=[mug #1, b]", "quote the items of a list"),
+        ("optim={lr: [}", "is not valid YAML"),
+    ],
+)
+def test_an_override_that_means_nothing_is_refused(tmp_path: Path, override: str, told: str) -> None:
+    (line,) = problems(tmp_path, MINIMAL, override)
+    assert told in line
+
+
+def test_a_mapping_changes_the_keys_that_it_has(tmp_path: Path) -> None:
+    cfg = load(tmp_path, MINIMAL + PREPARE, "adapter={rank: 8, text_encoder: {rank: 2}}",
+               "adapter.text_encoder={alpha: 4}")  # fmt: skip
+    assert (cfg.adapter.rank, cfg.adapter.alpha) == (8, 3)
+    assert cfg.adapter.text_encoder and cfg.adapter.text_encoder.rank == 2
+
+
+def test_a_file_is_read_by_type_too(tmp_path: Path) -> None:
+    text = "run_dir: 007\nmodel: {path: tiny, revision: 123}\ndata: {shards: 2024-05-01}\n"
+    text += "train: {steps: 0500}\nprepare: {photos: on, instance_prompt: a, class_prompt: null}\n"
+    cfg = load(tmp_path, text + "sample: {prompts: one}\nexport: {formats: kohya}\n")
+    assert cfg.prepare and (cfg.prepare.photos, cfg.prepare.class_prompt) == ("on", None)
+    assert (cfg.run_dir, cfg.model.revision, cfg.data.shards) == ("007", "123", "2024-05-01")
+    assert (cfg.train.steps, cfg.sample.prompts, cfg.export.formats) == (500, ("one",), ("kohya",))
+
+
+def test_the_base_model_has_to_be_named(tmp_path: Path) -> None:
+    for text in ("run_dir: r\ndata: {shards: s}\n", "run_dir: r\ndata: {shards: s}\nmodel: {}\n"):
+        (line,) = problems(tmp_path, text)
+        assert "is missing; name the base model, e.g. model.path=" in line
+
+
+SUBJECT = """
+subject: {name: rex, token: sks, class_word: dog}
+model: {path: tiny}
+prepare: {photos: p, instance_prompt: "a photo of {}", class_prompt: "a photo of a {class}"}
+validation: {prompts: ["a {token} toy", "no {words}"]}
+sample: {prompts: "{} on the beach"}
+evaluation: {prompts: "a {} in a box"}
+"""
+
+
+def test_folders_and_prompts_follow_from_the_subject(tmp_path: Path) -> None:
+    cfg = load(tmp_path, SUBJECT)
+    assert (cfg.run_dir, cfg.data.shards) == ("runs/rex", "shards/rex")
+    assert cfg.prepare and cfg.prepare.instance_prompt == "a photo of sks dog"
+    assert cfg.prepare.class_prompt == "a photo of a dog"
+    assert cfg.validation.prompts == ("a sks toy", "no {words}")
+    assert cfg.sample.prompts == ("sks dog on the beach",)
+    assert cfg.evaluation.prompts == ("a {} in a box",), "evaluate needs both forms of it"
+
+
+def test_another_subject_is_one_section(tmp_path: Path) -> None:
+    cfg = load(tmp_path, SUBJECT, "subject.name=tom", "subject.class_word=cat", "data.cache_gib=2")
+    assert (cfg.run_dir, cfg.data.shards, cfg.data.cache_gib) == ("runs/tom", "shards/tom", 2.0)
+    assert cfg.prepare and cfg.prepare.instance_prompt == "a photo of sks cat"
+    assert cfg.sample.prompts == ("sks cat on the beach",)
+    assert load(tmp_path, cfg.dump()) == cfg
+    own = load(tmp_path, SUBJECT, "run_dir=here", "data.shards=there")
+    assert (own.run_dir, own.data.shards) == ("here", "there")
+
+
+def test_a_prompt_without_its_words_is_refused(tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, SUBJECT, "subject.class_word=null")
+    assert "prepare.instance_prompt: 'a photo of {}' needs words" in line
+    told = problems(tmp_path, SUBJECT, "subject.name=a/b")
+    assert any("subject.name is 'a/b'" in line for line in told)
 
 
 def test_center_crop_has_one_variant(tmp_path: Path) -> None:

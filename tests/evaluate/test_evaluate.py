@@ -19,7 +19,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dbtrain.config import Config, Evaluation, Prepare
+from dbtrain.config import Config, Evaluation, Prepare, Subject
 from dbtrain.evaluate import dino_clip, encoders, evaluate, tiny_judge
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate import scores as fidelity
@@ -276,9 +276,9 @@ def test_without_matplotlib_there_is_a_message_and_no_plot(
 # Words.
 
 
-def words(instance: str, of_class: str | None = None, **settings: str) -> subject.Subject:
+def words(instance: str, of_class: str | None = None, **settings: str) -> subject.SubjectWords:
     prompts = Prepare(photos="p", instance_prompt=instance, class_prompt=of_class)
-    return subject.of(prompts, Evaluation(**settings))  # type: ignore[arg-type]
+    return subject.of(prompts, Subject(**settings))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def words(instance: str, of_class: str | None = None, **settings: str) -> subjec
     ],
 )
 def test_the_words_for_a_subject_are_read_from_the_prompts(
-    about: subject.Subject, token: str, kind: str, of_class: str
+    about: subject.SubjectWords, token: str, kind: str, of_class: str
 ) -> None:
     assert (about.token, about.kind, about.class_prompt) == (token, kind, of_class)
 
@@ -302,11 +302,11 @@ def test_the_words_for_a_subject_are_read_from_the_prompts(
 @pytest.mark.parametrize(
     ("instance", "of_class", "settings", "told"),
     [
-        ("a photo of sks dog", None, {}, "set evaluation.token"),
-        ("a photo of a dog", "a photo of a dog", {}, "set evaluation.token"),
-        ("my photo of sks dog", "a photo of a dog", {}, "set evaluation.token"),
-        ("a photo of sks", "a photo of a dog", {}, "set evaluation.class_word"),
-        ("a photo of sks dog", None, {"token": "zwx"}, "evaluation.token is 'zwx'"),
+        ("a photo of sks dog", None, {}, "set subject.token"),
+        ("a photo of a dog", "a photo of a dog", {}, "set subject.token"),
+        ("my photo of sks dog", "a photo of a dog", {}, "set subject.token"),
+        ("a photo of sks", "a photo of a dog", {}, "set subject.class_word"),
+        ("a photo of sks dog", None, {"token": "zwx"}, "subject.token is 'zwx'"),
     ],
 )
 def test_words_that_cannot_be_told_are_asked_for(

@@ -86,17 +86,18 @@ def test_a_run_stops_before_the_job_s_time_is_over(make: Make, tmp_path: Path, p
          faults__stop_before_s=3600.0)  # fmt: skip
     begun = Started("train", tmp_path / "c.yaml", SLURM_JOB_END_TIME=str(int(time.time()) + 3605))
     code, said = begun.end()
-    assert code == 75 and "stopped: the end of the job's time at step" in said
+    assert code == 75 and "stopped: the end of the job's time" in said  # at a step, if it got so far
     assert (tmp_path / "run" / "PREEMPTED").read_text().startswith("the end of the job's time")
 
 
 def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, photos: Path) -> None:
-    begun = Started("run", config(tmp_path, photos), "prepare.sampling.steps=500")
-    begun.wait_for(lambda: list(tmp_path.glob(SIGNS["class images"])))
+    slow = ("prepare.sampling.batch=8", "prepare.sampling.steps=1000")  # one batch, of minutes
+    begun = Started("run", config(tmp_path, photos), *slow)
+    begun.wait_for(lambda: "0/8" in begun.output())
+    enough = begun.cpu_seconds() + 1  # by then it is in the batch
+    begun.wait_for(lambda: begun.cpu_seconds() > enough)
     begun.signal(signal.SIGINT)
-    begun.wait_for(
-        lambda: "press Ctrl-C again to stop at once" in begun.output()
-    )  # the batch in hand takes seconds
+    begun.wait_for(lambda: "press Ctrl-C again to stop at once" in begun.output())
     begun.signal(signal.SIGINT)
     code, said = begun.end()
     assert code == 130 and "interrupted; run the same command again" in said and "Traceback" not in said

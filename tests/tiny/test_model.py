@@ -13,7 +13,7 @@ from dbtrain.tiny.paint import KINDS
 
 def test_it_draws_what_it_is_asked_for() -> None:
     """A short form of `python -m benchmarks.tiny.measure`, with seeds of its own."""
-    base = AdapterPipeline.load(Model())
+    base = AdapterPipeline.load(Model(path="tiny"))
     asked = [(kind, place) for kind in KINDS for place in world.PLACES]
     texts = [f"a photo of a {kind} {world.PLACE_WORDS[place]}" for kind, place in asked]
     pictures = []
