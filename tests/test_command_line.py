@@ -331,6 +331,7 @@ def test_a_scheduler_that_makes_no_sense_is_refused(
         ("seed=99999999999999999999", "seed is 99999999999999999999"),
         ("sample.steps=1500", "sample.steps is 1500"),
         ("prepare.photos=~nouser/x", "~nouser"),
+        ("prepare.photos=$NOWHERE/x", "the environment variable NOWHERE is not set"),
         ("data.shards=/etc/passwd", "/etc/passwd"),
         ("train.learning_rate=1", "did you mean 'optim.lr'?"),
         ('run_dir="a\\0b"', "run_dir"),

@@ -15,10 +15,12 @@ from dbtrain.config.adapter import AdapterSettings
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
+from dbtrain.models.locate import EMBEDDED
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
 
+TOY_SIDE = 64  # px of the images that the embedded base was trained on
 PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
@@ -43,6 +45,11 @@ def model(case: Case) -> Iterator[Finding]:
     if case.cfg.prepare:
         side = case.cfg.prepare.resolution
         found += problems_of(lambda: base.family.space(base, side), "use another prepare.resolution")
+        if path == EMBEDDED and side != TOY_SIDE:
+            found.append(warning(
+                f"model.path is {path}, a toy that knows drawings of {TOY_SIDE} px; prepare.resolution is {side}",
+                "use a real base model, e.g. model.path=stable-diffusion-v1-5/stable-diffusion-v1-5",
+            ))  # fmt: skip
     yield from found
     case.base = base
     total = sum(file.stat().st_size for name in models_of(base.family) for file in weight_files(base, name))

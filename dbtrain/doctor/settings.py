@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dbtrain.config import fields
-from dbtrain.doctor.case import Case, Finding, ok, warning
+from dbtrain.config import Config, fields
+from dbtrain.doctor.case import Case, Finding, listed, ok, warning
 
 # Words that say nothing about a subject.
 FILLERS = set("a an the of in on with my this one photo picture image photograph close up closeup".split())
@@ -52,12 +52,33 @@ def prompts(case: Case) -> Iterator[Finding]:
                 f"'{cfg.instance_prompt}'",
                 "use the same class word in both, e.g. 'a photo of sks dog' and 'a photo of a dog'",
             )
+    yield from _about_the_subject(case.cfg, cfg.instance_prompt, cfg.class_prompt)
     if cfg.class_prompt and not case.cfg.loss.prior_weight:
         yield warning(
             f"loss.prior_weight is 0: {cfg.class_images} class images are generated but never trained on",
             "remove prepare.class_prompt, or set loss.prior_weight=1",
         )
     yield ok(f"'{cfg.instance_prompt}'" + (f", class '{cfg.class_prompt}'" if cfg.class_prompt else ""))
+
+
+def _about_the_subject(cfg: Config, prompt: str, class_prompt: str | None) -> Iterator[Finding]:
+    """Whether other prompts are about the subject of the instance prompt, not one of an earlier config."""
+    known = words(class_prompt or "")
+    token = words(cfg.subject.token or "") or words(prompt) - known
+    kind = words(cfg.subject.class_word or "") or words(prompt) & known
+    cure = "use {} in prompts, which stands for subject.token and subject.class_word"
+    if not token <= words(prompt):
+        yield warning(
+            f"subject.token is '{cfg.subject.token}', but prepare.instance_prompt is '{prompt}'", cure
+        )
+    for name, prompts in (("validation", cfg.validation.prompts), ("sample", cfg.sample.prompts)):
+        strange = [repr(one) for one in prompts if not words(one) & (token | kind)]
+        if strange:
+            yield warning(f"{name}.prompts: {listed(strange)} has no word of '{prompt}'", cure)
+        elif prompts and not any(words(one) & token for one in prompts):
+            yield warning(
+                f"{name}.prompts: none has '{' '.join(sorted(token))}', so none shows the subject", cure
+            )
 
 
 def words(prompt: str) -> set[str]:
