@@ -46,10 +46,9 @@ def model(case: Case) -> Iterator[Finding]:
         side = case.cfg.prepare.resolution
         found += problems_of(lambda: base.family.space(base, side), "use another prepare.resolution")
         if path == EMBEDDED and side != TOY_SIDE:
-            found.append(warning(
-                f"model.path is {path}, a toy that knows drawings of {TOY_SIDE} px; prepare.resolution is {side}",
-                "use a real base model, e.g. model.path=stable-diffusion-v1-5/stable-diffusion-v1-5",
-            ))  # fmt: skip
+            text = f"model.path is {path}, a toy that knows drawings of {TOY_SIDE} px"
+            found.append(warning(f"{text}; prepare.resolution is {side}", "use a real base model, e.g. "
+                                 "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5"))  # fmt: skip
     yield from found
     case.base = base
     total = sum(file.stat().st_size for name in models_of(base.family) for file in weight_files(base, name))
