@@ -52,7 +52,7 @@ class Config(Section):
             subject = Subject.model_validate(values["subject"])
         except (ValidationError, LookupError, TypeError):
             return values  # without a subject, or told once the sections are read
-        derived = {"run_dir": f"runs/{subject.name}"} if subject.name else {}
+        derived: dict[str, Any] = {"run_dir": f"runs/{subject.name}"} if subject.name else {}
         derived |= values
         if subject.name and isinstance(data := derived.setdefault("data", {}), dict):
             derived["data"] = {"shards": f"shards/{subject.name}"} | data
