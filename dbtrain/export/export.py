@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats import registry as formats
@@ -32,7 +34,7 @@ def export(
             raise ConfigError("--adapter needs a folder for the converted files; give --out", shared=True)
         with dist.agreed():
             states = formats.read(formats.find(adapter), base.family, base.module_names)
-        return save(cfg, base, states, None, out)
+        return save(cfg, base, states, {}, out)
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
@@ -40,11 +42,14 @@ def export(
         state = read_state(path)
         components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
         states = {name: peft_folder.read(path / name) for name in components}
-    return save(cfg, base, states, state["step"], out or run.export)
+    return save(cfg, base, states, state, out or run.export)
 
 
-def save(cfg: Config, base: Base, states: States, step: int | None, folder: Path) -> Path:
-    """Write the adapter in every requested format and the model card, on rank 0; return the first path."""
+def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path) -> Path:
+    """Write the adapter in every requested format and the model card, on rank 0; return the first path.
+
+    `state` is the checkpoint's; empty for a converted adapter.
+    """
     names = cfg.export.formats or formats.natural(base.family, states)
     with dist.agreed():
         for name in names:
@@ -52,10 +57,10 @@ def save(cfg: Config, base: Base, states: States, step: int | None, folder: Path
         if dist.is_main():
             for name in names:
                 path = formats.write(name, folder, base.family, states)
-                what = "converted" if step is None else f"exported step {step}"
+                what = f"exported step {state['step']}" if state else "converted"
                 console.say(f"{what} to {path} ({name})")
             images = [SAMPLES] if (folder / SAMPLES).is_file() else []
-            files.write_atomically(folder / "README.md", card(cfg, base, states, step, names, images))
+            files.write_atomically(folder / "README.md", card(cfg, base, states, state, names, images))
     return folder / formats.FORMATS[names[0]].main
 
 

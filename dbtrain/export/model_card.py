@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,19 @@ from dbtrain.models.base import Base
 from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.train.segments import told
 
 KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def card(
-    cfg: Config, base: Base, states: States, step: int | None, formats: Sequence[str], images: Sequence[str]
-) -> str:
+    cfg: Config, base: Base, states: States, state: Mapping[str, Any], formats: Sequence[str],
+    images: Sequence[str],
+) -> str:  # fmt: skip
     """Return the README.md of an export.
 
-    `step` is None for a converted file. `images` are names of files in the same folder.
+    `state` is the checkpoint's; empty for a converted adapter. `images` are names of files in the folder.
     """
     prompt = cfg.prepare.instance_prompt if cfg.prepare else "a photo of the subject"
     model = str(base.folder) if cfg.model.path == EMBEDDED else cfg.model.path
@@ -49,7 +52,8 @@ def card(
         cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=base.family,
         sampler=sampler if changes else "",
         name=files.expand(cfg.run_dir).name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
-        model=model, prompt=prompt, step=step, formats=formats, images=images,
+        told=partial(told, state.get("segments", ())), model=model, prompt=prompt, step=state.get("step"),
+        formats=formats, images=images,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},
         adapters=[(name, state.config["r"], alpha_in(state.config)) for name, state in states.items()],
     )  # fmt: skip

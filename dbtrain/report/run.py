@@ -13,7 +13,8 @@ from typing import Any
 from dbtrain.config import Config
 from dbtrain.runtime import files, lock
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import SCORES, RunFolder, step_of
+from dbtrain.runtime.run_folder import SCORES, STATE, RunFolder, step_of
+from dbtrain.train import segments
 
 METRICS, SPEED, VALIDATION, TIMESTEPS = "metrics", "speed", "validation", "timesteps"
 TABLES = {  # *.jsonl of a run folder, and what the page lacks without it
@@ -53,6 +54,12 @@ class Run:
         """The last step that was logged or saved."""
         saved = [step_of(path) for path in self.names.checkpoints()]
         return max([0, *(line["step"] for line in self.tables[METRICS]), *saved])
+
+    def told(self, key: str, default: Any) -> str:
+        """A setting that may change when a run is resumed, with its steps, from the newest checkpoint."""
+        paths = self.names.checkpoints()
+        state = _json(paths[-1] / STATE, dict, []) if paths else {}
+        return segments.told(state.get("segments", ()), key, default)
 
     @property
     def state(self) -> str:

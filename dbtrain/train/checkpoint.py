@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from dbtrain.runtime.run_folder import OPTIMIZER, STATE, RunFolder, read_state
 from dbtrain.train import optim
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.fingerprint import check_unchanged
+from dbtrain.train.segments import Segments, continued
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Progress:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # () int64, on the device: steps skipped because of a NaN or infinity
+    segments: Segments = field(default_factory=list)  # settings of the steps so far, and of the next ones
 
     @classmethod
     def begin(cls, model: DreamBooth, cfg: Config) -> Progress:
@@ -44,7 +46,7 @@ class Progress:
         return cls(
             model, optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph),
             torch.amp.GradScaler(device.type, enabled=PRECISIONS[cfg.train.precision].scaled),
-            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.int64, device=device), continued([], 0, cfg),
         )  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, 
     written = {str(path.relative_to(part)): hashing.sha256_of(path) for path in part.rglob("*.*")}
     state = {
         "step": step, "skipped": progress.skipped.item(), "scaler": progress.scaler.state_dict(),
-        "identity": fingerprint, "files": written,
+        "identity": fingerprint, "segments": progress.segments, "files": written,
     }  # fmt: skip
     files.write(part / STATE, json.dumps(state, indent=1) + "\n")
 
@@ -107,7 +109,7 @@ def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, Any]) -> int:
+def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, Any], cfg: Config) -> int:
     """Load the newest undamaged checkpoint, which rank 0 chooses, into `progress`.
 
     Returns its step, or 0 if there is none. Raises ConfigError that names each setting that differs from
@@ -126,7 +128,8 @@ def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, An
             adapters.restore(module, peft_folder.read(path / component).tensors)
         saved = safetensors.torch.load_file(path / OPTIMIZER)
         optim.load_state(progress.optimizer, progress.model.trainable(), saved)
-        progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints
+        progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints, as are the segments
+        progress.segments = continued(state.get("segments", []), step, cfg)
         if state["scaler"]:
             progress.scaler.load_state_dict(state["scaler"])
     return state["step"]

@@ -24,7 +24,7 @@ from dbtrain.prepare import plan
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
-from dbtrain.train import checkpoint, cuda_graph, fingerprint, parallel, validation
+from dbtrain.train import checkpoint, cuda_graph, fingerprint, parallel, segments, validation
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.metrics import Metrics
@@ -61,7 +61,8 @@ class Inputs:
     def is_trained(self, cfg: Config) -> bool:
         """Whether all steps and validations are done.
 
-        Raises ConfigError if the newest checkpoint belongs to another run or is past `train.steps`.
+        Raises ConfigError if the newest checkpoint belongs to another run or is past `train.steps`, or if
+        settings have changed that only steps can apply.
         """
         with dist.agreed():
             found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
@@ -72,6 +73,12 @@ class Inputs:
                 and found[1]["step"] == cfg.train.steps
                 and not validation.missing(cfg, self.manifest, self.fingerprint, cfg.train.steps)
             )
+            late = segments.changes(found[1].get("segments", []), cfg) if trained and found else []
+            if late:
+                raise ConfigError(
+                    f"{cfg.run_dir} is already trained to step {cfg.train.steps}, too far for "
+                    f"{' '.join(late)}; increase train.steps to continue with that, or change run_dir"
+                )
         return dist.from_main(trained)
 
 
@@ -148,12 +155,9 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         model = DreamBooth.build(inputs.base, manifest, table, cfg)
         for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, model.states())
-        if dist.is_main():
-            files.write_atomically(run.config, cfg.dump())
-            run.done.unlink(missing_ok=True)
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
     progress = Progress.begin(model.to(dist.device()), cfg)
-    start = checkpoint.load_latest(run, progress, inputs.fingerprint)
+    start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(model)
 
     # The data, from the next step on.
@@ -165,11 +169,13 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
 
-    # The metrics, without the steps that are repeated.
+    # The records, without the steps that are repeated.
     with dist.agreed():
         metrics = Metrics(run, cfg, start, list(weights), stream.source)
         if dist.is_main():
             validation.forget_after(cfg, inputs.fingerprint, start)
+            files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
+            run.done.unlink(missing_ok=True)
     console.say(_describe(cfg, model, manifest, weights, start))
     compute = compute_step
     if cfg.train.cuda_graph:

@@ -219,7 +219,7 @@ def tars(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_mistake_in_the_config_fails_the_job_and_says_why(slurm: Cluster, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("run_dir: runs/x\ndata: {shards: nowhere}\n")
+    (tmp_path / "c.yaml").write_text("run_dir: runs/x\nmodel: {path: tiny}\ndata: {shards: nowhere}\n")
     job = slurm.submit(TRAIN, "c.yaml", "optim.lrr=1", cwd=tmp_path)
     assert slurm.wait(job)["JobState"] == "FAILED"
     assert "did you mean 'optim.lr'?" in (tmp_path / f"dbtrain-{job}.out").read_text()

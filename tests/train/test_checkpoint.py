@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dbtrain.config import Config
+from dbtrain.report import run as report
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
@@ -129,6 +131,35 @@ def test_what_does_not_shape_the_data_may_change(make: Make) -> None:
     train(make(train__steps=2))
     run = train(make(train__steps=4, train__micro_batch=4, optim__lr=1e-4, train__precision="bf16"))
     assert (run / "DONE").read_text().startswith("step 4\n")
+
+
+def test_a_change_that_no_step_is_left_for_is_refused(make: Make) -> None:
+    run = train(make(train__steps=2))
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"already trained to step 2, too far for optim\.lr=0\.0001; increase"
+    ):
+        train(make(train__steps=2, optim__lr=1e-4))
+    assert (run / "config.yaml").read_bytes() == before
+    train(make(train__steps=2, train__log_every=1))  # shapes nothing
+
+
+def test_a_record_has_the_settings_of_all_steps(make: Make) -> None:
+    """Of the steps that were kept: one that is trained again has the settings of the second time."""
+    first = make(train__steps=3, train__checkpoint_every=2)
+    train(first)
+    shutil.rmtree(RunFolder(first.run_dir).checkpoint(3))
+    run = train(make(train__steps=5, optim__lr=1e-4))
+    train(make(train__steps=6, optim__lr=1e-4))
+    for where, line in (
+        (run / "config.yaml", "# optim.lr: 0.001 to step 2, then 0.0001\n"),
+        (run / "export" / "README.md", "| learning rate | 0.001 to step 2, then 0.0001; constant |"),
+    ):
+        assert line in where.read_text()
+    assert Config.load(run / "config.yaml").optim.lr == 1e-4
+    assert report.read(run, "x").told("optim.lr", None) == "0.001 to step 2, then 0.0001"
+    state = json.loads((RunFolder(run).checkpoint(6) / "state.json").read_text())
+    assert [segment["from"] for segment in state["segments"]] == [0, 2]
 
 
 def test_fewer_steps_than_trained_are_refused(make: Make) -> None:
