@@ -70,7 +70,8 @@ LORA_OPS = 10
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16"])
 def test_a_micro_step_launches_the_denoiser_and_lora_and_little_else(precision: str) -> None:
     """No weight of the base is cast again, no input of an adapter, and no adapter but all at once."""
-    cfg = Config(run_dir="x", model={"path": "tiny"}, data={"shards": "y"}, train=Train(precision=precision, global_batch=1))
+    train = Train(precision=precision, global_batch=1)
+    cfg = Config(run_dir="x", model={"path": "tiny"}, data={"shards": "y"}, train=train)
     model = network(precision)
     progress = Progress.begin(model, cfg)
     compute_step(model, progress, [batch()], cfg)
