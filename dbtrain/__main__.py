@@ -124,9 +124,10 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
         from dbtrain.export import export, hub
         from dbtrain.prepare import prepare
         from dbtrain.sample import sample
-        from dbtrain.train import loop, summary
+        from dbtrain.train import loop, setup, summary
 
     hub.check(cfg)
+    setup.check_settings(cfg)
     prepare.prepare(cfg)
     loop.train(cfg)
     export.finish(cfg)

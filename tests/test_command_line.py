@@ -89,6 +89,10 @@ def test_batches_that_do_not_divide(refused: Refused, config: Path, shards: Path
     refused("train", config, "train.global_batch=6", "train.micro_batch=4", told="micro_batch (4)")
 
 
+def test_photos_are_looked_for_before_the_base(refused: Refused, config: Path) -> None:
+    refused("run", config, "model.path=/no/such/model", "prepare.photos=/no/photos", told="/no/photos")
+
+
 def test_missing_model(refused: Refused, config: Path) -> None:
     refused("prepare", config, "model.path=/no/such/model", told="/no/such/model")
 

@@ -46,6 +46,8 @@ def prepare(cfg: Config) -> Path:
     if cfg.prepare is None:
         raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
     dist.init()
+    with dist.agreed():
+        images = {"instance": photos.of_subject(cfg.prepare)}
     base = Base.find(cfg.model)
     with dist.agreed():
         storage = Storage(cfg.data.shards)
@@ -58,7 +60,6 @@ def prepare(cfg: Config) -> Path:
         base.family.space(base, cfg.prepare.resolution)  # fail now, not after encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
-        images = {"instance": photos.of_subject(cfg.prepare)}
     if cfg.prepare.class_prompt:
         images["class"] = class_images.ensure(base, cfg.prepare)
 

@@ -12,6 +12,13 @@ from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.run_folder import RunFolder, read_state
+
+# Settings that shape the shards. Their content would tell, but not in words that a person changed.
+PREPARE = (
+    "instance_prompt", "captions", "class_prompt", "class_images", "resolution", "crop", "variants", "flip",
+    "held_out", "class_held_out", "vae_precision",
+)  # fmt: skip
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
@@ -20,8 +27,19 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
     Models and shards are represented by hashes. Steps, learning rate, micro-batch, precision, memory
     settings, and ranks can change: the data and noise of a step do not depend on them.
     """
-    parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
     trained = base.family.text_encoders if cfg.adapter.text_encoder else ()
+    base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
+    return {
+        **of_settings(cfg, manifest.request),
+        "model.path": f"content {content_key(base_content)[:12]}",
+        "data.shards": _shards_content(manifest),
+        **({"model.low_res": cfg.model.low_res} if base.family.sees else {}),
+    }
+
+
+def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of the fingerprint that needs neither base nor shards. `prepare`: settings of the shards."""
+    parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
     settings = {
         f"{part}.{key}": value
         for part, one in parts.items()
@@ -29,15 +47,12 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
         for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
         if key != "text_encoder"
     }
-    base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
     return {
         "seed": cfg.seed,
-        "model.path": f"content {content_key(base_content)[:12]}",
-        "data.shards": _shards_content(manifest),
-        **({"model.low_res": cfg.model.low_res} if base.family.sees else {}),
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
         "train.global_batch": cfg.train.global_batch,
+        **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
     }
 
 
@@ -63,3 +78,20 @@ def check_continues(path: Path, state: Mapping[str, Any], now: Mapping[str, Any]
             f"{path} is past train.steps ({steps}); "
             "increase train.steps, change run_dir, or export an earlier checkpoint"
         )
+
+
+def check_settings(cfg: Config) -> None:
+    """Raise ConfigError if the run in `cfg.run_dir` cannot be continued with these settings.
+
+    `run` calls it before it prepares anything; base and shards are compared once they are there.
+    """
+    paths = RunFolder(cfg.run_dir).checkpoints()
+    if not paths:
+        return
+    try:
+        was = read_state(paths[-1])["identity"]
+    except ConfigError:
+        return  # damaged: training sets it aside
+    now = of_settings(cfg, cfg.prepare.model_dump(mode="json") if cfg.prepare else {})
+    known = now.keys() & was.keys()
+    check_unchanged(paths[-1], {key: was[key] for key in known}, {key: now[key] for key in known})

@@ -82,6 +82,18 @@ class Inputs:
         return dist.from_main(trained)
 
 
+def check_settings(cfg: Config) -> None:
+    """Raise ConfigError for settings that cannot train, before anything is downloaded or encoded for them.
+
+    That is a batch that the ranks cannot share, or a run that other settings began.
+    """
+    dist.init()
+    with dist.agreed():
+        RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
+        if dist.is_main():
+            fingerprint.check_settings(cfg)
+
+
 class Stop:
     """The reason to stop after a step. Ranks agree on it one step late, so that none of them waits."""
 

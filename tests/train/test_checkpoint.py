@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
 from tests.conftest import Make, Started, dbtrain, train
+from tests.runs import tree
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +133,39 @@ def test_what_does_not_shape_the_data_may_change(make: Make) -> None:
     train(make(train__steps=2))
     run = train(make(train__steps=4, train__micro_batch=4, optim__lr=1e-4, train__precision="bf16"))
     assert (run / "DONE").read_text().startswith("step 4\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"prepare__instance_prompt": "a cat"},
+            "prepare.instance_prompt was 'a photo of sks dog', is now 'a cat'",
+        ),
+        ({"prepare__class_prompt": None}, "prepare.class_prompt was 'a photo of a dog', is now None"),
+        ({"adapter__rank": 2}, "adapter.rank was 4, is now 2"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_refused_before_its_shards_are_made_anew(
+    make: Make, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    train(make(train__steps=1))
+    before = tree(tmp_path / "shards")
+    make(train__steps=2, **change)
+    done = dbtrain("run", tmp_path / "c.yaml")
+    assert done.returncode == 2 and told in done.stderr
+    assert tree(tmp_path / "shards") == before
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_is_made(
+    make: Make, tmp_path: Path
+) -> None:
+    make(data__shards=str(tmp_path / "new"))
+    done = dbtrain("run", tmp_path / "c.yaml", ranks=3)
+    assert (
+        done.returncode == 2 and "train.global_batch is 4, which 3 ranks x train.micro_batch 1" in done.stderr
+    )
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_change_that_no_step_is_left_for_is_refused(make: Make) -> None:
