@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from dbtrain.runtime import preemption
@@ -75,6 +79,7 @@ def _stopped(stop: Preempted) -> int:
 def _survived(lost: Lost) -> int:
     """Print the error and write the marker on every rank, since any of them could be the only survivor."""
     text = f"rank {os.environ['RANK']}: {lost}"
+    _tell_torchrun(text)
     if lost.ended:
         print(f"error: {text}", file=sys.stderr)
         return 2
@@ -91,7 +96,18 @@ def _refuse(error: ConfigError) -> int:
     dist = _dist()
     one_rank = dist and dist.is_initialized() and not error.shared
     prefix = f"rank {os.environ['RANK']}: " if one_rank else ""
+    _tell_torchrun("; ".join(error.problems))
     if one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
             print(f"error: {prefix}{problem}", file=sys.stderr)
     return 2
+
+
+def _tell_torchrun(text: str) -> None:
+    """Give torchrun the error for its own report, which otherwise says `error_file: <N/A>`."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": f"error: {text}", "timestamp": f"{time.time():.0f}"}
+        with contextlib.suppress(OSError):  # the error itself is printed in any case
+            Path(path).write_text(
+                json.dumps({"message": {"message": text, "extraInfo": extra}}), encoding="utf-8"
+            )

@@ -105,7 +105,8 @@ def test_an_error_on_all_ranks_is_told_once(make: Make, tmp_path: Path, prepared
     done = dbtrain("train", tmp_path / "c.yaml", "train.global_batch=3", ranks=2, cold=True)
     assert done.returncode != 0
     told = "error: train.global_batch is 3, which 2 ranks x train.micro_batch 1 cannot share"
-    assert done.stderr.count(told) == 1
+    assert sum(line.startswith(told) for line in done.stderr.splitlines()) == 1
+    assert f"traceback : {told}" in done.stderr.partition("Root Cause")[2], "torchrun's report has it too"
     assert "exitcode  : 2" in done.stderr.replace("\t", " ")
     assert 'File "' not in done.stderr.split(told)[0]
 
