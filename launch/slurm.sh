@@ -4,6 +4,7 @@
 #   DBTRAIN_HOME    folder that contains launch/ (default: the folder in which sbatch was called)
 #   VENV            virtual environment (default: .venv in DBTRAIN_HOME, if there is one)
 #   CONTAINER       image for srun --container-image, with pyxis and enroot (default: none)
+#   MOUNTS          more folders to mount into it, e.g. /data:/data,/scratch:/scratch (default: only the working folder)
 #   RANKS_PER_NODE  processes per node (default: one per GPU of the job, or one)
 #   STARTER         torchrun: one agent per node, which starts the node's ranks (default)
 #                   srun: one task per rank; submit with --ntasks-per-node=RANKS_PER_NODE
@@ -11,7 +12,7 @@
 #   MAX_REQUEUES    how often a preempted job may requeue itself (default: 20)
 #   HF_HUB_OFFLINE  1 (default): models come from the cache, so download them on a login node first
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}" "${STARTER:=torchrun}" "${MAX_REQUEUES:=20}"
-: "${VENV:=$DBTRAIN_HOME/.venv}" "${CONTAINER:=}" "${INTERFACE:=}"
+: "${VENV:=$DBTRAIN_HOME/.venv}" "${CONTAINER:=}" "${MOUNTS:=}" "${INTERFACE:=}"
 [[ -d $VENV ]] && PATH=$VENV/bin:$PATH
 [[ -n $INTERFACE ]] && export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 export PATH RANKS_PER_NODE HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -28,7 +29,7 @@ if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
 fi
 
 options=(--kill-on-bad-exit=1)
-[[ -n $CONTAINER ]] && options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD")
+[[ -n $CONTAINER ]] && options+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD${MOUNTS:+,$MOUNTS}" --container-workdir="$PWD")
 
 # setting KEY CONFIG [SECTION.KEY=VALUE ...]: print the value of a setting.
 setting() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,6 +14,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def path_text(value: Any) -> Any:
+    """A `Path` as text."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def listed(value: Any) -> Any:
@@ -39,7 +45,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(one_or_listed)]
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(listed)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
+Text = Annotated[str, BeforeValidator(path_text), Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
