@@ -10,7 +10,7 @@
 #                   srun: one task per rank; submit with --ntasks-per-node=RANKS_PER_NODE
 #   INTERFACE       network interface for NCCL and gloo, e.g. ib0 (default: they choose)
 #   MAX_REQUEUES    how often a preempted job may requeue itself (default: 20)
-#   HF_HUB_OFFLINE  1 (default): models come from the cache, so download them on a login node first
+#   HF_HUB_OFFLINE  1 (default): models come from the cache; on a login node, run `dbtrain fetch CONFIG` first
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}" "${STARTER:=torchrun}" "${MAX_REQUEUES:=20}"
 : "${VENV:=$DBTRAIN_HOME/.venv}" "${CONTAINER:=}" "${MOUNTS:=}" "${INTERFACE:=}"
 [[ -d $VENV ]] && PATH=$VENV/bin:$PATH

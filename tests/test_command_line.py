@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from dbtrain.__main__ import entry
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
-from tests import bases
+from tests import bases, eyes
 from tests.conftest import Make, dbtrain, draw_photo
 
 Refused = Callable[..., None]
@@ -91,6 +91,16 @@ def test_batches_that_do_not_divide(refused: Refused, config: Path, shards: Path
 
 def test_photos_are_looked_for_before_the_base(refused: Refused, config: Path) -> None:
     refused("run", config, "model.path=/no/such/model", "prepare.photos=/no/photos", told="/no/photos")
+
+
+def test_fetch_says_where_the_models_are(config: Path) -> None:
+    seen = {"dino": eyes.dino(), "clip": eyes.clip()}
+    done = dbtrain(
+        "fetch", config, "--scoring", *(f"evaluation.{name}={path}" for name, path in seen.items())
+    )
+    assert done.returncode == 0
+    folders = [Path(line.rpartition(": ")[2]) for line in done.stdout.splitlines()]
+    assert folders == [bases.sd(), *seen.values()]
 
 
 def test_missing_model(refused: Refused, config: Path) -> None:

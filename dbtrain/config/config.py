@@ -123,6 +123,15 @@ class Config(Section):
         """
         return self.from_dict(self.model_dump(mode="json"), overrides)
 
+    def get(self, key: str) -> Any:
+        """The value of a dotted key, or a whole section. Raises ConfigError if there is none."""
+        value: Any = self
+        for part in key.split("."):
+            if part not in getattr(type(value), "model_fields", {}):
+                raise ConfigError(f"--key is '{key}', which is not a setting")
+            value = getattr(value, part)
+        return value
+
     def dump(self) -> str:
         """The resolved config as YAML: every key, every value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -71,13 +71,13 @@ def _absent(path: str) -> Iterator[Finding]:
     elif _offline():
         yield error(
             f"model.path: '{path}' is not a directory, not in the Hub's cache, and HF_HUB_OFFLINE is set",
-            f"on a machine with network access, unset HF_HUB_OFFLINE and run: hf download {path}",
+            "on a machine with network access, unset HF_HUB_OFFLINE and run: dbtrain fetch CONFIG",
         )
     else:
         yield warning(
             f"model.path: '{path}' is not in the Hub's cache, so the job would download it first "
             "(not tried here)",
-            f"run before the job: hf download {path}",
+            "run before the job: dbtrain fetch CONFIG",
         )
 
 
@@ -103,7 +103,7 @@ def _weights(base: Pretrained, component: str) -> Iterator[Finding]:
     folder = base.folder / component
     there, other = weight_files(base, component), sorted(folder.glob("*.safetensors"))
     local = files.expand(base.name).exists()
-    fetch = "copy the whole folder again" if local else f"get the whole model: hf download {base.name}"
+    fetch = "copy the whole folder again" if local else "get the whole model: dbtrain fetch CONFIG"
     # Files of the configured variant.
     if not there and other:
         variant = _variant(other[0].name.removesuffix(".safetensors"))

@@ -65,6 +65,18 @@ class Gap:
 HEAD = f"{'way':20} {'rows':>6} {'loss':>12} {'adapter':>12}"
 
 
+def table(cfg: Config) -> Iterator[str]:
+    """Lines on how far each way is from the straight run. Raises ConfigError if one is not the same."""
+    yield HEAD
+    different = []
+    for gap in exact(cfg):
+        yield str(gap)
+        if not gap.fine:
+            different.append(gap.way.name)
+    if different:
+        raise ConfigError(f"these differ from the straight run: {', '.join(different)}")
+
+
 def exact(cfg: Config) -> Iterator[Gap]:
     """Train a few steps in several ways, in new processes, and yield each way's gap to the straight run.
 

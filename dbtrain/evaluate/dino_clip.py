@@ -100,22 +100,17 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
 
 def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Scenario:
     """Find or download everything that is needed. One rank per node downloads."""
-    ours = cfg.evaluation
-
-    def models() -> tuple[Encoder, Encoder]:
-        return encoders.dino(ours.dino or encoders.DINO), encoders.clip(ours.clip or encoders.CLIP)
-
     with dist.agreed():
         about = subject.of(cfg.prepare, cfg.subject)
-        prompts = subject.prompts(about, ours)
+        prompts = subject.prompts(about, cfg.evaluation)
         photos = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",)) if cfg.prepare else []
         if not photos:
             raise ConfigError("prepare.photos: no photos of the subject, which evaluate needs")
         if dist.local_rank() == 0:
-            models()
+            encoders.of(cfg.evaluation)
         formats.find(adapter)  # raises now, not after generating the base's images
     with dist.agreed():
-        dino, clip = models()
+        dino, clip = encoders.of(cfg.evaluation)
     return Scenario(cfg, about, prompts, photos, dino, clip, out, base_out)
 
 

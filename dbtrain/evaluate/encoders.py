@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dbtrain.config import Evaluation
 from dbtrain.models.locate import hush
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -97,6 +98,11 @@ class Encoder:
                 f"another shape, e.g. {missing[0]}"
             )
         return model.requires_grad_(False).eval().to(dist.device())
+
+
+def of(cfg: Evaluation) -> tuple[Encoder, Encoder]:
+    """(DINO, CLIP) of a config. Downloads Hub ids. Raises ConfigError if one cannot be used."""
+    return dino(cfg.dino or DINO), clip(cfg.clip or CLIP)
 
 
 def dino(name: str) -> Encoder:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain import __main__
 from dbtrain.doctor import reproducibility
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, dbtrain
@@ -36,7 +35,7 @@ def test_another_run_is_noticed(
     )
     monkeypatch.setattr(reproducibility, "exact", lambda _: iter([gap]))
     with pytest.raises(ConfigError, match="these differ from the straight run: straight"):
-        __main__._exact(cfg)
+        list(reproducibility.table(cfg))
     assert not gap.rows and gap.adapter > 0.1 and not gap.fine and "NOT THE SAME" in str(gap)
 
 
