@@ -11,7 +11,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dbtrain.config import Prepare
-from dbtrain.data.photo_files import FORMATS, SUFFIXES, is_photo, naming
+from dbtrain.data.color import to_srgb
+from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
+from dbtrain.data.photo_files import SUFFIXES, listing, opened
 from dbtrain.data.photo_files import size as size
 from dbtrain.runtime import files, rng
 from dbtrain.runtime.console import say
@@ -36,16 +38,12 @@ def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
     root = files.expand(folder)
     if not root.is_dir():
         raise ConfigError(f"{key}: '{folder}' is not a directory")
-    for entry in root.iterdir():
-        if entry.is_symlink() and not entry.exists() and entry.suffix.lower() in SUFFIXES:
-            raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
-    entries = sorted(entry for entry in root.iterdir() if entry.is_file())
-    photos = [e for e in entries if is_photo(e)]
-    skipped = [e.name for e in entries if e not in photos and e.suffix.lower() not in ignore]
+    found = listing(root)
+    skipped = [entry.name for entry in found.others if entry.suffix.lower() not in ignore]
     if skipped:
         say(f"{folder}: skipped {len(skipped)} files that are not photos: {', '.join(skipped[:5])}"
             + (" ..." if len(skipped) > 5 else ""))  # fmt: skip
-    return photos
+    return found.photos
 
 
 def of_subject(cfg: Prepare) -> list[Path]:
@@ -59,17 +57,11 @@ def of_subject(cfg: Prepare) -> list[Path]:
 
 
 def load(path: Path) -> Image.Image:
-    """A photo as upright 8-bit RGB: EXIF rotation applied, transparency over white."""
-    with naming(path), Image.open(path, formats=FORMATS) as photo:
+    """A photo as upright 8-bit sRGB: EXIF rotation and color profile applied, transparency over white."""
+    with opened(path) as photo:
         photo.load()
-        upright = ImageOps.exif_transpose(photo)
-        if upright.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
-            gray = np.asarray(upright, dtype=np.float64) / 257.0
-            upright = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-        if upright.has_transparency_data:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-        return upright.convert("RGB")
+        ImageOps.exif_transpose(photo, in_place=True)
+        return to_srgb(photo, path)
 
 
 def resized(height: int, width: int, side: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from dbtrain.config.base import Names, Section, listed
 from dbtrain.data.storage import Storage
 from dbtrain.runtime.errors import ConfigError, reason
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2  # 1: the colors of photos were read as sRGB, whatever their profile
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
@@ -53,7 +53,7 @@ class Prompts(Section):
 class Manifest(Section):
     """The content of a shard folder and what it was made from. Written last, atomically."""
 
-    version: Literal[1]
+    version: Literal[2]
     family: str
     base: str
     components: dict[str, str]  # sha256 of each component of the base that the content depends on

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from dbtrain.config import Prepare
@@ -34,7 +36,7 @@ def photos(case: Case) -> Iterator[Finding]:
         )
         return
     # Open all photos, and keep those that can be read.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_workers(paths)) as pool:
         opened = list(pool.map(_open, paths))
     for one in opened:
         if isinstance(one, ConfigError):
@@ -53,6 +55,15 @@ def photos(case: Case) -> Iterator[Finding]:
     sides = [min(one.height, one.width) for _, one in case.photos]
     shortest = f", short sides {min(sides)} to {max(sides)} px" if sides else ""
     yield ok(f"{len(case.photos)} of {len(paths)} in {cfg.photos} can be read{shortest}")
+
+
+def _workers(paths: list[Path]) -> int:
+    """How many photos to open at a time: one, if each of them is as large as a photo may be."""
+    largest = 1
+    for path in paths:
+        with suppress(ConfigError):  # it is reported when the photo is opened
+            largest = max(largest, math.prod(images.size(path)))
+    return max(1, min(8, os.cpu_count() or 1, images.MOST_PIXELS // largest))
 
 
 def _open(path: Path) -> PhotoQuality | ConfigError:

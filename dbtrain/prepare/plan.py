@@ -40,10 +40,6 @@ def request(prepare: Prepare, family: Family) -> dict[str, Any]:
     return settings
 
 
-# Settings that the manifests of older versions do not record, with the values that were used then.
-OLD_DEFAULTS = {"class_pictures": True, "held_out": 0, "class_held_out": 0}
-
-
 def plan_shards(
     base: Base, prepare: Prepare, seed: int, images: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
@@ -166,7 +162,7 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
         )
     if cfg.prepare:
         now = request(cfg.prepare, base.family)
-        made = OLD_DEFAULTS | manifest.request
+        made = manifest.request
         changed = [key for key in now if now[key] != made.get(key)]
         if changed:
             changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now[key]!r}" for key in changed)
