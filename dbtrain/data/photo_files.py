@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ LONGEST = 50  # limit of long side / short side
 MOST_PIXELS = 1 << 28  # Pillow takes 4 bytes for each; phones write up to 200 megapixels
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 HEADER = 64  # bytes that say what a file is
+KOHYA = re.compile(r"\d+_")  # 10_sks dog: a folder of kohya's scripts, each photo 10 times
 
 # What a file is by its first bytes, and how to read it if Pillow alone does not.
 BRANDS = {  # of ISO base media files, ISO/IEC 23008-12 and AV1 Image File Format
@@ -44,7 +46,6 @@ class Listing:
 
     photos: list[Path]
     others: list[Path]  # files that are not photos
-    folders: dict[Path, int]  # subfolders with photos, and how many photos each has
 
 
 def listing(folder: Path) -> Listing:
@@ -58,12 +59,26 @@ def listing(folder: Path) -> Listing:
             raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
     photos = [entry for entry in entries if is_photo(entry) and entry.is_file()]
     others = [entry for entry in entries if entry not in photos and not entry.is_dir()]
-    counts = {entry: _count(entry) for entry in entries if entry.is_dir() and entry.name[0] != "."}
-    return Listing(photos, others, {entry: count for entry, count in counts.items() if count})
+    return Listing(photos, others)
+
+
+def subfolders(folder: Path) -> dict[Path, int]:
+    """The folders below `folder` that have photos, and how many."""
+    counts = {entry: _count(entry) for entry in sorted(folder.iterdir()) if entry.name[0] != "."}
+    return {entry: count for entry, count in counts.items() if count}
+
+
+def no_photos(folder: Path) -> str:
+    """What to tell the user about a folder without photos: other trainers have them in subfolders."""
+    for inner, count in subfolders(folder).items():
+        note = " (the repeats in its name have no effect)" if KOHYA.match(inner.name) else ""
+        return f"there are no photos in '{folder}', but {count} in its folder '{inner.name}'; use that{note}"
+    return f"there are no photos in '{folder}'; add some, e.g. as JPEG or PNG"
 
 
 def _count(folder: Path) -> int:
-    with suppress(PermissionError):
+    """How many photos a folder has; 0 if it is none, or cannot be listed."""
+    with suppress(OSError):
         return sum(is_photo(entry) and entry.is_file() for entry in folder.iterdir())
     return 0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dbtrain.config import Prepare
 from dbtrain.data.color import to_srgb
 from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
-from dbtrain.data.photo_files import SUFFIXES, listing, opened
+from dbtrain.data.photo_files import listing, no_photos, opened
 from dbtrain.data.photo_files import size as size
 from dbtrain.runtime import files, rng
 from dbtrain.runtime.console import say
@@ -50,9 +50,7 @@ def of_subject(cfg: Prepare) -> list[Path]:
     """The photos of the subject. Raises ConfigError if there are none."""
     photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
     if not photos:
-        raise ConfigError(
-            f"prepare.photos: there are no photos in '{cfg.photos}'; add some ({', '.join(SUFFIXES)})"
-        )
+        raise ConfigError(f"prepare.photos: {no_photos(files.expand(cfg.photos))}")
     return photos
 
 
@@ -96,17 +94,3 @@ def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:
         square = ImageOps.mirror(square)
     values = torch.from_numpy(np.array(square))  # (side, side, 3) uint8
     return values.permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def caption(photo: Path) -> str:
-    """The caption of a photo: the text in `dog.txt` for `dog.jpg`. Raises ConfigError if there is none."""
-    path = photo.with_suffix(".txt")
-    try:
-        text = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"prepare.captions is true, but photo {photo} has no readable caption {path.name}; add it"
-        ) from error
-    if not text:
-        raise ConfigError(f"caption {path} is empty; write one")
-    return text

@@ -50,6 +50,13 @@ class Prompts(Section):
     texts: Names
 
 
+class Source(Section):
+    """A file of the user's that an image comes from, and its caption if it has one."""
+
+    sha256: str
+    caption: str | None = None
+
+
 class Manifest(Section):
     """The content of a shard folder and what it was made from. Written last, atomically."""
 
@@ -62,6 +69,7 @@ class Manifest(Section):
     latent_scale: Floats  # one, or one per channel
     latent_shift: Floats
     prompts: Prompts
+    sources: dict[str, dict[str, Source]] = Field(default={})  # by role and name; empty if unknown
     roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]
 
     @field_validator("roles")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dbtrain.runtime import preemption
-from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
+from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, printable, reason
 
 # Remedies for errors of torch that a user can fix, by a part of the error's class or message.
 REMEDIES = {
@@ -91,5 +91,5 @@ def _refuse(error: ConfigError) -> int:
     prefix = f"rank {os.environ['RANK']}: " if one_rank else ""
     if one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
-            print(f"error: {prefix}{problem}", file=sys.stderr)
+            print(f"error: {prefix}{printable(problem)}", file=sys.stderr)
     return 2

@@ -43,7 +43,7 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
 
 def _shards_content(manifest: Manifest) -> str:
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
-    content = content_key(manifest.model_dump(mode="json", exclude={"base", "request"}))
+    content = content_key(manifest.model_dump(mode="json", exclude={"base", "request", "sources"}))
     return f"{rows}, content {content[:12]}"
 
 

@@ -11,7 +11,6 @@ from PIL import Image
 from dbtrain.config import Prepare
 from dbtrain.data import photos
 from dbtrain.data.photos import Crop
-from dbtrain.runtime.errors import ConfigError
 from tests.conftest import REAL_PHOTOS, draw_photo
 
 
@@ -126,16 +125,6 @@ def test_pixels_span_minus_one_to_one() -> None:
     photo.paste("white", (0, 0, 16, 32))
     values = photos.pixels(photo, Crop(0, 0, False), 32)
     assert (values.min(), values.max()) == (-1.0, 1.0)
-
-
-@pytest.mark.parametrize("text", [None, "  \n", "bytes"])
-def test_a_missing_or_empty_caption_is_named(tmp_path: Path, text: str | None) -> None:
-    photo = draw_photo(tmp_path / "a.png", 1)
-    if text:
-        data = b"\xff\xfe\xff" if text == "bytes" else text.encode()
-        (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(ConfigError, match=r"a\.txt"):
-        photos.caption(photo)
 
 
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="needs the real photos")

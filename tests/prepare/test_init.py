@@ -159,7 +159,7 @@ def test_a_missing_or_empty_folder_is_refused() -> None:
     refused("PHOTOS is 'photos/cat', which is not a directory", photos="photos/cat")
     Path("photos/cat").mkdir()
     Path("photos/cat/notes.txt").write_text("not a photo")
-    refused("PHOTOS is 'photos/cat', which contains no photos; add some (.jpg,", photos="photos/cat")
+    refused("PHOTOS: there are no photos in 'photos/cat'; add some", photos="photos/cat")
 
 
 def test_all_broken_photos_are_named() -> None:
