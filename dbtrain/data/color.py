@@ -7,34 +7,35 @@ The embedded profile of a photo says what its numbers mean: read as sRGB, a phot
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from dbtrain.runtime.console import warn
+from dbtrain.runtime.errors import reason
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # color space of a profile: Pillow's mode
-GRAYS = ("1", "L", "LA", "La")  # modes without color and with 8 bits or fewer
+GRAYS = ("1", "L", "LA")  # modes without color and with 8 bits or fewer
 KEPT = ("RGB", "CMYK", "LAB")  # modes that keep their channels until they are converted to sRGB
 FLOAT_WHITES, INTEGER_WHITES = (1.0, 255.0, 65535.0), (65535.0, 2.0**31 - 1)
 STRIP = 256  # rows
 
 
-def to_srgb(photo: Image.Image, name: object) -> Image.Image:
+def to_srgb(photo: Image.Image, tell: Callable[[str], object]) -> Image.Image:
     """A loaded picture of any mode and depth as 8-bit sRGB, transparency over white.
 
-    Its embedded profile is applied with relative colorimetric intent. If that cannot be, a warning names
-    the picture by `name`, and its numbers count as sRGB.
+    Its embedded profile is applied with relative colorimetric intent. If that cannot be, `tell` is called
+    with the reason, and the numbers count as sRGB.
     """
     profile = photo.info.get("icc_profile") or b""
     alpha = _alpha(photo)
     if _is_deep(photo) or photo.mode in GRAYS:
-        colors = _shades(photo, profile, name)
+        colors = _shades(photo, profile, tell)
     else:
         opaque = photo if photo.mode in KEPT else photo.convert("RGBA").convert("RGB")
-        colors = _managed(opaque, profile, name)
+        colors = _managed(opaque, profile, tell)
     if alpha is None:
         return colors
     white = Image.new("RGB", photo.size, "white")
@@ -59,13 +60,13 @@ def _alpha(photo: Image.Image) -> Image.Image | None:
     return photo.convert("RGBA").getchannel("A")
 
 
-def _managed(colors: Image.Image, profile: bytes, name: object) -> Image.Image:
+def _managed(colors: Image.Image, profile: bytes, tell: Callable[[str], object]) -> Image.Image:
     """RGB, L, CMYK or LAB as sRGB."""
     if profile:
         try:
             return _converted(colors, ImageCms.ImageCmsProfile(io.BytesIO(profile)))
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
-            warn(f"{name}: its color profile cannot be used ({error}); its colors are read as sRGB")
+            tell(f"its color profile cannot be used ({reason(error)}), so its colors are read as sRGB")
     if colors.mode == "LAB":
         return _converted(colors, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")))
     return colors.convert("RGB")
@@ -89,7 +90,7 @@ def _converted(colors: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.
     return converted
 
 
-def _shades(photo: Image.Image, profile: bytes, name: object) -> Image.Image:
+def _shades(photo: Image.Image, profile: bytes, tell: Callable[[str], object]) -> Image.Image:
     """A gray picture of any depth as sRGB.
 
     Its 256 shades are converted, and the values between them interpolated, so that a linear profile keeps
@@ -97,7 +98,7 @@ def _shades(photo: Image.Image, profile: bytes, name: object) -> Image.Image:
     """
     values = np.asarray(photo if _is_deep(photo) else photo.convert("L"))  # (H, W)
     shades = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    table = np.asarray(_managed(shades, profile, name))[0]  # (256, 3)
+    table = np.asarray(_managed(shades, profile, tell))[0]  # (256, 3)
     scale = 255 / _white(photo.mode, values) if _is_deep(photo) else 1.0
     colors = np.empty((*values.shape, 3), np.uint8)
     for top in range(0, len(values), STRIP):  # in strips, to save memory

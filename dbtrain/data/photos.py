@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
 from dbtrain.data.photo_files import listing, no_photos, opened
 from dbtrain.data.photo_files import size as size
 from dbtrain.runtime import files, rng
-from dbtrain.runtime.console import say
+from dbtrain.runtime.console import say, warn
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -54,12 +55,15 @@ def of_subject(cfg: Prepare) -> list[Path]:
     return photos
 
 
-def load(path: Path) -> Image.Image:
-    """A photo as upright 8-bit sRGB: EXIF rotation and color profile applied, transparency over white."""
+def load(path: Path, tell: Callable[[str], object] = warn) -> Image.Image:
+    """A photo as upright 8-bit sRGB: EXIF rotation and color profile applied, transparency over white.
+
+    `tell` gets a line about a profile that cannot be used.
+    """
     with opened(path) as photo:
         photo.load()
         ImageOps.exif_transpose(photo, in_place=True)
-        return to_srgb(photo, path)
+        return to_srgb(photo, lambda problem: tell(f"photo {path}: {problem}"))
 
 
 def resized(height: int, width: int, side: int) -> tuple[int, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from dbtrain.config import Prepare
@@ -39,11 +40,13 @@ def photos(case: Case) -> Iterator[Finding]:
         yield from findings_of(problem, "put photos of the subject into that folder")
         return
     # Open all photos, and keep those that can be read.
+    told: list[str] = []
     with ThreadPoolExecutor(_workers(paths)) as pool:
-        opened = list(pool.map(_open, paths))
+        opened = list(pool.map(partial(_open, told=told.append), paths))
     for one in opened:
         if isinstance(one, ConfigError):
             yield from findings_of(one, "replace or remove it")
+    yield from (warning(line, "export it again, with the profile sRGB") for line in sorted(told))
     case.photos = [
         (path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)
     ]
@@ -83,10 +86,10 @@ def _workers(paths: list[Path]) -> int:
     return max(1, min(8, os.cpu_count() or 1, images.MOST_PIXELS // largest))
 
 
-def _open(path: Path) -> PhotoQuality | ConfigError:
+def _open(path: Path, told: Callable[[str], object]) -> PhotoQuality | ConfigError:
     try:
         images.size(path)  # raises for what is too thin to crop
-        return quality_of(images.load(path))
+        return quality_of(images.load(path, told))
     except ConfigError as problem:
         return problem
 

@@ -163,6 +163,10 @@ def heic_photo(site: Site) -> None:
     (site.photos / "6.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
 
 
+def broken_profile(site: Site) -> None:
+    site.photo().save(site.photos / "5.png", icc_profile=b"no profile")
+
+
 def class_dir_is_photos(site: Site) -> None:
     site.changes["prepare__class_dir"] = str(site.photos)
 
@@ -375,6 +379,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (more_photos_in_subfolder, "photos", "warning", "the folder 'more' with 5 photos is not read"),
     (raw_photo, "photos", "warning", "neither photos nor their captions: 6.dng"),
     (heic_photo, "photos", "error", "6.heic is a file of format HEIC"),
+    (broken_profile, "photos", "warning", "5.png: its color profile cannot be used"),
     (class_dir_is_photos, "class images", "error", "the folder of prepare.photos"),
     (class_dir_misspelt, "class images", "warning", "'dogs' beside it has photos"),
     (changed_photo, "shards", "error", "was replaced"),
