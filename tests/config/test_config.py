@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tmp_path: Path) -> Non
 )
 def test_a_wrong_value_is_named(tmp_path: Path, override: str, told: str) -> None:
     assert any(told in line for line in problems(tmp_path, MINIMAL, override))
+
+
+def test_a_path_that_is_not_utf_8_is_refused_with_a_way_out() -> None:
+    """It comes from a Windows zip; neither YAML nor a manifest can hold it."""
+    values = yaml.safe_load(MINIMAL)
+    values["prepare"] = {"photos": os.fsdecode(b"caf\xe9"), "instance_prompt": "a photo of sks dog"}
+    with pytest.raises(ConfigError, match=r"prepare\.photos is 'caf.*', whose bytes are not UTF-8; rename"):
+        Config.from_dict(values)
 
 
 def test_center_crop_has_one_variant(tmp_path: Path) -> None:

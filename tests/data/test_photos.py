@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,17 @@ def test_photos_are_found_sorted_and_others_skipped_with_a_note(
     ]
     assert "skipped 2 files" in caplog.text
     assert "notes.md" in caplog.text
+
+
+def test_only_regular_files_are_photos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw_photo(tmp_path / "a.png", 1)
+    (tmp_path / "b.png").symlink_to("a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.png").symlink_to("/dev/zero")
+    caplog.set_level("INFO", logger="dbtrain")
+    photos.say.__self__.propagate = True  # type: ignore[attr-defined]
+    assert [p.name for p in photos.find(str(tmp_path), "prepare.photos")] == ["a.png", "b.png"]
+    assert "skipped 2 files that are not photos: endless.png, pipe.png" in caplog.text
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -84,6 +84,13 @@ def test_small_photos_are_counted_and_named() -> None:
     assert f"# {said[0]}\n# {said[1]}\n" in text
 
 
+def test_the_name_of_a_photo_adds_no_setting() -> None:
+    """It stands in a comment of the config."""
+    Path("photos/dog/3.jpg").rename("photos/dog/3\nhub: {repo: them}\n.jpg")
+    assert written("sd15").hub.repo is None
+    assert r"3\x0ahub: {repo: them}\x0a.jpg" in Path("configs/rex.yaml").read_text()
+
+
 def test_a_photo_on_its_side_counts_by_its_short_side_and_other_files_do_not_count() -> None:
     Path("photos/dog/notes.txt").write_text("not a photo")
     Path("photos/dog/.hidden.jpg").write_text("not a photo")
