@@ -69,7 +69,7 @@ class Sampling(Section):
 
 
 class Prepare(Section):
-    photos: Text = Field(description="folder with photos of the subject (jpg, jpeg, png, webp, bmp)")
+    photos: Text = Field(description="folder with photos of the subject (JPEG, PNG, HEIC, AVIF and others)")
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: bool = Field(False, description="read each photo's prompt from the .txt file of the same name")
     class_prompt: Text | None = Field(

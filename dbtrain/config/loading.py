@@ -207,6 +207,8 @@ def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
         return f"{place} is {value!r}; choose from {context['expected']}"
     if error["type"] == "value_error":
         return f"{place}.{context['error']}" if place else str(context["error"])
+    if error["type"] == "string_unicode":
+        return f"{place} is {value!r}, whose bytes are not UTF-8; rename it, or use a link with another name"
     if error["type"] == "model_type":
         return f"'{place}' is a section with keys of its own, not a single value; got {value!r}"
     return f"{place} is {value!r}: {error['msg'].removeprefix('Input ')}"

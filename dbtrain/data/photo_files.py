@@ -1,19 +1,86 @@
-"""Which files are photos, and their sizes, read from the headers. Needs neither torch nor numpy."""
+"""Photo files: their names, formats and headers. Needs neither torch nor numpy."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from dbtrain.runtime.errors import ConfigError, reason
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # a file's suffix may differ from its format
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".avif", ".tif", ".tiff", ".gif",
+    ".bmp", ".jp2",
+)  # fmt: skip
+# A file's suffix may differ from its format. Formats that run other programs (EPS) are not read.
+FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000")
 LONGEST = 50  # limit of long side / short side
+MOST_PIXELS = 1 << 28  # Pillow takes 4 bytes for each; phones write up to 200 megapixels
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+HEADER = 64  # bytes that say what a file is
+KOHYA = re.compile(r"\d+_")  # 10_sks dog: a folder of kohya's scripts, each photo 10 times
+
+# What a file is by its first bytes, and how to read it if Pillow alone does not.
+BRANDS = {  # of ISO base media files, ISO/IEC 23008-12 and AV1 Image File Format
+    b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"hevc": "HEIC", b"heim": "HEIC",
+    b"heis": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC",
+}  # fmt: skip
+UNREADABLE = {
+    "HEIC": "run: pip install 'dbtrain[heif]', or export it as JPEG",
+    "AVIF": "run: pip install -U pillow (11.3 or newer reads it), or export it as JPEG",
+    "JPEG XL": "export it as JPEG or PNG",
+}
+
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+# Editors keep their project in a PNG's text, which is not used here. Their total stays limited.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The content of a folder of photos, sorted by name."""
+
+    photos: list[Path]
+    others: list[Path]  # files that are not photos
+
+
+def listing(folder: Path) -> Listing:
+    """List a folder. Only regular files are photos: neither pipes nor devices.
+
+    Raises ConfigError if a photo is a link whose target does not exist.
+    """
+    entries = sorted(folder.iterdir())
+    for entry in entries:
+        if entry.is_symlink() and not entry.exists() and is_photo(entry):
+            raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
+    photos = [entry for entry in entries if is_photo(entry) and entry.is_file()]
+    others = [entry for entry in entries if entry not in photos and not entry.is_dir()]
+    return Listing(photos, others)
+
+
+def subfolders(folder: Path) -> dict[Path, int]:
+    """The folders below `folder` that have photos, and how many."""
+    counts = {entry: _count(entry) for entry in sorted(folder.iterdir()) if entry.name[0] != "."}
+    return {entry: count for entry, count in counts.items() if count}
+
+
+def no_photos(folder: Path) -> str:
+    """What to tell the user about a folder without photos: other trainers have them in subfolders."""
+    for inner, count in subfolders(folder).items():
+        note = " (the repeats in its name have no effect)" if KOHYA.match(inner.name) else ""
+        return f"there are no photos in '{folder}', but {count} in its folder '{inner.name}'; use that{note}"
+    return f"there are no photos in '{folder}'; add some, e.g. as JPEG or PNG"
+
+
+def _count(folder: Path) -> int:
+    """How many photos a folder has; 0 if it is none, or cannot be listed."""
+    with suppress(OSError):
+        return sum(is_photo(entry) and entry.is_file() for entry in folder.iterdir())
+    return 0
 
 
 def is_photo(path: Path) -> bool:
@@ -22,19 +89,59 @@ def is_photo(path: Path) -> bool:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn the errors that Pillow raises on a broken file into a ConfigError that names the file."""
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Open a photo, of which only the header has been read.
+
+    Errors that Pillow raises on a broken file, there or in the block, become a ConfigError that names it.
+    """
+    kind = ""
     try:
-        yield
-    except MemoryError:
+        kind = kind_of(path)
+        with Image.open(path, formats=_formats(kind)) as photo:
+            width, height = photo.size
+            if width * height > MOST_PIXELS:
+                raise ConfigError(_too_large(path))
+            yield photo
+    except (MemoryError, ConfigError):
         raise
+    except Image.DecompressionBombError as error:
+        raise ConfigError(_too_large(path)) from error
     except Exception as error:  # Pillow's plugins raise many kinds
+        if kind in UNREADABLE and isinstance(error, Image.UnidentifiedImageError):
+            raise ConfigError(f"photo {path} is a file of format {kind}; {UNREADABLE[kind]}") from error
         raise ConfigError(f"cannot read photo {path}: {reason(error)}; replace or remove it") from error
+
+
+def _too_large(path: Path) -> str:
+    return f"photo {path} has more than {MOST_PIXELS // 10**6} megapixels; make it smaller"
+
+
+def _formats(kind: str) -> list[str]:
+    """The formats that can be read here. HEIF is one of them if pillow-heif is installed."""
+    if kind == "HEIC":
+        with suppress(ImportError):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def kind_of(path: Path) -> str:
+    """HEIC, AVIF or JPEG XL, whatever the file is called; "" for others."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER)
+    if header.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL"
+    if header[4:8] != b"ftyp":
+        return ""
+    brands = [header[8:12], *(header[at : at + 4] for at in range(16, min(header[3], HEADER), 4))]
+    return next((kind for brand, kind in BRANDS.items() if brand in brands), "")
 
 
 def size(path: Path) -> tuple[int, int]:
     """(height, width) of an upright photo, px. Reads the header only."""
-    with naming(path), Image.open(path, formats=FORMATS) as photo:
+    with opened(path) as photo:
         width, height = photo.size
         sideways = photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
     if max(height, width) > LONGEST * min(height, width):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dbtrain.config import Prepare
-from dbtrain.data.photo_files import FORMATS, SUFFIXES, is_photo, naming
+from dbtrain.data.color import to_srgb
+from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
+from dbtrain.data.photo_files import listing, no_photos, opened
 from dbtrain.data.photo_files import size as size
 from dbtrain.runtime import files, rng
-from dbtrain.runtime.console import say
+from dbtrain.runtime.console import say, warn
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -36,40 +39,31 @@ def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
     root = files.expand(folder)
     if not root.is_dir():
         raise ConfigError(f"{key}: '{folder}' is not a directory")
-    for entry in root.iterdir():
-        if entry.is_symlink() and not entry.exists() and entry.suffix.lower() in SUFFIXES:
-            raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
-    entries = sorted(entry for entry in root.iterdir() if entry.is_file())
-    photos = [e for e in entries if is_photo(e)]
-    skipped = [e.name for e in entries if e not in photos and e.suffix.lower() not in ignore]
+    found = listing(root)
+    skipped = [entry.name for entry in found.others if entry.suffix.lower() not in ignore]
     if skipped:
         say(f"{folder}: skipped {len(skipped)} files that are not photos: {', '.join(skipped[:5])}"
             + (" ..." if len(skipped) > 5 else ""))  # fmt: skip
-    return photos
+    return found.photos
 
 
 def of_subject(cfg: Prepare) -> list[Path]:
     """The photos of the subject. Raises ConfigError if there are none."""
     photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
     if not photos:
-        raise ConfigError(
-            f"prepare.photos: there are no photos in '{cfg.photos}'; add some ({', '.join(SUFFIXES)})"
-        )
+        raise ConfigError(f"prepare.photos: {no_photos(files.expand(cfg.photos))}")
     return photos
 
 
-def load(path: Path) -> Image.Image:
-    """A photo as upright 8-bit RGB: EXIF rotation applied, transparency over white."""
-    with naming(path), Image.open(path, formats=FORMATS) as photo:
+def load(path: Path, tell: Callable[[str], object] = warn) -> Image.Image:
+    """A photo as upright 8-bit sRGB: EXIF rotation and color profile applied, transparency over white.
+
+    `tell` gets a line about a profile that cannot be used.
+    """
+    with opened(path) as photo:
         photo.load()
-        upright = ImageOps.exif_transpose(photo)
-        if upright.mode.startswith("I"):  # 16-bit grayscale, which convert() would clip to white
-            gray = np.asarray(upright, dtype=np.float64) / 257.0
-            upright = Image.fromarray(gray.round().clip(0, 255).astype(np.uint8))
-        if upright.has_transparency_data:
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright.convert("RGBA"))
-        return upright.convert("RGB")
+        ImageOps.exif_transpose(photo, in_place=True)
+        return to_srgb(photo, lambda problem: tell(f"photo {path}: {problem}"))
 
 
 def resized(height: int, width: int, side: int) -> tuple[int, int]:
@@ -104,17 +98,3 @@ def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:
         square = ImageOps.mirror(square)
     values = torch.from_numpy(np.array(square))  # (side, side, 3) uint8
     return values.permute(2, 0, 1).float() / 127.5 - 1.0
-
-
-def caption(photo: Path) -> str:
-    """The caption of a photo: the text in `dog.txt` for `dog.jpg`. Raises ConfigError if there is none."""
-    path = photo.with_suffix(".txt")
-    try:
-        text = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"prepare.captions is true, but photo {photo} has no readable caption {path.name}; add it"
-        ) from error
-    if not text:
-        raise ConfigError(f"caption {path} is empty; write one")
-    return text

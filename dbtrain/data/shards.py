@@ -23,7 +23,7 @@ from dbtrain.config.base import Names, Section, listed
 from dbtrain.data.storage import Storage
 from dbtrain.runtime.errors import ConfigError, reason
 
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2  # 1: the colors of photos were read as sRGB, whatever their profile
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
@@ -50,10 +50,17 @@ class Prompts(Section):
     texts: Names
 
 
+class Source(Section):
+    """A file of the user's that an image comes from, and its caption if it has one."""
+
+    sha256: str
+    caption: str | None = None
+
+
 class Manifest(Section):
     """The content of a shard folder and what it was made from. Written last, atomically."""
 
-    version: Literal[1]
+    version: Literal[2]
     family: str
     base: str
     components: dict[str, str]  # sha256 of each component of the base that the content depends on
@@ -62,6 +69,7 @@ class Manifest(Section):
     latent_scale: Floats  # one, or one per channel
     latent_shift: Floats
     prompts: Prompts
+    sources: dict[str, dict[str, Source]] = Field(default={})  # by role and name; empty if unknown
     roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]
 
     @field_validator("roles")

@@ -9,7 +9,7 @@ from dbtrain.config import Config
 from dbtrain.doctor import environment as machine_checks
 from dbtrain.doctor import settings as setting_checks
 from dbtrain.doctor.case import Case, Check, Finding, findings_of, ok, run_check
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, printable
 from dbtrain.runtime.imports import importing
 
 WIDTH = 16  # of the column with the names of checks
@@ -29,13 +29,14 @@ EARLY: tuple[tuple[str, Check], ...] = (
 def _later() -> tuple[tuple[str, Check], ...]:
     """Checks that need torch, which takes two seconds to import. Each one depends only on earlier ones."""
     with importing(at_start=True):
-        from dbtrain.doctor import base_model, disk, gpu, photos, shards_and_run
+        from dbtrain.doctor import base_model, captions, disk, gpu, photos, shards_and_run
 
     return (
         ("extras", machine_checks.packages),
         ("model", base_model.model),
         ("adapter", base_model.adapter),
         ("photos", photos.photos),
+        ("captions", captions.captions),
         ("passes", photos.passes),
         ("class images", photos.of_class),
         ("images", photos.generated_images),
@@ -117,7 +118,7 @@ def table(found: Iterator[tuple[str, Finding]]) -> Iterator[str]:
             counts[one.level] += 1
         title = name if name != last else ""
         last = name
-        yield f"{one.level:8} {title:{WIDTH}} {one.what}"
+        yield f"{one.level:8} {title:{WIDTH}} {printable(one.what)}"
         if one.cure:
-            yield f"{'':8} {'':{WIDTH}} -> {one.cure}"
+            yield f"{'':8} {'':{WIDTH}} -> {printable(one.cure)}"
     yield ", ".join(f"{count or 'no'} {level}{'s' * (count != 1)}" for level, count in counts.items())

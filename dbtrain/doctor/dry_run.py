@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dbtrain.config import Config
-from dbtrain.data import photos
+from dbtrain.data import captions, photos
 from dbtrain.doctor.case import Case, Finding, error, ok
 from dbtrain.doctor.gpu import ranks_of
 from dbtrain.runtime import files
@@ -84,7 +84,7 @@ def _some_photos(cfg: Config, folder: Path) -> Path:
     assert cfg.prepare is not None
     folder.mkdir()
     for path in photos.of_subject(cfg.prepare)[:IMAGES]:
-        for one in (path, path.with_suffix(".txt")):
+        for one in (path, captions.file_of(path)):
             if one.is_file():
                 shutil.copyfile(one, folder / one.name)
     if cfg.prepare.class_dir and files.expand(cfg.prepare.class_dir).is_dir():

@@ -1,21 +1,27 @@
-"""The photos, their captions and the class images: their quality, and how often they are trained on."""
+"""The photos and the class images: their quality, and how often they are trained on."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from dbtrain.config import Prepare
 from dbtrain.data import photos as images
+from dbtrain.data.captions import file_of
+from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
 from dbtrain.models import sampler
 from dbtrain.prepare import class_images, plan
-from dbtrain.runtime import hashing
+from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError
 
+SYSTEM = ("Thumbs.db", "desktop.ini")  # files of file managers
 FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few dozen
 SEEN = (20, 2000)  # times that each photo is trained on: guides say 80 to 1000
 
@@ -26,27 +32,24 @@ def photos(case: Case) -> Iterator[Finding]:
     if cfg is None:
         yield ok("no prepare section: no photos to check")
         return
+    if (folder := files.expand(cfg.photos)).is_dir():
+        yield from _unused(folder, cfg)
     try:
         paths = images.of_subject(cfg)
     except ConfigError as problem:
-        yield from findings_of(
-            problem, f"put photos of the subject ({', '.join(images.SUFFIXES)}) into that folder"
-        )
+        yield from findings_of(problem, "put photos of the subject into that folder")
         return
     # Open all photos, and keep those that can be read.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        opened = list(pool.map(_open, paths))
+    told: list[str] = []
+    with ThreadPoolExecutor(_workers(paths)) as pool:
+        opened = list(pool.map(partial(_open, told=told.append), paths))
     for one in opened:
         if isinstance(one, ConfigError):
             yield from findings_of(one, "replace or remove it")
+    yield from (warning(line, "export it again, with the profile sRGB") for line in sorted(told))
     case.photos = [
         (path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)
     ]
-    # Captions.
-    if cfg.captions:
-        for path in paths:
-            yield from problems_of(lambda path=path: images.caption(path),  # type: ignore[misc]
-                             f"write {path.with_suffix('.txt').name} beside it")  # fmt: skip
     # Number and quality.
     yield from _count(len(paths))
     yield from _quality(case.photos, cfg)
@@ -55,10 +58,38 @@ def photos(case: Case) -> Iterator[Finding]:
     yield ok(f"{len(case.photos)} of {len(paths)} in {cfg.photos} can be read{shortest}")
 
 
-def _open(path: Path) -> PhotoQuality | ConfigError:
+def _unused(folder: Path, cfg: Prepare) -> Iterator[Finding]:
+    """Files and folders beside the photos that are not read."""
+    found = listing(folder)
+    seen = [path for path in found.others if not path.name.startswith(".") and path.name not in SYSTEM]
+    captions = {file_of(photo) for photo in found.photos}
+    texts = [path.name for path in seen if path in captions]
+    others = [path.name for path in seen if path not in captions]
+    if texts and not cfg.captions:
+        yield warning(f"captions are not read: {listed(texts)}", "use prepare.captions=true, or remove them")
+    if others:
+        yield warning(f"skipped, neither photos nor their captions: {listed(others)}",
+                      "export photos among them as JPEG or PNG, or remove them")  # fmt: skip
+    for inner, count in subfolders(folder).items() if found.photos else ():
+        if inner.resolve() != class_images.root(cfg).resolve():
+            yield warning(
+                f"the folder '{inner.name}' with {count} photos is not read", "move them up, or remove it"
+            )
+
+
+def _workers(paths: list[Path]) -> int:
+    """How many photos to open at a time: one, if each of them is as large as a photo may be."""
+    largest = 1
+    for path in paths:
+        with suppress(ConfigError):  # it is reported when the photo is opened
+            largest = max(largest, math.prod(images.size(path)))
+    return max(1, min(8, os.cpu_count() or 1, images.MOST_PIXELS // largest))
+
+
+def _open(path: Path, told: Callable[[str], object]) -> PhotoQuality | ConfigError:
     try:
         images.size(path)  # raises for what is too thin to crop
-        return quality_of(images.load(path))
+        return quality_of(images.load(path, told))
     except ConfigError as problem:
         return problem
 
@@ -143,6 +174,7 @@ def of_class(case: Case) -> Iterator[Finding]:
         yield ok("no prepare.class_prompt: no prior preservation")
         return
     own = class_images.find_own(cfg)
+    yield from findings_of(ConfigError(*class_images.unused(cfg)), level="warning")
     for path in own:
         yield from problems_of(lambda path=path: images.size(path), "replace or remove it")  # type: ignore[misc]
     count = cfg.class_images - len(own)

@@ -8,9 +8,10 @@ number of ranks.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from dbtrain.config import Prepare
 from dbtrain.data import photos
+from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.pictures import save_png
 from dbtrain.models import kernels, sampler
 from dbtrain.models.base import Base
@@ -33,6 +35,7 @@ from dbtrain.runtime.hashing import content_key
 # `sampling.compile: auto` compiles for at least this many images. Estimated for SD 1.5 at 512 px on an
 # H200: compiling takes 30 s and saves a fifth of 0.15 s per image. Larger models break even earlier.
 MANY = 1000
+ABOUT = "about.json"  # in a folder of generated images: what they depend on
 SUFFIX, LATENT = ".safetensors", "x0"  # of a file that stores a latent, and the name of its only tensor
 
 
@@ -48,6 +51,9 @@ def ensure(base: Base, cfg: Prepare) -> list[Path]:
     """
     with dist.agreed():
         own = find_own(cfg)
+        if dist.is_main():
+            for problem in unused(cfg):
+                console.warn(problem)
     count = cfg.class_images - len(own)
     if count == 0:
         return own
@@ -61,7 +67,7 @@ def ensure(base: Base, cfg: Prepare) -> list[Path]:
         with lock.held(folder, "class images in", wait=True):  # another subject may use them
             with dist.agreed():
                 if dist.is_main():
-                    files.write_atomically(folder / "about.json", json.dumps(about, indent=1) + "\n")
+                    files.write_atomically(folder / ABOUT, json.dumps(about, indent=1) + "\n")
             _complete(base, cfg, len(own), paths)
     return own + paths
 
@@ -181,9 +187,45 @@ def root(cfg: Prepare) -> Path:
 
 def find_own(cfg: Prepare) -> list[Path]:
     """The user's own class images, at most `cfg.class_images`."""
-    if not cfg.class_dir or not files.expand(cfg.class_dir).exists():
+    if not cfg.class_dir or not root(cfg).exists():
         return []
+    if root(cfg).resolve() == files.expand(cfg.photos).resolve():
+        raise ConfigError(
+            f"prepare.class_dir is '{cfg.class_dir}', the folder of prepare.photos: the subject's photos "
+            "would be its class images; use another folder"
+        )
     return photos.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]
+
+
+def unused(cfg: Prepare) -> Iterator[str]:
+    """Own class images that are probably meant, but not used: one problem with its cure for each folder."""
+    folder = root(cfg)
+    if not cfg.class_dir:
+        return
+    if not folder.exists():
+        near = difflib.get_close_matches(folder.name, _with_photos(folder.parent), n=1, cutoff=0.8)
+        if near:
+            yield (
+                f"prepare.class_dir '{cfg.class_dir}' does not exist, but '{near[0]}' beside it has photos, "
+                "which are not used; correct the name"
+            )
+        return
+    for inner, count in subfolders(folder).items():
+        if not (inner / ABOUT).exists():  # not generated
+            yield (
+                f"prepare.class_dir: the {count} images in its folder '{inner.name}' are not used; move them "
+                f"up to '{cfg.class_dir}', or use that folder"
+            )
+    if (count := len(listing(folder).photos)) > cfg.class_images:
+        yield (
+            f"prepare.class_dir has {count} images, but only the first {cfg.class_images} by name are used; "
+            f"set prepare.class_images={count} to use all"
+        )
+
+
+def _with_photos(folder: Path) -> list[str]:
+    """Names of the folders below `folder` that have photos."""
+    return [inner.name for inner in subfolders(folder)] if folder.is_dir() else []
 
 
 def save_latent(path: Path, x0: Tensor) -> None:

@@ -12,7 +12,7 @@ from dbtrain.config.loading import read_yaml
 from dbtrain.config.template import filled
 from dbtrain.data import photo_files
 from dbtrain.runtime import files
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, printable
 
 EXAMPLES = {  # base: file in configs/
     "sd15": "sd15.yaml", "sd21": "sd21.yaml", "sdxl": "sdxl.yaml", "deepfloyd": "deepfloyd.yaml",
@@ -92,7 +92,7 @@ def short_sides(folder: Path) -> dict[Path, int]:
         raise ConfigError(f"PHOTOS is {str(folder)!r}, which YAML cannot hold; rename the folder")
     sides: dict[Path, int] = {}
     problems: list[str] = []
-    for path in sorted(path for path in folder.iterdir() if photo_files.is_photo(path) and path.is_file()):
+    for path in photo_files.listing(folder).photos:
         try:
             sides[path] = min(photo_files.size(path))
         except ConfigError as problem:
@@ -100,9 +100,7 @@ def short_sides(folder: Path) -> dict[Path, int]:
     if problems:
         raise ConfigError(*problems)
     if not sides:
-        raise ConfigError(
-            f"PHOTOS is '{folder}', which contains no photos; add some ({', '.join(photo_files.SUFFIXES)})"
-        )
+        raise ConfigError(f"PHOTOS: {photo_files.no_photos(folder)}")
     return sides
 
 
@@ -113,7 +111,7 @@ def describe(sides: dict[Path, int], resolution: int) -> list[str]:
     small = [path.name for path, side in sides.items() if side < resolution]
     lines = [f"{_count(len(sides), 'photo')} in {folder}, short side {span}"]
     if small:
-        names = ", ".join(small[:5]) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
+        names = printable(", ".join(small[:5])) + (f" and {len(small) - 5} more" if len(small) > 5 else "")
         lines.append(f"{_count(len(small), 'photo')} smaller than {resolution} px, to be enlarged: {names}")
     return lines
 

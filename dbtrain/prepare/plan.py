@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photos, shards
+from dbtrain.data import photo_files, photos, shards
+from dbtrain.data.captions import caption
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
 from dbtrain.prepare import class_images
-from dbtrain.runtime import hashing
+from dbtrain.runtime import files, hashing
 from dbtrain.runtime.console import say
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, printable
 from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
+CHANGES = 4  # most changed files to name
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,6 @@ def request(prepare: Prepare, family: Family) -> dict[str, Any]:
     return settings
 
 
-# Settings that the manifests of older versions do not record, with the values that were used then.
-OLD_DEFAULTS = {"class_pictures": True, "held_out": 0, "class_held_out": 0}
-
-
 def plan_shards(
     base: Base, prepare: Prepare, seed: int, images: dict[str, list[Path]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
@@ -61,7 +60,7 @@ def plan_shards(
         for path in paths:
             text = prepare.class_prompt or ""
             if role.startswith("instance"):
-                text = photos.caption(path) if prepare.captions else prepare.instance_prompt
+                text = caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
             if path.suffix == class_images.SUFFIX:
@@ -136,6 +135,26 @@ def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, 
     }  # fmt: skip
 
 
+def sources_of(prepare: Prepare, images: dict[str, list[Path]]) -> dict[str, dict[str, shards.Source]]:
+    """The user's own files among the images of each role, by name. Generated class images are left out."""
+    return {
+        role: {
+            printable(path.name): shards.Source(
+                sha256=hashing.sha256_of(path),
+                caption=caption(path) if role == "instance" and prepare.captions else None,
+            )
+            for path in paths
+            if path.parent == folders(prepare)[role]
+        }
+        for role, paths in images.items()
+    }
+
+
+def folders(prepare: Prepare) -> dict[str, Path]:
+    """The folder of the user's own images of each role."""
+    return {"instance": files.expand(prepare.photos), "class": class_images.root(prepare)}
+
+
 def _shard_count(rows: int) -> int:
     """Number of shards for `rows`: a power of two, at least 4 rows each, at most SHARDS if they fit."""
     count = 1
@@ -166,8 +185,43 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
         )
     if cfg.prepare:
         now = request(cfg.prepare, base.family)
-        made = OLD_DEFAULTS | manifest.request
+        made = manifest.request
         changed = [key for key in now if now[key] != made.get(key)]
         if changed:
             changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now[key]!r}" for key in changed)
             raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")
+        check_sources(cfg, manifest)
+
+
+def check_sources(cfg: Config, manifest: Manifest) -> None:
+    """Raise ConfigError if the photos, captions or own class images changed since the shards were made.
+
+    Folders that cannot be reached are not checked: training needs the shards only.
+    """
+    assert cfg.prepare is not None
+    for role, made in manifest.sources.items():
+        folder = folders(cfg.prepare)[role]
+        if not folder.is_dir():
+            continue
+        paths = photo_files.listing(folder).photos
+        if role == "class":
+            paths = paths[: cfg.prepare.class_images]
+        now = sources_of(cfg.prepare, {role: paths})[role]
+        if changes := list(_changes(made, now)):
+            more = f" and {len(changes) - CHANGES} more" if len(changes) > CHANGES else ""
+            raise ConfigError(
+                f"{folder} changed since {cfg.data.shards} was made from it: "
+                f"{', '.join(changes[:CHANGES])}{more}; {shards.CURE}"
+            )
+
+
+def _changes(made: dict[str, shards.Source], now: dict[str, shards.Source]) -> Iterator[str]:
+    """What happened to each file."""
+    for name in sorted(made.keys() | now.keys()):
+        old, new = made.get(name), now.get(name)
+        if old is None or new is None:
+            yield f"{name} was {'added' if old is None else 'removed'}"
+        elif old.sha256 != new.sha256:
+            yield f"{name} was replaced"
+        elif old.caption != new.caption:
+            yield f"the caption of {name} was edited"

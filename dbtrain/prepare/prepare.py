@@ -16,7 +16,7 @@ from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, encode
-from dbtrain.prepare.plan import Planned, plan_shards, request
+from dbtrain.prepare.plan import Planned, plan_shards, request, sources_of
 from dbtrain.runtime import console, dist, files, lock, preemption
 from dbtrain.runtime.errors import ConfigError
 
@@ -87,7 +87,8 @@ def _fill(task: Task, images: dict[str, list[Path]]) -> Path:
         entries |= part
     with dist.agreed():
         if dist.is_main():
-            _publish(task, _manifest(task, texts, components, planned, entries))
+            sources = sources_of(task.settings, images)
+            _publish(task, _manifest(task, texts, components, planned, entries, sources))
     return task.folder
 
 
@@ -171,6 +172,7 @@ def _manifest(
     components: dict[str, str],
     planned: dict[str, list[Planned]],
     entries: dict[str, dict[str, Any]],
+    sources: dict[str, dict[str, shards.Source]],
 ) -> shards.Manifest:
     old_prompts = task.old.prompts if task.old else None
     prompts = encode.prompt_table(task.base, texts, task.folder, old_prompts)
@@ -178,7 +180,7 @@ def _manifest(
     return shards.Manifest(
         version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,
         request=request(task.settings, task.base.family), latent_shape=space.shape,
-        latent_scale=space.scale, latent_shift=space.shift, prompts=prompts,
+        latent_scale=space.scale, latent_shift=space.shift, prompts=prompts, sources=sources,
         roles={role: tuple(shards.Shard(**entries[plan.file]) for plan in every)
                for role, every in planned.items()},
     )  # fmt: skip

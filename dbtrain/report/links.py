@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,4 +53,6 @@ def href_of(path: Path, page: Path) -> str:
     """Relative URL from the page to a file below its folder; empty for other files."""
     if not path.is_relative_to(page.parent):
         return ""
-    return "./" + quote(path.relative_to(page.parent).as_posix()) + ("/" if path.is_dir() else "")
+    return (
+        "./" + quote(os.fsencode(path.relative_to(page.parent).as_posix())) + ("/" if path.is_dir() else "")
+    )

@@ -25,6 +25,7 @@ from dbtrain.report.figures import Figure, short
 from dbtrain.report.links import href_of
 from dbtrain.report.run import Run, number, read_all
 from dbtrain.runtime import files
+from dbtrain.runtime.errors import printable
 
 HERE = Path(__file__).parent
 COLOURS = 8  # of runs, in page.css; more runs repeat them
@@ -91,12 +92,12 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 
 def without_secrets(value: Any) -> Any:
-    """A value to show, without credentials in URLs, as pages are passed on."""
+    """A value to show: without control characters, and without credentials in URLs, as pages travel."""
     if not isinstance(value, str) or hasattr(value, "__html__"):  # the latter: markup of the page itself
         return value
     for pattern, replacement in SECRETS:
         value = pattern.sub(replacement, value)
-    return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dbtrain.runtime import dist, files
+from dbtrain.runtime.errors import printable
 
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # on import they warn about optional packages
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
@@ -25,13 +26,21 @@ started = time.monotonic()
 spent_s: dict[str, float] = {}  # by phase; mostly the lifetime of its progress bar
 
 
+class _Line(logging.Formatter):
+    """Formats records. Ours are one line each, whatever characters the names of files in it have."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return printable(text) if record.name == logger.name else text
+
+
 class ToFile(logging.Handler):
     """Appends records to log.txt. Raises errors where logging's own handlers would print them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.setFormatter(_Line("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
         files.append(self.path, self.format(record) + "\n")
@@ -49,10 +58,11 @@ def start() -> None:
     if logger.handlers:
         return
     handler = _AboveBar()
+    handler.setFormatter(_Line())
     logger.setLevel(logging.INFO)
     if not dist.is_main():
         logger.setLevel(logging.WARNING)
-        handler.setFormatter(logging.Formatter(f"rank {dist.rank()}: %(message)s"))
+        handler.setFormatter(_Line(f"rank {dist.rank()}: %(message)s"))
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").addHandler(handler)
     logger.addHandler(handler)

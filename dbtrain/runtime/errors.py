@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 
 
 class ConfigError(ValueError):
@@ -45,6 +46,22 @@ def os_problem(error: OSError) -> str:
     if error.errno not in _USER_ERRNOS:
         raise error
     return f"{error.filename or 'file system'}: {error.strerror}"
+
+
+# Control characters, marks that reverse the direction of text, and bytes of names that are not UTF-8.
+UNPRINTABLE = re.compile(
+    r"[\x00-\x08\n-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A line of text that steers neither a terminal nor a page: what could is written as an escape."""
+    return UNPRINTABLE.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def _escape(code: int) -> str:
+    byte = 0xDC80 <= code <= 0xDCFF  # how Python keeps a byte that is not UTF-8
+    return f"\\x{code & 0xFF:02x}" if byte or code < 0x100 else f"\\u{code:04x}"
 
 
 def reason(error: BaseException) -> str:

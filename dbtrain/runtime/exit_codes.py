@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.runtime import preemption
-from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
+from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, printable, reason
 
 # Remedies for errors of torch that a user can fix, by a part of the error's class or message.
 REMEDIES = {
@@ -99,7 +99,7 @@ def _refuse(error: ConfigError) -> int:
     _tell_torchrun("; ".join(error.problems))
     if one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         for problem in error.problems:
-            print(f"error: {prefix}{problem}", file=sys.stderr)
+            print(f"error: {prefix}{printable(problem)}", file=sys.stderr)
     return 2
 
 

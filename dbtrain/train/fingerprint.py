@@ -58,7 +58,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shards_content(manifest: Manifest) -> str:
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in manifest.roles)
-    content = content_key(manifest.model_dump(mode="json", exclude={"base", "request"}))
+    content = content_key(manifest.model_dump(mode="json", exclude={"base", "request", "sources"}))
     return f"{rows}, content {content[:12]}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,14 @@ def test_a_prompt_without_its_words_is_refused(tmp_path: Path) -> None:
     assert "prepare.instance_prompt: 'a photo of {}' needs words" in line
     told = problems(tmp_path, SUBJECT, "subject.name=a/b")
     assert any("subject.name is 'a/b'" in line for line in told)
+
+
+def test_a_path_that_is_not_utf_8_is_refused_with_a_way_out() -> None:
+    """It comes from a Windows zip; neither YAML nor a manifest can hold it."""
+    values = yaml.safe_load(MINIMAL)
+    values["prepare"] = {"photos": os.fsdecode(b"caf\xe9"), "instance_prompt": "a photo of sks dog"}
+    with pytest.raises(ConfigError, match=r"prepare\.photos is 'caf.*', whose bytes are not UTF-8; rename"):
+        Config.from_dict(values)
 
 
 def test_center_crop_has_one_variant(tmp_path: Path) -> None:

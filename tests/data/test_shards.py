@@ -72,9 +72,13 @@ def test_harm_is_named_with_its_cure(tmp_path: Path, harm: str) -> None:
         shards.read(at(tmp_path), shard)
 
 
-def test_a_manifest_of_another_version_is_refused(prepared: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"flavour": "new"}, {"version": 1}], ids=str)
+def test_a_manifest_of_another_version_is_refused(
+    prepared: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """Version 1 has colors that were read without their profile."""
     text = json.loads((prepared / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(text | {"flavour": "new"}))
+    (tmp_path / "manifest.json").write_text(json.dumps(text | change))
     with pytest.raises(ConfigError, match="another version"):
         Manifest.read(at(tmp_path))
 

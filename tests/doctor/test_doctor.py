@@ -130,6 +130,58 @@ def a_missing_caption(site: Site) -> None:
         path.with_suffix(".txt").write_text("a photo of sks dog outside")
 
 
+def captions(text: str) -> Callable[[Site], None]:
+    def plant(site: Site) -> None:
+        site.changes["prepare__captions"] = True
+        for path in site.photos.glob("*.png"):
+            path.with_suffix(".txt").write_text(text)
+
+    return plant
+
+
+def captions_unread(site: Site) -> None:
+    captions("a photo of sks dog")(site)
+    del site.changes["prepare__captions"]
+
+
+def photos_in_subfolder(site: Site) -> None:
+    (site.photos / "10_sks dog").mkdir()
+    for path in site.photos.glob("*.png"):
+        path.rename(site.photos / "10_sks dog" / path.name)
+
+
+def more_photos_in_subfolder(site: Site) -> None:
+    shutil.copytree(site.photos, site.photos / "more")
+
+
+def raw_photo(site: Site) -> None:
+    (site.photos / "6.dng").write_bytes(b"raw")
+
+
+def heic_photo(site: Site) -> None:
+    site.patch.setattr("dbtrain.data.photo_files._formats", lambda kind: ["PNG"])  # without pillow-heif
+    (site.photos / "6.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+
+
+def broken_profile(site: Site) -> None:
+    site.photo().save(site.photos / "5.png", icc_profile=b"no profile")
+
+
+def class_dir_is_photos(site: Site) -> None:
+    site.changes["prepare__class_dir"] = str(site.photos)
+
+
+def class_dir_misspelt(site: Site) -> None:
+    shutil.copytree(site.photos, site.folder / "dogs")
+    site.changes["prepare__class_dir"] = str(site.folder / "dog")
+
+
+def changed_photo(site: Site) -> None:
+    manifest = json.loads((site.shards() / "manifest.json").read_text())
+    next(iter(manifest["sources"]["instance"].values()))["sha256"] = "0" * 64
+    change(site.folder / "shards" / "manifest.json", **manifest)
+
+
 def corrupt_class_image(site: Site) -> None:
     folder = site.folder / "class"
     folder.mkdir()
@@ -325,7 +377,18 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (near_photo, "photos", "warning", "2.png ~ 5.jpg"),
     (long_photo, "photos", "warning",
      "5.png (at 74,0 of 213 x 64 px; 70% is cut off, a square closer to the right"),
-    (a_missing_caption, "photos", "error", "has no readable caption 0.txt"),
+    (a_missing_caption, "captions", "error", "has no caption 0.txt"),
+    (captions("a dog"), "captions", "warning", "5 of 5 captions do not name the subject ('sks')"),
+    (captions("sks dog, " + "very " * 40), "captions", "warning", "tokens of 32)"),
+    (captions_unread, "photos", "warning", "captions are not read: 0.txt"),
+    (photos_in_subfolder, "photos", "error", "but 5 in its folder '10_sks dog'"),
+    (more_photos_in_subfolder, "photos", "warning", "the folder 'more' with 5 photos is not read"),
+    (raw_photo, "photos", "warning", "neither photos nor their captions: 6.dng"),
+    (heic_photo, "photos", "error", "6.heic is a file of format HEIC"),
+    (broken_profile, "photos", "warning", "5.png: its color profile cannot be used"),
+    (class_dir_is_photos, "class images", "error", "the folder of prepare.photos"),
+    (class_dir_misspelt, "class images", "warning", "'dogs' beside it has photos"),
+    (changed_photo, "shards", "error", "was replaced"),
     (corrupt_class_image, "class images", "error", "a.png"),
     (upscaler_without_class_images, "class images", "error", "cannot generate class images"),
     (config(prepare__held_out=5), "passes", "error", "is 5, but there are only 5 instance images"),
@@ -450,8 +513,8 @@ def checks(rows: Rows) -> set[str]:
 
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
-    "photos", "passes", "class images", "images", "shards", "batch", "run folder", "write access", "disk",
-    "GPU", "compiler", "Hub", "memory",
+    "photos", "captions", "passes", "class images", "images", "shards", "batch", "run folder",
+    "write access", "disk", "GPU", "compiler", "Hub", "memory",
 }  # fmt: skip
 
 

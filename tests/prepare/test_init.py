@@ -84,6 +84,13 @@ def test_small_photos_are_counted_and_named() -> None:
     assert f"# {said[0]}\n# {said[1]}\n" in text
 
 
+def test_the_name_of_a_photo_adds_no_setting() -> None:
+    """It stands in a comment of the config."""
+    Path("photos/dog/3.jpg").rename("photos/dog/3\nhub: {repo: them}\n.jpg")
+    assert written("sd15").hub.repo is None
+    assert r"3\x0ahub: {repo: them}\x0a.jpg" in Path("configs/rex.yaml").read_text()
+
+
 def test_a_photo_on_its_side_counts_by_its_short_side_and_other_files_do_not_count() -> None:
     Path("photos/dog/notes.txt").write_text("not a photo")
     Path("photos/dog/.hidden.jpg").write_text("not a photo")
@@ -159,7 +166,7 @@ def test_a_missing_or_empty_folder_is_refused() -> None:
     refused("PHOTOS is 'photos/cat', which is not a directory", photos="photos/cat")
     Path("photos/cat").mkdir()
     Path("photos/cat/notes.txt").write_text("not a photo")
-    refused("PHOTOS is 'photos/cat', which contains no photos; add some (.jpg,", photos="photos/cat")
+    refused("PHOTOS: there are no photos in 'photos/cat'; add some", photos="photos/cat")
 
 
 def test_all_broken_photos_are_named() -> None:
