@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dbtrain.adapters import targets
-from dbtrain.adapters.state import AdapterState
+from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError, reason
@@ -99,7 +100,12 @@ def attach(
     try:
         inject_adapter_in_model(config, module, adapter_name=NAME)
     except (ValueError, TypeError) as error:  # a target of a type that PEFT cannot adapt
-        raise ConfigError(f"{targets.SECTIONS[part]}.targets is {cfg.targets!r}: {reason(error)}") from error
+        why = f"targets is {cfg.targets!r}: {reason(error)}"
+        if cfg.init == "orthogonal":
+            why = "init is 'orthogonal', which needs linear layers and an even rank; use gaussian"
+        raise ConfigError(f"{targets.SECTIONS[part]}.{why}") from error
+    for name in without:  # whose biases no gradient reaches
+        module.get_submodule(name).requires_grad_(False)
     # Initialize in fp32 whatever the base's dtype, so that every precision starts from the same weights.
     for parameter in trainable(module).values():
         parameter.data = parameter.data.float()
@@ -143,13 +149,26 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def name_in_files(parameter: str, adapter: str = NAME) -> str | None:
+    """The name of an adapter's parameter in files; None if it does not belong to `adapter`.
+
+    PEFT drops the adapter's name, and from DoRA's magnitude `.weight` too.
+    """
+    found = re.fullmatch(rf"(.*\.(?:lora|hada|lokr)_\w+)\.{re.escape(adapter)}(\.\w+)?", parameter)
+    if not found:
+        return None
+    return found[1] if found[1].endswith(MAGNITUDE) else found[1] + (found[2] or "")
+
+
 def collect(module: nn.Module) -> AdapterState:
     """A copy of a component's adapter."""
+    mine = {name_in_files(name) or name for name in trainable(module)}
     # PEFT's default for save_embedding_layers may ask the Hub for the base's config.
     found = get_peft_model_state_dict(module, adapter_name=NAME, save_embedding_layers=False)
     tensors = {
         name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, tensor in sorted(found.items())
+        if name in mine
     }
     assert not any("_orig_mod." in name or "module." in name for name in tensors)
     peft_config: Any = module.peft_config
@@ -158,12 +177,71 @@ def collect(module: nn.Module) -> AdapterState:
     return AdapterState(tensors, json.loads(json.dumps(config, default=list)))
 
 
+# The settings that the shapes and the strength of an adapter depend on. A file's other settings are for
+# training, or load and change what a stranger's file should not.
+SHAPING = (
+    "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias",
+    "use_effective_conv2d", "decompose_both", "decompose_factor",
+)  # fmt: skip
+
+
+def put_on(module: nn.Module, state: AdapterState, name: str) -> dict[str, nn.Parameter]:
+    """Add an adapter to `module` as `name`; return its parameters, yet to be filled, by their name in files.
+
+    Raises what PEFT raises if it does not fit.
+    """
+    kind = KINDS[state.config["peft_type"].lower()]
+    known = {field.name for field in fields(kind.config)} & set(SHAPING)
+    options = {key: value for key, value in state.config.items() if key in known}
+    options["target_modules"] = sorted({re.split(r"\.(?:lora|hada|lokr)_", key)[0] for key in state.tensors
+                                        if not key.endswith(".bias") or ".lora_" in key})  # fmt: skip
+    options["init_lora_weights" if kind.config is LoraConfig else "init_weights"] = False
+    for layer in module.modules():  # PEFT's LoRA reads this from the layer that it wraps
+        if isinstance(layer, (LoHaLayer, LoKrLayer)) and isinstance(layer.get_base_layer(), nn.Conv2d):
+            layer.groups = layer.get_base_layer().groups
+    inject_adapter_in_model(kind.config(**options), module, adapter_name=name)
+    return parameters(module, name)
+
+
+def parameters(module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """An adapter's parameters by their name in files."""
+    return {
+        unwrapped(name): parameter
+        for label, parameter in module.named_parameters()
+        if (name := name_in_files(label, adapter))
+    }
+
+
+def unwrapped(label: str) -> str:
+    """A parameter's name without PEFT's wrappers around its module."""
+    return re.sub(r"(\.base_layer)+\.", ".", label)
+
+
+def check_fit(module: nn.Module, state: AdapterState) -> None:
+    """Raise ConfigError unless the tensors are those, and of the shapes, that PEFT puts on `module`.
+
+    `module` is on the meta device, and is of no use afterwards.
+    """
+    biases = {name: p.shape for name, p in module.named_parameters() if name.endswith(".bias")}
+    try:
+        with torch.device("meta"):
+            wanted = {name: parameter.shape for name, parameter in put_on(module, state, NAME).items()}
+    except Exception as error:  # PEFT raises many kinds for what it cannot hold
+        raise ConfigError(f"it does not fit the base: {reason(error)}") from error
+    for name, tensor in state.tensors.items():
+        there = wanted.pop(name, None) or biases.get(unwrapped(name))
+        if there != tensor.shape:
+            has = tuple(there) if there else "nothing of that name"
+            raise ConfigError(
+                f"it does not fit the base: {name} is {tuple(tensor.shape)}, the base has {has}"
+            )
+    if wanted:
+        raise ConfigError(f"it is incomplete: {min(wanted)} is missing")
+
+
 def restore(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Load weights from `collect` into the adapter. Raises ConfigError if its layers differ."""
-    mine = {
-        name.replace(f".{NAME}.", ".").removesuffix(f".{NAME}"): parameter
-        for name, parameter in trainable(module).items()
-    }
+    mine = {name_in_files(name) or name: parameter for name, parameter in trainable(module).items()}
     shapes = {name: parameter.shape for name, parameter in mine.items()}
     if different := shapes.items() ^ {name: tensor.shape for name, tensor in tensors.items()}.items():
         raise ConfigError(f"the checkpoint's adapter has different layers, e.g. {min(different)[0]}")

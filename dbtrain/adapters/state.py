@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's, (out,)
+
 
 @dataclass(frozen=True)
 class AdapterState:

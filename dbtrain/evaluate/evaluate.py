@@ -10,7 +10,6 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +125,9 @@ def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
 
 def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Path | None:
     """The checkpoint that was exported; None if it was deleted."""
-    modules = cache(base.module_names)
-    ours = formats.read(export, base.family, modules)
+    ours = formats.read(export, base.family, base.skeleton)
     for path in reversed(paths):
-        theirs = formats.read(path, base.family, modules)
+        theirs = formats.read(path, base.family, base.skeleton)
         if theirs.keys() == ours.keys() and all(
             mine.tensors.keys() == theirs[name].tensors.keys()
             and all(tensor.equal(theirs[name].tensors[key]) for key, tensor in mine.tensors.items())

@@ -33,7 +33,7 @@ def export(
         if out is None:
             raise ConfigError("--adapter needs a folder for the converted files; give --out", shared=True)
         with dist.agreed():
-            states = formats.read(formats.find(adapter), base.family, base.module_names)
+            states = formats.read(formats.find(adapter), base.family, base.skeleton)
         return save(cfg, base, states, {}, out)
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None

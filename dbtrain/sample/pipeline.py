@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
+from dbtrain.adapters import inject
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.inject import KINDS
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Model
 from dbtrain.models import sampler
@@ -42,7 +39,6 @@ class AdapterPipeline:
         self.components: dict[str, nn.Module] = {
             name: getattr(self.pipe, name) for name in base.family.adaptable
         }
-        self.modules = {name: [n for n, _ in m.named_modules()] for name, m in self.components.items()}
         self.layouts: dict[str, dict[str, Any]] = {}  # adapter -> component -> layout
         self.deltas: dict[
             str, dict[nn.Parameter, Tensor]
@@ -73,7 +69,7 @@ class AdapterPipeline:
                 self.deltas[name] |= _bias_changes(self.components[component], state)
                 self.layouts[name] |= {component: state.layout}
                 _inject(self.components[component], state, name)
-        except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        except Exception as error:  # PEFT raises many kinds for layers that it cannot wrap
             self.remove(name)
             self.use(scales)
             raise ConfigError(
@@ -95,7 +91,7 @@ class AdapterPipeline:
         layouts = {component: state.layout for component, state in states.items()}
         if layouts == self.layouts[name] and not self.deltas[name]:
             for component, state in states.items():
-                _copy_weights(self.components[component], state, name)
+                _copy_weights(inject.parameters(self.components[component], name), state)
         else:
             self.remove(name)
             self.add(name, adapter)
@@ -157,7 +153,7 @@ class AdapterPipeline:
         return sampler.generate(self.pipe, prompts, generators, steps, guidance, side, images)
 
     def _read(self, adapter: str | Path) -> States:
-        return formats.read(formats.find(adapter), self.family, self.modules.__getitem__)
+        return formats.read(formats.find(adapter), self.family, self.base.skeleton)
 
     def _check_names(self, names: Sequence[str] | Mapping[str, float]) -> None:
         if unknown := set(names) - self.names():
@@ -173,52 +169,26 @@ def _inject(module: nn.Module, state: AdapterState, name: str) -> None:
 
     Raises what PEFT raises if it does not fit.
     """
-    kind = KINDS[state.config["peft_type"].lower()]
-    known = {field.name for field in fields(kind.config)}
-    options = {key: value for key, value in state.config.items() if key in known}
-    parameter = next(module.parameters())
-    inject_adapter_in_model(kind.config(**options | {"exclude_modules": None}), module, adapter_name=name)
-    _copy_weights(module, state, name)
-    for value in _adapter_parameters(module, name).values():
-        value.data = value.data.to(parameter.device, parameter.dtype)
+    like = next(module.parameters())
+    parameters = inject.put_on(module, state, name)
+    _copy_weights(parameters, state)
+    for value in parameters.values():
+        value.data = value.data.to(like.device, like.dtype)
         value.requires_grad_(False)
 
 
-def _copy_weights(module: nn.Module, state: AdapterState, name: str) -> None:
-    """Copy weights, except biases of the base, into the adapter `name` of `module`.
-
-    Raises ValueError if a tensor does not fit.
-    """
-    parameters = _adapter_parameters(module, name)
+def _copy_weights(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
+    """Copy an adapter's weights, except biases of the base, into its parameters."""
     with torch.no_grad():
-        for label, tensor in state.tensors.items():
-            if label not in parameters and label.endswith("bias"):
-                continue
-            if label not in parameters or parameters[label].shape != tensor.shape:
-                there = tuple(parameters[label].shape) if label in parameters else "nothing of that name"
-                raise ValueError(f"{label} is {tuple(tensor.shape)}, the base has {there}")
-            parameters[label].copy_(tensor)
-
-
-def _adapter_parameters(module: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter `name`, by their names in an adapter file."""
-    return {
-        _unwrapped(label.replace(f".{name}.", ".").removesuffix(f".{name}")): parameter
-        for label, parameter in module.named_parameters()
-        if f".{name}." in label or label.endswith(f".{name}")
-    }
+        for label, parameter in parameters.items():
+            parameter.copy_(state.tensors[label])
 
 
 def _bias_changes(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
     """What an adapter adds to the base's biases."""
-    biases = {_unwrapped(label): parameter for label, parameter in module.named_parameters()}
-    trained = {biases[_unwrapped(n)]: tensor for n, tensor in state.tensors.items() if n.endswith("bias")}
-    return {bias: tensor.to(bias) - bias.detach() for bias, tensor in trained.items()}
-
-
-def _unwrapped(label: str) -> str:
-    """A parameter's name without PEFT's wrappers around its module."""
-    return re.sub(r"(\.base_layer)+\.", ".", label)
+    biases = {inject.unwrapped(label): p for label, p in module.named_parameters() if label.endswith("bias")}
+    named = {inject.unwrapped(label): tensor for label, tensor in state.tensors.items()}
+    return {bias: named[label].to(bias) - bias.detach() for label, bias in biases.items() if label in named}
 
 
 def _tuner_layers(module: nn.Module) -> Iterator[Any]:

@@ -277,8 +277,8 @@ def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_pa
     for name, told in {
         "kind": "of the kind IA3", "no-rank": "settings are damaged", "narrow.safetensors": "does not fit",
         "truncated.safetensors": "not a safetensors file", "a.bin": "pickle", "b.safetensors": "not a safe",
-        "layout.safetensors": "matches no format", "strange.safetensors": "no module 'nowhere.to_q'",
-        "mixed.safetensors": "different ranks", "empty": "neither a file nor a run folder",
+        "layout.safetensors": "a transformer model's", "strange.safetensors": "no module 'nowhere.to_q'",
+        "mixed.safetensors": "does not fit the base", "empty": "neither a file nor a run folder",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=told):
             pipe.add("it", broken / name)
@@ -290,7 +290,7 @@ def test_an_adapter_for_another_family_is_refused(
     run: tuple[Config, Path], make: Make, tmp_path: Path
 ) -> None:
     cfg, folder = run
-    states = formats.read(folder / "export" / FILE, families.get("sd"), Base.find(cfg.model).module_names)
+    states = formats.read(folder / "export" / FILE, families.get("sd"), Base.find(cfg.model).skeleton)
     formats.write("kohya", tmp_path / "k", families.get("sd"), states)
     pipe = AdapterPipeline.load(Model(path=str(bases.if_1())))
     for path in (folder, tmp_path / "k" / kohya_file.FILE):

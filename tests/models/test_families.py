@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dbtrain.adapters.formats import kohya_file, peft_folder
 from dbtrain.adapters.formats import registry as formats
-from dbtrain.adapters.formats.common import scale_of
+from dbtrain.adapters.formats.common import strength
 from dbtrain.adapters.formats.diffusers_file import FILE as DIFFUSERS
 from dbtrain.config import Config, Model
 from dbtrain.data import shards
@@ -230,11 +230,11 @@ def test_a_kohya_file_has_the_true_alpha_and_the_names_its_readers_know(make: Ma
     layers = {name.partition(".")[0] for name in tensors}
     assert {name.split("_")[1] for name in layers} == {"unet", "te1", "te2"}
     assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in layers
-    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0" in layers
+    assert "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_out_0" in layers
     alphas = {layer: tensors[f"{layer}.alpha"].item() for layer in layers}
     assert {alpha for layer, alpha in alphas.items() if "unet" in layer} == {8.0}
     assert {alpha for layer, alpha in alphas.items() if "te" in layer.split("_")[1]} == {2.0}
-    q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    q = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
     assert tensors[f"{q}.dora_scale"].shape == (32, 1)
 
 
@@ -262,15 +262,15 @@ def test_conversions_between_all_formats_come_back_the_same(
             path = tmp_path / "peft-only"
             formats.write("peft", path, family, truth)
         for form in formats.FORMATS:
-            states = formats.read(path, family, original.module_names)
+            states = formats.read(path, family, original.skeleton)
             out = formats.write(form, tmp_path / f"{source}-{form}", family, states)
-            back = formats.read(out, family, original.module_names)
+            back = formats.read(out, family, original.skeleton)
             for component, state in truth.items():
                 assert back[component].tensors.keys() == state.tensors.keys()
                 for name, tensor in state.tensors.items():
                     assert torch.equal(back[component].tensors[name], tensor), (source, form, name)
-                strength = scale_of(back[component].config)
-                assert strength == pytest.approx(scale_of(state.config))
+                _, scale = strength(back[component].config, "any")
+                assert scale == pytest.approx(strength(state.config, "any")[1])
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
@@ -297,7 +297,7 @@ def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets
     with safe_open(out / kohya_file.FILE, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(tensors, tmp_path / "foreign.safetensors")
-    states = formats.read(tmp_path / "foreign.safetensors", family, base.module_names)
+    states = formats.read(tmp_path / "foreign.safetensors", family, base.skeleton)
     assert states["unet"].config["peft_type"] == kind.upper()
     pipe.swap("kohya", tmp_path / "foreign.safetensors")
     with torch.no_grad():
@@ -417,11 +417,11 @@ def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -
     assert done.returncode == 0
     original = Base.find(cfg.model)
     family = original.family
-    two = formats.read(formats.find(tmp_path / "run"), family, original.module_names)
+    two = formats.read(formats.find(tmp_path / "run"), family, original.skeleton)
     assert (tmp_path / "run" / "samples" / "step-000002" / "sheet.png").is_file()
     alone = cfg.model_copy(update={"run_dir": str(tmp_path / "alone")})
     train(alone)
-    one = formats.read(formats.find(tmp_path / "alone"), family, original.module_names)
+    one = formats.read(formats.find(tmp_path / "alone"), family, original.skeleton)
     for component, state in one.items():
         for name, tensor in state.tensors.items():
             difference = (tensor - two[component].tensors[name]).abs().max()

@@ -125,7 +125,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
         tmp_path / "a.safetensors",
     )
     pipe = AdapterPipeline.load(Model(path=str(bases.sd())))
-    with pytest.raises(ConfigError, match="does not fit base model "):
+    with pytest.raises(ConfigError, match="does not fit the base: "):
         pipe.add("a", tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("nothing")
     with pytest.raises(ConfigError, match="not a safetensors file"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -26,7 +27,7 @@ def contents(state: AdapterState) -> dict[str, bytes | str]:
     }
 
 
-def write(folder: Path, family: Family, states: States) -> None:
+def write(folder: Path, family: Family, states: States, about: Mapping[str, str]) -> None:
     for component, state in states.items():
         for name, content in contents(state).items():
             files.write_atomically(folder / component / name, content)

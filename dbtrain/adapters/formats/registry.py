@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
-from dbtrain.adapters.formats import diffusers_file, kohya_file, peft_folder
-from dbtrain.adapters.formats.common import Modules, States, by_module, one_rank, scale_of
+from dbtrain.adapters import inject
+from dbtrain.adapters.formats import diffusers_file, kohya_file, names, peft_folder, reading
+from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.run_folder import RunFolder
 
 KINDS = ("LORA", "LOHA", "LOKR")
+# What Python and torch raise for settings of a wrong type, size or form.
+DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -33,7 +40,7 @@ class Format:
     """A format of adapter files, and what it can store."""
 
     main: str  # file name, or "" for a folder per component
-    write: Callable[[Path, Family, States], None]
+    write: Callable[[Path, Family, States, Mapping[str, str]], None]
     kinds: tuple[str, ...]
     biases: bool = False
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
@@ -65,13 +72,15 @@ def check(name: str, family: Family, states: States) -> None:
         )
 
 
-def write(name: str, folder: Path, family: Family, states: States) -> Path:
+def write(
+    name: str, folder: Path, family: Family, states: States, about: Mapping[str, str] | None = None
+) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    Raises ConfigError if the disk is full.
+    `about`: entries for the header of kohya's file. Raises ConfigError if the disk is full.
     """
     try:
-        FORMATS[name].write(folder, family, states)
+        FORMATS[name].write(folder, family, states, about or {})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
     return folder / FORMATS[name].main
@@ -105,21 +114,22 @@ def content_of(path: Path) -> str:
     return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found])
 
 
-def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> States:
+def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> States:
     """The adapters in a file or folder of any format, by component, under PEFT's names.
 
-    `modules`: component -> the names of the base's modules. Raises ConfigError for anything but an adapter
-    that fits the base, and for pickles.
+    `skeleton`: component -> a new copy of it on the meta device. Raises ConfigError for anything but an
+    adapter that fits the base, tensor by tensor, and for pickles.
     """
     if path.suffix.lower() in PICKLES:
         raise ConfigError(f"{path} is a pickle, which may run code; use a .safetensors file")
-    found = {name: modules(name) for name in family.adaptable}
     try:
-        states = _read_folder(path, family) if path.is_dir() else _read_file(path, family, found)
-        _check(states, found)
+        states = _read_folder(path, family) if path.is_dir() else _read_file(path, family, skeleton)
+        for component, state in states.items():
+            _check(component, state, family)
+            inject.check_fit(skeleton(component), state)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # malformed config
+    except DAMAGED as error:
         raise ConfigError(f"adapter {path}: its settings are damaged: {reason(error)}") from error
     return states
 
@@ -136,40 +146,44 @@ def _read_folder(path: Path, family: Family) -> States:
     return {folder.name: peft_folder.read(folder) for folder in components}
 
 
-def _read_file(path: Path, family: Family, modules: Modules) -> States:
+def _read_file(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> States:
+    """The adapters in a file by anyone: the names of its tensors say what belongs where."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        metadata = json.loads(header.get(diffusers_file.METADATA, "{}"))
+        stored = _stored(header, family)
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
-    first = min(tensors, default="nothing")
-    if any(first.startswith(f"{prefix}_") for prefix in family.kohya.values()):
-        return kohya_file.read(tensors, header, family, modules)
-    if any(first.startswith(f"{component}.") for component in modules):
-        if unknown := [key for key in tensors if key.split(".")[0] not in modules]:
-            raise ConfigError(f"its tensor {unknown[0]} belongs to no component of the base")
-        return diffusers_file.read(tensors, metadata, modules)
-    raise ConfigError(
-        f"its first tensor is called '{first}', which matches no format for {family.name} models"
-    )
+    if not tensors:
+        raise ConfigError("it has no tensors")
+    modules = {name: [module for module, _ in skeleton(name).named_modules()] for name in family.adaptable}
+    found = names.layers_in(tensors, family, modules)
+    return {name: reading.state_of(layers, stored.get(name)) for name, layers in sorted(found.items())}
 
 
-def _check(states: States, modules: Modules) -> None:
-    """Raise ConfigError unless the adapters fit the base's modules."""
-    for component, state in states.items():
-        if component not in modules:
-            raise ConfigError(f"it is for the component '{component}', which the base does not have")
-        names = set(modules[component])
-        if unknown := [layer for layer in by_module(state) if layer not in names]:
-            raise ConfigError(f"the base's {component} has no module '{unknown[0]}'")
-        if (kind := state.config["peft_type"]) not in KINDS:
-            raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
-        if not 0 < scale_of(state.config) < math.inf:
-            raise ConfigError(f"its scale is {scale_of(state.config)}, which is not positive and finite")
-        if kind == "LORA":
-            one_rank(state.tensors, ("lora_A.weight",))
+def _stored(header: Mapping[str, str], family: Family) -> dict[str, dict[str, Any]]:
+    """The PEFT config of each component in the header of Diffusers' or of our kohya file."""
+    found = json.loads(header.get(kohya_file.CONFIGS, "{}"))
+    for key, value in json.loads(header.get(diffusers_file.METADATA, "{}")).items():
+        component, _, name = key.partition(".")
+        if component in family.adaptable:
+            found.setdefault(component, {})[name] = value
+    return found
+
+
+def _check(component: str, state: AdapterState, family: Family) -> None:
+    """Raise ConfigError unless an adapter's settings are sound and fit its tensors."""
+    if component not in family.adaptable:
+        raise ConfigError(f"it is for the component '{component}', which the base does not have")
+    if (kind := state.config["peft_type"]) not in KINDS:
+        raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
+    for module, layer in by_module(state).items():
+        rank, scale = strength(state.config, module)
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"the scale of {module} is {scale}, which is not positive and finite")
+        if (its := reading.rank_of(layer)) not in (None, rank):
+            raise ConfigError(f"its settings say rank {rank} for {module}, its tensors have rank {its}")
 
 
 FORMATS = {

@@ -58,6 +58,7 @@ class Family:
     lora_loads: tuple[str, ...] | None = None  # components whose LoRA the pipeline loads; None: all
     lora_mixin: str = "StableDiffusionLoraLoaderMixin"  # base class of the pipeline that writes LoRA files
     kohya: Mapping[str, str] = field(default_factory=dict)  # component -> its prefix in kohya's files
+    sgm: bool = False  # kohya's files name the denoiser's modules as the original code does
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, encoder: ()
     """(name, text encoder) -> its modules that `embed` does not use and that get no gradient."""

@@ -41,12 +41,12 @@ def row(meta: Mapping[str, Any], side: int) -> dict[str, Tensor]:
 
 
 def idle(name: str, encoder: nn.Module) -> tuple[str, ...]:
-    """The last layer of the first encoder, whose output `embed` does not use."""
+    """The last layer and the final norm of the first encoder, whose outputs `embed` does not use."""
     config: Any = encoder.config
-    last = f"encoder.layers.{config.num_hidden_layers - 1}"
+    last = (f".encoder.layers.{config.num_hidden_layers - 1}", ".final_layer_norm")
     if name != "text_encoder":
         return ()
-    return tuple(module for module, _ in encoder.named_modules() if f".{module}".endswith(f".{last}"))
+    return tuple(module for module, _ in encoder.named_modules() if f".{module}".endswith(last))
 
 
 def check(base: Pretrained) -> None:
@@ -86,4 +86,5 @@ FAMILY = Family(
     idle=idle,
     lora_mixin="StableDiffusionXLLoraLoaderMixin",
     kohya={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    sgm=True,
 )

@@ -1,0 +1,158 @@
+"""Names of modules and of their tensors in adapter files, whoever wrote them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from dbtrain.adapters.state import MAGNITUDE
+from dbtrain.models.families.family import Family
+from dbtrain.runtime.errors import ConfigError
+
+Modules = Mapping[str, Sequence[str]]  # by component: the names of the base's modules
+Layers = dict[str, dict[str, Tensor]]  # module -> name of the tensor within it -> tensor
+
+# How files call the tensors of a layer -> PEFT's name. `\1` is a module's name within an attention layer.
+PARTS = (
+    (r"\.processor\.(to_\w+?)_lora\.down\.weight", r".\1.lora_A.weight"),  # Diffusers before PEFT
+    (r"\.processor\.(to_\w+?)_lora\.up\.weight", r".\1.lora_B.weight"),
+    (r"\.(?:lora_|lora\.|lora_linear_layer\.)down\.weight", ".lora_A.weight"),
+    (r"\.(?:lora_|lora\.|lora_linear_layer\.)up\.weight", ".lora_B.weight"),
+    (r"\.lora_([AB])(?:\.\w+)?\.(weight|bias)", r".lora_\1.\2"),
+    (rf"\.{MAGNITUDE}(?:\.\w+)*", f".{MAGNITUDE}"),
+    (r"\.((?:hada|lokr)_(?:w[12](?:_[ab])?|t[12]))(?:\.\w+)?", r".\1"),
+    (r"\.(alpha|dora_scale|lora_mid\.weight)", r".\1"),
+)  # fmt: skip
+
+# Tensors of adapters that no kind of dbtrain can hold.
+UNREAD = (
+    (r"(bundle_emb|emb_params|string_to_param)\b.*", "an embedding (textual inversion)"),
+    (r".*\.(diff|diff_b|set_weight|set_bias)", "changes of whole weights (LyCORIS's `full`)"),
+    (r".*\.(w_norm|b_norm)", "a trained normalization layer"),
+    (r".*\.(oft|boft|oft_blocks|oft_diag|oft_R|rescale)\b.*", "an OFT adapter"),
+    (r".*\.(a1|a2|b1|b2|bm1|bm2|c1|c2|d1|d2|e1|e2)\.weight", "a GLoRA adapter"),
+    (r".*\.(on_input|ia3_l.*)", "an IA3 adapter"),
+    (r"(lora_)?(transformer|te3|text_encoder_3)[._].*", "a transformer model's adapter (SD 3, FLUX)"),
+    (r"(.*[._])?(double|single|joint)_blocks[._].*", "a transformer model's adapter (SD 3, FLUX)"),
+    (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\..*", "a whole model"),
+)  # fmt: skip
+
+# The original UNet code (sgm) -> Diffusers, within a residual block and outside the blocks.
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
+}  # fmt: skip
+
+
+def nested(name: str) -> str:
+    """A module's name in files: CLIP layers are below `text_model.`."""
+    return f"text_model.{name}" if name.startswith("encoder.layers.") else name
+
+
+def sgm_names(names: Sequence[str]) -> dict[str, str]:
+    """The modules of a UNet: Diffusers' name -> the name in the original code of Stable Diffusion (sgm).
+
+    Blocks are numbered through, and each ends with its down- or upsampler. Modules without a name there are
+    left out.
+    """
+    first = [found[1] for name in names if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)", name))]
+    a_block = max(map(int, first), default=0) + 2  # a block's residual layers, and its sampler
+    attends = {found[1] for name in names if (found := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+    places = {name: OUTSIDE[name] for name in names if name in OUTSIDE}
+    for name in names:
+        found = re.fullmatch(
+            r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|\w+samplers)\.(\d+)(?:\.(.+))?", name
+        )
+        if not found:
+            continue
+        side, block, kind, number, rest = found[1], found[2] or "0", found[3], int(found[4]), found[5] or ""
+        sampler, attention = kind.endswith("samplers"), int(kind == "attentions")
+        row = int(block) * a_block + (a_block - 1 if sampler else number)
+        start = {
+            "down": f"input_blocks.{1 + row}.{attention}",
+            "mid": f"middle_block.{1 if attention else 2 * number}",
+            "up": f"output_blocks.{row}.{1 + (block in attends) if sampler else attention}",
+        }[side]
+        inner = RESNET if kind == "resnets" else {"conv": "op"} if kind == "downsamplers" else {}
+        places[name] = f"{start}.{inner.get(rest, rest)}".removesuffix(".")
+    return places
+
+
+def kohya_names(family: Family, component: str, names: Sequence[str]) -> dict[str, str]:
+    """Module -> its name in kohya's files."""
+    places = sgm_names(names) if family.sgm and component == family.denoiser else {}
+    prefix = family.kohya[component]
+    return {name: f"{prefix}_{places.get(name, nested(name))}".replace(".", "_") for name in names}
+
+
+def _known(family: Family, modules: Modules) -> dict[str, tuple[str, str]]:
+    """Every name that files have for a module, with `_` for `.` -> its component and name."""
+    known: dict[str, tuple[str, str]] = {}
+    for component, names in modules.items():
+        prefixes = [f"{component}_", ""]
+        if component in family.kohya:
+            prefixes.append(f"{family.kohya[component]}_")
+        places: dict[str, str] = {}
+        if component == family.denoiser:
+            places = sgm_names(names)
+            prefixes += ["lycoris_", "diffusion_model_", f"lycoris_{component}_"]
+        elif component == "text_encoder":
+            prefixes += ["lora_te_", "lora_te1_"]
+        for name in filter(None, names):
+            spelled = {name, nested(name), name.removeprefix("text_model."), places.get(name, name)}
+            for prefix in prefixes:
+                for spelling in spelled:
+                    known.setdefault(f"{prefix}{spelling}".replace(".", "_"), (component, name))
+    return known
+
+
+def layers_in(tensors: Mapping[str, Tensor], family: Family, modules: Modules) -> dict[str, Layers]:
+    """The layers of an adapter file by component, under the base's module names and PEFT's tensor names.
+
+    Raises ConfigError that says what the file is if it is not an adapter of this base.
+    """
+    known = _known(family, modules)
+    found: dict[str, Layers] = {}
+    for key, tensor in tensors.items():
+        module, part = _split(key)
+        plain = module.replace(".", "_").removeprefix("base_model_model_")
+        where = known.get(plain) or known.get(f"{plain}_0" if plain.endswith("to_out") else "")
+        if where is None:
+            raise ConfigError(_unknown(key, module, family, known))
+        component, name = where
+        layer = found.setdefault(component, {}).setdefault(name, {})
+        if part in layer:
+            raise ConfigError(f"it has two tensors for {name}.{part}, one of them {key}")
+        layer[part] = tensor
+    return found
+
+
+def _split(key: str) -> tuple[str, str]:
+    """The module's name and PEFT's name of the tensor. Raises ConfigError for tensors of other kinds."""
+    for pattern, what in UNREAD:
+        if re.fullmatch(pattern, key):
+            raise ConfigError(f"its tensor {key} belongs to {what}; dbtrain reads LoRA, LoHa and LoKr")
+    for pattern, name in PARTS:
+        if found := re.fullmatch(rf"(.+?){pattern}", key):
+            whole = found[1] + re.sub(pattern, name, key[found.end(1) :])
+            cut = re.fullmatch(r"(.+?)\.((?:lora|hada|lokr)_.*|alpha|dora_scale)", whole)
+            assert cut
+            return cut[1], cut[2]
+    raise ConfigError(f"its tensor {key} matches no format for adapters")
+
+
+def _unknown(key: str, module: str, family: Family, known: Mapping[str, object]) -> str:
+    kohya = next((prefix for prefix in family.kohya.values() if module.startswith(f"{prefix}_")), None)
+    if kohya or module.startswith(("lora_", "lycoris_")):
+        return f"the base has no module for its layer {module}"
+    component, _, rest = module.partition(".")
+    if component in family.adaptable:
+        return f"the base's {component} has no module '{rest}'"
+    return f"its tensor '{key}' matches no module of {family.name} models"

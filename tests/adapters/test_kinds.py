@@ -1,0 +1,125 @@
+"""Every kind and option: resumed runs, samples of a run, of a checkpoint and of an export, conversions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dbtrain.adapters import inject
+from dbtrain.adapters.formats import peft_folder
+from dbtrain.adapters.formats import registry as formats
+from dbtrain.config import Config
+from dbtrain.models.base import Base
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import Preempted
+from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.sample.pipeline import AdapterPipeline
+from tests import bases
+from tests.conftest import Make, train
+from tests.networks import build
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}, "biases": {"bias": "all"},
+    "own-biases": {"bias": "lora_only"}, "kaiming": {"init": "kaiming"}, "orthogonal": {"init": "orthogonal"},
+    "dropout": {"dropout": 0.2}, "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
+    "loha": {"kind": "loha"}, "loha-cp": {"kind": "loha", "effective_conv2d": True},
+    "loha-dropout": {"kind": "loha", "rank_dropout": 0.2, "module_dropout": 0.2},
+    "lokr": {"kind": "lokr"}, "lokr-cp": {"kind": "lokr", "effective_conv2d": True, "rank": 2},
+    "lokr-dropout": {"kind": "lokr", "rank_dropout": 0.2, "module_dropout": 0.2},
+    "lokr-factor": {"kind": "lokr", "decompose_factor": 4},
+    "lokr-both": {"kind": "lokr", "decompose_both": True, "rank": 2, "effective_conv2d": True},
+    "lokr-whole": {"kind": "lokr", "rank": 64},
+}  # fmt: skip
+FAMILIES = {"sd": bases.sd, "sdxl": bases.sdxl, "if-1": bases.if_1}
+# A layer of every type: attention, feed-forward, convolutions.
+LAYERS = r"mid_block\..*(to_q|to_out\.0|proj_in|ff\.net\.2|conv1|time_emb_proj|to_k)"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of every family, made by the first test that needs them."""
+    return tmp_path_factory.mktemp("shards")
+
+
+def configured(make: Make, family: str, option: str, run: Path, shards: Path) -> Config:
+    layers = "attention" if option == "orthogonal" else LAYERS
+    settings = {"rank": 4, "alpha": 6, "targets": layers} | OPTIONS[option]
+    if family != "if-1":
+        settings["text_encoder"] = settings | {"targets": "attention"}
+    side = bases.SIDES["deepfloyd" if family == "if-1" else family]
+    return make(
+        model={"path": str(FAMILIES[family]())}, adapter=settings, run_dir=str(run), data__shards=str(shards),
+        prepare__resolution=side, prepare__class_prompt=None, train__steps=2, train__checkpoint_every=1,
+        train__global_batch=2, optim__lr=1e-2,
+    )  # fmt: skip
+
+
+def predicted(components: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What every component makes of the same inputs."""
+    torch.manual_seed(0)
+    unet = components["unet"].eval()
+    x, context = torch.randn(1, unet.config.in_channels, 8, 8), torch.randn(1, 8, bases.WIDTH)
+    more = {}
+    if unet.config.addition_embed_type == "text_time":  # SDXL
+        context = torch.randn(1, 8, 2 * bases.WIDTH)
+        more["added_cond_kwargs"] = {"text_embeds": torch.randn(1, bases.WIDTH), "time_ids": torch.ones(1, 6)}
+    with torch.no_grad():
+        found = {"unet": unet(x, torch.tensor([400]), context, return_dict=False, **more)[0]}
+        for name, encoder in components.items():
+            if name != "unet":
+                found[name] = encoder.eval()(torch.arange(8)[None], output_hidden_states=True).hidden_states[
+                    -2
+                ]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_kind_resumes_samples_and_converts(
+    make: Make, tmp_path: Path, shards: Path, family: str, option: str
+) -> None:
+    cfg = configured(make, family, option, tmp_path / "run", shards / family)
+    if not (shards / family).exists():
+        prepare(cfg)
+    run = RunFolder(train(cfg))
+    last, base = run.checkpoints()[-1], Base.find(cfg.model)
+
+    # Straight = resumed, to the bit.
+    again = configured(make, family, option, tmp_path / "again", shards / family)
+    with pytest.raises(Preempted):
+        train(again, until=1)
+    resumed = RunFolder(train(again))
+    for path in last.rglob("*.safetensors"):
+        assert path.read_bytes() == (resumed.checkpoint(2) / path.relative_to(last)).read_bytes(), path
+    for path in run.export.rglob("*.safetensors"):
+        assert path.read_bytes() == (resumed.export / path.relative_to(run.export)).read_bytes(), path
+
+    # The trained module is what the run, its checkpoint, its export and every conversion of it give.
+    model = build(cfg, shards / family)
+    for name, module in model.trained.items():
+        inject.restore(module, peft_folder.read(last / name).tensors)
+    trained = predicted(model.trained)
+    pipe = AdapterPipeline(base, "fp32")
+    bare = predicted(pipe.components)
+    assert all(not torch.equal(bare[name], trained[name]) for name in trained)
+    states = formats.read(last, base.family, base.skeleton)
+    sources = [run.path, last, run.export]
+    for form, able in formats.FORMATS.items():
+        if not able.lacks(base.family, states):
+            path = formats.write(form, tmp_path / form, base.family, states)
+            back = formats.read(path, base.family, base.skeleton)
+            sources += [path, formats.write("peft", tmp_path / f"{form}-back", base.family, back)]
+    for source in sources:
+        pipe.add("it", source)
+        pipe.use({"it": 1.0})
+        for name, tensor in predicted(pipe.components).items():
+            close = {"atol": 1e-5, "rtol": 1e-4}
+            torch.testing.assert_close(
+                tensor, trained.get(name, bare[name]), **close, msg=str((source, name))
+            )
+        pipe.remove("it")
