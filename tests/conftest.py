@@ -31,7 +31,7 @@ from tests import bases
 from tests.forkserver import Forked, can_fork
 from tests.session import once
 
-pytest_plugins = ["tests.cluster.machines"]
+pytest_plugins = ["tests.cluster.machines", "tests.hostile"]
 
 ROOT = Path(__file__).parents[1]
 REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checkout has them beside it

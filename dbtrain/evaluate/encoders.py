@@ -7,7 +7,7 @@ Weights are loaded from safetensors only, never from a pickle.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.config import Evaluation
+from dbtrain.models import safety
 from dbtrain.models.locate import hush
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -29,6 +30,11 @@ from dbtrain.runtime.imports import importing
 DINO = "facebook/dino-vits16@a7a4d161f5c0bd70478c05ca5777ec7cd8848021"
 CLIP = "openai/clip-vit-base-patch32@c237dc49a33fc61debc9276459120b7eac67e7ef"
 
+VIT = {  # model_type of a DINO -> its class
+    "vit": "ViTModel", "deit": "DeiTModel", "dinov2": "Dinov2Model", "dinov3_vit": "DINOv3ViTModel",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+}  # fmt: skip
+LARGEST = 4096  # px, of an encoder's input
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -69,6 +75,7 @@ class Encoder:
     name: str  # a Hub id, or the folder's name
     folder: Path
     view: View
+    kind: str  # class of transformers
 
     def key(self) -> str:
         """A hash of everything that its embeddings depend on."""
@@ -76,12 +83,12 @@ class Encoder:
                         *self.folder.glob("*.txt")])  # fmt: skip
         return content_key([str(self.view), [[part.name, hashing.cached_sha256_of(part)] for part in parts]])
 
-    def load(self, kind: str) -> Any:
+    def load(self) -> Any:
         """The model in fp32, frozen, on this rank's device. Raises ConfigError if weights are missing."""
         with importing():
             import transformers
 
-            build = getattr(transformers, kind)
+            build = getattr(transformers, self.kind)
         hush()
         try:
             model, info = build.from_pretrained(
@@ -94,8 +101,8 @@ class Encoder:
         keys = map(str, [*info["missing_keys"], *info["mismatched_keys"]])
         if missing := sorted(key for key in keys if not key.startswith("pooler.")):
             raise ConfigError(
-                f"{self.setting} ({self.name}) is not a {kind}: {len(missing)} weights are missing or of "
-                f"another shape, e.g. {missing[0]}"
+                f"{self.setting} ({self.name}) is not a {self.kind}: {len(missing)} weights are missing or "
+                f"of another shape, e.g. {missing[0]}"
             )
         return model.requires_grad_(False).eval().to(dist.device())
 
@@ -108,31 +115,35 @@ def of(cfg: Evaluation) -> tuple[Encoder, Encoder]:
 def dino(name: str) -> Encoder:
     """A DINO encoder, with its authors' preprocessing: resize to 8/7 of the crop (256 and 224 px)."""
     folder = _find(name, "evaluation.dino")
-    processor, model = _processor(folder), _json(folder / "config.json")
-    if not isinstance(model.get("image_size"), int):
-        raise ConfigError(f"evaluation.dino: '{name}' is a {model.get('model_type')}, not a ViT")
+    processor, model = _processor(folder), files.read_json(folder / "config.json")
+    kind = VIT.get(str(model.get("model_type")))
+    if not kind or not isinstance(model.get("image_size"), int):
+        raise ConfigError(
+            f"evaluation.dino: '{name}' is a {model.get('model_type')}, not a ViT; "
+            f"use one of {', '.join(VIT)}"
+        )
     crop = _side(processor.get("crop_size") or processor.get("size")) or model["image_size"]
-    view = View(crop * 8 // 7, crop, *_statistics(processor, IMAGENET))
-    return Encoder("evaluation.dino", _short(name), folder, view)
+    view = _view(name, crop * 8 // 7, crop, *_statistics(processor, IMAGENET))
+    return Encoder("evaluation.dino", _short(name), folder, view, kind)
 
 
 def clip(name: str) -> Encoder:
     """A CLIP encoder, with the preprocessing of its own image processor (both sizes are 224 px)."""
     folder = _find(name, "evaluation.clip")
-    processor, model = _processor(folder), _json(folder / "config.json")
+    processor, model = _processor(folder), files.read_json(folder / "config.json")
     if model.get("model_type") != "clip":
         raise ConfigError(f"evaluation.clip: '{name}' is a {model.get('model_type')}, not a CLIP")
     if not any((folder / vocabulary).is_file() for vocabulary in ("tokenizer.json", "vocab.json")):
         raise ConfigError(f"evaluation.clip: '{name}' has no vocabulary (tokenizer.json) in {folder}")
     side = _side((model.get("vision_config") or {}).get("image_size")) or 224
     crop, resize = _side(processor.get("crop_size")) or side, _side(processor.get("size")) or side
-    view = View(max(resize, crop), crop, *_statistics(processor, OPENAI))
-    return Encoder("evaluation.clip", _short(name), folder, view)
+    view = _view(name, max(resize, crop), crop, *_statistics(processor, OPENAI))
+    return Encoder("evaluation.clip", _short(name), folder, view, "CLIPModel")
 
 
 def dino_images(encoder: Encoder) -> Callable[[Tensor], Tensor]:
     """A function from pixels, (B, 3, s, s), to DINO's CLS tokens as unit vectors, (B, D)."""
-    model = encoder.load("AutoModel")
+    model = encoder.load()
 
     def embed(pixels: Tensor) -> Tensor:
         return _unit(model(pixel_values=pixels.to(dist.device())).last_hidden_state[:, 0])
@@ -144,11 +155,11 @@ def clip_images_and_texts(
     encoder: Encoder,
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
     """Functions from pixels, (B, 3, s, s), and from texts to unit vectors in CLIP's joint space, (B, D)."""
-    model = encoder.load("CLIPModel")
+    model = encoder.load()
     with importing():
         from transformers import CLIPTokenizer
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(encoder.folder)
+        tokenizer = CLIPTokenizer.from_pretrained(encoder.folder, trust_remote_code=False)
     except Exception as error:  # the library can raise anything for a broken vocabulary
         raise ConfigError(f"cannot read the vocabulary of {encoder.name}: {reason(error)}") from error
     longest = model.config.text_config.max_position_embeddings
@@ -191,6 +202,7 @@ def _find(name: str, setting: str) -> Path:
             f"{setting}: '{name}' has no safetensors, and pickles can run code when loaded; "
             "use another model, or a revision that has them, as NAME@REVISION"
         )
+    safety.check_folder(folder, setting)
     return folder
 
 
@@ -216,20 +228,10 @@ def _short(name: str) -> str:
 def _processor(folder: Path) -> dict[str, Any]:
     """The image processor's settings, which are in one of two files; {} without either."""
     if (own := folder / "preprocessor_config.json").is_file():
-        return _json(own)
+        return files.read_json(own)
     if (shared := folder / "processor_config.json").is_file():
-        return _json(shared).get("image_processor") or {}
+        return files.read_json(shared).get("image_processor") or {}
     return {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return values
 
 
 def _side(size: Any) -> int | None:
@@ -239,7 +241,20 @@ def _side(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def _view(name: str, resize: int, crop: int, mean: tuple[float, ...], std: tuple[float, ...]) -> View:
+    """The preprocessing of the encoder `name`. Raises ConfigError if no image could pass through it."""
+    numbers = (*mean, *std)
+    fine = len(numbers) == 6 and all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+    if not (0 < crop <= resize <= LARGEST and fine and min(std) > 0):
+        raise ConfigError(
+            f"evaluation: the image processor of '{name}' has {resize} and {crop} px, mean {mean} and std "
+            f"{std}; use a model with at most {LARGEST} px and three finite numbers each"
+        )
+    return View(resize, crop, mean, std)
+
+
 def _statistics(processor: dict[str, Any], usual: Statistics) -> Statistics:
     """The processor's mean and deviation, or else the usual ones."""
-    mean, std = (tuple(processor.get(name) or ()) for name in ("image_mean", "image_std"))
+    values = [processor.get(name) for name in ("image_mean", "image_std")]
+    mean, std = (tuple(value) if isinstance(value, list) else () for value in values)
     return (mean, std) if mean and std else usual

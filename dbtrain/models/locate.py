@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Model
+from dbtrain.models import safety
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 
 EMBEDDED = "tiny"  # `model.path` of the base that comes with the package
-LIBRARIES = ("diffusers", "transformers")  # only classes of these are loaded from a model folder
+LIBRARIES = ("diffusers", "transformers")
+IN_A_FILE = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}  # is it an XL -> pipeline
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, and not loaded
 
 
 def embedded() -> Path:
@@ -21,11 +24,15 @@ def embedded() -> Path:
 
 
 def hush() -> None:
-    """Disable the libraries' progress bars and warnings; our own progress bars show what takes time."""
+    """Disable the libraries' progress bars and warnings; our own progress bars show what takes time.
+
+    Transformers, which asks on standard input whether to run a model's code, never asks: it waits 0 s.
+    """
     for library in LIBRARIES:
         logging = importlib.import_module(f"{library}.utils.logging")
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+    importlib.import_module("transformers.dynamic_module_utils").TIME_OUT_REMOTE_CODE = 0  # type: ignore[attr-defined]
 
 
 def folder_here(cfg: Model) -> Path | None:
@@ -57,6 +64,8 @@ def from_single_file(cfg: Model, path: Path) -> Path:
         if dist.local_rank() == 0 and not folder.exists():
             try:
                 pipe = _single_file_pipeline(cfg, path)
+            except ConfigError:
+                raise
             except Exception as error:  # the libraries raise many kinds for a broken file
                 raise ConfigError(
                     f"model.path: Diffusers cannot read a model from '{cfg.path}': {reason(error)}; try "
@@ -74,14 +83,32 @@ def _single_file_pipeline(cfg: Model, path: Path) -> Any:
     hush()
     tensors = load_file(path)
     if cfg.config:
-        name = diffusers.DiffusionPipeline.load_config(cfg.config)["_class_name"]
+        name = _checked(cfg.config)
     else:
-        xl = infer_diffusers_model_type(tensors).startswith("xl")
-        name = "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline"
+        name = IN_A_FILE[infer_diffusers_model_type(tensors).startswith("xl")]
     dtype = next(tensor.dtype for key, tensor in tensors.items() if "diffusion_model" in key)
-    return getattr(diffusers, name).from_single_file(
-        str(path), config=cfg.config, torch_dtype=dtype, safety_checker=None
-    )
+    kind = getattr(diffusers, name)
+    without = dict.fromkeys(part for part in UNUSED if part in kind._optional_components)
+    return kind.from_single_file(str(path), config=cfg.config, torch_dtype=dtype, **without)
+
+
+def _checked(config: str) -> str:
+    """The pipeline class of `model.config`. Raises ConfigError if it must not be loaded."""
+    import diffusers
+
+    folder = files.expand(config)
+    found = files.read_json(folder / "model_index.json") if folder.is_dir() else {}
+    index = found or diffusers.DiffusionPipeline.load_config(config)
+    name = str(index.get("_class_name"))
+    if name not in IN_A_FILE.values():
+        raise ConfigError(f"model.config: '{config}' is a {name}; use one of {', '.join(IN_A_FILE.values())}")
+    for part, entry in index.items():
+        if isinstance(entry, list) and entry != [None, None] and part not in UNUSED:
+            if part not in safety.CLASSES:
+                raise ConfigError(f"model.config: '{config}' has a component '{part}'; use another folder")
+            safety.check_class(config, part, entry)
+            safety.check_folder(folder / part, "model.config")
+    return name
 
 
 def cached(cfg: Model) -> Path | None:
@@ -109,7 +136,7 @@ def download(cfg: Model) -> Path:
         return Path(
             DiffusionPipeline.download(
                 cfg.path, revision=cfg.revision, variant=cfg.variant, use_safetensors=True,
-                safety_checker=None,
+                safety_checker=None, trust_remote_code=False,
             )
         )  # fmt: skip
 

@@ -11,6 +11,64 @@ from torch import Tensor, nn
 from dbtrain.runtime.errors import ConfigError, reason
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SCHEDULERS = (  # those that sample with DDPM's noise schedule, and so record it
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)  # fmt: skip
+UNFITTING = (
+    "made for another training objective (EDM, flow matching, distillation); dbtrain trains bases with DDPM's "
+    "noise schedule, so use another base"
+)
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")  # Diffusers' schedules
+MOST_TIMESTEPS = 100_000
+# Settings of these schedulers that mean another training objective, and the values that do not.
+OTHER_OBJECTIVES: dict[str, tuple[Any, ...]] = {
+    "timestep_type": (None, "discrete"),  # continuous: EDM's
+    "use_flow_sigmas": (None, False),
+}
+
+
+def check(scheduler_config: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless DDPM is the objective that a scheduler's config describes.
+
+    `DDPMScheduler.from_config` would read any scheduler's config, and use its own defaults for what is not
+    there: a base made for EDM (Playground 2.5, CosXL) or flow matching would silently be trained wrong.
+    """
+    kind = scheduler_config.get("_class_name", "DDPMScheduler")
+    timesteps = scheduler_config.get("num_train_timesteps", 1000)
+    prediction = scheduler_config.get("prediction_type", "epsilon")
+    betas = scheduler_config.get("beta_schedule", "linear")
+    ends = [scheduler_config.get(name, 0.01) for name in ("beta_start", "beta_end")]
+    trained = scheduler_config.get("trained_betas")
+    wrong = [name for name, fine in OTHER_OBJECTIVES.items() if scheduler_config.get(name) not in fine]
+    if kind not in SCHEDULERS or wrong:
+        named = f"{kind} with {wrong[0]} = {scheduler_config[wrong[0]]}" if wrong else kind
+        raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
+    if prediction not in PREDICTIONS:
+        raise ConfigError(
+            f"the base's scheduler predicts '{prediction}'; dbtrain trains {', '.join(PREDICTIONS)}"
+        )
+    if type(timesteps) is not int or not 0 < timesteps <= MOST_TIMESTEPS:
+        raise ConfigError(
+            f"the base's scheduler_config.json has {str(timesteps)[:20]} timesteps; use 1 to {MOST_TIMESTEPS}"
+        )
+    if trained is not None:
+        fine = isinstance(trained, list) and len(trained) == timesteps and all(map(_is_beta, trained))
+    else:
+        fine = betas in BETAS and all(map(_is_beta, ends))
+    if not fine:
+        raise ConfigError(
+            f"the base's scheduler_config.json has beta_schedule {betas!r}, beta_start {ends[0]!r} and "
+            f"beta_end {ends[1]!r}{', and trained_betas of its own' if trained else ''}; use betas between 0 "
+            f"and 1, and one of {', '.join(BETAS)}"
+        )
+
+
+def _is_beta(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 class DDPM(nn.Module):
@@ -24,25 +82,23 @@ class DDPM(nn.Module):
 
     def __init__(self, alphas_cumprod: Tensor, prediction: str, min_snr_gamma: float | None) -> None:
         super().__init__()
-        if prediction not in PREDICTIONS:
-            raise ConfigError(
-                f"the base's scheduler predicts '{prediction}'; dbtrain trains {', '.join(PREDICTIONS)}"
-            )
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
         self.prediction = prediction
         self.min_snr_gamma = min_snr_gamma
 
     @classmethod
     def of(cls, scheduler_config: Mapping[str, Any], min_snr_gamma: float | None) -> DDPM:
-        """The objective with which a base was trained, from its scheduler's config."""
+        """The objective with which a base was trained, from its scheduler's config.
+
+        Raises ConfigError if it was another one.
+        """
         from diffusers import DDPMScheduler
 
+        check(scheduler_config)
         try:
             scheduler = DDPMScheduler.from_config(dict(scheduler_config))
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ConfigError(f"cannot read the base's scheduler_config.json: {reason(error)}") from error
-        if len(scheduler.alphas_cumprod) == 0:
-            raise ConfigError("the base's scheduler_config.json has no timesteps")
         return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, min_snr_gamma)
 
     def timesteps(self, u: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from dbtrain.config import Model
-from dbtrain.models import locate
+from dbtrain.models import locate, safety
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.imports import importing
@@ -73,6 +72,12 @@ class Pretrained:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
         return self._json(found[0])
 
+    def check(self, component: str) -> None:
+        """Raise ConfigError if a component is missing, of a class that is not loaded, or unsafe to load."""
+        safety.check_class(self.name, component, self.index.get(component))
+        safety.check_folder(self.folder / component, f"base model {self.name}")
+        self.config(component)
+
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
         """A component (model, tokenizer or scheduler) on the CPU, with frozen weights in `dtype`.
 
@@ -80,14 +85,17 @@ class Pretrained:
         weights at random. Reads weights from safetensors only, never from pickles.
         """
         # Check the folder first, as the libraries' errors would not name what is missing.
-        self.config(component)
+        self.check(component)
         kind = self._class(component)
         locate.hush()
         options: dict[str, Any] = {}
+        if kind.__module__.startswith("transformers"):
+            options = {"trust_remote_code": False}
+        weights = issubclass(kind, torch.nn.Module)
         if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
             self.check_vocabulary(component)
-        if issubclass(kind, torch.nn.Module):
-            options = {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
+        if weights:
+            options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
         try:
             loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
@@ -96,7 +104,7 @@ class Pretrained:
                 f"cannot load '{component}' of base model {self.name}: {reason(error)}"
             ) from error
         # Refuse what the libraries would complete with defaults.
-        if not options:
+        if not weights:
             if getattr(loaded, "model_max_length", 0) > 10_000:  # transformers' value for "unknown"
                 raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
@@ -110,16 +118,12 @@ class Pretrained:
 
     def _class(self, component: str) -> Any:
         """The class of a component in model_index.json. Raises ConfigError if it must not be loaded."""
-        entry = self.index.get(component)
-        if not (isinstance(entry, list) and len(entry) == 2 and entry[0] in locate.LIBRARIES):
-            raise ConfigError(
-                f"{self.name}: component '{component}' is {'.'.join(map(str, entry or ['missing']))}; "
-                f"only classes of {' and '.join(locate.LIBRARIES)} are loaded"
-            )
+        safety.check_class(self.name, component, self.index.get(component))
+        library, name = self.index[component]
         with importing():  # the libraries import a class's module on first use
-            kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+            kind = getattr(importlib.import_module(library), name, None)
         if not hasattr(kind, "from_pretrained"):
-            raise ConfigError(f"{self.name}: component '{component}' is a {entry[1]}, unknown to {entry[0]}")
+            raise ConfigError(f"{self.name}: component '{component}' is a {name}, unknown to {library}")
         return kind
 
     def check_vocabulary(self, component: str) -> None:
@@ -176,12 +180,9 @@ class Pretrained:
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"base model {self.name}: cannot read {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"base model {self.name}: {path} is not a JSON object")
-        return values
+            return files.read_json(path)
+        except ConfigError as problem:
+            raise ConfigError(f"base model {self.name}: {problem}") from problem
 
 
 def _installed(package: str) -> bool:

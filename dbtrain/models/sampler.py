@@ -43,7 +43,8 @@ def build(
     with importing():
         kind = getattr(diffusers, base.family.pipeline)
     # `from_pretrained` loads none of these: the rest of the base's components are optional.
-    pipe = kind.from_pretrained(base.folder, **dict.fromkeys(kind._optional_components) | parts)
+    unused = dict.fromkeys(kind._optional_components)
+    pipe = kind.from_pretrained(base.folder, trust_remote_code=False, **unused | parts)
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
         pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
     )

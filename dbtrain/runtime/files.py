@@ -9,8 +9,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
+
+TEXT_BYTES = 64 * 2**20  # most that is read of a JSON file; the largest vocabularies have a quarter of it
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
@@ -41,6 +44,29 @@ def with_variables(text: str) -> str:
 def cache() -> Path:
     """Our folder in the user's cache. Everything in it can be deleted."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dbtrain"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, which may be anybody's.
+
+    Raises ConfigError if it is not a regular file, too large, nested too deeply, or not an object.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing, or is not a regular file")
+    if (size := path.stat().st_size) > TEXT_BYTES:
+        raise ConfigError(f"{path} has {size_text(size)}; a JSON file has at most {size_text(TEXT_BYTES)}")
+    return json_object(path.read_bytes(), str(path))
+
+
+def json_object(text: str | bytes, name: str) -> dict[str, Any]:
+    """The object in JSON text called `name`. Raises ConfigError if there is none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+        raise ConfigError(f"cannot read {name}: {reason(error).partition(';')[0]}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} is not a JSON object")
+    return values
 
 
 @contextmanager

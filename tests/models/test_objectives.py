@@ -61,7 +61,7 @@ def test_zero_terminal_snr_gives_finite_weights(prediction: str) -> None:
 
 def test_another_prediction_is_refused() -> None:
     with pytest.raises(ConfigError, match="predicts 'flow'"):
-        DDPM(torch.ones(3), "flow", None)
+        objective("flow")
 
 
 def test_tables_stay_fp32() -> None:

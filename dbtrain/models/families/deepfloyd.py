@@ -100,6 +100,8 @@ STAGE_1 = Family(
     sample_posterior=unit_pixels,
     check=partial(check, channels=3),
     denoise=denoise,
+    text="T5",
+    stored=("pixels",),
     vae=None,
     lora_loads=("unet",),  # IFPipeline's loader does not support T5
     sampler={"variance_type": "fixed_small"},  # the adapter does not train the variance

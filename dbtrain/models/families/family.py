@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ class Family:
     """(denoiser, x_t, t (rows,), condition) -> prediction, shaped like x_t."""
     objective: Callable[[Mapping[str, Any], float | None], DDPM] = DDPM.of
     """(the scheduler's config, gamma of min-SNR or None) -> the training objective."""
+    text: str = "CLIP"  # what its text encoders and tokenizers are, by the names of their classes
+    stored: tuple[str, ...] = ("mean", "std")  # the names of the tensors that `encode_images` returns
     vae: str | None = "vae"  # None: the denoiser works on pixels
     row: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda meta, side: {}
     """(a row's description, side in px) -> further conditions of the row."""
@@ -99,6 +102,10 @@ def vae_space(base: Pretrained, side: int) -> LatentSpace:
             f"{cell}, e.g. {near}"
         )
     config, scale = base.config("vae"), base.setting("vae", "scaling_factor", (int, float))
+    if not math.isfinite(scale) or scale <= 0:
+        raise ConfigError(
+            f"base model {base.name}: scaling_factor of its vae is {scale}; use a positive number"
+        )
     shape = (base.setting("vae", "latent_channels", int), side // cell, side // cell)
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = config["latents_mean"], config["latents_std"]

@@ -1,6 +1,7 @@
 """Model families by name. A new family is one file and one line here."""
 
 from dbtrain.config import Model
+from dbtrain.models import objectives
 from dbtrain.models.families import deepfloyd, sd, sdxl
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
@@ -33,6 +34,13 @@ def detect(base: Pretrained, cfg: Model) -> Family:
             f"'{found.name}'; use auto"
         )
     for part in family.parts:
-        base.config(part)  # raises if the component is missing
+        base.check(part)
+    for part in (*family.text_encoders, *family.text_encoders.values()):
+        if not (kind := base.index[part][1]).startswith(family.text):
+            raise ConfigError(
+                f"base model {base.name}: component '{part}' is {kind}; use one with {family.text}"
+            )
+    for part in ("scheduler", *([family.noising] if family.noising else [])):
+        objectives.check({"_class_name": base.index[part][1]} | base.config(part))
     family.check(base)
     return family
