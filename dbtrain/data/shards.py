@@ -128,13 +128,13 @@ class Row:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def pack(rows: list[Row]) -> bytes:
-    """A tar of these rows. The same rows give the same bytes."""
+def pack(rows: list[Row], shard: str = "") -> bytes:
+    """A tar of these rows, the same bytes for the same rows. Their keys begin with `shard`."""
     buffer = io.BytesIO()
     with wds.TarWriter(buffer, mtime=0, user="", group="") as tar:
         for number, row in enumerate(rows):
             tar.write({
-                "__key__": f"{number:06d}",
+                "__key__": f"{shard}{number:06d}",
                 "safetensors": safetensors.torch.save(row.tensors),
                 "json": row.meta,
             })  # fmt: skip

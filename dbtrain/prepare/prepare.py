@@ -140,7 +140,7 @@ def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
                 rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
                 encoded += tensors is None and not source.endswith(class_images.SUFFIX)
                 bar.update()
-            data = shards.pack(rows)
+            data = shards.pack(rows, f"{plan.file.removesuffix('.tar')}-")
             files.write_atomically(task.folder / plan.file, data)
             entries[plan.file] = _entry(plan, data)
     where = " on rank 0" if dist.world() > 1 else ""
