@@ -26,9 +26,9 @@ from dbtrain.runtime.errors import ConfigError, reason
 class AdapterPipeline:
     """A base model that is loaded once, with adapters of any kind and format.
 
-    >>> pipe = AdapterPipeline.load(Model(path="tiny"))
+    >>> pipe = AdapterPipeline.load("tiny")
     >>> pipe.add("dog", "runs/dog")
-    >>> pipe.use({"dog": 0.8})
+    >>> pipe.use({"dog": 0.8})  # or use("dog")
     >>> images = pipe.generate("a photo of sks dog", seeds=[0, 1])
     """
 
@@ -48,10 +48,12 @@ class AdapterPipeline:
 
     @classmethod
     def load(
-        cls, model: Model, precision: str = "fp32", device: torch.device | None = None
+        cls, model: Model | str | Path, precision: str = "fp32", device: torch.device | None = None
     ) -> AdapterPipeline:
-        """Load the base model that a config's `model` section describes, from disk or from the Hub."""
-        return cls(Base.find(model), precision, device)
+        """Load a base model from disk or from the Hub: a config's `model` section, or its path alone."""
+        return cls(
+            Base.find(model if isinstance(model, Model) else Model(path=str(model))), precision, device
+        )
 
     def add(self, name: str, adapter: str | Path) -> None:
         """Load an adapter (a run folder, a file, or a PEFT folder) under `name`; `use` activates it.
@@ -112,8 +114,9 @@ class AdapterPipeline:
         """Names of the loaded adapters."""
         return set(self.layouts)
 
-    def use(self, scales: Mapping[str, float]) -> None:
-        """Activate exactly these adapters, each at its scale; an empty mapping is the base alone."""
+    def use(self, adapters: Mapping[str, float] | str) -> None:
+        """Activate exactly these adapters, each at its scale, or just one; {} is the base alone."""
+        scales = {adapters: 1.0} if isinstance(adapters, str) else adapters
         self._check_names(scales)
         for layer in self._layers():
             if layer.merged:
@@ -136,17 +139,18 @@ class AdapterPipeline:
     def generate(
         self,
         prompts: str | Sequence[str],
-        seeds: Sequence[int],
+        seeds: int | Sequence[int],
         steps: int = 25,
         guidance: float = 7.5,
         side: int | None = None,
         images: Sequence[Image.Image] = (),
     ) -> list[Image.Image]:
-        """Return one image per seed, `side` px square (None: the base's size).
+        """Return one image for each of the seeds, `side` px square (None: the base's size).
 
         `prompts` is one prompt for all seeds or one per seed. `images` are the low-resolution inputs of an
         upscaler (IF stage II), one per seed.
         """
+        seeds = [seeds] if isinstance(seeds, int) else seeds
         if isinstance(prompts, str):
             prompts = [prompts] * len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -169,6 +169,19 @@ def test_trained_biases_are_kept_by_peft_s_format_and_taken_off_again(make: Make
     assert torch.equal(pipe.pipe.unet.conv_in.bias, plain)
 
 
+def test_a_pipeline_takes_a_path_a_name_and_a_seed(run: tuple[Config, Path]) -> None:
+    cfg, folder = run
+    pipe = AdapterPipeline.load(Path(cfg.model.path))
+    pipe.add("dog", folder)
+    pipe.use("dog")
+    assert pipe.scales == {"dog": 1.0}
+    (one,) = pipe.generate("a photo of sks dog", seeds=3, steps=1, side=64)
+    (same,) = pipe.generate("a photo of sks dog", seeds=[3], steps=1, side=64)
+    assert one.tobytes() == same.tobytes()
+    with pytest.raises(ConfigError, match="there is no adapter 'dogs'; choose from \\['dog'\\]"):
+        pipe.use("dogs")
+
+
 def test_adapters_of_different_kinds_and_formats_mix_merge_swap_and_leave(make: Make, tmp_path: Path) -> None:
     runs = {}
     for kind, form in (("lora", "diffusers"), ("loha", "peft"), ("lokr", "kohya")):
