@@ -11,4 +11,20 @@ if [[ -z ${RANKS:-} ]]; then
   ((RANKS)) || RANKS=1
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec torchrun --standalone --nproc-per-node="$RANKS" --max-restarts="${MAX_RESTARTS:-0}" -m dbtrain "$@"
+
+# Ctrl-C is for the ranks, which save and stop. torchrun would report it as a failure, so it runs in the background,
+# where no process hears of it.
+torchrun --standalone --nproc-per-node="$RANKS" --max-restarts="${MAX_RESTARTS:-0}" \
+  --signals-to-handle=SIGTERM,SIGHUP,SIGQUIT -m dbtrain "$@" &
+agent=$! interrupted=
+# shellcheck disable=SC2046 # one word for each rank
+trap 'interrupted=yes; kill -INT $(cat "/proc/$agent/task/"*/children)' INT
+trap 'kill -TERM "$agent"' TERM
+code=0
+while kill -0 "$agent" 2>/dev/null; do # a signal ends a wait
+  wait "$agent" && code=0 || code=$?
+done
+if [[ $interrupted && $code == 0 ]]; then
+  code=130
+fi
+exit "$code"

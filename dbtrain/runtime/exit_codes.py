@@ -71,9 +71,9 @@ def _stopped(stop: Preempted) -> int:
         print(f"stopped: {stop}; run the same command again to resume", file=sys.stderr)
         if not preemption.interrupted():
             preemption.mark(str(stop))
-    if preemption.interrupted():
-        return INTERRUPTED
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else PREEMPTED
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return 0
+    return INTERRUPTED if preemption.interrupted() else PREEMPTED
 
 
 def _survived(lost: Lost) -> int:

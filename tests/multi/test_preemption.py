@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Make, Started, config_in, dbtrain
+from tests.conftest import LONG, ROOT, Make, Started, config_in, dbtrain
 from tests.runs import EXPORT, tree
 from tests.session import once
 
@@ -101,3 +104,32 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path, photos: Path) -> Non
     begun.signal(signal.SIGINT)
     code, said = begun.end()
     assert code == 130 and "interrupted; run the same command again" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_gpus_of_a_machine_without_a_report_of_failure(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    """As in a terminal: the script, torchrun and the ranks all get the signal."""
+    os.symlink(prepared, tmp_path / "shards")
+    make(train__steps=100_000, train__checkpoint_every=100_000)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with open(tmp_path / "said", "w+") as said:
+        script = subprocess.Popen(
+            ["bash", ROOT / "launch" / "torchrun.sh", "train", tmp_path / "c.yaml"], cwd=ROOT, stdout=said,
+            stderr=said, start_new_session=True, env={**os.environ, "RANKS": "2", "PATH": path},
+        )  # fmt: skip
+        try:
+            while not list(tmp_path.glob("run/metrics.jsonl")):
+                assert script.poll() is None
+                time.sleep(0.05)
+            os.killpg(script.pid, signal.SIGINT)
+            assert script.wait(LONG) == 130
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+        said.seek(0)
+        text = said.read()
+    print(text)
+    assert "stopped: SIGINT at step" in text and "run the same command again" in text
+    assert "Traceback" not in text and "FAILED" not in text
