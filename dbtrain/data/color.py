@@ -38,9 +38,8 @@ def to_srgb(photo: Image.Image, tell: Callable[[str], object]) -> Image.Image:
         colors = _managed(opaque, profile, tell)
     if alpha is None:
         return colors
-    white = Image.new("RGB", photo.size, "white")
-    white.paste(colors, mask=alpha)
-    return white
+    colors.putalpha(alpha)
+    return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), colors).convert("RGB")
 
 
 def _is_deep(photo: Image.Image) -> bool:

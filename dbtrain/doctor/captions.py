@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,12 +45,12 @@ def captions(case: Case) -> Iterator[Finding]:
 
 
 def token(cfg: Prepare) -> set[str]:
-    """The words for the subject alone: those that the class prompt lacks, or else the first one."""
+    """The words for the subject alone: those that the class prompt lacks; without one, the first word."""
     mine = settings.words(cfg.instance_prompt)
-    if rare := mine - settings.words(cfg.class_prompt or " ".join(mine)):
-        return rare
-    spoken = cfg.instance_prompt.casefold().split()
-    return set(next(([word] for word in spoken if word in mine), []))
+    if cfg.class_prompt:
+        return mine - settings.words(cfg.class_prompt)
+    spoken = [word for word in re.findall(r"\w+", cfg.instance_prompt.casefold()) if word in mine]
+    return set(spoken[:1])
 
 
 def without_token(texts: dict[Path, str], cfg: Prepare) -> list[str]:

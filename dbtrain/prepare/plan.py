@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photo_files, photos, shards
+from dbtrain.data import photos, shards
 from dbtrain.data.captions import caption
+from dbtrain.data.photo_files import listing
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
@@ -135,24 +136,21 @@ def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, 
     }  # fmt: skip
 
 
-def sources_of(prepare: Prepare, images: dict[str, list[Path]]) -> dict[str, dict[str, shards.Source]]:
-    """The user's own files among the images of each role, by name. Generated class images are left out."""
-    return {
-        role: {
-            printable(path.name): shards.Source(
-                sha256=hashing.sha256_of(path),
-                caption=caption(path) if role == "instance" and prepare.captions else None,
-            )
-            for path in paths
-            if path.parent == folders(prepare)[role]
-        }
-        for role, paths in images.items()
-    }
+def sources_of(prepare: Prepare) -> dict[str, dict[str, shards.Source]]:
+    """The user's own photos and class images, by role and name, where their folders can be reached."""
+    photo_dir, class_dir = files.expand(prepare.photos), class_images.root(prepare)
+    own = {}
+    if photo_dir.is_dir():
+        own["instance"] = listing(photo_dir).photos
+    if prepare.class_prompt and prepare.class_dir and class_dir.is_dir():
+        own["class"] = listing(class_dir).photos[: prepare.class_images]
+    return {role: {printable(path.name): _source(path, role, prepare) for path in paths}
+            for role, paths in own.items()}  # fmt: skip
 
 
-def folders(prepare: Prepare) -> dict[str, Path]:
-    """The folder of the user's own images of each role."""
-    return {"instance": files.expand(prepare.photos), "class": class_images.root(prepare)}
+def _source(path: Path, role: str, prepare: Prepare) -> shards.Source:
+    text = caption(path) if role == "instance" and prepare.captions else None
+    return shards.Source(sha256=hashing.sha256_of(path), caption=text)
 
 
 def _shard_count(rows: int) -> int:
@@ -199,18 +197,12 @@ def check_sources(cfg: Config, manifest: Manifest) -> None:
     Folders that cannot be reached are not checked: training needs the shards only.
     """
     assert cfg.prepare is not None
+    now = sources_of(cfg.prepare) if manifest.sources else {}
     for role, made in manifest.sources.items():
-        folder = folders(cfg.prepare)[role]
-        if not folder.is_dir():
-            continue
-        paths = photo_files.listing(folder).photos
-        if role == "class":
-            paths = paths[: cfg.prepare.class_images]
-        now = sources_of(cfg.prepare, {role: paths})[role]
-        if changes := list(_changes(made, now)):
+        if changes := list(_changes(made, now.get(role, made))):
             more = f" and {len(changes) - CHANGES} more" if len(changes) > CHANGES else ""
             raise ConfigError(
-                f"{folder} changed since {cfg.data.shards} was made from it: "
+                f"the {role} images changed since {cfg.data.shards} was made from them: "
                 f"{', '.join(changes[:CHANGES])}{more}; {shards.CURE}"
             )
 

@@ -72,6 +72,7 @@ def _fill(task: Task, images: dict[str, list[Path]]) -> Path:
     # Rank 0 plans, and finds the shards that are already valid.
     with dist.agreed():
         plan = plan_shards(task.base, task.settings, task.seed, images) if dist.is_main() else None
+        sources = sources_of(task.settings) if dist.is_main() else {}  # before hours of encoding
     texts, components, plans = dist.from_main(plan)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
     everything = [shard for every in planned.values() for shard in every]
@@ -87,7 +88,6 @@ def _fill(task: Task, images: dict[str, list[Path]]) -> Path:
         entries |= part
     with dist.agreed():
         if dist.is_main():
-            sources = sources_of(task.settings, images)
             _publish(task, _manifest(task, texts, components, planned, entries, sources))
     return task.folder
 

@@ -55,7 +55,7 @@ def check(cfg: Config) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "replaced": (lambda folder: draw_photo(folder / "1.png", 9),
-                 r"photos changed .*: 1\.png was replaced; rerun"),
+                 r"instance images changed .*: 1\.png was replaced; rerun"),
     "removed": (lambda folder: (folder / "1.png").unlink(), r"1\.png was removed"),
     "added": (lambda folder: (draw_photo(folder / "4.png", 4), (folder / "4.txt").write_text("a")),
               r"4\.png was added"),
@@ -64,7 +64,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "swapped": (lambda folder: [(folder / f"{k}.txt").write_text(f"sks dog {1 - k}") for k in (0, 1)],
                 r"the caption of 0\.png was edited, the caption of 1\.png was edited"),
     "class image": (lambda folder: draw_photo(folder.parent / "dogs" / "0.png", 1),
-                    r"dogs changed .*: 0\.png was replaced"),
+                    r"class images changed .*: 0\.png was replaced"),
     "all": (lambda folder: [path.rename(path.with_name(f"new{path.name}")) for path in folder.iterdir()],
             r"0\.png was removed, 1\.png was removed, .* and 2 more; rerun"),
 }  # fmt: skip
@@ -94,6 +94,7 @@ def test_train_refuses_old_shards_and_needs_no_photos(cfg: Config, own: Path) ->
 def test_generated_class_images_are_not_the_user_s(make: Make) -> None:
     cfg = make()
     prepare(cfg)
+    assert len(Manifest.read(at(Path(cfg.data.shards))).sources["instance"]) >= 5
     assert Manifest.read(at(Path(cfg.data.shards))).sources["class"] == {}
 
 

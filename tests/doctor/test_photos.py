@@ -1,0 +1,40 @@
+"""What doctor takes for the subject's word, and how it bounds its memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dbtrain.config import Prepare
+from dbtrain.doctor.captions import token, without_token
+from dbtrain.doctor.photos import _workers
+
+
+@pytest.mark.parametrize(
+    ("prompt", "of_class", "want"),
+    [
+        ("a photo of sks dog", "a photo of a dog", {"sks"}),
+        ("a photo of olis mug, on a table", "a mug", {"olis", "table"}),
+        ("a photo of sks dog", None, {"sks"}),
+        ("SKS, a dog", None, {"sks"}),
+        ("a dog", "a dog", set()),
+    ],
+)
+def test_the_subject_s_word_is_what_the_class_prompt_lacks(
+    prompt: str, of_class: str | None, want: set[str]
+) -> None:
+    cfg = Prepare(photos="p", instance_prompt=prompt, class_prompt=of_class)
+    assert token(cfg) == want
+    texts = {Path("a.png"): f"{prompt} outside", Path("b.png"): "a big dog with a mug"}
+    assert without_token(texts, cfg) == (["b.png"] if want else [])
+
+
+def test_the_largest_photos_are_opened_one_at_a_time(tmp_path: Path) -> None:
+    Image.new("1", (16384, 16384)).save(tmp_path / "huge.png")
+    Image.new("1", (64, 64)).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+    small, broken, huge = (tmp_path / f"{name}.png" for name in ("small", "broken", "huge"))
+    assert _workers([small, broken, huge]) == 1
+    assert _workers([broken]) == _workers([small, broken]) >= 1
