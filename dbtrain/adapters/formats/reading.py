@@ -34,7 +34,7 @@ def state_of(layers: Layers, stored: Mapping[str, Any] | None) -> AdapterState:
     kind = _kind(layers)
     alphas = {module: layer.pop("alpha").item() for module, layer in layers.items() if "alpha" in layer}
     for module, layer in layers.items():
-        _fold(module, layer)
+        _fold(module, layer, alphas.get(module))
     config = _inferred(kind, layers, alphas)
     trusted = stored is not None and (not alphas or _agree(stored, config, layers))
     if trusted:
@@ -60,7 +60,7 @@ def _kind(layers: Layers) -> str:
     return kind
 
 
-def _fold(module: str, layer: dict[str, Tensor]) -> None:
+def _fold(module: str, layer: dict[str, Tensor], alpha: float | None) -> None:
     """Turn a layer's tensors into those that PEFT has, in place."""
     if (mid := layer.pop("lora_mid.weight", None)) is not None:  # LoCon with a CP decomposition
         down = layer["lora_A.weight"].flatten(1)  # (rank, in)
@@ -73,6 +73,11 @@ def _fold(module: str, layer: dict[str, Tensor]) -> None:
                 f"PEFT's DoRA is over its output, ({out}, 1)"
             )
         layer[MAGNITUDE] = scale.flatten()
+    if layer.keys() >= {"lokr_w1_a", "lokr_w1_b", "lokr_w2"}:
+        rank = layer["lokr_w1_b"].shape[0]
+        if 2 * rank < max(layer["lokr_w2"].shape[:2]):  # for PEFT the right factor would not be whole
+            left = layer.pop("lokr_w1_a") @ layer.pop("lokr_w1_b")
+            layer["lokr_w1"] = left * ((rank if alpha is None else alpha) / rank)
     if MAGNITUDE in layer:
         conv = layer["lora_A.weight"].dim() > 2
         layer[MAGNITUDE] = layer[MAGNITUDE].reshape((1, -1, 1, 1) if conv else (-1,))

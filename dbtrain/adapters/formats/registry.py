@@ -42,6 +42,7 @@ class Format:
     main: str  # file name, or "" for a folder per component
     write: Callable[[Path, Family, States, Mapping[str, str]], None]
     kinds: tuple[str, ...]
+    programs: str  # that load it
     biases: bool = False
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
 
@@ -70,6 +71,16 @@ def check(name: str, family: Family, states: States) -> None:
         raise ConfigError(
             f"export.formats: the format {name} cannot store {lacking}; use {', '.join(able)}", shared=True
         )
+
+
+def caveat(name: str, states: States) -> str | None:
+    """What programs that load a format get wrong about an adapter; None if they get it right."""
+    if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
+        return (
+            f"of the programs that load {kohya_file.FILE}, only LyCORIS applies DoRA as it was trained; "
+            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, set adapter.dora=false"
+        )
+    return None
 
 
 def write(
@@ -191,10 +202,15 @@ FORMATS = {
         diffusers_file.FILE,
         diffusers_file.write,
         ("lora",),
+        "Diffusers",
         components=lambda family: family.lora_loads or family.adaptable,
     ),
-    "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), biases=True),
+    "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), "PEFT", biases=True),
     "kohya": Format(
-        kohya_file.FILE, kohya_file.write, ("lora", "loha", "lokr"), components=lambda family: family.kohya
+        kohya_file.FILE,
+        kohya_file.write,
+        ("lora", "loha", "lokr"),
+        "ComfyUI, A1111, Forge, InvokeAI",
+        components=lambda family: family.kohya,
     ),
 }
