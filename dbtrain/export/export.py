@@ -52,7 +52,9 @@ def save(cfg: Config, base: Base, states: States, step: int | None, folder: Path
             formats.check(name, base.family, states)  # check every format before writing any
         if dist.is_main():
             for name in names:
-                path = formats.write(name, folder, base.family, states, _about(cfg, base, step))
+                path = formats.write(
+                    name, folder, base.family, states, base.module_names, _about(cfg, base, step)
+                )
                 what = "converted" if step is None else f"exported step {step}"
                 console.say(f"{what} to {path} ({name}, for {formats.FORMATS[name].programs})")
                 if caveat := formats.caveat(name, states):

@@ -6,7 +6,7 @@ The bases have the depth, the blocks and the names of SD 1.5, SD 2 and SDXL, but
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -74,7 +74,9 @@ def adapted(name: str, components: tuple[str, ...] | None = None, **settings: An
 def exported(name: str, folder: Path, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     """The layers in kohya's file."""
     states = {component: inject.collect(module) for component, module in modules.items()}
-    path = formats.write("kohya", folder, families.get(FAMILY[name]), states)
+    path = formats.write("kohya", folder, families.get(FAMILY[name]), states, lambda component: [
+        module for module, _ in base(name)[component].named_modules()
+    ])  # fmt: skip
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():
         layer, _, part = key.partition(".")
@@ -126,8 +128,8 @@ def in_original(name: str, blocks: Mapping[str, str]) -> str:
     return blocks[start] + rest
 
 
-def layers_of(module: nn.Module) -> Iterator[str]:
-    return (name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d)))
+def layers_of(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
 
 
 def text_names(name: str, prefix: str, second: str = "lora_te2") -> dict[str, tuple[str, str]]:
@@ -139,6 +141,7 @@ def text_names(name: str, prefix: str, second: str = "lora_te2") -> dict[str, tu
     return found
 
 
+@cache
 def comfyui(name: str) -> dict[str, tuple[str, str]]:
     """The original's names and Diffusers'; `lora_te` and `lora_te1` for the first CLIP."""
     unet = base(name)["unet"]
@@ -149,6 +152,7 @@ def comfyui(name: str) -> dict[str, tuple[str, str]]:
     return found
 
 
+@cache
 def a1111(name: str) -> dict[str, tuple[str, str]]:
     """The original's names; Diffusers' are turned into them with three layers a block, as SD 1 and 2 have."""
     unet = base(name)["unet"]
@@ -165,6 +169,7 @@ def a1111(name: str) -> dict[str, tuple[str, str]]:
     return found | {f"lora_unet_{spelled}": ("unet", layer) for spelled, layer in layers.items()}
 
 
+@cache
 def sd_scripts(name: str) -> dict[str, tuple[str, str]]:
     """The names of the UNet that it trains: Diffusers' for SD 1 and 2, the original's for SDXL."""
     unet = base(name)["unet"]
@@ -181,13 +186,20 @@ CLIENTS: dict[str, Callable[[str], dict[str, tuple[str, str]]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", UNETS)
-def test_every_client_finds_every_layer(name: str, tmp_path: Path) -> None:
-    modules = adapted(name, targets=r".*(?<!text_projection)")
+EVERY = r".*(?<!text_projection)"
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [(name, EVERY) for name in UNETS]
+    + [("sdxl", r"up_blocks\.0\.upsamplers\.0\.conv"), ("sdxl", r"down_blocks\.1\.attentions\.0\..*to_q")],
+)
+def test_every_client_finds_every_layer(name: str, targets: str, tmp_path: Path) -> None:
+    modules = adapted(name, None if targets == EVERY else ("unet",), targets=targets)
     written = exported(name, tmp_path, modules)
     truth = {
-        (component, layer) for component, module in base(name).items() for layer in layers_of(module)
-        if layer != "text_projection"
+        (component, layer) for component in modules for layer in layers_of(base(name)[component])
+        if re.fullmatch(targets, layer)
     }  # fmt: skip
     for client, names in CLIENTS.items():
         known = names(name)

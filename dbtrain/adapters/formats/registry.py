@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dbtrain.adapters import inject
+from dbtrain.adapters import inject, targets
 from dbtrain.adapters.formats import diffusers_file, kohya_file, names, peft_folder, reading
 from dbtrain.adapters.formats.common import States, by_module, strength
 from dbtrain.adapters.state import AdapterState
@@ -40,7 +40,7 @@ class Format:
     """A format of adapter files, and what it can store."""
 
     main: str  # file name, or "" for a folder per component
-    write: Callable[[Path, Family, States, Mapping[str, str]], None]
+    write: Callable[[Path, Family, States, names.Names | None, Mapping[str, str]], None]
     kinds: tuple[str, ...]
     programs: str  # that load it
     biases: bool = False
@@ -84,17 +84,23 @@ def caveat(name: str, states: States) -> str | None:
 
 
 def write(
-    name: str, folder: Path, family: Family, states: States, about: Mapping[str, str] | None = None
+    form: str,
+    folder: Path,
+    family: Family,
+    states: States,
+    modules: names.Names | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    `about`: entries for the header of kohya's file. Raises ConfigError if the disk is full.
+    For kohya's file: `modules`, component -> the names of the base's modules, which SDXL needs, and `about`,
+    entries for its header. Raises ConfigError if the disk is full.
     """
     try:
-        FORMATS[name].write(folder, family, states, about or {})
+        FORMATS[form].write(folder, family, states, modules, about or {})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
-    return folder / FORMATS[name].main
+    return folder / FORMATS[form].main
 
 
 def find(adapter: str | Path) -> Path:
@@ -168,7 +174,12 @@ def _read_file(path: Path, family: Family, skeleton: Callable[[str], nn.Module])
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     if not tensors:
         raise ConfigError("it has no tensors")
-    modules = {name: [module for module, _ in skeleton(name).named_modules()] for name in family.adaptable}
+    modules = {
+        name: [
+            module for module, layer in skeleton(name).named_modules() if isinstance(layer, targets.LAYERS)
+        ]
+        for name in family.adaptable
+    }
     found = names.layers_in(tensors, family, modules)
     return {name: reading.state_of(layers, stored.get(name)) for name, layers in sorted(found.items())}
 
