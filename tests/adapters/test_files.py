@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dbtrain.adapters import inject
 from dbtrain.adapters.formats import common, kohya_file
 from dbtrain.adapters.formats import registry as formats
-from dbtrain.adapters.formats.names import sgm_names
+from dbtrain.adapters.formats.names import nested, sgm_names
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.models.base import Base
@@ -313,3 +313,37 @@ def test_an_adapter_that_cannot_be_added_leaves_its_name_free(
             pipe.add("dog", path)
     assert not pipe.names()
     pipe.add("dog", path)
+
+
+@pytest.mark.parametrize("name", ["conv1", "to_q", "default", "weight"])
+def test_an_adapter_may_be_called_like_a_module(tmp_path: Path, name: str) -> None:
+    found = state(dora=True)
+    pipe = AdapterPipeline(base(), "fp32")
+    pipe.add(name, formats.write("peft", tmp_path, base().family, {"unet": found}))
+    filled = inject.parameters(pipe.components["unet"], name)
+    assert filled.keys() == found.tensors.keys()
+    assert all(torch.equal(filled[key], tensor) for key, tensor in found.tensors.items())
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_peft_folder_by_other_versions_is_read(tmp_path: Path, component: str) -> None:
+    """With the adapter's name in it, and with CLIP's layers below `text_model.` or not."""
+    found = state(component)
+    renamed = {}
+    for name, tensor in found.tensors.items():
+        name = name.removeprefix("text_model.") if name.startswith("text_model.") else nested(name)
+        renamed[name.replace(".weight", ".default.weight")] = tensor
+    path = formats.write("peft", tmp_path, base().family, {component: AdapterState(renamed, found.config)})
+    again = read(path / component)[component]
+    assert again.tensors.keys() == found.tensors.keys()
+
+
+def test_a_swap_to_other_alphas_is_no_copy_in_place(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("one", "two")]
+    for path, alpha in zip(paths, (1.0, 2.0), strict=True):
+        path.mkdir()
+        saved(path, locon(attention=4.0, conv=alpha))
+    pipe = AdapterPipeline(base(), "fp32")
+    pipe.add("it", paths[0] / "it.safetensors")
+    pipe.swap("it", paths[1] / "it.safetensors")
+    assert {layer.r["it"]: layer.scaling["it"] for layer in pipe._layers()} == {4: 1.0, 2: 1.0}

@@ -40,7 +40,7 @@ UNREAD = (
     (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\..*", "a whole model"),
 )  # fmt: skip
 
-# The original UNet code (sgm) -> Diffusers, within a residual block and outside the blocks.
+# Diffusers -> the original UNet code (sgm), within a residual block and outside the blocks.
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
@@ -115,6 +115,11 @@ def _known(family: Family, modules: Modules) -> dict[str, tuple[str, str]]:
                 for spelling in spelled:
                     known.setdefault(f"{prefix}{spelling}".replace(".", "_"), (component, name))
     return known
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor's name is one of an adapter, not of the base."""
+    return any(re.fullmatch(rf".+?{pattern}", name) for pattern, _ in PARTS)
 
 
 def layers_in(tensors: Mapping[str, Tensor], family: Family, modules: Modules) -> dict[str, Layers]:

@@ -140,9 +140,10 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     if path.suffix.lower() in PICKLES:
         raise ConfigError(f"{path} is a pickle, which may run code; use a .safetensors file")
     try:
-        states = _read_folder(path, family) if path.is_dir() else _read_file(path, family, skeleton)
+        layers = {name: list(targets.Modules.of(skeleton(name)).layers) for name in family.adaptable}
+        states = _read_folder(path, family, layers) if path.is_dir() else _read_file(path, family, layers)
         for component, state in states.items():
-            _check(component, state, family)
+            _check(state)
             inject.check_fit(skeleton(component), state)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
@@ -151,19 +152,34 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     return states
 
 
-def _read_folder(path: Path, family: Family) -> States:
+def _read_folder(path: Path, family: Family, modules: names.Modules) -> States:
     if (path / peft_folder.CONFIG).is_file():
         component = path.name if path.name in family.adaptable else family.denoiser
-        return {component: peft_folder.read(path)}
+        return _renamed(peft_folder.read(path), component, family, modules)
     components = [entry.parent for entry in sorted(path.glob(f"*/{peft_folder.CONFIG}"))]
     if not components:
         raise ConfigError(
             f"no {diffusers_file.FILE}, {kohya_file.FILE} or folder with {peft_folder.CONFIG} in it"
         )
-    return {folder.name: peft_folder.read(folder) for folder in components}
+    states: dict[str, AdapterState] = {}
+    for folder in components:
+        states |= _renamed(peft_folder.read(folder), folder.name, family, modules)
+    return states
 
 
-def _read_file(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> States:
+def _renamed(state: AdapterState, component: str, family: Family, modules: names.Modules) -> States:
+    """An adapter of `component` under the names of the installed libraries; biases of the base stay."""
+    if component not in modules:
+        raise ConfigError(f"it is for the component '{component}', which the base does not have")
+    mine = {component: modules[component]}
+    adapter = {name: tensor for name, tensor in state.tensors.items() if names.is_adapter(name)}
+    layers = names.layers_in(adapter, family, mine)[component] if adapter else {}
+    tensors = {name: tensor for name, tensor in state.tensors.items() if name not in adapter}
+    tensors |= {f"{module}.{part}": t for module, layer in layers.items() for part, t in layer.items()}
+    return {component: AdapterState(tensors, state.config)}
+
+
+def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
     """The adapters in a file by anyone: the names of its tensors say what belongs where."""
     try:
         with safe_open(path, "pt") as file:
@@ -174,12 +190,6 @@ def _read_file(path: Path, family: Family, skeleton: Callable[[str], nn.Module])
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     if not tensors:
         raise ConfigError("it has no tensors")
-    modules = {
-        name: [
-            module for module, layer in skeleton(name).named_modules() if isinstance(layer, targets.LAYERS)
-        ]
-        for name in family.adaptable
-    }
     found = names.layers_in(tensors, family, modules)
     return {name: reading.state_of(layers, stored.get(name)) for name, layers in sorted(found.items())}
 
@@ -194,10 +204,8 @@ def _stored(header: Mapping[str, str], family: Family) -> dict[str, dict[str, An
     return found
 
 
-def _check(component: str, state: AdapterState, family: Family) -> None:
+def _check(state: AdapterState) -> None:
     """Raise ConfigError unless an adapter's settings are sound and fit its tensors."""
-    if component not in family.adaptable:
-        raise ConfigError(f"it is for the component '{component}', which the base does not have")
     if (kind := state.config["peft_type"]) not in KINDS:
         raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
     for module, layer in by_module(state).items():
