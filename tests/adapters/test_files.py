@@ -263,8 +263,9 @@ def test_what_is_not_read_is_named(tmp_path: Path, tensors: dict[str, Tensor], t
     "config",
     [{"r": 10**12}, {"r": 0}, {"r": -1}, {"r": "x"}, {"lora_alpha": None}, {"lora_alpha": 1e400},
      {"peft_type": []}, {"rank_pattern": {"(": 3}}, {"rank_pattern": {".*": 10**15}}, {"alpha_pattern": []},
+     {"alpha_pattern": {r"(\w+\w+)+!": 2}}, {"rank_pattern": {f"layer{n}": 4 for n in range(1001)}},
      {"peft_type": "LOKR"}, {"rank_pattern": 7}],
-    ids=str,
+    ids=lambda config: str(config)[:40],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["peft", "diffusers"])
 def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path: Path, form: str, config: dict) -> None:

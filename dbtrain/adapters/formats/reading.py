@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
-from dbtrain.adapters.formats.common import alpha_key, strength
+from dbtrain.adapters.formats.common import alpha_key, check_patterns, strength
 from dbtrain.adapters.formats.names import Layers
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.runtime.errors import ConfigError
@@ -36,6 +36,8 @@ def state_of(layers: Layers, stored: Mapping[str, Any] | None) -> AdapterState:
     for module, layer in layers.items():
         _fold(module, layer, alphas.get(module))
     config = _inferred(kind, layers, alphas)
+    if stored is not None:
+        check_patterns(stored)
     trusted = stored is not None and (not alphas or _agree(stored, config, layers))
     if trusted:
         config |= {"rank_pattern": {}, "alpha_pattern": {}} | dict(stored or {})
@@ -105,8 +107,8 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
     usual = _most(alpha.values()) or float(common)
     config: dict[str, Any] = {
         "peft_type": KINDS[kind], "r": common, "target_modules": sorted(layers),
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != common},
-        "alpha_pattern": {module: _whole(value) for module, value in alpha.items() if value != usual},
+        "rank_pattern": _patterns(ranks, common),
+        "alpha_pattern": _patterns({module: _whole(value) for module, value in alpha.items()}, usual),
     }  # fmt: skip
     config[alpha_key(config)] = _whole(usual)
     parts = {part for layer in layers.values() for part in layer}
@@ -119,6 +121,15 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
     if kind == "lokr":
         config |= {"decompose_both": "lokr_w1_b" in parts, "decompose_factor": _factor(layers)}
     return config
+
+
+def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """PEFT's patterns of the modules that differ; one a value, as it tries each of them on every module."""
+    modules: dict[float, list[str]] = {}
+    for module, value in values.items():
+        if value != usual:
+            modules.setdefault(value, []).append(module)
+    return {"|".join(sorted(names)): value for value, names in sorted(modules.items())}
 
 
 def _factor(layers: Layers) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 
 from dbtrain.adapters import inject, targets
 from dbtrain.adapters.formats import diffusers_file, kohya_file, names, peft_folder, reading
-from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.adapters.formats.common import States, by_module, check_patterns, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
@@ -208,6 +208,7 @@ def _check(state: AdapterState) -> None:
     """Raise ConfigError unless an adapter's settings are sound and fit its tensors."""
     if (kind := state.config["peft_type"]) not in KINDS:
         raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
+    check_patterns(state.config)
     for module, layer in by_module(state).items():
         rank, scale = strength(state.config, module)
         if not 0 < scale < math.inf:
