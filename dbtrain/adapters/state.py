@@ -20,7 +20,6 @@ class AdapterState:
     @property
     def layout(self) -> dict[str, Any]:
         """Kind, strength and shapes. Adapters with the same layout can replace each other."""
-        strength = {
-            key: self.config.get(key) for key in ("peft_type", "r", "lora_alpha", "alpha", "use_rslora")
-        }
+        keys = ("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+        strength = {key: self.config.get(key) or None for key in keys}
         return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}

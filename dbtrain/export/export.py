@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,37 @@ def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], fold
             formats.check(name, base.family, states)  # check every format before writing any
         if dist.is_main():
             for name in names:
-                path = formats.write(name, folder, base.family, states)
+                path = formats.write(
+                    name, folder, base.family, states, base.module_names, _about(cfg, base, state.get("step"))
+                )
                 what = f"exported step {state['step']}" if state else "converted"
-                console.say(f"{what} to {path} ({name})")
+                console.say(f"{what} to {path} ({name}, for {formats.FORMATS[name].programs})")
+                if caveat := formats.caveat(name, states):
+                    console.say(f"warning: {caveat}")
             images = [SAMPLES] if (folder / SAMPLES).is_file() else []
             files.write_atomically(folder / "README.md", card(cfg, base, states, state, names, images))
     return folder / formats.FORMATS[names[0]].main
+
+
+def _about(cfg: Config, base: Base, step: int | None) -> dict[str, str]:
+    """The entries of kohya's header by which programs list, sort and describe an adapter.
+
+    A converted file (`step` is None) is not of this run, so only its base is named.
+    """
+    found = {**base.family.header(base), "modelspec.sai_model_spec": "1.0.0"}
+    if step is None:
+        return found
+    name, prompt = files.expand(cfg.run_dir).name, cfg.prepare.instance_prompt if cfg.prepare else ""
+    found |= {
+        "ss_output_name": name, "modelspec.title": name, "ss_sd_model_name": Path(base.name).name,
+        "ss_steps": str(step), "modelspec.implementation": "diffusers",
+    }  # fmt: skip
+    if prompt:  # a trigger for lists of tags, which count them by folder
+        found |= {
+            "modelspec.trigger_phrase": prompt,
+            "ss_tag_frequency": json.dumps({name: {prompt: 1}}, ensure_ascii=False),
+        }
+    return found
 
 
 def finish(cfg: Config) -> None:

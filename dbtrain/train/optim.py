@@ -85,13 +85,18 @@ def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Paramete
 def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]
 ) -> None:
-    """Restore what `state` returned. Raises ConfigError if it belongs to another adapter."""
-    wanted = {f"{moment}.{name}" for name in parameters for moment in MOMENTS}
-    if saved and wanted != saved.keys():
+    """Restore what `state` returned. Raises ConfigError if it belongs to another adapter.
+
+    A parameter without a gradient so far, as in a layer that `module_dropout` dropped, has no moments yet.
+    """
+    names = {key.partition(".")[2] for key in saved}
+    wanted = {f"{moment}.{name}" for name in names & parameters.keys() for moment in MOMENTS}
+    if wanted != saved.keys():
         raise ConfigError(
             f"the checkpoint's optimizer has other parameters, e.g. {sorted(wanted ^ saved.keys())[0]}"
         )
-    for name, parameter in parameters.items() if saved else ():
+    for name in names:
+        parameter = parameters[name]
         optimizer.state[parameter] = {
             moment: saved[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
         }

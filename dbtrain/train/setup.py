@@ -166,7 +166,9 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         model = DreamBooth.build(inputs.base, manifest, table, cfg)
         for name in cfg.export.formats:  # fail now, not after the last step
-            formats.check(name, inputs.base.family, model.states())
+            formats.check(name, inputs.base.family, states := model.states())
+            if caveat := formats.caveat(name, states):
+                console.say(f"warning: {caveat}")
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
     progress = Progress.begin(model.to(dist.device()), cfg)
     start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)

@@ -20,7 +20,9 @@ def summary(cfg: Config) -> None:
     """Print the summary on rank 0 and append it to log.txt."""
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
-        text = "\n".join(_times(run) + [f"  {name:<14}{path}" for name, path in _outputs(run)])
+        text = "\n".join(
+            _times(run) + [f"  {name:<14}{path}{_programs(path)}" for name, path in _outputs(run)]
+        )
         console.say(text)
         files.append(run.log, text + "\n")
 
@@ -51,6 +53,14 @@ def _outputs(run: RunFolder) -> list[tuple[str, Path]]:
     for name, folder in (("images", run.samples), ("validation", run.validation)):
         found += [(name, path) for path in sorted(folder.glob(f"*/{SHEET}"))[-1:]]
     return [*found, ("log", run.log)]
+
+
+def _programs(path: Path) -> str:
+    """The programs that load an exported file."""
+    from dbtrain.adapters.formats import peft_folder, registry  # slow to import
+
+    named = {form.main or peft_folder.WEIGHTS: form.programs for form in registry.FORMATS.values()}
+    return f" (for {named[path.name]})" if path.name in named else ""
 
 
 def _human(seconds: float) -> str:

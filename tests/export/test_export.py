@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,16 +12,19 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dbtrain import tiny
 from dbtrain.adapters import inject as adapters
+from dbtrain.adapters.formats import kohya_file
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.adapters.formats.registry import write
 from dbtrain.config import Adapter
 from dbtrain.export.export import export
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
 from tests import bases
 from tests.conftest import Make, train
 
@@ -92,6 +96,59 @@ def test_text_encoder_keys_have_the_form_every_loader_knows(tmp_path: Path) -> N
     loaded.load_lora_weights(tmp_path / "out", weight_name=FILE)
     assert {v for layer in layers(loaded.text_encoder) for v in layer.scaling.values()} == {2.0}
     assert np.array_equal(picture(loaded), picture(pipe))
+
+
+def test_dora_of_the_text_encoder_loads_in_a_stock_pipeline(tmp_path: Path) -> None:
+    """Transformers drops a magnitude whose name does not end with `.weight`, and says nothing."""
+    pipe = stock()
+    adapters.attach(pipe.unet, Adapter(rank=4, dora=True), "denoiser", seed=0)
+    adapters.attach(pipe.text_encoder, Adapter(rank=4, dora=True), "text_encoder", seed=0)
+    for module in (pipe.unet, pipe.text_encoder):
+        for name, parameter in adapters.trainable(module).items():
+            start = 1.0 if "magnitude" in name else 0.0
+            torch.nn.init.normal_(parameter, start, 0.1, generator=torch.Generator().manual_seed(3))
+    states = {name: adapters.collect(getattr(pipe, name)) for name in ("unet", "text_encoder")}
+    write("diffusers", tmp_path / "out", families.get("sd"), states)
+    loaded = stock()
+    loaded.load_lora_weights(tmp_path / "out", weight_name=FILE, adapter_name="default")
+    for component in states:
+        found = dict(getattr(loaded, component).named_parameters())
+        for name, parameter in adapters.trainable(getattr(pipe, component)).items():
+            assert torch.equal(found[name], parameter), name
+    assert np.array_equal(picture(loaded), picture(pipe))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, dora: bool
+) -> None:
+    caplog.set_level("INFO", logger="dbtrain")
+    cfg = make(adapter__dora=dora, export__formats=["diffusers", "kohya"], train__steps=1)
+    path = train(cfg) / "export" / kohya_file.FILE
+    said = caplog.text
+    assert f"exported step 1 to {path} (kohya, for ComfyUI, A1111, Forge, InvokeAI)" in said
+    assert f"exported step 1 to {path.with_name(FILE)} (diffusers, for Diffusers)" in said
+    assert said.count("only LyCORIS applies DoRA as it was trained") == (2 if dora else 0), "first and last"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v1" and header["ss_v2"] == "False"
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert (header["ss_output_name"], header["ss_sd_model_name"]) == ("run", bases.sd().name)
+    assert json.loads(header["ss_tag_frequency"]) == {"run": {"a photo of sks dog": 1}}
+    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").parent / kohya_file.FILE
+    with safe_open(converted, "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v1"
+    assert "ss_output_name" not in header, "a converted file may be anyone's"
+
+
+def test_a_file_for_another_base_is_not_converted(make: Make, tmp_path: Path) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down.weight": torch.ones(4, 320), "lora_up.weight": torch.ones(320, 4)}
+    save_file({f"{layer}.{part}": tensor for part, tensor in tensors.items()}, tmp_path / "sd15.safetensors")
+    with pytest.raises(ConfigError, match=r"to_q\.lora_A\.weight is \(4, 320\), the base has \(4, 64\)"):
+        export(make(), adapter=tmp_path / "sd15.safetensors", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_from_a_checkpoint_is_the_export_of_the_live_run(make: Make, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_conversions_between_all_formats_come_back_the_same(
             formats.write("peft", path, family, truth)
         for form in formats.FORMATS:
             states = formats.read(path, family, original.skeleton)
-            out = formats.write(form, tmp_path / f"{source}-{form}", family, states)
+            out = formats.write(form, tmp_path / f"{source}-{form}", family, states, original.module_names)
             back = formats.read(out, family, original.skeleton)
             for component, state in truth.items():
                 assert back[component].tensors.keys() == state.tensors.keys()

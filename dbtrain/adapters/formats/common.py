@@ -10,8 +10,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from dbtrain.adapters.state import AdapterState
+from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component
+MOST_PATTERNS = 1000  # more than any base has layers
 
 
 def by_module(state: AdapterState) -> dict[str, dict[str, Tensor]]:
@@ -30,6 +32,17 @@ def alpha_key(config: Mapping[str, Any]) -> str:
 
 def alpha_in(config: Mapping[str, Any]) -> float:
     return config[alpha_key(config)]
+
+
+def check_patterns(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the patterns of a stranger's config are names, which take no time to match."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if len(patterns) > MOST_PATTERNS:
+            raise ConfigError(f"its {key} has {len(patterns)} entries; at most {MOST_PATTERNS} are read")
+        for pattern in patterns:
+            if not re.fullmatch(r"[\w.^$|\\]+", pattern):
+                raise ConfigError(f"its {key} has the regular expression '{pattern}'; only names are read")
 
 
 def strength(config: Mapping[str, Any], module: str) -> tuple[int, float]:

@@ -11,7 +11,7 @@ import diffusers.loaders
 from diffusers.utils import convert_state_dict_to_diffusers
 
 from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.formats.names import nested
+from dbtrain.adapters.formats.names import Names, nested
 from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
@@ -20,7 +20,9 @@ FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights(fo
 METADATA = "lora_adapter_metadata"  # Diffusers' key in the file's header
 
 
-def write(folder: Path, family: Family, states: States, about: Mapping[str, str]) -> None:
+def write(
+    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
+) -> None:
     """Write Diffusers' file with Diffusers' own mixin, which saves importing the pipeline.
 
     The metadata contains alpha, which loaders would otherwise take to be the rank.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.adapters.formats.common import States, alpha_in, by_module, strength
-from dbtrain.adapters.formats.names import kohya_names
+from dbtrain.adapters.formats.names import Names, kohya_names
 from dbtrain.adapters.formats.reading import WHOLE, rank_of
 from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.models.families.family import Family
@@ -24,17 +24,19 @@ CONFIGS = "dbtrain"  # key in the header: PEFT's config of each component
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
-def write(folder: Path, family: Family, states: States, about: Mapping[str, str]) -> None:
+def write(
+    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
+) -> None:
     """Write kohya's file. `about`: entries of its header by which programs list and sort files."""
     tensors: dict[str, Tensor] = {}
     first = next(iter(states.values())).config
     for component, state in states.items():
         layers = by_module(state)
-        names = kohya_names(family, component, list(layers))
+        named = kohya_names(family, component, layers, names)
         for module, layer in layers.items():
             rank, scale = strength(state.config, module)
             found = _kohya_layer(layer, rank, scale)
-            tensors |= {f"{names[module]}.{part}": tensor for part, tensor in found.items()}
+            tensors |= {f"{named[module]}.{part}": tensor for part, tensor in found.items()}
     header = {
         "ss_network_module": "networks.lora" if first["peft_type"] == "LORA" else "lycoris.kohya",
         "ss_network_dim": str(first["r"]), "ss_network_alpha": str(alpha_in(first)), **about,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,8 @@ from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.models.families.family import Family
 from dbtrain.runtime.errors import ConfigError
 
-Modules = Mapping[str, Sequence[str]]  # by component: the names of the base's modules
+Modules = Mapping[str, Collection[str]]  # by component: the names of the layers that an adapter can be on
+Names = Callable[[str], Sequence[str]]  # component -> the names of all its modules
 Layers = dict[str, dict[str, Tensor]]  # module -> name of the tensor within it -> tensor
 
 # How files call the tensors of a layer -> PEFT's name. `\1` is a module's name within an attention layer.
@@ -39,7 +40,7 @@ UNREAD = (
     (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\..*", "a whole model"),
 )  # fmt: skip
 
-# The original UNet code (sgm) -> Diffusers, within a residual block and outside the blocks.
+# Diffusers -> the original UNet code (sgm), within a residual block and outside the blocks.
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
@@ -56,11 +57,11 @@ def nested(name: str) -> str:
     return f"text_model.{name}" if name.startswith("encoder.layers.") else name
 
 
-def sgm_names(names: Sequence[str]) -> dict[str, str]:
+def sgm_names(names: Collection[str]) -> dict[str, str]:
     """The modules of a UNet: Diffusers' name -> the name in the original code of Stable Diffusion (sgm).
 
     Blocks are numbered through, and each ends with its down- or upsampler. Modules without a name there are
-    left out.
+    left out. `names` must be all of the UNet's, of which the numbers follow.
     """
     first = [found[1] for name in names if (found := re.match(r"down_blocks\.0\.resnets\.(\d+)", name))]
     a_block = max(map(int, first), default=0) + 2  # a block's residual layers, and its sampler
@@ -85,11 +86,14 @@ def sgm_names(names: Sequence[str]) -> dict[str, str]:
     return places
 
 
-def kohya_names(family: Family, component: str, names: Sequence[str]) -> dict[str, str]:
-    """Module -> its name in kohya's files."""
-    places = sgm_names(names) if family.sgm and component == family.denoiser else {}
+def kohya_names(family: Family, component: str, layers: Iterable[str], names: Names | None) -> dict[str, str]:
+    """Layer -> its name in kohya's files."""
+    places: dict[str, str] = {}
+    if family.sgm and component == family.denoiser:
+        assert names, "the places in the original code follow from the whole UNet"
+        places = sgm_names(names(component))
     prefix = family.kohya[component]
-    return {name: f"{prefix}_{places.get(name, nested(name))}".replace(".", "_") for name in names}
+    return {layer: f"{prefix}_{places.get(layer, nested(layer))}".replace(".", "_") for layer in layers}
 
 
 def _known(family: Family, modules: Modules) -> dict[str, tuple[str, str]]:
@@ -113,6 +117,11 @@ def _known(family: Family, modules: Modules) -> dict[str, tuple[str, str]]:
     return known
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a tensor's name is one of an adapter, not of the base."""
+    return any(re.fullmatch(rf".+?{pattern}", name) for pattern, _ in PARTS)
+
+
 def layers_in(tensors: Mapping[str, Tensor], family: Family, modules: Modules) -> dict[str, Layers]:
     """The layers of an adapter file by component, under the base's module names and PEFT's tensor names.
 
@@ -122,7 +131,7 @@ def layers_in(tensors: Mapping[str, Tensor], family: Family, modules: Modules) -
     found: dict[str, Layers] = {}
     for key, tensor in tensors.items():
         module, part = _split(key)
-        plain = module.replace(".", "_").removeprefix("base_model_model_")
+        plain = module.replace(".", "_").replace("base_model_model_", "")
         where = known.get(plain) or known.get(f"{plain}_0" if plain.endswith("to_out") else "")
         if where is None:
             raise ConfigError(_unknown(key, module, family, known))

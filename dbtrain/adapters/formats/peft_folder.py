@@ -10,6 +10,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from dbtrain.adapters.formats.common import States
+from dbtrain.adapters.formats.names import Names
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
@@ -27,7 +28,9 @@ def contents(state: AdapterState) -> dict[str, bytes | str]:
     }
 
 
-def write(folder: Path, family: Family, states: States, about: Mapping[str, str]) -> None:
+def write(
+    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
+) -> None:
     for component, state in states.items():
         for name, content in contents(state).items():
             files.write_atomically(folder / component / name, content)

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lokr.layer import factorization
 from torch import Tensor
 
-from dbtrain.adapters.formats.common import alpha_key, strength
+from dbtrain.adapters.formats.common import alpha_key, check_patterns, strength
 from dbtrain.adapters.formats.names import Layers
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.runtime.errors import ConfigError
@@ -34,8 +34,10 @@ def state_of(layers: Layers, stored: Mapping[str, Any] | None) -> AdapterState:
     kind = _kind(layers)
     alphas = {module: layer.pop("alpha").item() for module, layer in layers.items() if "alpha" in layer}
     for module, layer in layers.items():
-        _fold(module, layer)
+        _fold(module, layer, alphas.get(module))
     config = _inferred(kind, layers, alphas)
+    if stored is not None:
+        check_patterns(stored)
     trusted = stored is not None and (not alphas or _agree(stored, config, layers))
     if trusted:
         config |= {"rank_pattern": {}, "alpha_pattern": {}} | dict(stored or {})
@@ -60,7 +62,7 @@ def _kind(layers: Layers) -> str:
     return kind
 
 
-def _fold(module: str, layer: dict[str, Tensor]) -> None:
+def _fold(module: str, layer: dict[str, Tensor], alpha: float | None) -> None:
     """Turn a layer's tensors into those that PEFT has, in place."""
     if (mid := layer.pop("lora_mid.weight", None)) is not None:  # LoCon with a CP decomposition
         down = layer["lora_A.weight"].flatten(1)  # (rank, in)
@@ -73,6 +75,11 @@ def _fold(module: str, layer: dict[str, Tensor]) -> None:
                 f"PEFT's DoRA is over its output, ({out}, 1)"
             )
         layer[MAGNITUDE] = scale.flatten()
+    if layer.keys() >= {"lokr_w1_a", "lokr_w1_b", "lokr_w2"}:
+        rank = layer["lokr_w1_b"].shape[0]
+        if 2 * rank < max(layer["lokr_w2"].shape[:2]):  # for PEFT the right factor would not be whole
+            left = layer.pop("lokr_w1_a") @ layer.pop("lokr_w1_b")
+            layer["lokr_w1"] = left * ((rank if alpha is None else alpha) / rank)
     if MAGNITUDE in layer:
         conv = layer["lora_A.weight"].dim() > 2
         layer[MAGNITUDE] = layer[MAGNITUDE].reshape((1, -1, 1, 1) if conv else (-1,))
@@ -100,8 +107,8 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
     usual = _most(alpha.values()) or float(common)
     config: dict[str, Any] = {
         "peft_type": KINDS[kind], "r": common, "target_modules": sorted(layers),
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != common},
-        "alpha_pattern": {module: _whole(value) for module, value in alpha.items() if value != usual},
+        "rank_pattern": _patterns(ranks, common),
+        "alpha_pattern": _patterns({module: _whole(value) for module, value in alpha.items()}, usual),
     }  # fmt: skip
     config[alpha_key(config)] = _whole(usual)
     parts = {part for layer in layers.values() for part in layer}
@@ -114,6 +121,15 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
     if kind == "lokr":
         config |= {"decompose_both": "lokr_w1_b" in parts, "decompose_factor": _factor(layers)}
     return config
+
+
+def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """PEFT's patterns of the modules that differ; one a value, as it tries each of them on every module."""
+    modules: dict[float, list[str]] = {}
+    for module, value in values.items():
+        if value != usual:
+            modules.setdefault(value, []).append(module)
+    return {"|".join(sorted(names)): value for value, names in sorted(modules.items())}
 
 
 def _factor(layers: Layers) -> int:

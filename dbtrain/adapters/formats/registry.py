@@ -20,9 +20,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dbtrain.adapters import inject
+from dbtrain.adapters import inject, targets
 from dbtrain.adapters.formats import diffusers_file, kohya_file, names, peft_folder, reading
-from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.adapters.formats.common import States, by_module, check_patterns, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
@@ -40,8 +40,9 @@ class Format:
     """A format of adapter files, and what it can store."""
 
     main: str  # file name, or "" for a folder per component
-    write: Callable[[Path, Family, States, Mapping[str, str]], None]
+    write: Callable[[Path, Family, States, names.Names | None, Mapping[str, str]], None]
     kinds: tuple[str, ...]
+    programs: str  # that load it
     biases: bool = False
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
 
@@ -72,18 +73,34 @@ def check(name: str, family: Family, states: States) -> None:
         )
 
 
+def caveat(name: str, states: States) -> str | None:
+    """What programs that load a format get wrong about an adapter; None if they get it right."""
+    if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
+        return (
+            f"of the programs that load {kohya_file.FILE}, only LyCORIS applies DoRA as it was trained; "
+            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, set adapter.dora=false"
+        )
+    return None
+
+
 def write(
-    name: str, folder: Path, family: Family, states: States, about: Mapping[str, str] | None = None
+    form: str,
+    folder: Path,
+    family: Family,
+    states: States,
+    modules: names.Names | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    `about`: entries for the header of kohya's file. Raises ConfigError if the disk is full.
+    For kohya's file: `modules`, component -> the names of the base's modules, which SDXL needs, and `about`,
+    entries for its header. Raises ConfigError if the disk is full.
     """
     try:
-        FORMATS[name].write(folder, family, states, about or {})
+        FORMATS[form].write(folder, family, states, modules, about or {})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
-    return folder / FORMATS[name].main
+    return folder / FORMATS[form].main
 
 
 def find(adapter: str | Path) -> Path:
@@ -123,9 +140,10 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     if path.suffix.lower() in PICKLES:
         raise ConfigError(f"{path} is a pickle, which may run code; use a .safetensors file")
     try:
-        states = _read_folder(path, family) if path.is_dir() else _read_file(path, family, skeleton)
+        layers = {name: list(targets.Modules.of(skeleton(name)).layers) for name in family.adaptable}
+        states = _read_folder(path, family, layers) if path.is_dir() else _read_file(path, family, layers)
         for component, state in states.items():
-            _check(component, state, family)
+            _check(state)
             inject.check_fit(skeleton(component), state)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
@@ -134,19 +152,34 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     return states
 
 
-def _read_folder(path: Path, family: Family) -> States:
+def _read_folder(path: Path, family: Family, modules: names.Modules) -> States:
     if (path / peft_folder.CONFIG).is_file():
         component = path.name if path.name in family.adaptable else family.denoiser
-        return {component: peft_folder.read(path)}
+        return _renamed(peft_folder.read(path), component, family, modules)
     components = [entry.parent for entry in sorted(path.glob(f"*/{peft_folder.CONFIG}"))]
     if not components:
         raise ConfigError(
             f"no {diffusers_file.FILE}, {kohya_file.FILE} or folder with {peft_folder.CONFIG} in it"
         )
-    return {folder.name: peft_folder.read(folder) for folder in components}
+    states: dict[str, AdapterState] = {}
+    for folder in components:
+        states |= _renamed(peft_folder.read(folder), folder.name, family, modules)
+    return states
 
 
-def _read_file(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> States:
+def _renamed(state: AdapterState, component: str, family: Family, modules: names.Modules) -> States:
+    """An adapter of `component` under the names of the installed libraries; biases of the base stay."""
+    if component not in modules:
+        raise ConfigError(f"it is for the component '{component}', which the base does not have")
+    mine = {component: modules[component]}
+    adapter = {name: tensor for name, tensor in state.tensors.items() if names.is_adapter(name)}
+    layers = names.layers_in(adapter, family, mine)[component] if adapter else {}
+    tensors = {name: tensor for name, tensor in state.tensors.items() if name not in adapter}
+    tensors |= {f"{module}.{part}": t for module, layer in layers.items() for part, t in layer.items()}
+    return {component: AdapterState(tensors, state.config)}
+
+
+def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
     """The adapters in a file by anyone: the names of its tensors say what belongs where."""
     try:
         with safe_open(path, "pt") as file:
@@ -157,7 +190,6 @@ def _read_file(path: Path, family: Family, skeleton: Callable[[str], nn.Module])
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     if not tensors:
         raise ConfigError("it has no tensors")
-    modules = {name: [module for module, _ in skeleton(name).named_modules()] for name in family.adaptable}
     found = names.layers_in(tensors, family, modules)
     return {name: reading.state_of(layers, stored.get(name)) for name, layers in sorted(found.items())}
 
@@ -172,12 +204,11 @@ def _stored(header: Mapping[str, str], family: Family) -> dict[str, dict[str, An
     return found
 
 
-def _check(component: str, state: AdapterState, family: Family) -> None:
+def _check(state: AdapterState) -> None:
     """Raise ConfigError unless an adapter's settings are sound and fit its tensors."""
-    if component not in family.adaptable:
-        raise ConfigError(f"it is for the component '{component}', which the base does not have")
     if (kind := state.config["peft_type"]) not in KINDS:
         raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
+    check_patterns(state.config)
     for module, layer in by_module(state).items():
         rank, scale = strength(state.config, module)
         if not 0 < scale < math.inf:
@@ -191,10 +222,15 @@ FORMATS = {
         diffusers_file.FILE,
         diffusers_file.write,
         ("lora",),
+        "Diffusers",
         components=lambda family: family.lora_loads or family.adaptable,
     ),
-    "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), biases=True),
+    "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), "PEFT", biases=True),
     "kohya": Format(
-        kohya_file.FILE, kohya_file.write, ("lora", "loha", "lokr"), components=lambda family: family.kohya
+        kohya_file.FILE,
+        kohya_file.write,
+        ("lora", "loha", "lokr"),
+        "ComfyUI, A1111, Forge, InvokeAI",
+        components=lambda family: family.kohya,
     ),
 }

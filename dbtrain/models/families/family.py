@@ -61,6 +61,8 @@ class Family:
     lora_loads: tuple[str, ...] | None = None  # components whose LoRA the pipeline loads; None: all
     lora_mixin: str = "StableDiffusionLoraLoaderMixin"  # base class of the pipeline that writes LoRA files
     kohya: Mapping[str, str] = field(default_factory=dict)  # component -> its prefix in kohya's files
+    header: Callable[[Pretrained], dict[str, str]] = lambda base: {}
+    """(base) -> the entries in the header of kohya's files that say which models an adapter is for."""
     sgm: bool = False  # kohya's files name the denoiser's modules as the original code does
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, encoder: ()

@@ -36,6 +36,19 @@ def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Ten
     return unet(x_t, t, condition["prompt_embeds"].to(x_t.dtype), return_dict=False)[0]
 
 
+def header(base: Pretrained) -> dict[str, str]:
+    """The names of this version in sd-scripts and in Stability AI's model specification."""
+    v2 = base.config("unet").get("cross_attention_dim") == 1024  # the width of OpenCLIP
+    v = base.config("scheduler").get("prediction_type") == "v_prediction"
+    architecture = f"v2-{'768-v' if v else '512'}" if v2 else "v1"
+    return {
+        "ss_base_model_version": f"sd_v{1 + v2}{'_v' * v}",
+        "ss_v2": str(v2),
+        "modelspec.architecture": f"stable-diffusion-{architecture}/lora",
+        "modelspec.prediction_type": "v" if v else "epsilon",
+    }
+
+
 FAMILY = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
@@ -49,4 +62,5 @@ FAMILY = Family(
     check=check,
     denoise=denoise,
     kohya={"unet": "lora_unet", "text_encoder": "lora_te"},
+    header=header,
 )

@@ -70,6 +70,17 @@ def denoise(unet: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Ten
     return unet(x_t, t, hidden, added_cond_kwargs=added, return_dict=False)[0]
 
 
+def header(base: Pretrained) -> dict[str, str]:
+    """The names of SDXL in sd-scripts and in Stability AI's model specification."""
+    v = base.config("scheduler").get("prediction_type") == "v_prediction"
+    return {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_v2": "False",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.prediction_type": "v" if v else "epsilon",
+    }
+
+
 FAMILY = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
@@ -86,5 +97,6 @@ FAMILY = Family(
     idle=idle,
     lora_mixin="StableDiffusionXLLoraLoaderMixin",
     kohya={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+    header=header,
     sgm=True,
 )
