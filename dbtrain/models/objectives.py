@@ -19,8 +19,8 @@ SCHEDULERS = (  # those that sample with DDPM's noise schedule, and so record it
     "UniPCMultistepScheduler",
 )  # fmt: skip
 UNFITTING = (
-    "made for another training objective (EDM, flow matching, distillation); dbtrain trains bases with DDPM's "
-    "noise schedule, so use another base"
+    "made for another training objective (EDM, flow matching, distillation); dbtrain trains bases with "
+    "DDPM's noise schedule, so use another base"
 )
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")  # Diffusers' schedules
 MOST_TIMESTEPS = 100_000
