@@ -78,7 +78,7 @@ def read(
     for key, tensor in tensors.items():
         layer, _, part = key.partition(".")
         layers.setdefault(layer, {})[part] = tensor
-    configs = json.loads(header.get(CONFIGS, "{}"))
+    configs = files.json_object(header.get(CONFIGS, "{}"), "its header's settings")
     states = {}
     for component, prefix in family.kohya.items():
         known = {f"{prefix}_{nested(name).replace('.', '_')}": name for name in modules[component]}

@@ -8,6 +8,7 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 
+from dbtrain.adapters.formats import limits
 from dbtrain.adapters.formats.common import States
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
@@ -35,9 +36,12 @@ def write(folder: Path, family: Family, states: States) -> None:
 def read(folder: Path) -> AdapterState:
     """The adapter in a PEFT folder. Raises ConfigError if it is not one."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = files.read_json(folder / CONFIG)
+        limits.check_file(folder / WEIGHTS)
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         config["peft_type"], config["target_modules"]
+    except ConfigError:
+        raise
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not a PEFT adapter: {reason(error)}") from error
     return AdapterState({name.removeprefix(PREFIX): t for name, t in tensors.items()}, config)

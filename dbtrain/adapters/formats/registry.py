@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dbtrain.adapters.formats import diffusers_file, kohya_file, peft_folder
+from dbtrain.adapters.formats import diffusers_file, kohya_file, limits, peft_folder
 from dbtrain.adapters.formats.common import Modules, States, by_module, one_rank, scale_of
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
@@ -102,7 +101,7 @@ def find(adapter: str | Path) -> Path:
 def content_of(path: Path) -> str:
     """A hash of an adapter's content."""
     found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
-    return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found])
+    return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found if file.is_file()])
 
 
 def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> States:
@@ -116,10 +115,12 @@ def read(path: Path, family: Family, modules: Callable[[str], list[str]]) -> Sta
     found = {name: modules(name) for name in family.adaptable}
     try:
         states = _read_folder(path, family) if path.is_dir() else _read_file(path, family, found)
+        states = {component: limits.bounded(state) for component, state in states.items()}
         _check(states, found)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # malformed config
+    # Malformed settings: of other types, too large for a float, nested too deeply.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"adapter {path}: its settings are damaged: {reason(error)}") from error
     return states
 
@@ -137,11 +138,14 @@ def _read_folder(path: Path, family: Family) -> States:
 
 
 def _read_file(path: Path, family: Family, modules: Modules) -> States:
+    limits.check_file(path)
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        metadata = json.loads(header.get(diffusers_file.METADATA, "{}"))
+        metadata = files.json_object(header.get(diffusers_file.METADATA, "{}"), "its metadata")
+    except ConfigError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     first = min(tensors, default="nothing")
