@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Steps, Text
+from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Side, Steps, Text
 
 
 class Model(Section):
@@ -62,7 +62,7 @@ class Prepare(Section):
         description="keep generated class images as PNG files, to look at (false: keep their latents, which "
         "skips decoding and encoding; pixel-space models always keep images)",
     )
-    resolution: Count = Field(512, description="side length of the square crops, px")
+    resolution: Side = Field(512, description="side length of the square crops, px")
     crop: Literal["center", "random"] = Field(
         "center", description="crop position, after the short side is resized to `resolution`"
     )

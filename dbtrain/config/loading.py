@@ -28,12 +28,17 @@ SYNONYMS = {
 }  # fmt: skip
 
 
+MOST_BYTES, MOST_VALUES = 2**20, 20_000  # of a config; the longest of ours has 3,000 bytes and 100 values
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: `1e-4` is a number, and duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"the key on line {key.start_mark.line + 1} is not text")
             if key.value in seen:
                 raise ConfigError(f"duplicate key '{key.value}' on line {key.start_mark.line + 1}")
             seen.add(str(key.value))
@@ -50,14 +55,38 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError if there is none."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        values = yaml.load(_text(path), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's constructors raise these
-        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # PyYAML raises these
+        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())[:500]}") from error
+    _check_size(values, path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a valid config: it has no `key: value` pairs")
     return values
+
+
+def _text(path: Path) -> str:
+    """The text of a config. Raises ConfigError if it is endless: a FIFO, a device, or a huge file."""
+    if path.exists() and not (path.is_file() or path.is_dir() or path.parent == Path("/dev/fd")):
+        raise ConfigError(f"config {path} is not a regular file")
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"config {path} has more than {MOST_BYTES} characters; remove some")
+    return text
+
+
+def _check_size(values: Any, path: Path) -> None:
+    """Raise ConfigError for more than MOST_VALUES values: anchors can repeat a value a billion times."""
+    inside, count = [values], 0
+    while inside and count <= MOST_VALUES:
+        value = inside.pop()
+        count += 1
+        if isinstance(value, (dict, list)):
+            inside.extend(value.values() if isinstance(value, dict) else value)
+    if inside:
+        raise ConfigError(f"config {path} has more than {MOST_VALUES} values, or repeats itself; remove some")
 
 
 def plain(values: Any) -> Any:
