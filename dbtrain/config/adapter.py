@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Count, Positive, Section, Share, Targets
+from dbtrain.config.base import Positive, Rank, Section, Share, Targets
 
 
 class AdapterSettings(Section):
     """An adapter on the denoiser or on the text encoders. Each kind supports some of the options."""
 
     kind: Literal["lora", "loha", "lokr"] = Field("lora", description="adapter type")
-    rank: Count = Field(16, description="rank of the weight update")
+    rank: Rank = Field(16, description="rank of the weight update")
     alpha: Positive | None = Field(
         None, description="the weight update is scaled by alpha / rank (null: alpha = rank)"
     )

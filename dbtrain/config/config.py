@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from dbtrain.config import loading
+from dbtrain.config import folders, loading
 from dbtrain.config.adapter import Adapter
 from dbtrain.config.base import Section, Seed, Text
 from dbtrain.config.inputs import PLACEHOLDER, Data, Model, Prepare, Subject
@@ -92,6 +92,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_overwritten(self) -> Config:
+        inputs: dict[str, str | None] = {}
+        if prepare := self.prepare:
+            inputs = {"prepare.photos": prepare.photos, "prepare.class_dir": prepare.class_dir}
+        if problems := folders.problems(self.run_dir, self.data.shards, inputs):
+            raise ValueError("; also, ".join(problems))
+        return self
+
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
         """The config in a YAML file, with `section.key=value` overrides applied.
@@ -143,7 +152,7 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
         inner = [
             kind
             for kind in (field.annotation, *getattr(field.annotation, "__args__", ()))
-            if isinstance(kind, type) and issubclass(kind, Section)
+            if get_origin(kind) is None and isinstance(kind, type) and issubclass(kind, Section)
         ]
         if inner:
             yield from fields(inner[0], f"{prefix}{name}.")

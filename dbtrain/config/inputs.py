@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Steps, Text
+from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Side, Steps, Text
 
 PLACEHOLDER = re.compile(r"\{(|token|class)\}")
 
@@ -86,7 +86,7 @@ class Prepare(Section):
         description="keep generated class images as PNG files, to look at (false: keep their latents, which "
         "skips decoding and encoding; pixel-space models always keep images)",
     )
-    resolution: Count = Field(512, description="side length of the square crops, px")
+    resolution: Side = Field(512, description="side length of the square crops, px")
     crop: Literal["center", "random"] = Field(
         "center", description="crop position, after the short side is resized to `resolution`"
     )

@@ -43,12 +43,17 @@ _NUMBERS = {
 }
 
 
+MOST_BYTES, MOST_VALUES = 2**20, 20_000  # of a config; the longest of ours has 3,000 bytes and 100 values
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: numbers are decimal, dates are text, and duplicate keys are an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"the key on line {key.start_mark.line + 1} is not text")
             if key.value in seen:
                 raise ConfigError(f"duplicate key '{key.value}' on line {key.start_mark.line + 1}")
             seen.add(str(key.value))
@@ -72,11 +77,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 def read_yaml(path: Path, kinds: Mapping[str, Kinds] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; `kinds` are those of the settings. Raises ConfigError if there is none."""
     try:
-        values = _parse(path.read_text(encoding="utf-8-sig"), kinds or {})
+        values = _parse(_text(path), kinds or {})
     except OSError as error:
         raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML's constructors raise these
-        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # PyYAML raises these
+        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())[:500]}") from error
+    _check_size(values, path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a valid config: it has no `key: value` pairs")
     return values
@@ -126,6 +132,29 @@ def _retag(node: Any, kinds: Mapping[str, Kinds], key: str) -> None:
         allowed = kinds.get(key, frozenset())
         if _is_text(allowed) and (node.tag != NULL or type(None) not in allowed):
             node.tag = "tag:yaml.org,2002:str"
+
+
+def _text(path: Path) -> str:
+    """The text of a config. Raises ConfigError if it is endless: a FIFO, a device, or a huge file."""
+    if path.exists() and not (path.is_file() or path.is_dir() or path.parent == Path("/dev/fd")):
+        raise ConfigError(f"config {path} is not a regular file")
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ConfigError(f"config {path} has more than {MOST_BYTES} characters; remove some")
+    return text
+
+
+def _check_size(values: Any, path: Path) -> None:
+    """Raise ConfigError for more than MOST_VALUES values: anchors can repeat a value a billion times."""
+    inside, count = [values], 0
+    while inside and count <= MOST_VALUES:
+        value = inside.pop()
+        count += 1
+        if isinstance(value, (dict, list)):
+            inside.extend(value.values() if isinstance(value, dict) else value)
+    if inside:
+        raise ConfigError(f"config {path} has more than {MOST_VALUES} values, or repeats itself; remove some")
 
 
 def plain(values: Any) -> Any:

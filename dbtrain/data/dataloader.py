@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -30,15 +30,18 @@ AHEAD = 4  # micro-batches read ahead
 class ShardCache:
     """An LRU cache of decoded shards, of at most `limit` bytes."""
 
-    def __init__(self, storage: Storage, limit: float) -> None:
-        self.storage = storage
+    def __init__(
+        self, storage: Storage, limit: float, manifest: shards.Manifest, stored: Collection[str]
+    ) -> None:
+        """`stored`: the names of each row's tensors."""
+        self.storage, self.manifest, self.stored = storage, manifest, stored
         self.limit = limit
         self.shards: OrderedDict[str, list[shards.Row]] = OrderedDict()
         self.reads: Counter[str] = Counter()
 
     def rows(self, shard: shards.Shard) -> list[shards.Row]:
         if shard.file not in self.shards:
-            self.shards[shard.file] = shards.read(self.storage, shard)
+            self.shards[shard.file] = shards.read(self.storage, shard, self.manifest, self.stored)
             self.reads[shard.file] += 1
             while len(self.shards) > 1 and self._nbytes() > self.limit:
                 self.shards.popitem(last=False)
@@ -75,7 +78,8 @@ class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
     `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
-    description -> further conditions. `next` raises ConfigError if a shard is missing or damaged.
+    description -> further conditions. `stored`: the names of each row's tensors. `next` raises ConfigError
+    if a shard is missing or damaged.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class LatentStream:
         device: torch.device | None = None,
         resident_gib: float = 0.0,
         extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
+        stored: Collection[str] = (),
     ) -> None:
         self.manifest = manifest
         self.share = share
@@ -104,7 +109,7 @@ class LatentStream:
         self.orders = {
             role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
         }
-        self.cache = ShardCache(storage, cache_gib * 2**30)
+        self.cache = ShardCache(storage, cache_gib * 2**30, manifest, stored)
         mine = [
             manifest.roles[role][shard]
             for role, order in self.orders.items()

@@ -8,19 +8,21 @@ manifests never share a file name for different content.
 from __future__ import annotations
 
 import io
-import json
 import tarfile
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
+import torch
 import webdataset as wds
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr, ValidationError, field_validator
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dbtrain.config.base import Names, Section, listed
 from dbtrain.data.storage import Storage
+from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
 
 VERSION: Literal[2] = 2  # 1: the colors of photos were read as sRGB, whatever their profile
@@ -28,25 +30,33 @@ MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
+PARTS = ("safetensors", "json")  # members of a row in a tar
+# What reading a tar raises; its numbers can be too large, and its headers nested.
+BROKEN = (tarfile.TarError, SafetensorError, ValueError, LookupError, ArithmeticError, RecursionError)
+DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.uint8}  # of stored tensors
+Pair = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
 File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # no path, so that it cannot leave the folder
+
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Shard(Section):
     """One tar and the content key of each of its rows."""
 
     file: File
-    bytes: int
-    sha256: str
-    keys: Names
+    bytes: Annotated[int, Field(ge=0, le=files.FILE_BYTES)]
+    sha256: Sha256
+    keys: Annotated[Names, Field(min_length=1)]
 
 
 class Prompts(Section):
     """The prompt table: a file with token ids and embeddings of each prompt in `texts`, in order."""
 
     file: File
-    sha256: str
+    sha256: Sha256
     texts: Names
 
 
@@ -78,7 +88,17 @@ class Manifest(Section):
         known = {*HELD_OUT, *HELD_OUT.values()}
         if not {"instance"} <= roles.keys() <= known or not all(roles.values()):
             raise ValueError("no images")
+        names = [shard.file for every in roles.values() for shard in every]
+        if len(names) != len(set(names)):
+            raise ValueError("a shard is listed twice")
         return roles
+
+    @field_validator("request")
+    @classmethod
+    def _has_a_side(cls, request: dict[str, Any]) -> dict[str, Any]:
+        if type(request.get("resolution")) is not int:
+            raise ValueError("no resolution")
+        return request
 
     @classmethod
     def read(cls, storage: Storage) -> Manifest:
@@ -116,6 +136,16 @@ class Manifest(Section):
             raise ConfigError(*problems)
 
 
+class Description(BaseModel):
+    """A row's description: what is read of it."""
+
+    key: StrictStr
+    source: StrictStr
+    prompt: StrictInt = Field(ge=0)  # index into the prompt table
+    original_size: Pair  # px
+    crop: Pair  # px
+
+
 @dataclass(frozen=True)
 class Row:
     """An encoded image: the stored tensors, (C, H, W) each, and its description."""
@@ -141,35 +171,99 @@ def pack(rows: list[Row], shard: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def read(storage: Storage, shard: Shard) -> list[Row]:
+def read(
+    storage: Storage, shard: Shard, manifest: Manifest | None = None, stored: Collection[str] = ()
+) -> list[Row]:
     """All rows of a shard, in order.
 
-    Raises ConfigError if the file is missing, truncated or does not match the manifest. Decodes only the
-    two kinds of members that `pack` writes; webdataset's own decoder would unpickle others.
+    With a manifest, they must be as it says: its latent shape, its prompts; `stored` are the names of the
+    tensors that each must have. Raises ConfigError if the file is missing, truncated or does not match.
     """
     if problem := _size_problem(storage, shard):
         raise ConfigError(problem)
     path = storage.where(shard.file)
-    opened = [{"url": path, "stream": io.BytesIO(_checked(storage, "shard", shard.file, shard.sha256))}]
+    data = _checked(storage, "shard", shard.file, shard.sha256)
     try:
-        samples = wds.tariterators.group_by_keys(wds.tariterators.tar_file_expander(opened))
         rows = [
             Row(
-                dict(sorted(safetensors.torch.load(sample["safetensors"]).items())),
-                json.loads(sample["json"]),
+                dict(sorted(safetensors.torch.load(tensors).items())), files.json_object(text, "a row's JSON")
             )
-            for sample in samples
+            for tensors, text in _samples(data, len(shard.keys))
         ]
-    except (tarfile.TarError, SafetensorError, ValueError, LookupError) as error:
+    # tarfile's numbers can be too large, and its headers nested.
+    except (
+        tarfile.TarError,
+        SafetensorError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise ConfigError(f"shard {path} cannot be read: {reason(error)}; {CURE}") from error
     if [row.meta.get("key") for row in rows] != list(shard.keys):
         raise ConfigError(f"shard {path} does not match the rows in the manifest; {CURE}")
+    if manifest:
+        for row in rows:
+            if problem := _row_problem(row, manifest, stored):
+                raise ConfigError(f"shard {path}: row {row.meta['key'][:16]} has {problem}; {CURE}")
     return rows
 
 
+def _samples(data: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
+    """The two members of each row of a tar, in its order. Nothing is decompressed, decoded or expanded.
+
+    Other members are not read. Raises ValueError, or what tarfile raises, for more than `most` rows.
+    """
+    found: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            key, _, part = member.name.partition(".")
+            row = found.setdefault(key, {})
+            if part not in PARTS:
+                continue
+            file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+            if file is None or not 0 <= member.size <= len(data):
+                raise ValueError(f"its member '{member.name[:60]}' is not a plain file")
+            if part in row or len(found) > most:
+                raise ValueError(f"its member '{member.name[:60]}' is one too many")
+            row[part] = file.read()
+    for row in found.values():
+        yield row["safetensors"], row["json"]
+
+
+def _row_problem(row: Row, manifest: Manifest, stored: Collection[str]) -> str | None:
+    """What a row has that the manifest does not say; None if they match."""
+    if stored and row.tensors.keys() != set(stored):
+        return f"the tensors {', '.join(row.tensors)}, not {', '.join(stored)}"
+    for name, tensor in row.tensors.items():
+        if tuple(tensor.shape) != manifest.latent_shape or tensor.dtype not in DTYPES:
+            return f"{name} of {tuple(tensor.shape)} {tensor.dtype}, not of {manifest.latent_shape}"
+    try:
+        described = Description.model_validate(row.meta)
+    except ValidationError as error:
+        return f"a description without a valid {error.errors()[0]['loc'][0]}"
+    if described.prompt >= (count := len(manifest.prompts.texts)):
+        return f"prompt {described.prompt} of {count}"
+    return None
+
+
 def read_prompts(storage: Storage, prompts: Prompts) -> dict[str, Tensor]:
-    """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row per prompt."""
-    return safetensors.torch.load(_checked(storage, "prompt table", prompts.file, prompts.sha256))
+    """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row per prompt.
+
+    Raises ConfigError if it is missing, damaged, or has another number of prompts.
+    """
+    data = _checked(storage, "prompt table", prompts.file, prompts.sha256)
+    where = f"prompt table {storage.where(prompts.file)}"
+    try:
+        table = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ConfigError(f"{where} cannot be read: {reason(error)}; {CURE}") from error
+    for name, tensor in table.items():
+        if tensor.dim() < 2 or len(tensor) != len(prompts.texts):
+            raise ConfigError(
+                f"{where}: {name} is of {tuple(tensor.shape)}, not of {len(prompts.texts)} prompts; {CURE}"
+            )
+    return table
 
 
 def _checked(storage: Storage, what: str, file: str, sha256: str) -> bytes:

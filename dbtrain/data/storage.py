@@ -101,7 +101,7 @@ class Storage:
 
     def _read(self, name: str) -> bytes:
         if self.folder:
-            return (self.folder / name).read_bytes()
+            return _local(self.folder / name)
         pool = ThreadPoolExecutor(1)
         try:
             read = self._read_piped if self.scheme == "pipe" else self._fetch
@@ -132,6 +132,16 @@ class Storage:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             raise ChildProcessError(f"exit code {done.returncode}" + (f", {lines[-1]}" if lines else ""))
         return done.stdout
+
+
+def _local(path: Path) -> bytes:
+    """The content of a file on this machine. Raises ConfigError if it is not a regular one, or too large."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ConfigError(f"{path} is not a regular file")
+    most = files.TEXT_BYTES if path.suffix == ".json" else files.FILE_BYTES
+    if path.is_file() and (size := path.stat().st_size) > most:
+        raise ConfigError(f"{path} has {files.size_text(size)}, more than {files.size_text(most)}")
+    return path.read_bytes()
 
 
 def _matches(data: bytes, sha256: str | None) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from dbtrain.config import Config, Prepare
 from dbtrain.data import photos, shards
@@ -171,7 +174,8 @@ def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, 
 
 def check(cfg: Config, base: Base, manifest: Manifest) -> None:
     """Raise ConfigError unless this config's `prepare` section and base would produce these shards."""
-    parts = [part for part, key in manifest.components.items() if base.key(part) != key]
+    known = base.family.parts
+    parts = [part for part, key in manifest.components.items() if part not in known or base.key(part) != key]
     if parts:
         raise ConfigError(
             f"{cfg.data.shards} was made for base model '{manifest.base}', but model.path is "
@@ -181,6 +185,10 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
         raise ConfigError(
             f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
         )
+    space = base.family.space(base, manifest.request["resolution"])
+    made_in = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
+    if made_in != space:
+        raise ConfigError(f"{cfg.data.shards} has {made_in}, but the base has {space}; {shards.CURE}")
     if cfg.prepare:
         now = request(cfg.prepare, base.family)
         made = manifest.request
@@ -217,3 +225,25 @@ def _changes(made: dict[str, shards.Source], now: dict[str, shards.Source]) -> I
             yield f"{name} was replaced"
         elif old.caption != new.caption:
             yield f"the caption of {name} was edited"
+
+
+def check_prompts(cfg: Config, base: Base, table: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless the base's denoiser and text encoders can read this prompt table."""
+    wanted = {f"condition.{name}": shape for name, shape in base.family.conditions(base).items()}
+    wanted |= {f"ids.{name}": (None,) for name in base.family.text_encoders}
+    for name, shape in wanted.items():
+        there = tuple(table[name].shape[1:]) if name in table else ()
+        fitting = tuple(found if size is None else size for size, found in zip(shape, there, strict=False))
+        if len(there) != len(shape) or there != fitting:
+            raise ConfigError(
+                f"the prompt table in {cfg.data.shards} has {name} of {there or 'no shape'} per prompt, "
+                f"which the base cannot read; {shards.CURE}"
+            )
+    for encoder in base.family.text_encoders:
+        ids, words = table[f"ids.{encoder}"], base.setting(encoder, "vocab_size", int)
+        longest = base.config(encoder).get("max_position_embeddings", ids.shape[1])
+        if ids.dtype != torch.int64 or ids.shape[1] > longest or ids.min() < 0 or ids.max() >= words:
+            raise ConfigError(
+                f"the prompt table in {cfg.data.shards} has ids.{encoder} that its {words} words and "
+                f"{longest} tokens do not have; {shards.CURE}"
+            )

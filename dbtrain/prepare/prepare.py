@@ -114,11 +114,22 @@ def _valid_shards(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any
         entry = _entry(plan, path.read_bytes())
         shard = known.get(plan.file) or shards.Shard(**entry)  # a killed prepare leaves shards, no manifest
         try:
-            if [row.meta for row in shards.read(task.storage, shard)] == plan.metas:
+            if [row.meta for row in _sound_rows(task, shard)] == plan.metas:
                 valid[plan.file] = entry
         except ConfigError as problem:
             console.say(f"{problem}: writing it again")
     return valid
+
+
+def _sound_rows(task: Task, shard: shards.Shard) -> list[shards.Row]:
+    """The rows of an existing shard whose tensors are those of the family, of the right shape.
+
+    Raises ConfigError if the shard cannot be read.
+    """
+    shape = task.base.family.space(task.base, task.settings.resolution).shape
+    expected = dict.fromkeys(task.base.family.stored, shape)
+    rows = shards.read(task.storage, shard)
+    return [row for row in rows if {name: tuple(t.shape) for name, t in row.tensors.items()} == expected]
 
 
 def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
@@ -154,7 +165,7 @@ def _reusable_rows(task: Task, keys: set[str]) -> dict[str, Any]:
     for shard in task.old.shards if task.old else ():
         if keys & set(shard.keys):
             try:
-                rows = shards.read(task.storage, shard)
+                rows = _sound_rows(task, shard)
             except ConfigError:
                 continue  # damaged: its rows are encoded again
             found |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in keys}

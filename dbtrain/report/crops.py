@@ -126,7 +126,7 @@ def _rows(storage: Storage, manifest: shards.Manifest, role: str, most: int) -> 
     rows: list[shards.Row] = []
     for shard in manifest.roles[role]:
         if len(rows) < most:
-            rows += shards.read(storage, shard)
+            rows += shards.read(storage, shard, manifest)
     return sorted(rows[:most], key=lambda row: (row.meta["source"], row.meta["crop"], row.meta["flip"]))
 
 

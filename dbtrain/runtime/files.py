@@ -14,6 +14,7 @@ from typing import Any
 from dbtrain.runtime.errors import ConfigError, reason
 
 TEXT_BYTES = 64 * 2**20  # most that is read of a JSON file; the largest vocabularies have a quarter of it
+FILE_BYTES = 4 * 2**30  # most that is read into memory of one file of weights or latents
 
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 

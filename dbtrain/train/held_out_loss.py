@@ -43,7 +43,7 @@ def rows(
 ) -> Iterator[HeldOut]:
     """Yield every held-out row of a role at the centers of `timesteps` equal parts of the range."""
     for shard in manifest.roles[HELD_OUT[role]]:
-        for row in shards.read(storage, shard):
+        for row in shards.read(storage, shard, manifest, family.stored):
             extra = family.row(row.meta, manifest.request["resolution"])
             for number in range(timesteps):
                 yield HeldOut(role, number, (number + 0.5) / timesteps, row, extra)

@@ -164,6 +164,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     # The model with its adapter, validation, and the state of the newest checkpoint.
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
+        plan.check_prompts(cfg, inputs.base, table)
         model = DreamBooth.build(inputs.base, manifest, table, cfg)
         for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, states := model.states())
@@ -181,6 +182,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
+        stored=inputs.base.family.stored,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.

@@ -244,7 +244,9 @@ def test_a_config_from_a_stranger_runs_nothing(tmp_path: Path) -> None:
         path.write_text(f"run_dir: {tag} ['{tmp_path / 'boom'}']\n")
         with pytest.raises(ConfigError, match="is not a valid config"):
             Config.load(path)
-    path.write_text("run_dir: x\n")
+    path.write_text("run_dir: x\nmodel: {path: tiny}\ndata: {shards: s}\n")
+    call = f"!!python/object/apply:os.mkdir ['{tmp_path / 'boom'}']"
     with pytest.raises(ConfigError, match="the value is not valid YAML"):
-        Config.load(path, [f"run_dir=!!python/object/apply:os.mkdir ['{tmp_path / 'boom'}']"])
+        Config.load(path, [f"train.steps={call}"])
+    assert Config.load(path, [f"run_dir={call}"]).run_dir == call, "text is never read as YAML"
     assert not (tmp_path / "boom").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError
 
+from dbtrain.adapters.formats import limits
 from dbtrain.adapters.formats.common import States
 from dbtrain.adapters.formats.names import Names
 from dbtrain.adapters.state import AdapterState
@@ -39,9 +40,12 @@ def write(
 def read(folder: Path) -> AdapterState:
     """The adapter in a PEFT folder. Raises ConfigError if it is not one."""
     try:
-        config = json.loads((folder / CONFIG).read_bytes())
+        config = files.read_json(folder / CONFIG)
+        limits.check_file(folder / WEIGHTS)
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         config["peft_type"], config["target_modules"]
+    except ConfigError:
+        raise
     except (OSError, ValueError, SafetensorError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not a PEFT adapter: {reason(error)}") from error
     return AdapterState({name.removeprefix(PREFIX): t for name, t in tensors.items()}, config)

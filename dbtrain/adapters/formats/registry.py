@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dbtrain.adapters import inject, targets
-from dbtrain.adapters.formats import diffusers_file, kohya_file, names, peft_folder, reading
+from dbtrain.adapters.formats import diffusers_file, kohya_file, limits, names, peft_folder, reading
 from dbtrain.adapters.formats.common import States, by_module, check_patterns, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
@@ -128,7 +127,7 @@ def find(adapter: str | Path) -> Path:
 def content_of(path: Path) -> str:
     """A hash of an adapter's content."""
     found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
-    return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found])
+    return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found if file.is_file()])
 
 
 def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> States:
@@ -142,6 +141,7 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     try:
         layers = {name: list(targets.Modules.of(skeleton(name)).layers) for name in family.adaptable}
         states = _read_folder(path, family, layers) if path.is_dir() else _read_file(path, family, layers)
+        states = {component: limits.bounded(state) for component, state in states.items()}
         for component, state in states.items():
             _check(state)
             inject.check_fit(skeleton(component), state)
@@ -181,23 +181,24 @@ def _renamed(state: AdapterState, component: str, family: Family, modules: names
 
 def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
     """The adapters in a file by anyone: the names of its tensors say what belongs where."""
+    limits.check_file(path)
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-        stored = _stored(header, family)
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     if not tensors:
         raise ConfigError("it has no tensors")
-    found = names.layers_in(tensors, family, modules)
+    found, stored = names.layers_in(tensors, family, modules), _stored(header, family)
     return {name: reading.state_of(layers, stored.get(name)) for name, layers in sorted(found.items())}
 
 
 def _stored(header: Mapping[str, str], family: Family) -> dict[str, dict[str, Any]]:
     """The PEFT config of each component in the header of Diffusers' or of our kohya file."""
-    found = json.loads(header.get(kohya_file.CONFIGS, "{}"))
-    for key, value in json.loads(header.get(diffusers_file.METADATA, "{}")).items():
+    found = files.json_object(header.get(kohya_file.CONFIGS, "{}"), "its header's settings")
+    metadata = files.json_object(header.get(diffusers_file.METADATA, "{}"), "its metadata")
+    for key, value in metadata.items():
         component, _, name = key.partition(".")
         if component in family.adaptable:
             found.setdefault(component, {})[name] = value

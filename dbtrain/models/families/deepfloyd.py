@@ -45,6 +45,10 @@ def unit_pixels(stored: Mapping[str, Tensor], posterior: Tensor) -> Tensor:
     return stored["pixels"].float() / 127.5 - 1
 
 
+def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
+    return {"prompt_embeds": (None, base.setting("text_encoder", "d_model", int))}
+
+
 def check(base: Pretrained, channels: int) -> None:
     """Raise ConfigError unless the UNet takes `channels`, returns 3 or (with variance) 6, and fits the T5."""
     for name, expected in (("in_channels", (channels,)), ("out_channels", (3, 6))):
@@ -98,6 +102,7 @@ STAGE_1 = Family(
     space=pixel_space,
     encode_images=encode_images,
     sample_posterior=unit_pixels,
+    conditions=conditions,
     check=partial(check, channels=3),
     denoise=denoise,
     text="T5",

@@ -44,6 +44,8 @@ class Family:
     """(vae, images (B, 3, H, W) in [-1, 1]) -> the tensors to store in shards, (B, C, H, W) each."""
     sample_posterior: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     """(stored tensors, normal noise (rows, C, H, W)) -> unscaled x0, (rows, C, H, W) fp32."""
+    conditions: Callable[[Pretrained], dict[str, tuple[int | None, ...]]]
+    """The shape of each tensor that `embed` returns, per prompt; None: any number."""
     check: Callable[[Pretrained], None]
     """Raises ConfigError if the components of a base do not fit together. Reads only their configs."""
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]

@@ -25,6 +25,10 @@ def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[
     return {"prompt_embeds": encoders["text_encoder"](ids["text_encoder"])[0]}
 
 
+def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
+    return {"prompt_embeds": (None, base.setting("unet", "cross_attention_dim", int))}
+
+
 def check(base: Pretrained) -> None:
     matching(base, [
         ("unet", "in_channels", "vae", "latent_channels"),
@@ -59,6 +63,7 @@ FAMILY = Family(
     space=vae_space,
     encode_images=encode_moments,
     sample_posterior=sample_moments,
+    conditions=conditions,
     check=check,
     denoise=denoise,
     kohya={"unet": "lora_unet", "text_encoder": "lora_te"},

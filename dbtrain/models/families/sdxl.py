@@ -49,6 +49,13 @@ def idle(name: str, encoder: nn.Module) -> tuple[str, ...]:
     return tuple(module for module, _ in encoder.named_modules() if f".{module}".endswith(last))
 
 
+def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
+    pooled = base.setting("text_encoder_2", "projection_dim", int)
+    return {
+        "prompt_embeds": (None, base.setting("unet", "cross_attention_dim", int)), "pooled": (pooled,)
+    }  # fmt: skip
+
+
 def check(base: Pretrained) -> None:
     if base.index.get("requires_aesthetics_score") or base.index.get("text_encoder") in (None, [None, None]):
         raise ConfigError(f"{base.name} is an SDXL refiner; dbtrain trains the base model")
@@ -91,6 +98,7 @@ FAMILY = Family(
     space=vae_space,
     encode_images=encode_moments,
     sample_posterior=sample_moments,
+    conditions=conditions,
     check=check,
     denoise=denoise,
     row=row,

@@ -1,0 +1,50 @@
+"""The folders of a config: what is written must not lie where something else is read or swept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from dbtrain.runtime import files
+
+SWEPT = (
+    "checkpoints",
+    "export",
+    "samples",
+    "scores",
+    "validation",
+)  # subfolders of a run in which files are deleted
+
+
+def problems(run_dir: str, shards: str, inputs: Mapping[str, str | None]) -> list[str]:
+    """One message for each pair of folders that would overwrite one another.
+
+    `inputs`: config key -> folder that is read, or None.
+    """
+    outputs = {"run_dir": _resolved(run_dir), "data.shards": _resolved(shards)}
+    read = {key: path for key, folder in inputs.items() if folder and (path := _resolved(folder))}
+    found = []
+    for key, folder in outputs.items():
+        for other, source in read.items():
+            above = [folder, *(folder.parents if other == "prepare.photos" else ())] if folder else []
+            if source in above:
+                found.append(f"{key} is {folder}, in {other} ({source}); use a folder outside of it")
+    run = outputs["run_dir"]
+    if run and run == outputs["data.shards"]:
+        found.append(f"data.shards and run_dir are both {run}; use two folders")
+    swept = [run / name for name in SWEPT] if run else []
+    for key, folder in ({"data.shards": outputs["data.shards"]} | read).items():
+        inside = [each for each in swept if folder and each in (folder, *folder.parents)]
+        found += [f"{key} is {folder}, in {each}, where a run deletes files; use another" for each in inside]
+    return found
+
+
+def _resolved(location: str) -> Path | None:
+    """The folder on this machine, without links; None for a URL or a command."""
+    scheme = location.partition(":")[0]
+    if scheme == "file":
+        location = unquote(urlsplit(location).path)
+    elif "://" in location or scheme == "pipe":
+        return None
+    return files.expand(location).resolve()
