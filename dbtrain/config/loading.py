@@ -120,18 +120,22 @@ def _parse(text: str, kinds: Mapping[str, Kinds], key: str = "") -> Any:
         loader.dispose()
 
 
-def _retag(node: Any, kinds: Mapping[str, Kinds], key: str) -> None:
+def _retag(root: Any, kinds: Mapping[str, Kinds], key: str) -> None:
     """Make plain scalars such as 007 and `on` text where the setting is text; `null` stays if it can be."""
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
-            _retag(value, kinds, f"{key}.{name.value}" if key else str(name.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _retag(value, kinds, key)
-    elif isinstance(node, yaml.ScalarNode):
-        allowed = kinds.get(key, frozenset())
-        if _is_text(allowed) and (node.tag != NULL or type(None) not in allowed):
-            node.tag = "tag:yaml.org,2002:str"
+    todo, seen = [(root, key)], set()
+    while todo:
+        node, key = todo.pop()
+        if id(node) in seen:
+            continue  # an alias: nodes may be shared, and even be in themselves
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            todo += [(value, f"{key}.{name.value}" if key else str(name.value)) for name, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += [(value, key) for value in node.value]
+        elif isinstance(node, yaml.ScalarNode):
+            allowed = kinds.get(key, frozenset())
+            if _is_text(allowed) and (node.tag != NULL or type(None) not in allowed):
+                node.tag = "tag:yaml.org,2002:str"
 
 
 def _text(path: Path) -> str:

@@ -13,27 +13,27 @@ from dbtrain.config import Config
 from dbtrain.runtime.errors import ConfigError
 from tests.hostile import CODE, Refused
 
-START = "run_dir: r\ndata: {shards: s}\n"
+START = "run_dir: r\nmodel: {path: tiny}\ndata: {shards: s}\n"
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 TEXTS: dict[str, tuple[str | bytes, str]] = {
     "a tag of Python": ("run_dir: !!python/object/apply:os.system ['touch harmed']", "for the tag"),
     "a bomb of anchors": (START + BOMB, "has more than 20000 values, or repeats itself"),
     "a list in itself": (START + "seed: &a [*a]", "has more than 20000 values, or repeats itself"),
-    "a mapping in itself": (START + "model: &a {path: *a}", "has more than 20000 values, or repeats itself"),
+    "a mapping in itself": (START + "prepare: &a {photos: *a}", "20000 values, or repeats itself"),
     "many values": (START + "sample: {prompts: [" + "x," * 30_000 + "]}", "has more than 20000 values"),
     "deep lists": ("[" * 20_000, "is not a valid config"),
     "deep mappings": ("{a: " * 20_000, "is not a valid config"),
-    "a key that is a list": (START + "? [a, b]\n: 1", "the key on line 3 is not text"),
-    "a key that is a mapping": (START + "? {a: b}\n: 1", "the key on line 3 is not text"),
+    "a key that is a list": (START + "? [a, b]\n: 1", "the key on line 4 is not text"),
+    "a key that is a mapping": (START + "? {a: b}\n: 1", "the key on line 4 is not text"),
     "5,000 digits": (START + "seed: " + "9" * 5000, "is not a valid config"),
     "400 digits": (START + "seed: " + "9" * 400, "seed is 999"),
-    "a date that is none": (START + "seed: 2024-99-99", "is not a valid config"),
+    "a date that is none": (START + "seed: 2024-99-99", "seed is '2024-99-99'"),
     "binary that is none": (START + "seed: !!binary 'é'", "is not a valid config"),
     "not UTF-8": (b"run_dir: \xff\xfe", "is not a valid config"),
-    "control characters": (START + "model: {path: 'a\x1b[2Jb'}", "is not a valid config"),
+    "control characters": (START + "prepare: {photos: 'a\x1b[2Jb'}", "is not a valid config"),
     "a megabyte of text": (START + "# " + "x" * 2**21, "has more than 1048576 characters"),
     "no text": ("\x00" * 99, "is not a valid config"),
-    "a NUL in a path": ('run_dir: "a\\0b"\ndata: {shards: s}', "run_dir is 'a"),
+    "a NUL in a path": ('run_dir: "a\\0b"\nmodel: {path: tiny}\ndata: {shards: s}', "run_dir is 'a"),
     "infinite numbers": (START + "optim: {lr: .inf}", "optim.lr is inf"),
     "ranks of billions": (START + "adapter: {rank: 1000000000}", "adapter.rank is 1000000000"),
     "batches of billions": (START + "train: {global_batch: 1000000000000}", "train.global_batch is"),
@@ -109,7 +109,7 @@ def paths(
     shards: str = "shards", run_dir: str = "run", photos: str = "photos", class_dir: str = "class"
 ) -> dict:
     prepare = {"photos": photos, "instance_prompt": "a", "class_dir": class_dir}
-    return {"run_dir": run_dir, "prepare": prepare, "data": {"shards": shards}}
+    return {"run_dir": run_dir, "model": {"path": "tiny"}, "prepare": prepare, "data": {"shards": shards}}
 
 
 @pytest.mark.parametrize("name", FOLDERS)
