@@ -267,6 +267,20 @@ def test_every_verb_refuses_a_hostile_base(make: Make, tmp_path: Path, verb: str
     assert not Path(CANARY).exists()
 
 
+@pytest.mark.parametrize("scheduler", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+@pytest.mark.parametrize("verb", ["train", "doctor"])
+def test_an_sdxl_of_another_objective_is_not_trained(
+    make: Make, tmp_path: Path, verb: str, scheduler: str
+) -> None:
+    folder = copied(bases.sdxl(), tmp_path / "base")
+    edit(folder, "model_index.json", scheduler=["diffusers", scheduler])
+    edit(folder, "scheduler/scheduler_config.json", _class_name=scheduler)
+    make(model__path=str(folder))
+    done = dbtrain(verb, tmp_path / "c.yaml")
+    assert done.returncode == 2
+    assert f"{scheduler}, made for another training objective" in done.stdout + done.stderr
+
+
 ENCODERS: dict[str, tuple[Harm, str]] = {
     "own model": (setting(".", model_type="mine", auto_map={"AutoModel": "mine.Mine"}), "sets auto_map"),
     "another model": (setting(".", model_type="bert"), "is a bert, not a"),
