@@ -137,6 +137,7 @@ SD: dict[str, tuple[Harm, str]] = {
     "JSON: a terabyte": (special("unet/config.json", sparse), "has 1.1 TB"),
     "weights: a FIFO": (special("unet/x.safetensors", os.mkfifo), "'x.safetensors', which is not a regular"),
     "weights: endless": (special("vae/x.safetensors", lambda p: p.symlink_to("/dev/zero")), "not a regular"),
+    "weights: a terabyte": (special("unet/x.safetensors", sparse), "has 1.1 TB; a file of a base model has"),
     "weights: a header too large": (
         text(f"unet/{WEIGHTS}", (2**62).to_bytes(8, "little") + b"{}"),
         "cannot load 'unet'",
@@ -235,6 +236,11 @@ def test_a_hostile_config_of_a_single_file_is_refused(
     save_file({"model.diffusion_model.x": torch.zeros(1)}, tmp_path / "m.safetensors")
     refused(lambda: loaded(Model(path=str(tmp_path / "m.safetensors"), config=str(folder))), told)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_single_file_of_a_terabyte_is_refused(tmp_path: Path, refused: Refused) -> None:
+    sparse(tmp_path / "m.safetensors")
+    refused(lambda: loaded(Model(path=str(tmp_path / "m.safetensors"))), "has 1.1 TB; a file of a base model")
 
 
 def test_transformers_never_asks(tmp_path: Path, refused: Refused) -> None:
