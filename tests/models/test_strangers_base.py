@@ -105,7 +105,6 @@ SD: dict[str, tuple[Harm, str]] = {
     "auto_map beside a usual tokenizer": (auto("tokenizer", "CLIPTokenizer", "config.json"), "sets auto_map"),
     "auto_map beside a usual UNet": (setting("unet", auto_map={"AutoModel": "a.B"}), "sets auto_map"),
     "any library": (index(unet=["os", "system"]), r"'unet' is os\.system; use a base"),
-    "any class of a library": (index(vae=["diffusers", "DiffusionPipeline"]), "diffusers.DiffusionPipeline;"),
     "own pipeline": (index(_class_name=["mine", "Mine"]), r"is a \['mine', 'Mine'\]; dbtrain trains"),
     "component by path": (index(unet=["../mine", "Mine"]), r"'unet' is \.\./mine\.Mine"),
     "component of no list": (index(unet={"a": 1}), "'unet' is "),
@@ -123,7 +122,6 @@ SD: dict[str, tuple[Harm, str]] = {
     "shards: .pt": (sharded("vae", UNET, "x.pt"), r"names 'x\.pt'"),
     "shards: absolute": (sharded("unet", UNET, "/etc/x.safetensors"), "names '/etc/x.safetensors'"),
     "shards: above": (sharded("text_encoder", TEXT, "../x.safetensors"), r"names '\.\./x\.safetensors'"),
-    "shards: below": (sharded("unet", UNET, "a/../../x.safetensors"), "names 'a/"),
     "shards: a number": (sharded("unet", UNET, 7), "names '7'"),  # type: ignore[arg-type]
     "shards: no map": (text(f"unet/{UNET}", '{"weight_map": [1]}'), "is not an index of sharded weights"),
     "an index of a variant": (sharded("unet", UNET.replace("index", "index.fp16"), "x.bin"), "names 'x"),
@@ -143,7 +141,6 @@ SD: dict[str, tuple[Harm, str]] = {
         "cannot load 'unet'",
     ),
     "weights: nothing": (text("text_encoder/model.safetensors", b""), "cannot load 'text_encoder'"),
-    "weights: a web page": (text(f"vae/{WEIGHTS}", "<html>" * 99), "cannot load 'vae'"),
     "many layers": (setting("unet", layers_per_block=10**9), r"layers_per_block is 1000000000; .* most 200"),
     "many layers, text": (setting("text_encoder", num_hidden_layers=10**9), "num_hidden_layers is 10000"),
     "many layers, nested": (setting("unet", transformer_layers_per_block=[[10**9]]), "transformer_layers"),
