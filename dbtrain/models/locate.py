@@ -53,6 +53,7 @@ def _converted(cfg: Model, path: Path) -> Path:
             f"model.path: '{cfg.path}' is not a .safetensors file; other formats are pickles, which may run "
             "code"
         )
+    safety.check_size(path)
     key = hashing.content_key([hashing.cached_sha256_of(path), cfg.config])
     return files.cache() / "single-files" / key[:16]
 

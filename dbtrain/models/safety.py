@@ -38,6 +38,7 @@ LEADING_OUT: dict[str, tuple[Any, ...]] = {
 }
 WEIGHT_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")  # a file's name without a folder
 ADAPTER = "adapter_config.json"  # transformers loads the base model that it names
+WEIGHT_BYTES = 64 * 2**30  # most of one file of weights, all of which is hashed
 DEPTH = re.compile(r"layers_per_block|num_(hidden_|decoder_)?layers")  # numbers of layers
 MOST_LAYERS, MOST = 200, 2**20  # of the largest public models: 70 layers, 250,000 words
 
@@ -63,10 +64,18 @@ def check_folder(folder: Path, what: str) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if not path.is_file() and not path.is_dir():
             raise ConfigError(f"{where} contains '{path.name}', which is not a regular file; remove it")
+        check_size(path)
         if path.name == ADAPTER:
             raise ConfigError(f"{where} contains an adapter ({ADAPTER}); use a model without one")
         if path.suffix == ".json" and path.is_file():
             _check_json(path, where)
+
+
+def check_size(path: Path) -> None:
+    """Raise ConfigError for a file that is larger than any of a base model."""
+    if (size := path.stat().st_size) > WEIGHT_BYTES:
+        most = files.size_text(WEIGHT_BYTES)
+        raise ConfigError(f"{path} has {files.size_text(size)}; a file of a base model has at most {most}")
 
 
 def _check_json(path: Path, where: str) -> None:

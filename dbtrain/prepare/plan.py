@@ -227,8 +227,11 @@ def _changes(made: dict[str, shards.Source], now: dict[str, shards.Source]) -> I
             yield f"the caption of {name} was edited"
 
 
-def check_prompts(cfg: Config, base: Base, table: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError unless the base's denoiser and text encoders can read this prompt table."""
+def check_prompts(shards_dir: str, base: Base, table: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError unless the base's denoiser and text encoders can read this prompt table.
+
+    `shards_dir`: `data.shards`, for messages.
+    """
     wanted = {f"condition.{name}": shape for name, shape in base.family.conditions(base).items()}
     wanted |= {f"ids.{name}": (None,) for name in base.family.text_encoders}
     for name, shape in wanted.items():
@@ -236,7 +239,7 @@ def check_prompts(cfg: Config, base: Base, table: Mapping[str, Tensor]) -> None:
         fitting = tuple(found if size is None else size for size, found in zip(shape, there, strict=False))
         if len(there) != len(shape) or there != fitting:
             raise ConfigError(
-                f"the prompt table in {cfg.data.shards} has {name} of {there or 'no shape'} per prompt, "
+                f"the prompt table in {shards_dir} has {name} of {there or 'no shape'} per prompt, "
                 f"which the base cannot read; {shards.CURE}"
             )
     for encoder in base.family.text_encoders:
@@ -244,6 +247,6 @@ def check_prompts(cfg: Config, base: Base, table: Mapping[str, Tensor]) -> None:
         longest = base.config(encoder).get("max_position_embeddings", ids.shape[1])
         if ids.dtype != torch.int64 or ids.shape[1] > longest or ids.min() < 0 or ids.max() >= words:
             raise ConfigError(
-                f"the prompt table in {cfg.data.shards} has ids.{encoder} that its {words} words and "
+                f"the prompt table in {shards_dir} has ids.{encoder} that its {words} words and "
                 f"{longest} tokens do not have; {shards.CURE}"
             )

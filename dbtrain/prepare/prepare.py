@@ -16,7 +16,7 @@ from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, encode
-from dbtrain.prepare.plan import Planned, plan_shards, request, sources_of
+from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request, sources_of
 from dbtrain.runtime import console, dist, files, lock, preemption
 from dbtrain.runtime.errors import ConfigError
 
@@ -132,6 +132,17 @@ def _sound_rows(task: Task, shard: shards.Shard) -> list[shards.Row]:
     return [row for row in rows if {name: tuple(t.shape) for name, t in row.tensors.items()} == expected]
 
 
+def _sound_prompts(task: Task) -> shards.Prompts | None:
+    """The existing prompt table, if the base can read it."""
+    if task.old is None:
+        return None
+    try:
+        check_prompts(str(task.folder), task.base, shards.read_prompts(task.storage, task.old.prompts))
+    except ConfigError:
+        return None  # it is written again
+    return task.old.prompts
+
+
 def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
     """Write this rank's missing shards and return their manifest entries; reuse rows of old shards."""
     if not mine:
@@ -185,8 +196,7 @@ def _manifest(
     entries: dict[str, dict[str, Any]],
     sources: dict[str, dict[str, shards.Source]],
 ) -> shards.Manifest:
-    old_prompts = task.old.prompts if task.old else None
-    prompts = encode.prompt_table(task.base, texts, task.folder, old_prompts)
+    prompts = encode.prompt_table(task.base, texts, task.folder, _sound_prompts(task))
     space = task.base.family.space(task.base, task.settings.resolution)
     return shards.Manifest(
         version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,

@@ -164,7 +164,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     # The model with its adapter, validation, and the state of the newest checkpoint.
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
-        plan.check_prompts(cfg, inputs.base, table)
+        plan.check_prompts(cfg.data.shards, inputs.base, table)
         model = DreamBooth.build(inputs.base, manifest, table, cfg)
         for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, states := model.states())

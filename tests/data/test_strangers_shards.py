@@ -271,3 +271,11 @@ def test_prepare_writes_shards_of_another_shape_again(make: Make, prepared: Path
     assert dbtrain("prepare", tmp_path / "c.yaml").returncode == 0
     assert manifest(folder) == manifest(prepared)
     assert first(folder).read_bytes() == first(prepared).read_bytes()
+
+
+def test_prepare_writes_a_narrow_prompt_table_again(make: Make, prepared: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(prepared, tmp_path / "shards")
+    HARMS["table: narrow"][0](folder)
+    make()
+    assert dbtrain("prepare", tmp_path / "c.yaml").returncode == 0
+    assert manifest(folder) == manifest(prepared)

@@ -246,7 +246,7 @@ def test_class_images_are_kept_and_shared(
         raise AssertionError("the class images are there already")
 
     monkeypatch.setattr(class_images.sampler, "build", never)
-    prepare(make(**settings, data__shards=str(photo_dir / "others")))
+    prepare(make(**settings, data__shards=str(photo_dir.parent / "others")))
     assert snapshot(folder) == made and len(made) == 9
 
 

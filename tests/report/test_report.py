@@ -312,7 +312,7 @@ def test_every_link_leads_to_a_file(browser: Page, one: Path) -> None:
 
 
 def test_a_folder_with_nothing_but_a_config_gives_a_page(make: Make, tmp_path: Path, browser: Page) -> None:
-    cfg = make(prepare__photos=str(tmp_path / "gone"), data__shards=str(tmp_path / "gone"))
+    cfg = make(prepare__photos=str(tmp_path / "gone"), data__shards=str(tmp_path / "lost"))
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(cfg.dump())
