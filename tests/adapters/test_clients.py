@@ -5,7 +5,9 @@ The bases have the depth, the blocks and the names of SD 1.5, SD 2 and SDXL, but
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache
@@ -22,8 +24,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dbtrain.adapters import inject
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.names import nested
-from dbtrain.config import AdapterSettings
+from dbtrain.config import AdapterSettings, Model
 from dbtrain.models.families import registry as families
+from dbtrain.models.pretrained import Pretrained
+from tests import bases
 
 SMALL = {"norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 8, "sample_size": 8}
 XL = {
@@ -269,21 +273,33 @@ def test_every_layer_changes_as_in_peft(kind: str, tmp_path: Path) -> None:
         assert (change(tensors, want.shape) - want).abs().max() <= 1e-6 * max(1.0, want.abs().max()), label
 
 
-def test_the_header_says_which_models_a_file_is_for(tmp_path: Path) -> None:
-    from dbtrain.config import Model
-    from dbtrain.models.base import Base
-    from tests import bases
+def version(header: Mapping[str, str]) -> str:
+    """As A1111 sorts files."""
+    if header.get("ss_base_model_version", "").startswith("sdxl_"):
+        return "SDXL"
+    return "SD2" if header.get("ss_v2") == "True" else "SD1"
 
-    def version(header: Mapping[str, str]) -> str:
-        """As A1111 sorts files."""
-        if header.get("ss_base_model_version", "").startswith("sdxl_"):
-            return "SDXL"
-        return "SD2" if header.get("ss_v2") == "True" else "SD1"
 
-    for make, want, architecture in (
-        (bases.sd, "SD1", "stable-diffusion-v1/lora"),
-        (bases.sdxl, "SDXL", "stable-diffusion-xl-v1-base/lora"),
+@pytest.mark.parametrize(
+    ("family", "width", "prediction", "wanted"),
+    [
+        ("sd", 768, "epsilon", ("SD1", "sd_v1", "stable-diffusion-v1/lora")),
+        ("sd", 1024, "epsilon", ("SD2", "sd_v2", "stable-diffusion-v2-512/lora")),
+        ("sd", 1024, "v_prediction", ("SD2", "sd_v2_v", "stable-diffusion-v2-768-v/lora")),
+        ("sdxl", 2048, "epsilon", ("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora")),
+    ],
+)
+def test_the_header_says_which_models_a_file_is_for(
+    tmp_path: Path, family: str, width: int, prediction: str, wanted: tuple[str, ...]
+) -> None:
+    folder = shutil.copytree(bases.OF_FAMILY[family](), tmp_path / "base")
+    for part, name, change in (
+        ("unet", "config.json", {"cross_attention_dim": width}),
+        ("scheduler", "scheduler_config.json", {"prediction_type": prediction}),
     ):
-        found = Base.find(Model(path=str(make())))
-        header = found.family.header(found)
-        assert (version(header), header["modelspec.architecture"]) == (want, architecture)
+        path = folder / part / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    header = families.get(family).header(Pretrained.find(Model(path=str(folder))))
+    found = (version(header), header["ss_base_model_version"], header["modelspec.architecture"])
+    assert found == wanted
+    assert header["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")

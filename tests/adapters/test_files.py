@@ -117,6 +117,18 @@ def test_the_text_encoder_of_sd_1_has_two_names(tmp_path: Path, prefix: str) -> 
     assert found["text_encoder"].tensors.keys() == truth.tensors.keys()
 
 
+@pytest.mark.parametrize("naming", ["{}_proj.lora_linear_layer.{}.weight", "to_{}_lora.{}.weight"])
+def test_text_encoders_of_older_diffusers_are_read(tmp_path: Path, naming: str) -> None:
+    truth = state("text_encoder")
+    tensors = {}
+    for module, layer in common.by_module(truth).items():
+        where, _, name = nested(module).rpartition(".")
+        for part, tensor in layer.items():
+            label = naming.format(name.removesuffix("_proj"), "down" if "A" in part else "up")
+            tensors[f"text_encoder.{where}.{label}"] = tensor
+    assert read(saved(tmp_path, tensors))["text_encoder"].tensors.keys() == truth.tensors.keys()
+
+
 def test_attention_processors_are_read(tmp_path: Path) -> None:
     truth = state(targets=r"mid_block\..*(to_q|to_out\.0)")
     tensors = {}
@@ -234,6 +246,8 @@ HADA = {f"hada_w{half}_{side}": torch.ones(64, 4).T if side == "b" else torch.on
     ("tensors", "told"),
     [
         (parts(**LORA) | {"bundle_emb.dog.clip_l": torch.ones(1)}, "an embedding"),
+        ({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 8)}, "an embedding"),
+        ({"control_model.input_hint_block.0.weight": torch.ones(4)}, "a ControlNet"),
         (parts(diff=torch.ones(64, 64)), "changes of whole weights"),
         (parts("lora_unet_conv_norm_out", w_norm=torch.ones(32)), "a trained normalization layer"),
         (parts(oft_blocks=torch.ones(2, 4, 4)), "an OFT adapter"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from dbtrain.export.export import export
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import summary
 from tests import bases
 from tests.conftest import Make, train
 
@@ -128,6 +130,9 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     said = caplog.text
     assert f"exported step 1 to {path} (kohya, for ComfyUI, A1111, Forge, InvokeAI)" in said
     assert f"exported step 1 to {path.with_name(FILE)} (diffusers, for Diffusers)" in said
+    summary.summary(cfg)
+    assert re.search(rf"adapter +{path} \(for ComfyUI, A1111, Forge, InvokeAI\)", caplog.text)
+    assert re.search(rf"adapter +{path.with_name(FILE)} \(for Diffusers\)", caplog.text)
     assert said.count("only LyCORIS applies DoRA as it was trained") == (2 if dora else 0), "first and last"
     with safe_open(path, "pt") as file:
         header = file.metadata()

@@ -19,6 +19,8 @@ Layers = dict[str, dict[str, Tensor]]  # module -> name of the tensor within it 
 PARTS = (
     (r"\.processor\.(to_\w+?)_lora\.down\.weight", r".\1.lora_A.weight"),  # Diffusers before PEFT
     (r"\.processor\.(to_\w+?)_lora\.up\.weight", r".\1.lora_B.weight"),
+    (r"\.self_attn\.to_(q|k|v|out)_lora\.down\.weight", r".self_attn.\1_proj.lora_A.weight"),
+    (r"\.self_attn\.to_(q|k|v|out)_lora\.up\.weight", r".self_attn.\1_proj.lora_B.weight"),
     (r"\.(?:lora_|lora\.|lora_linear_layer\.)down\.weight", ".lora_A.weight"),
     (r"\.(?:lora_|lora\.|lora_linear_layer\.)up\.weight", ".lora_B.weight"),
     (r"\.lora_([AB])(?:\.\w+)?\.(weight|bias)", r".lora_\1.\2"),
@@ -29,7 +31,8 @@ PARTS = (
 
 # Tensors of adapters that no kind of dbtrain can hold.
 UNREAD = (
-    (r"(bundle_emb|emb_params|string_to_param)\b.*", "an embedding (textual inversion)"),
+    (r"(bundle_emb|emb_params|string_to_param|clip_[lg]$)\b.*", "an embedding (textual inversion)"),
+    (r"(control_model|controlnet_.*|input_hint_block)\..*", "a ControlNet"),
     (r".*\.(diff|diff_b|set_weight|set_bias)", "changes of whole weights (LyCORIS's `full`)"),
     (r".*\.(w_norm|b_norm)", "a trained normalization layer"),
     (r".*\.(oft|boft|oft_blocks|oft_diag|oft_R|rescale)\b.*", "an OFT adapter"),
