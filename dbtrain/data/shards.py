@@ -227,7 +227,9 @@ def _samples(data: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
             if part in row or len(found) > most:
                 raise ValueError(f"its member '{member.name[:60]}' is one too many")
             row[part] = file.read()
-    for row in found.values():
+    for key, row in found.items():
+        if len(row) < len(PARTS):
+            raise ValueError(f"row '{key[:60]}' lacks its {min(set(PARTS) - row.keys())}")
         yield row["safetensors"], row["json"]
 
 

@@ -158,7 +158,7 @@ def test_trained_biases_are_kept_by_peft_s_format_and_taken_off_again(make: Make
     assert changed
     with pytest.raises(ConfigError, match="diffusers cannot store trained biases; use peft"):
         (run / "DONE").unlink()
-        train(make(adapter__bias="all", train__steps=2, export__formats=["diffusers"]))
+        train(make(adapter__bias="all", train__steps=2, optim__lr=0.01, export__formats=["diffusers"]))
     pipe = AdapterPipeline.load(cfg.model)
     plain = pipe.pipe.unet.conv_in.bias.detach().clone()
     pipe.add("dog", run)

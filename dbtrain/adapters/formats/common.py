@@ -38,6 +38,8 @@ def check_patterns(config: Mapping[str, Any]) -> None:
     """Raise ConfigError unless the patterns of a stranger's config are names, which take no time to match."""
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise ConfigError(f"its {key} is not a table")
         if len(patterns) > MOST_PATTERNS:
             raise ConfigError(f"its {key} has {len(patterns)} entries; at most {MOST_PATTERNS} are read")
         for pattern in patterns:

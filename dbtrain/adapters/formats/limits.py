@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dbtrain.adapters.formats.common import by_module
+from dbtrain.adapters.formats.common import by_module, check_patterns
 from dbtrain.adapters.state import AdapterState
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
@@ -46,6 +46,7 @@ def bounded(state: AdapterState) -> AdapterState:
             f"its weights are for a base changed by init_lora_weights = {str(start)[:40]}; convert it with "
             "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
+    check_patterns(config)
     factor = FACTORS.get(str(config.get("peft_type")))
     ranks = [tensor.shape[0] for name, tensor in state.tensors.items() if factor and name.endswith(factor)]
     most = min(MOST_RANK, max(ranks)) if ranks else MOST_RANK

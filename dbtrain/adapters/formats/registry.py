@@ -21,7 +21,7 @@ from torch import nn
 
 from dbtrain.adapters import inject, targets
 from dbtrain.adapters.formats import diffusers_file, kohya_file, limits, names, peft_folder, reading
-from dbtrain.adapters.formats.common import States, by_module, check_patterns, strength
+from dbtrain.adapters.formats.common import States, by_module, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
@@ -173,7 +173,9 @@ def _renamed(state: AdapterState, component: str, family: Family, modules: names
         raise ConfigError(f"it is for the component '{component}', which the base does not have")
     mine = {component: modules[component]}
     adapter = {name: tensor for name, tensor in state.tensors.items() if names.is_adapter(name)}
-    layers = names.layers_in(adapter, family, mine)[component] if adapter else {}
+    if not adapter:
+        raise ConfigError("it has no tensors of an adapter")
+    layers = names.layers_in(adapter, family, mine)[component]
     tensors = {name: tensor for name, tensor in state.tensors.items() if name not in adapter}
     tensors |= {f"{module}.{part}": t for module, layer in layers.items() for part, t in layer.items()}
     return {component: AdapterState(tensors, state.config)}
@@ -209,7 +211,6 @@ def _check(state: AdapterState) -> None:
     """Raise ConfigError unless an adapter's settings are sound and fit its tensors."""
     if (kind := state.config["peft_type"]) not in KINDS:
         raise ConfigError(f"it is of the kind {kind}; dbtrain reads {', '.join(KINDS)}")
-    check_patterns(state.config)
     for module, layer in by_module(state).items():
         rank, scale = strength(state.config, module)
         if not 0 < scale < math.inf:
