@@ -137,7 +137,7 @@ def layers_in(tensors: Mapping[str, Tensor], family: Family, modules: Modules) -
         plain = module.replace(".", "_").replace("base_model_model_", "")
         where = known.get(plain) or known.get(f"{plain}_0" if plain.endswith("to_out") else "")
         if where is None:
-            raise ConfigError(_unknown(key, module, family, known))
+            raise ConfigError(_unknown(key, module, family))
         component, name = where
         layer = found.setdefault(component, {}).setdefault(name, {})
         if part in layer:
@@ -160,7 +160,8 @@ def _split(key: str) -> tuple[str, str]:
     raise ConfigError(f"its tensor {key} matches no format for adapters")
 
 
-def _unknown(key: str, module: str, family: Family, known: Mapping[str, object]) -> str:
+def _unknown(key: str, module: str, family: Family) -> str:
+    """What is wrong with a tensor of a layer that the base does not have."""
     kohya = next((prefix for prefix in family.kohya.values() if module.startswith(f"{prefix}_")), None)
     if kohya or module.startswith(("lora_", "lycoris_")):
         return f"the base has no module for its layer {module}"
