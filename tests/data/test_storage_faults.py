@@ -91,12 +91,12 @@ def tar(*members: tuple[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def with_member(folder: Path, part: str, data: bytes) -> None:
-    """Add a member to the last row of a shard."""
+def with_member(folder: Path, name: str, data: bytes) -> None:
+    """Add a member to a shard; `{key}` in its name is the last row."""
     path = first(folder, "instance-*.tar")
     with tarfile.open(path) as archive:
         members = [(m.name, archive.extractfile(m).read()) for m in archive if m.isfile()]  # type: ignore[union-attr]
-    reshard(folder, tar(*members, (f"{members[-1][0].partition('.')[0]}.{part}", data)))
+    reshard(folder, tar(*members, (name.format(key=members[-1][0].partition(".")[0]), data)))
 
 
 def escaping(folder: Path) -> None:
@@ -138,7 +138,7 @@ RECOVERED: dict[str, Harm] = {
     "an empty lock": lambda run, _: (run / ".lock").write_text(""),
     "the folder of checkpoints gone": lambda run, _: shutil.rmtree(run / "checkpoints"),
     "the run folder gone": lambda run, _: shutil.rmtree(run),
-    "a pickle in a shard": lambda _, folder: with_member(folder, "pyd", pickle.dumps(Boom())),
+    "a pickle in a shard": lambda _, folder: with_member(folder, "{key}.pyd", pickle.dumps(Boom())),
 }
 REFUSED: dict[str, tuple[Harm, str]] = {
     "shard missing": (lambda _, f: first(f, "class-*.tar").unlink(), "is missing; rerun: dbtrain prepare"),
