@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import LONG, ROOT, Make, Started, config_in, dbtrain
+from tests.conftest import LONG, ROOT, Cold, Make, Started, config_in, dbtrain
 from tests.runs import EXPORT, tree
 from tests.session import once
 
@@ -113,21 +111,19 @@ def test_ctrl_c_ends_all_gpus_of_a_machine_without_a_report_of_failure(
     """As in a terminal: the script, torchrun and the ranks all get the signal."""
     os.symlink(prepared, tmp_path / "shards")
     make(train__steps=100_000, train__checkpoint_every=100_000)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "RANKS": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # The shell of a terminal has not been told to ignore Ctrl-C, as jobs in the background are.
+    script = ["env", "--default-signal=INT", "bash", str(ROOT / "launch" / "torchrun.sh")]
     with open(tmp_path / "said", "w+") as said:
-        script = subprocess.Popen(
-            ["bash", ROOT / "launch" / "torchrun.sh", "train", tmp_path / "c.yaml"], cwd=ROOT, stdout=said,
-            stderr=said, start_new_session=True, env={**os.environ, "RANKS": "2", "PATH": path},
-        )  # fmt: skip
+        begun = Cold([*script, "train", str(tmp_path / "c.yaml")], env, said, said)
         try:
             while not list(tmp_path.glob("run/metrics.jsonl")):
-                assert script.poll() is None
+                assert begun.poll() is None
                 time.sleep(0.05)
-            os.killpg(script.pid, signal.SIGINT)
-            assert script.wait(LONG) == 130
+            os.killpg(begun.process.pid, signal.SIGINT)
+            assert begun.wait(LONG) == 130
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(script.pid, signal.SIGKILL)
+            begun.kill()
         said.seek(0)
         text = said.read()
     print(text)
