@@ -272,4 +272,5 @@ def _prompts(base: Base, family: Family, draw: torch.Generator) -> dict[str, Ten
     if "text_encoder_2" in family.text_encoders:
         pooled = base.setting("text_encoder_2", "projection_dim", int)
         table["condition.pooled"] = torch.randn(2, pooled, generator=draw)
-    return table
+    ids = {f"ids.{encoder}": torch.zeros(2, length, dtype=torch.int64) for encoder in family.text_encoders}
+    return table | ids

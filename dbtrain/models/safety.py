@@ -62,6 +62,8 @@ def check_folder(folder: Path, what: str) -> None:
     """
     where = f"{what}: {folder}"
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if not path.exists():
+            continue  # a link into the Hub's cache, whose target has been deleted
         if not path.is_file() and not path.is_dir():
             raise ConfigError(f"{where} contains '{path.name}', which is not a regular file; remove it")
         check_size(path)

@@ -62,6 +62,6 @@ def test_a_run_ends_with_where_the_time_went_and_where_things_are(
     assert names == ["done", "training", "validation", "other", "adapter", "validation", "log"]
     assert "samples/s" in lines[-1]
     for line in lines[-1].splitlines()[-3:]:
-        assert Path(line.split()[-1]).exists()
+        assert Path(line.split()[1]).exists()
     assert lines[-1] in (Path(cfg.run_dir) / "log.txt").read_text()
     assert 0 < console.spent_s["validation"] < console.spent_s["train"]
