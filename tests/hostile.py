@@ -18,7 +18,7 @@ from dbtrain.runtime import exit_codes
 
 ROOM = 2 * 2**30  # bytes that it may take, torch's own included
 LONG = 60  # seconds after which it hangs
-CANARY = "harmed"  # the file in the working folder that a stranger's code makes
+CANARY = "canary"  # a file in the working folder that exists if a stranger's code has run
 CODE = f"open({CANARY!r}, 'w').close()\n"
 
 

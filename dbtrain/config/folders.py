@@ -7,14 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dbtrain.runtime import files
-
-SWEPT = (
-    "checkpoints",
-    "export",
-    "samples",
-    "scores",
-    "validation",
-)  # subfolders of a run in which files are deleted
+from dbtrain.runtime.run_folder import RunFolder
 
 
 def problems(run_dir: str, shards: str, inputs: Mapping[str, str | None]) -> list[str]:
@@ -33,7 +26,7 @@ def problems(run_dir: str, shards: str, inputs: Mapping[str, str | None]) -> lis
     run = outputs["run_dir"]
     if run and run == outputs["data.shards"]:
         found.append(f"data.shards and run_dir are both {run}; use two folders")
-    swept = [run / name for name in SWEPT] if run else []
+    swept = RunFolder(run).swept if run else ()
     for key, folder in ({"data.shards": outputs["data.shards"]} | read).items():
         inside = [each for each in swept if folder and each in (folder, *folder.parents)]
         found += [f"{key} is {folder}, in {each}, where a run deletes files; use another" for each in inside]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dbtrain.config import Prepare
 from dbtrain.data import photo_files
 from dbtrain.data.captions import caption
 from dbtrain.doctor import settings
@@ -32,8 +30,9 @@ def captions(case: Case) -> Iterator[Finding]:
             texts[path] = caption(path)
         except ConfigError as problem:
             yield from findings_of(problem)
-    if lacking := without_token(texts, cfg):
-        word = " ".join(sorted(token(cfg)))
+    token = settings.token_of(case.cfg.subject, cfg)
+    if lacking := without_token(texts, token):
+        word = " ".join(sorted(token))
         yield warning(
             f"{len(lacking)} of {len(texts)} captions do not name the subject ('{word}'): {listed(lacking)}",
             f"write '{word}' into each, as in prepare.instance_prompt '{cfg.instance_prompt}'",
@@ -44,18 +43,9 @@ def captions(case: Case) -> Iterator[Finding]:
     yield ok(f"{len(texts)} of {len(found)} photos have a caption")
 
 
-def token(cfg: Prepare) -> set[str]:
-    """The words for the subject alone: those that the class prompt lacks; without one, the first word."""
-    mine = settings.words(cfg.instance_prompt)
-    if cfg.class_prompt:
-        return mine - settings.words(cfg.class_prompt)
-    spoken = [word for word in re.findall(r"\w+", cfg.instance_prompt.casefold()) if word in mine]
-    return set(spoken[:1])
-
-
-def without_token(texts: dict[Path, str], cfg: Prepare) -> list[str]:
+def without_token(texts: dict[Path, str], token: set[str]) -> list[str]:
     """Names of the photos whose caption lacks one of the subject's words."""
-    return [path.name for path, text in texts.items() if not token(cfg) <= settings.words(text)]
+    return [path.name for path, text in texts.items() if not token <= settings.words(text)]
 
 
 def too_long(texts: dict[Path, str], base: Base) -> list[str]:

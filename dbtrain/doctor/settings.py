@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dbtrain.config import Config, fields
+from dbtrain.config import Config, Prepare, Subject, fields
 from dbtrain.doctor.case import Case, Finding, listed, ok, warning
 
 # Words that say nothing about a subject.
@@ -52,7 +52,7 @@ def prompts(case: Case) -> Iterator[Finding]:
                 f"'{cfg.instance_prompt}'",
                 "use the same class word in both, e.g. 'a photo of sks dog' and 'a photo of a dog'",
             )
-    yield from _about_the_subject(case.cfg, cfg.instance_prompt, cfg.class_prompt)
+    yield from _about_the_subject(case.cfg, cfg)
     if cfg.class_prompt and not case.cfg.loss.prior_weight:
         yield warning(
             f"loss.prior_weight is 0: {cfg.class_images} class images are generated but never trained on",
@@ -61,11 +61,10 @@ def prompts(case: Case) -> Iterator[Finding]:
     yield ok(f"'{cfg.instance_prompt}'" + (f", class '{cfg.class_prompt}'" if cfg.class_prompt else ""))
 
 
-def _about_the_subject(cfg: Config, prompt: str, class_prompt: str | None) -> Iterator[Finding]:
+def _about_the_subject(cfg: Config, prepare: Prepare) -> Iterator[Finding]:
     """Whether other prompts are about the subject of the instance prompt, not one of an earlier config."""
-    known = words(class_prompt or "")
-    token = words(cfg.subject.token or "") or words(prompt) - known
-    kind = words(cfg.subject.class_word or "") or words(prompt) & known
+    prompt, token = prepare.instance_prompt, token_of(cfg.subject, prepare)
+    kind = words(cfg.subject.class_word or "") or words(prompt) - token
     cure = "use {} in prompts, which stands for subject.token and subject.class_word"
     if not token <= words(prompt):
         yield warning(
@@ -75,10 +74,24 @@ def _about_the_subject(cfg: Config, prompt: str, class_prompt: str | None) -> It
         strange = [repr(one) for one in prompts if not words(one) & (token | kind)]
         if strange:
             yield warning(f"{name}.prompts: {listed(strange)} has no word of '{prompt}'", cure)
-        elif prompts and not any(words(one) & token for one in prompts):
+        elif prompts and token and not any(words(one) & token for one in prompts):
             yield warning(
                 f"{name}.prompts: none has '{' '.join(sorted(token))}', so none shows the subject", cure
             )
+
+
+def token_of(subject: Subject, prepare: Prepare) -> set[str]:
+    """The words for the subject alone.
+
+    Those of the config, or that the class prompt lacks, or, without a class prompt, the first one.
+    """
+    mine = words(prepare.instance_prompt)
+    if subject.token:
+        return words(subject.token)
+    if prepare.class_prompt:
+        return mine - words(prepare.class_prompt)
+    spoken = re.findall(r"\w+", prepare.instance_prompt.casefold())
+    return set([word for word in spoken if word in mine][:1])
 
 
 def words(prompt: str) -> set[str]:

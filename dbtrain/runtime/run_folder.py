@@ -64,6 +64,11 @@ class RunFolder:
         """Complete checkpoints, oldest first."""
         return steps_in(self.path / "checkpoints")
 
+    @property
+    def swept(self) -> tuple[Path, ...]:
+        """The subfolders in which files are deleted."""
+        return self.path / "checkpoints", self.export, self.samples, self.scores, self.validation
+
     def validations(self) -> list[Path]:
         """Folders of validation images, oldest first."""
         return steps_in(self.validation)

@@ -36,22 +36,25 @@ def changes(segments: Segments, cfg: Config) -> list[str]:
 
 def told(segments: Sequence[Mapping[str, Any]], key: str, default: Any) -> str:
     """The value of a setting, and of each change the steps for which it counted."""
-    values: list[tuple[int, Any]] = []
-    for segment in segments:
-        value = segment["settings"].get(key, default)
-        if not values or values[-1][1] != value:
-            values.append((segment["from"], value))
-    if len(values) < 2:
-        return _text(values[0][1] if values else default)
+    values = _values(segments, key, default)
     ends = [f"{_text(value)} to step {end}" for (_, value), (end, _) in pairwise(values)]
-    return f"{', '.join(ends)}, then {_text(values[-1][1])}"
+    return ", then ".join([*ends, _text(values[-1][1])])
 
 
 def header(segments: Segments, cfg: Config) -> str:
     """Comment lines for a resolved config, about settings that were different for earlier steps."""
-    keys = settings(cfg) if len(segments) > 1 else {}
-    every = {key: told(segments, key, value) for key, value in keys.items()}
-    return "".join(f"# {key}: {text}\n" for key, text in every.items() if ", then " in text)
+    return "".join(
+        f"# {key}: {told(segments, key, value)}\n"
+        for key, value in settings(cfg).items()
+        if len(_values(segments, key, value)) > 1
+    )
+
+
+def _values(segments: Sequence[Mapping[str, Any]], key: str, default: Any) -> list[tuple[int, Any]]:
+    """(step after which it counts, value) of a setting, without repeats; never empty."""
+    every = [(segment["from"], segment["settings"].get(key, default)) for segment in segments]
+    every = every or [(0, default)]
+    return every[:1] + [pair for before, pair in pairwise(every) if pair[1] != before[1]]
 
 
 def _text(value: Any) -> str:

@@ -257,7 +257,7 @@ class Harm:
     """Pickles that would write a file if they were loaded."""
 
     def __reduce__(self) -> Any:
-        return Path.touch, (Path("harmed"),)
+        return Path.touch, (Path("canary"),)
 
 
 def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_pa
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=told):
             pipe.add("it", broken / name)
-    assert not Path("harmed").exists()
+    assert not Path("canary").exists()
     assert pipe.names() == {"good"} and pipe.scales == {"good": 0.5}, "what was in use stays in use"
 
 

@@ -16,7 +16,7 @@ from tests.hostile import CODE, Refused
 START = "run_dir: r\nmodel: {path: tiny}\ndata: {shards: s}\n"
 BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
 TEXTS: dict[str, tuple[str | bytes, str]] = {
-    "a tag of Python": ("run_dir: !!python/object/apply:os.system ['touch harmed']", "for the tag"),
+    "a Python tag": ("run_dir: !!python/object/apply:os.mkdir ['canary']", "not determine a constructor"),
     "a bomb of anchors": (START + BOMB, "has more than 20000 values, or repeats itself"),
     "a list in itself": (START + "seed: &a [*a]", "has more than 20000 values, or repeats itself"),
     "a mapping in itself": (START + "prepare: &a {photos: *a}", "20000 values, or repeats itself"),
@@ -46,7 +46,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "billions of crops": (
         START + "prepare: {photos: p, instance_prompt: a, crop: random, variants: 1000000000}", "variants is"
     ),
-    "a command as storage": (START.replace("shards: s", "shards: 'pipe:touch harmed'"), "runs a command"),
+    "a shell command": (START.replace("shards: s", "shards: 'pipe:touch canary'"), "runs a command"),
 }  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def test_training_from_anywhere_gives_the_same_adapter(
         before = len(server.asked)
         train(make(data__shards=where, run_dir=str(tmp_path / "again")))
         assert set(server.asked[before:]) == {"manifest.json"}, "the rest is on this machine"
-        kept[0].write_bytes(b"harmed")
+        kept[0].write_bytes(b"damaged")
         train(make(data__shards=where, run_dir=str(tmp_path / "third")))
 
 
@@ -175,10 +175,10 @@ def test_a_full_disk_does_not_stop_what_reads_from_afar(
 
 
 def test_a_pipe_runs_only_where_it_is_allowed(make: Make, tmp_path: Path) -> None:
-    make(data__shards=f"pipe:touch {tmp_path}/harmed; cat {{}}")
+    make(data__shards=f"pipe:touch {tmp_path}/canary; cat {{}}")
     done = dbtrain("train", tmp_path / "c.yaml")
     assert done.returncode == 2 and "set DBTRAIN_ALLOW_PIPE=1" in done.stderr
-    assert not (tmp_path / "harmed").exists()
+    assert not (tmp_path / "canary").exists()
 
 
 def test_prepare_refuses_to_write_elsewhere(make: Make, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Site:
     options: dict[str, Any] = field(default_factory=dict)
 
     def base(self) -> Path:
-        """The base, copied to be harmed."""
+        """A copy of the base, to be damaged."""
         copy = self.folder / "base"
         shutil.copytree(bases.sd(), copy)
         self.changes["model__path"] = str(copy)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dbtrain.config import Prepare
-from dbtrain.doctor.captions import token, without_token
+from dbtrain.config import Prepare, Subject
+from dbtrain.doctor.captions import without_token
 from dbtrain.doctor.photos import _workers
+from dbtrain.doctor.settings import token_of
 
 
 @pytest.mark.parametrize(
@@ -26,9 +27,10 @@ def test_the_subject_s_word_is_what_the_class_prompt_lacks(
     prompt: str, of_class: str | None, want: set[str]
 ) -> None:
     cfg = Prepare(photos="p", instance_prompt=prompt, class_prompt=of_class)
-    assert token(cfg) == want
+    assert token_of(Subject(), cfg) == want
+    assert token_of(Subject(token="zwx"), cfg) == {"zwx"}, "what the config says counts"
     texts = {Path("a.png"): f"{prompt} outside", Path("b.png"): "a big dog with a mug"}
-    assert without_token(texts, cfg) == (["b.png"] if want else [])
+    assert without_token(texts, want) == (["b.png"] if want else [])
 
 
 def test_the_largest_photos_are_opened_one_at_a_time(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_an_error_on_all_ranks_is_told_once(make: Make, tmp_path: Path, prepared
 def test_an_error_on_one_rank_ends_both_and_has_the_rank_s_name(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:
-    """A shard that only rank 1 reads is harmed."""
+    """A shard that only rank 1 reads is damaged."""
     shards = Path(shutil.copytree(prepared, tmp_path / "shards"))
     bad = next(shards.glob("class-00001-*.tar"))
     data = bytearray(bad.read_bytes())

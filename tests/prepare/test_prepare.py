@@ -160,7 +160,7 @@ def test_turning_the_prior_off_drops_the_class_shards(
 
 
 @pytest.mark.parametrize("harm", ["altered", "removed", "cut"])
-def test_a_harmed_shard_is_mended(make: Make, photo_dir: Path, encoded: list[str], harm: str) -> None:
+def test_a_damaged_shard_is_written_again(make: Make, photo_dir: Path, encoded: list[str], harm: str) -> None:
     cfg = make(prepare__photos=str(photo_dir), prepare__class_prompt=None)
     folder = prepare(cfg)
     good = {name: data for name, (_, data) in snapshot(folder).items()}
