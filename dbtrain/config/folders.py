@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from dbtrain.runtime import files
 from dbtrain.runtime.run_folder import RunFolder
@@ -35,9 +34,5 @@ def problems(run_dir: str, shards: str, inputs: Mapping[str, str | None]) -> lis
 
 def _resolved(location: str) -> Path | None:
     """The folder on this machine, without links; None for a URL or a command."""
-    scheme = location.partition(":")[0]
-    if scheme == "file":
-        location = unquote(urlsplit(location).path)
-    elif "://" in location or scheme == "pipe":
-        return None
-    return files.expand(location).resolve()
+    folder = files.folder_of(location)
+    return folder and folder.resolve()

@@ -11,12 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooSlow
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from dbtrain.runtime import console, files
 from dbtrain.runtime.errors import ConfigError, reason
 
-REMOTE = ("http", "https", "s3", "gs", "az", "hf")  # through fsspec
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR}
 TRANSIENT |= {getattr(errno, "EREMOTEIO", errno.EIO)}  # Linux only
 SLOW_S = 120.0  # timeout of a remote read
@@ -27,9 +25,9 @@ ALLOW_PIPE = "DBTRAIN_ALLOW_PIPE"
 class Storage:
     """The storage that `data.shards` names.
 
-    `location`: a path, `file:` or `file://` and a path, a URL of one of `REMOTE`, or `pipe:` and a shell
-    command that writes file `{}` to stdout. The environment has to allow commands, because a config from
-    someone else could contain any.
+    `location`: a path, `file:` or `file://` and a path, a URL of one of `files.REMOTE`, or `pipe:` and a
+    shell command that writes file `{}` to stdout. The environment has to allow commands, because a config
+    from someone else could contain any.
     """
 
     location: str
@@ -38,16 +36,12 @@ class Storage:
     @property
     def folder(self) -> Path | None:
         """The folder on this machine; None if the storage is remote."""
-        scheme = self.scheme
-        if scheme == "file":
-            return files.expand(unquote(urlsplit(self.location).path))
-        return None if scheme else files.expand(self.location)
+        return files.folder_of(self.location)
 
     @property
     def scheme(self) -> str:
         """The scheme of a URL or command; empty for a path."""
-        scheme = self.location.partition(":")[0]
-        return scheme if scheme in (*REMOTE, "file", "pipe") else ""
+        return files.scheme_of(self.location)
 
     def where(self, name: str) -> str:
         """The path, URL or command of a file."""

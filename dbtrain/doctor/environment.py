@@ -10,6 +10,7 @@ from importlib import metadata, util
 from packaging.requirements import Requirement
 
 from dbtrain.doctor.case import Case, Finding, error, ok, warning
+from dbtrain.runtime import files
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
@@ -45,13 +46,11 @@ def version(package: str) -> str | None:
 
 def packages(case: Case) -> Iterator[Finding]:
     """Optional packages that the config needs."""
-    from dbtrain.data.storage import REMOTE, Storage  # imports torch
-
     cfg = case.cfg
-    scheme = Storage(cfg.data.shards).scheme
+    scheme = files.scheme_of(cfg.data.shards)
     for asked, why, package, extra in (
         (cfg.train.wandb, "train.wandb", "wandb", "wandb"),
-        (scheme in REMOTE, f"data.shards '{cfg.data.shards}'", "fsspec", "remote"),
+        (scheme in files.REMOTE, f"data.shards '{cfg.data.shards}'", "fsspec", "remote"),
         (scheme == "s3", f"data.shards '{cfg.data.shards}'", "s3fs", "remote"),
     ):
         if asked and util.find_spec(package) is None:

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from dbtrain.runtime.errors import ConfigError, reason
 
 TEXT_BYTES = 64 * 2**20  # most that is read of a JSON file; the largest vocabularies have a quarter of it
 FILE_BYTES = 4 * 2**30  # most that is read into memory of one file of weights or latents
 
+REMOTE = ("http", "https", "s3", "gs", "az", "hf")  # schemes that fsspec reads
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
@@ -40,6 +42,20 @@ def with_variables(text: str) -> str:
         return os.environ[name]
 
     return VARIABLE.sub(value, text)
+
+
+def scheme_of(location: str) -> str:
+    """The scheme of a URL or command; empty for a path."""
+    scheme = location.partition(":")[0]
+    return scheme if scheme in (*REMOTE, "file", "pipe") else ""
+
+
+def folder_of(location: str) -> Path | None:
+    """The folder on this machine that a path, or `file:` and a path, names; None for a URL or command."""
+    scheme = scheme_of(location)
+    if scheme == "file":
+        return expand(unquote(urlsplit(location).path))
+    return None if scheme else expand(location)
 
 
 def cache() -> Path:
