@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
+    UNet2DConditionModel,
+)
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -171,8 +186,80 @@ def if_2() -> Path:
     return once("if-2", fill)
 
 
-SIDES = {"sd": 64, "sdxl": 64, "deepfloyd": 16, "deepfloyd-2": 32}  # px that these are made for
+def _qwen_words(**options: Any) -> Qwen2Tokenizer:
+    """Byte-level words of a chat template, each one token, as in Qwen's own tokenizer."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    words = Tokenizer(BPE())
+    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=380, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    words.train_from_iterator([f"{CHAT} a photo of sks mug dog"] * 10, trainer)
+    learnt = json.loads(words.to_str())["model"]
+    merges = [tuple(pair) for pair in learnt["merges"]]
+    return Qwen2Tokenizer(
+        vocab=learnt["vocab"], merges=merges, extra_special_tokens=special[1:], chat_template=TEMPLATE,
+        model_max_length=4096, pad_token=special[0], eos_token=special[2], **options,
+    )  # fmt: skip
+
+
+CHAT = "user assistant system"
+TEMPLATE = (  # Qwen3's, for one message without tools
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + "
+    "'<|im_end|>' + '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+
+
+def _qwen3(words: Any, layers: int) -> Any:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+        )
+    )  # fmt: skip
+
+
+@cache
+def flux2_klein(distilled: bool = False) -> Path:
+    """A FLUX.2 klein of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "flux2 klein"):
+            words = _qwen_words()
+            vae = AutoencoderKLFlux2(
+                block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                latent_channels=32,
+            )  # fmt: skip
+            vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
+            vae.bn.running_var.uniform_(0.5, 2.0)
+            components = {
+                "vae": vae, "text_encoder": _qwen3(words, layers=28), "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                "transformer": Flux2Transformer2DModel(
+                    in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                    num_attention_heads=2, joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4),
+                    guidance_embeds=False,
+                ),
+            }  # fmt: skip
+        _save(folder, "Flux2KleinPipeline", components, is_distilled=distilled)
+
+    return once(f"flux2-klein-{distilled}", fill)
+
+
+SIDES = {
+    "flux2-klein": 64,
+    "sd": 64,
+    "sdxl": 64,
+    "deepfloyd": 16,
+    "deepfloyd-2": 32,
+}  # px that these are made for
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+    "flux2-klein": flux2_klein,
 }  # fmt: skip
-OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2}
+OF_FAMILY = {
+    "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
+}  # fmt: skip

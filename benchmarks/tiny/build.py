@@ -28,7 +28,8 @@ from benchmarks.tiny import judge, measure
 from benchmarks.tiny.fit import Stage, drawn, spent
 from benchmarks.tiny.parts import TOKENS, scheduler, text_encoder, tokenizer, unet, vae
 from dbtrain import tiny
-from dbtrain.models.objectives import DDPM
+from dbtrain.config.training import Loss
+from dbtrain.models.ddpm import DDPM
 from dbtrain.runtime import files, rng
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
@@ -134,7 +135,7 @@ def fit_denoiser(
     """Text encoder and UNet on all pictures; captions dropped now and then for guidance."""
     with rng.seeded("tiny", "denoiser"):
         model = Denoiser(text_encoder(words), unet()).to(device)
-    objective = DDPM.of(dict(scheduler().config), min_snr_gamma=5.0).to(device)
+    objective = DDPM.of(dict(scheduler().config), Loss(min_snr_gamma=5.0)).to(device)
     ids = words(
         texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
     ).input_ids

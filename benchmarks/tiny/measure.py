@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.tiny.judge import labels
 from dbtrain import tiny
 from dbtrain.config import Model
-from dbtrain.models import sampler
+from dbtrain.models.ddpm import DDPM
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge, as_tensor
@@ -115,7 +115,7 @@ def _share(hits: Iterable[bool]) -> float:
 
 def tables(folder: Path, guidance: float, pictures: int, each: int) -> str:
     """Both tables, as markdown."""
-    how = f"{STEPS} steps of {sampler.SAMPLER}, guidance {guidance:g}"
+    how = f"{STEPS} steps of {DDPM.SAMPLER}, guidance {guidance:g}"
     measured = {
         "New renders through the VAE": measure_vae(folder),
         f"Images that show what the prompt says ({how})": measure_pictures(folder, guidance, pictures, each),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -86,15 +86,21 @@ KINDS = {
 
 
 def attach(
-    module: nn.Module, cfg: AdapterSettings, part: str, seed: int, without: Sequence[str] = ()
+    module: nn.Module,
+    cfg: AdapterSettings,
+    part: str,
+    seed: int,
+    without: Sequence[str] = (),
+    presets: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Add a new adapter to `module`, with fp32 weights that depend on `seed` alone.
 
     `part`: "denoiser" or "text_encoder". Modules in `without` and their submodules get no adapter.
+    `presets`: the family's own.
     Raises ConfigError if a target matches no module.
     """
     kind = KINDS[cfg.kind]
-    chosen = targets.select(targets.Modules.of(module, without), cfg.targets, part)
+    chosen = targets.select(targets.Modules.of(module, without), cfg.targets, part, presets)
     _silence_dropout(module)
     config = kind.config(r=cfg.rank, target_modules=chosen, **kind.options(cfg))
     try:

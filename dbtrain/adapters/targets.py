@@ -6,7 +6,7 @@ Works on names alone, which come from a loaded component or from the headers of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -47,13 +47,18 @@ class Modules:
         return cls(kind, tuple(sorted(names)), found)
 
 
-def select(modules: Modules, wanted: str | Sequence[str], part: str) -> list[str]:
+def select(
+    modules: Modules,
+    wanted: str | Sequence[str],
+    part: str,
+    presets: Mapping[str, Sequence[str]] | None = None,
+) -> list[str]:
     """PEFT's `target_modules`: suffixes of module names, or full names.
 
-    `wanted`: `targets` in the config. `part`: "denoiser" or "text_encoder".
+    `wanted`: `targets` in the config. `part`: "denoiser" or "text_encoder". `presets`: the family's own.
     Raises ConfigError if a target matches no module.
     """
-    presets, section = PRESETS[part], SECTIONS[part]
+    presets, section = presets or PRESETS[part], SECTIONS[part]
     if isinstance(wanted, str) and wanted in presets:
         found = _ending(modules.names, presets[wanted])
         if not found:

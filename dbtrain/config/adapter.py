@@ -19,8 +19,8 @@ class AdapterSettings(Section):
     )
     targets: Targets = Field(
         "attention",
-        description="modules to adapt: a preset (`attention`, `minimal`, `all`), a list of module names, or "
-        "a regular expression that matches full module names",
+        description="modules to adapt: a preset (`attention`, `minimal`, `all`, or `diffusers` for what its "
+        "scripts adapt), a list of module names, or a regular expression that matches full module names",
     )
     dropout: Share = Field(0.0, description="LoRA: dropout probability on the adapter's input")
     init: Literal["gaussian", "kaiming", "orthogonal"] = Field(
@@ -73,12 +73,14 @@ class Adapter(AdapterSettings):
     )
 
 
-# Module names of each preset, as suffixes. Names that a component does not have are ignored.
+# Module names of each preset, as suffixes. Names that a component does not have are ignored. Families with
+# other denoisers than UNets have their own.
 _DENOISER = ("to_q", "to_k", "to_v", "to_out.0")
 _CLIP, _T5 = ("q_proj", "k_proj", "v_proj", "out_proj"), ("q", "k", "v", "o")
 PRESETS = {
     "denoiser": {
         "attention": (*_DENOISER, "add_k_proj", "add_v_proj"),
+        "diffusers": (*_DENOISER, "add_k_proj", "add_v_proj"),
         "minimal": ("to_q", "to_v"),
         "all": (*_DENOISER, "proj", "proj_in", "proj_out", "conv", "conv1", "conv2", "conv_shortcut",
                 "time_emb_proj", "ff.net.2"),

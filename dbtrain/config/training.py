@@ -9,13 +9,40 @@ from pydantic import BeforeValidator, Field, model_validator
 from dbtrain.config.base import Count, Natural, NonNegative, Positive, PositiveShare, Section, no_number
 
 
+class Timesteps(Section):
+    """The distribution of the noise levels that images are trained at."""
+
+    distribution: Literal["auto", "uniform", "logit_normal", "mode"] = Field(
+        "auto",
+        description="distribution of the noise level; `auto`: logit_normal for flow matching, uniform for "
+        "the rest",
+    )
+    mean: float = Field(
+        0.0, description="logit_normal: mean of the logit; above 0 trains more on noisy images"
+    )
+    std: Positive = Field(1.0, description="logit_normal: standard deviation of the logit")
+    mode_scale: float = Field(
+        1.29, ge=-1, le=1.75, description="mode: how far the noise levels crowd in the middle (0: uniform)"
+    )
+    shift: Positive | None = Field(
+        None,
+        description="flow matching: shift of the noise levels towards noise, sigma -> s sigma / (1 + (s - 1) "
+        "sigma) (null: the base's own, for this resolution; 1: none)",
+    )
+
+
 class Loss(Section):
     prior_weight: NonNegative = Field(1.0, description="weight of the loss on class images")
     min_snr_gamma: Positive | None = Field(
         None, description="min-SNR-gamma loss weighting, usually 5 (null: off)"
     )
     noise_offset: NonNegative = Field(
-        0.0, description="strength of an extra noise that is constant over each channel"
+        0.0,
+        description="strength of an extra noise that is constant over each channel; not for flow matching",
+    )
+    timesteps: Timesteps = Field(default=Timesteps(), description="which noise levels images are trained at")
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
+        "none", description="flow matching: loss weight by noise level, as in Diffusers' scripts"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -39,6 +39,7 @@ def model(case: Case) -> Iterator[Finding]:
         return
     # Weights, vocabularies, and whether the resolution fits.
     found = [line for name in models_of(base.family) for line in _weights(base, name)]
+    found += problems_of(lambda: base.check_trains(case.cfg.adapter), "use another base")
     for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
         found += problems_of(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]
@@ -151,30 +152,28 @@ def _named(index: Path) -> set[str]:
 def adapter(case: Case) -> Iterator[Finding]:
     """The layers that the adapter is on, from the names and shapes in the weight headers."""
     parts = [part for part in _parts(case) if weight_files(case.base, part[0])]
-    for component, cfg, part in parts:
+    for component, cfg, part, presets in parts:
         modules, _ = _layers(case.base, component)
-        yield from problems_of(lambda: targets.select(modules, cfg.targets, part), "use attention")  # noqa: B023
+        yield from problems_of(lambda: targets.select(modules, cfg.targets, part, presets), "use attention")  # noqa: B023
     total = adapter_bytes(case) // 4
-    names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, _ in parts)
+    names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, *_ in parts)
     yield ok(f"{names}: about {total:,} parameters" if total else "unknown without weights")
 
 
-def _parts(case: Case) -> list[tuple[str, AdapterSettings, str]]:
-    """(component, settings, key in PRESETS) for each adapter."""
-    family = case.base.family
-    found: list[tuple[str, AdapterSettings, str]] = [(family.denoiser, case.cfg.adapter, "denoiser")]
-    if case.cfg.adapter.text_encoder:
-        found += [(name, case.cfg.adapter.text_encoder, "text_encoder") for name in family.text_encoders]
-    return found
+def _parts(case: Case) -> list[tuple[str, AdapterSettings, str, Mapping[str, Sequence[str]] | None]]:
+    """(component, settings, key in PRESETS, presets of its own) for each adapter."""
+    family, text = case.base.family, case.cfg.adapter.text_encoder
+    encoders = [(name, text, "text_encoder", None) for name in family.text_encoders if text]
+    return [(family.denoiser, case.cfg.adapter, "denoiser", family.presets), *encoders]
 
 
 def adapter_bytes(case: Case) -> int:
     """Approximate size of the adapter in fp32, bytes; 0 if its targets select nothing."""
     count = 0
-    for component, cfg, part in _parts(case):
+    for component, cfg, part, presets in _parts(case):
         modules, shapes = _layers(case.base, component)
         try:
-            chosen = targets.selected(modules, targets.select(modules, cfg.targets, part))
+            chosen = targets.selected(modules, targets.select(modules, cfg.targets, part, presets))
         except ConfigError:  # `adapter` reports it
             continue
         sizes = [shapes[name][0] + math.prod(shapes[name][1:]) for name in chosen]

@@ -91,8 +91,8 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     count = prepare.class_images if prepare.class_prompt else 0
     if case.manifest is None:
         crops = len(case.photos) * prepare.variants * (1 + prepare.flip) if case.knows("photos") else 0
-        # Mean and deviation of the VAE's posterior. Pixel-space models store uint8 instead of fp32.
-        row = 2 * latent if case.base.family.vae else latent / 4
+        # Pixel-space models store uint8 instead of fp32.
+        row = len(case.base.family.stored) * latent if case.base.family.vae else latent / 4
         yield "shards", shards, (crops + count) * row
     # Class images.
     if prepare.class_prompt and case.base.family.enlarges == 1:

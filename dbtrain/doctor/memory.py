@@ -103,7 +103,7 @@ def _validation(
         with PRECISIONS[cfg.train.precision].forward(torch.device("cpu")):
             model(batch(rows))
         if vae:
-            _materialize(vae).decode(torch.empty_like(batch(1).noise), return_dict=False)
+            model.family.decode(_materialize(vae), torch.empty_like(batch(1).noise))
     return counter.peak - before
 
 
@@ -127,7 +127,7 @@ def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str,
     """(prompt table, one stored image) as `prepare` makes them, on the meta device."""
     tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
     ids = base.family.tokenize(tokenizers, [""] * shapes.prompts)
-    encoders = {name: base.load(name) for name in base.family.text_encoders}
+    encoders = {name: base.load(name, base.family.text_dtype) for name in base.family.text_encoders}
     vae = base.load(base.family.vae) if base.family.vae else None
     with FakeTensorMode() as fake, torch.no_grad():
         stored = base.family.encode_images(

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
+from dbtrain.models.blocks import blocks
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -22,6 +23,8 @@ def checkpoint_activations(denoiser: Any, text_encoders: list[Any], mode: str) -
     denoiser.enable_gradient_checkpointing()
     if mode == "transformer":
         flagged = [module for module in denoiser.modules() if hasattr(module, "gradient_checkpointing")]
+        if flagged == [denoiser] and blocks(denoiser):
+            return  # a transformer, which has no other blocks
         if not any(isinstance(module, Transformer2DModel) for module in flagged):
             raise ConfigError(
                 f"train.gradient_checkpointing is 'transformer', but the {type(denoiser).__name__} of this "

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dbtrain.config import Model
+from dbtrain.config.adapter import Adapter
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import dist
+from dbtrain.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,16 @@ class Base(Pretrained):
         pretrained = Pretrained.find(cfg)
         with dist.agreed():
             return cls.of(pretrained, cfg)
+
+    def check_trains(self, adapter: Adapter) -> None:
+        """Raise ConfigError unless an adapter with these settings can be trained on this base."""
+        if adapter.text_encoder and not self.family.trains_text:
+            raise ConfigError(
+                f"adapter.text_encoder: the text encoders of {self.family.name} models are too large "
+                "to train along; remove it"
+            )
+        if instead := self.family.distilled(self):
+            raise ConfigError(
+                f"base model {self.name} was distilled to generate images in a few steps, which training "
+                f"would undo; train on {instead}, and load the adapter into this one"
+            )

@@ -1,140 +1,68 @@
-"""The training objective: noise schedule, prediction target and loss weights."""
+"""What a denoiser is trained to predict: the parts that all objectives share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.config.training import Loss, Timesteps
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SCHEDULERS = (  # those that sample with DDPM's noise schedule, and so record it
-    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
-    "UniPCMultistepScheduler",
-)  # fmt: skip
 UNFITTING = (
-    "made for another training objective (EDM, flow matching, distillation); dbtrain trains bases with "
-    "DDPM's noise schedule, so use another base"
+    "made for another training objective (EDM, flow matching, distillation) than this kind of model is "
+    "trained with here; use another base"
 )
-BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")  # Diffusers' schedules
-MOST_TIMESTEPS = 100_000
-# Settings of these schedulers that mean another training objective, and the values that do not.
-OTHER_OBJECTIVES: dict[str, tuple[Any, ...]] = {
-    "timestep_type": (None, "discrete"),  # continuous: EDM's
-    "use_flow_sigmas": (None, False),
-}
+
+USUAL = Loss()  # the default settings
 
 
-def check(scheduler_config: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless DDPM is the objective that a scheduler's config describes.
+class Objective(Protocol):
+    """What a family's denoiser is trained to predict. `t` is whatever its `timesteps` returns, (rows,)."""
 
-    `DDPMScheduler.from_config` would read any scheduler's config, and use its own defaults for what is not
-    there: a base made for EDM (Playground 2.5, CosXL) or flow matching would silently be trained wrong.
-    """
-    kind = scheduler_config.get("_class_name", "DDPMScheduler")
-    timesteps = scheduler_config.get("num_train_timesteps", 1000)
-    prediction = scheduler_config.get("prediction_type", "epsilon")
-    betas = scheduler_config.get("beta_schedule", "linear")
-    ends = [scheduler_config.get(name, 0.01) for name in ("beta_start", "beta_end")]
-    trained = scheduler_config.get("trained_betas")
-    wrong = [name for name, fine in OTHER_OBJECTIVES.items() if scheduler_config.get(name) not in fine]
-    if kind not in SCHEDULERS or wrong:
-        named = f"{kind} with {wrong[0]} = {scheduler_config[wrong[0]]}" if wrong else kind
-        raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
-    if prediction not in PREDICTIONS:
-        raise ConfigError(
-            f"the base's scheduler predicts '{prediction}'; dbtrain trains {', '.join(PREDICTIONS)}"
-        )
-    if type(timesteps) is not int or not 0 < timesteps <= MOST_TIMESTEPS:
-        raise ConfigError(
-            f"the base's scheduler_config.json has {str(timesteps)[:20]} timesteps; use 1 to {MOST_TIMESTEPS}"
-        )
-    if trained is not None:
-        fine = isinstance(trained, list) and len(trained) == timesteps and all(map(_is_beta, trained))
-    else:
-        fine = betas in BETAS and all(map(_is_beta, ends))
-    if not fine:
-        raise ConfigError(
-            f"the base's scheduler_config.json has beta_schedule {betas!r}, beta_start {ends[0]!r} and "
-            f"beta_end {ends[1]!r}{', and trained_betas of its own' if trained else ''}; use betas between 0 "
-            f"and 1, and one of {', '.join(BETAS)}"
-        )
+    SCHEDULERS: tuple[str, ...]  # the schedulers of bases that were trained so
+    SAMPLER: str | None  # what images are generated with; None: the base's own scheduler
 
-
-def _is_beta(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-class DDPM(nn.Module):
-    """Noise schedule and target of Ho et al. 2020, arXiv:2006.11239, in fp32 in every precision.
-
-    Diffusers casts alpha_bar to the latents' dtype before taking square roots, which in bf16 leaves the
-    first timesteps without any noise.
-    """
-
-    alphas_cumprod: Tensor  # (T,)
-
-    def __init__(self, alphas_cumprod: Tensor, prediction: str, min_snr_gamma: float | None) -> None:
-        super().__init__()
-        self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
-        self.prediction = prediction
-        self.min_snr_gamma = min_snr_gamma
+    @staticmethod
+    def check(scheduler_config: Mapping[str, Any]) -> None:
+        """Raise ConfigError unless this is the objective that a scheduler's config describes."""
 
     @classmethod
-    def of(cls, scheduler_config: Mapping[str, Any], min_snr_gamma: float | None) -> DDPM:
-        """The objective with which a base was trained, from its scheduler's config.
+    def of(cls, scheduler_config: Mapping[str, Any], loss: Loss, tokens: int) -> Objective:
+        """The objective with which a base was trained, for images of `tokens` tokens.
 
-        Raises ConfigError if it was another one.
+        Raises ConfigError if it was another one, or if settings do not fit it.
         """
-        from diffusers import DDPMScheduler
-
-        check(scheduler_config)
-        try:
-            scheduler = DDPMScheduler.from_config(dict(scheduler_config))
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise ConfigError(f"cannot read the base's scheduler_config.json: {reason(error)}") from error
-        return cls(scheduler.alphas_cumprod, scheduler.config.prediction_type, min_snr_gamma)
 
     def timesteps(self, u: Tensor) -> Tensor:
-        """Timesteps, (rows,) int64 in [0, T), from `u` uniform in [0, 1), (rows,)."""
-        return (u * len(self.alphas_cumprod)).long().clamp(max=len(self.alphas_cumprod) - 1)
+        """The noise levels, (rows,), for `u` uniform in [0, 1), (rows,); they rise with `u`."""
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, shaped like x0: the forward process at timesteps `t`, (rows,)."""
-        signal, sigma = self._signal_sigma(t)
-        return signal * x0 + sigma * noise
+        """x_t, shaped like x0."""
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The denoiser's target, shaped like x0."""
-        if self.prediction == "epsilon":
-            return noise
-        if self.prediction == "sample":
-            return x0
-        signal, sigma = self._signal_sigma(t)  # Salimans & Ho 2022, arXiv:2202.00512
-        return signal * noise - sigma * x0
 
     def weight(self, t: Tensor) -> Tensor:
-        """Loss weight of each image, (rows,): 1, or min-SNR-gamma.
+        """Loss weight of each image, (rows,) fp32."""
 
-        As in the paper, the error of any prediction type is weighted like min(SNR, gamma) times the error
-        in x0. Finite at zero terminal SNR.
-        Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv:2303.09556.
-        """
-        if self.min_snr_gamma is None:
-            return torch.ones_like(t, dtype=torch.float32)
-        alpha_bar = self.alphas_cumprod[t]
-        snr = alpha_bar / (1 - alpha_bar)
-        if self.prediction == "epsilon":
-            return (self.min_snr_gamma / snr).clamp(max=1)
-        capped = snr.clamp(max=self.min_snr_gamma)
-        return capped / (snr + 1) if self.prediction == "v_prediction" else capped
 
-    def _signal_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_bar = self.alphas_cumprod[t][:, None, None, None]  # (rows, 1, 1, 1)
-        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+def levels(u: Tensor, settings: Timesteps, usual: str) -> Tensor:
+    """Noise levels in (0, 1), (rows,) fp64: the quantiles `u`, (rows,), of a distribution.
+
+    Each needs a single uniform number, so that a row's draws stay those of its position. `usual` is the
+    distribution that `auto` stands for.
+    Esser et al. 2024, "Scaling Rectified Flow Transformers", arXiv:2403.03206, section 3.1.
+    """
+    tiny = 1e-7
+    u = u.double().clamp(tiny, 1 - tiny)
+    kind = usual if settings.distribution == "auto" else settings.distribution
+    if kind == "logit_normal":
+        normal = math.sqrt(2) * torch.erfinv(2 * u - 1)
+        return torch.sigmoid(settings.mean + settings.std * normal)
+    if kind == "mode":
+        bend = torch.cos(math.pi / 2 * (1 - u)).square() - u
+        return (u - settings.mode_scale * bend).clamp(tiny, 1 - tiny)
+    return u

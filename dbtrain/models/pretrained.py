@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from dbtrain.config import Model
 from dbtrain.models import locate, safety
@@ -72,9 +74,12 @@ class Pretrained:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
         return self._json(found[0])
 
-    def check(self, component: str) -> None:
-        """Raise ConfigError if a component is missing, of a class that is not loaded, or unsafe to load."""
-        safety.check_class(self.name, component, self.index.get(component))
+    def check(self, component: str, names: Collection[str] = ()) -> None:
+        """Raise ConfigError if a component is missing, unsafe to load, or of none of the classes `names`.
+
+        Without `names`, any class that some family has for the component will do.
+        """
+        safety.check_class(self.name, component, self.index.get(component), names)
         safety.check_folder(self.folder / component, f"base model {self.name}")
         self.config(component)
 
@@ -105,7 +110,7 @@ class Pretrained:
             ) from error
         # Refuse what the libraries would complete with defaults.
         if not weights:
-            if getattr(loaded, "model_max_length", 0) > 10_000:  # transformers' value for "unknown"
+            if getattr(loaded, "model_max_length", 0) > 10**9:  # transformers' value for "unknown"
                 raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
         module, info = loaded
@@ -166,13 +171,22 @@ class Pretrained:
             raise ConfigError(f"base model {self.name}: {component}/config.json has {name} = {value!r}")
         return value
 
+    def tensor(self, component: str, name: str) -> torch.Tensor:
+        """One tensor of a component's weights. Raises ConfigError if no file has it."""
+        for path in self._weights(component):
+            with safe_open(path, "pt") as file:
+                if name in file.keys():  # noqa: SIM118
+                    return file.get_tensor(name)
+        raise ConfigError(f"base model {self.name}: the weights of its {component} lack {name}")
+
+    def _weights(self, component: str) -> list[Path]:
+        found = (self.folder / component).glob("*.safetensors")
+        return sorted(path for path in found if (f".{self.variant}" in path.name) == bool(self.variant))
+
     def key(self, component: str) -> str:
         """sha256 over a component's config and weights."""
         folder = self.folder / component
-        weights = [
-            path for path in folder.glob("*.safetensors")
-            if (f".{self.variant}" in path.name) == bool(self.variant)
-        ]  # fmt: skip
+        weights = self._weights(component)
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")

@@ -7,25 +7,15 @@ classes, ask on standard input whether to run code, fetch kernels and other mode
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dbtrain.models.objectives import SCHEDULERS, UNFITTING
+from dbtrain.models.objectives import UNFITTING
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
-CLIP_WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
-CLASSES = {  # component -> (library, the classes that are loaded)
-    "unet": ("diffusers", ("UNet2DConditionModel",)),
-    "vae": ("diffusers", ("AutoencoderKL",)),
-    "scheduler": ("diffusers", SCHEDULERS),
-    "image_noising_scheduler": ("diffusers", SCHEDULERS),
-    "text_encoder": ("transformers", ("CLIPTextModel", "T5EncoderModel")),
-    "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
-    "tokenizer": ("transformers", (*CLIP_WORDS, "T5Tokenizer", "T5TokenizerFast")),
-    "tokenizer_2": ("transformers", CLIP_WORDS),
-}
+CLASSES: dict[str, set[str]] = {}  # component -> the classes that are loaded, of any family
 # Settings of a component that make a library run code or read other files, and their harmless values.
 LEADING_OUT: dict[str, tuple[Any, ...]] = {
     "auto_map": (None, {}),
@@ -43,16 +33,29 @@ DEPTH = re.compile(r"layers_per_block|num_(hidden_|decoder_)?layers")  # numbers
 MOST_LAYERS, MOST = 200, 2**20  # of the largest public models: 70 layers, 250,000 words
 
 
-def check_class(model: str, component: str, entry: Any) -> None:
-    """Raise ConfigError unless `entry`, (library, class) in model_index.json, is loaded for a component."""
-    library, names = CLASSES[component]
-    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == library and entry[1] in names):
+def allow(classes: Mapping[str, Collection[str]]) -> None:
+    """Allow classes, by component, to be loaded."""
+    for component, names in classes.items():
+        CLASSES.setdefault(component, set()).update(names)
+
+
+def library(component: str) -> str:
+    """The library that a component's class comes from."""
+    return "transformers" if component.startswith(("text_encoder", "tokenizer")) else "diffusers"
+
+
+def check_class(model: str, component: str, entry: Any, names: Collection[str] = ()) -> None:
+    """Raise ConfigError unless `entry`, (library, class) in model_index.json, may be loaded.
+
+    `names`: the classes to allow; without any, those that some family has for the component.
+    """
+    allowed, origin = names or CLASSES.get(component, ()), library(component)
+    if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == origin and entry[1] in allowed):
         found = ".".join(map(str, entry)) if isinstance(entry, list) else str(entry or "missing")
-        cure = f"use a base where it is {library}'s {' or '.join(names)}"
-        raise ConfigError(
-            f"base model {model}: component '{component}' is {found}"
-            + (f", {UNFITTING}" if names is SCHEDULERS else f"; {cure}")
-        )
+        cure = f"; use a base where it is {origin}'s {' or '.join(sorted(allowed))}"
+        if component.endswith("scheduler"):
+            cure = f", {UNFITTING}"
+        raise ConfigError(f"base model {model}: component '{component}' is {found}{cure}")
 
 
 def check_folder(folder: Path, what: str) -> None:
@@ -122,5 +125,5 @@ def _sizes(value: Any, name: str) -> Iterator[tuple[str, int]]:
             yield f"num_layers, by {name},", len(value)
         for inner in value:
             yield from _sizes(inner, name)
-    elif isinstance(value, int):
+    elif isinstance(value, int) and not name.endswith("theta"):  # of rotary embeddings, not a size
         yield name, value

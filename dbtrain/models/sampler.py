@@ -20,10 +20,6 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
 
-SAMPLER = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
-# Arguments of a pipeline's call, in the order in which `encode_prompt` returns them (SD: the first two).
-ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-
 
 def build(
     base: Base,
@@ -45,61 +41,45 @@ def build(
     # `from_pretrained` loads none of these: the rest of the base's components are optional.
     unused = dict.fromkeys(kind._optional_components)
     pipe = kind.from_pretrained(base.folder, trust_remote_code=False, **unused | parts)
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
-    )
+    if base.family.objective.SAMPLER:
+        pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def generate(
-    pipe: Any,
-    prompts: Sequence[str],
-    generators: Sequence[torch.Generator],
-    steps: int,
-    guidance: float,
-    side: int | None,
-    images: Sequence[Image.Image] = (),
-) -> list[Image.Image]:
-    """One image per prompt, `side` px square (None: the base's default size).
+def name_of(base: Base) -> str:
+    """The name of the sampler that generates a base's images."""
+    return base.family.objective.SAMPLER or str(base.index["scheduler"][1])
 
-    Each starts from noise of its own CPU generator, which depends on neither the batch nor the device.
-    `images`: input images of an upscaler, one per prompt.
+
+def without_vae(base: Base, side: int, dtype: torch.dtype, given: Mapping[str, Any] | None = None) -> Any:
+    """Like `build`, for latents only: without the VAE, unless the pipeline reads something in it.
+
+    The pipeline generates latents for images of `side` px.
     """
-    return _run(pipe, {"prompt": list(prompts)}, generators, steps, guidance, side, images)
+    family, given = base.family, given or {}
+    if family.needs_vae:
+        return build(base, dtype, dist.device(), given)
+    pipe = build(base, dtype, dist.device(), {**given, str(family.vae): None})
+    # Without a VAE the pipeline would assume a factor of 8.
+    pipe.vae_scale_factor = side // family.space(base, side).shape[-1]
+    return pipe
 
 
 @torch.no_grad()
-def _run(
-    pipe: Any,
-    inputs: dict[str, Any],
-    generators: Sequence[torch.Generator],
-    steps: int,
-    guidance: float,
-    side: int | None,
-    images: Sequence[Image.Image],
-) -> list[Any]:
-    low_res = {"image": list(images)} if images else {}
-    return list(
-        pipe(
-            generator=list(generators), num_inference_steps=steps, guidance_scale=guidance,
-            height=side, width=side, **inputs, **low_res,
-        ).images
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def encode(pipe: Any, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
+def encode(pipe: Any, family: Family, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
     """The encoded prompts as arguments of the pipeline's call, (1, ...) each."""
-    encoded = []
-    for prompt in prompts:
-        tensors = pipe.encode_prompt(
-            prompt=prompt, device=pipe.device, num_images_per_prompt=1,
-            do_classifier_free_guidance=guidance > 1,
-        )  # fmt: skip
-        named = zip(ENCODED, tensors, strict=False)
-        encoded.append({name: tensor for name, tensor in named if tensor is not None})
-    return encoded
+    return [family.encode_prompt(pipe, prompt, guidance > 1) for prompt in prompts]
+
+
+def encode_alone(
+    base: Base, prompts: Sequence[str], guidance: float, dtype: torch.dtype
+) -> list[dict[str, Tensor]]:
+    """Like `encode`, by text encoders that are loaded for it, before the denoiser takes its memory."""
+    unused = dict.fromkeys(name for name in (base.family.denoiser, base.family.vae) if name)
+    return encode(build(base, dtype, dist.device(), unused), base.family, prompts, guidance)
 
 
 def encode_once(
@@ -124,52 +104,77 @@ def encode_once(
         if dist.is_main() and not path.is_file():
             tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
             base.family.tokenize(tokenizers, prompts)  # reports prompts that are too long
-            unused = dict.fromkeys(name for name in (base.family.denoiser, base.family.vae) if name)
-            pipe = build(base, PRECISIONS[precision].dtype, dist.device(), unused)
+            found = encode_alone(base, prompts, guidance, PRECISIONS[precision].dtype)
             tensors = {
                 f"{number}.{name}": tensor.cpu().contiguous()
-                for number, one in enumerate(encode(pipe, prompts, guidance))
+                for number, one in enumerate(found)
                 for name, tensor in one.items()
             }
             files.write_atomically(path, safetensors.torch.save(tensors))
     # Every rank reads it.
     with dist.agreed():
-        found = safetensors.torch.load_file(path)
+        stored = safetensors.torch.load_file(path)
     encoded: list[dict[str, Tensor]] = [{} for _ in prompts]
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         number, _, argument = name.partition(".")
         encoded[int(number)][argument] = tensor
     return encoded
 
 
+def generate(
+    pipe: Any,
+    family: Family,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    steps: int,
+    guidance: float,
+    side: int | None,
+    images: Sequence[Image.Image] = (),
+) -> list[Image.Image]:
+    """One image per prompt, `side` px square (None: the base's default size).
+
+    Each starts from noise of its own CPU generator, which depends on neither the batch nor the device.
+    `images`: input images of an upscaler, one per prompt.
+    """
+    different = sorted(set(prompts))
+    encoded = dict(zip(different, encode(pipe, family, different, guidance), strict=True))
+    rows = [encoded[prompt] for prompt in prompts]
+    return generate_encoded(pipe, family, rows, generators, steps, guidance, side, images)
+
+
+@torch.no_grad()
 def generate_encoded(
     pipe: Any,
+    family: Family,
     encoded: Sequence[Mapping[str, Tensor]],
     generators: Sequence[torch.Generator],
     steps: int,
     guidance: float,
     side: int | None,
     images: Sequence[Image.Image] = (),
-    *,
-    latents: bool,
+    space: LatentSpace | None = None,
 ) -> list[Any]:
     """Like `generate`, but from encoded prompts, one per image, without a text encoder.
 
-    `latents`: return x0 in the denoiser's scale, (C, h, w) each, instead of images, without a VAE.
+    `space`: return x0 in the denoiser's scale, (C, h, w) each, instead of images, without a VAE.
     """
-    rows: dict[str, Any] = {
-        name: torch.cat([one[name] for one in encoded]).to(pipe.device) for name in encoded[0]
-    }
-    output = {"output_type": "latent"} if latents else {}
-    return _run(pipe, rows | output, generators, steps, guidance, side, images)
+    rows = [{name: tensor.to(pipe.device) for name, tensor in one.items()} for one in encoded]
+    more: dict[str, Any] = {"image": list(images)} if images else {}
+    if space:
+        more["output_type"] = "latent"
+    made = pipe(
+        generator=list(generators), num_inference_steps=steps, height=side, width=side,
+        **family.arguments(rows, guidance), **more,
+    ).images  # fmt: skip
+    return list(family.generated(made, space) if space else made)
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, latent: Tensor, space: LatentSpace) -> Image.Image:
+def decode(vae: nn.Module, family: Family, latent: Tensor, space: LatentSpace) -> Image.Image:
     """The image of one x0, (C, h, w), decoded as in the family's pipeline."""
     parameter = next(vae.parameters())
     unscaled = space.unscaled(latent.float().cpu())[None].to(parameter.device, parameter.dtype)
-    pixels = vae.decode(unscaled, return_dict=False)[0][0]  # type: ignore[operator]  # (3, H, W) in [-1, 1]
+    pixels = family.decode(vae, unscaled)[0]  # (3, H, W) in [-1, 1]
     values = (pixels.float().cpu() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
     return Image.fromarray((values * 255).round().to(torch.uint8).numpy())
 

@@ -146,21 +146,19 @@ def _sampler(
     prompt = cfg.class_prompt or ""
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
     latents = as_latents(base.family, cfg)
-    given: dict[str, Any] = {str(base.family.vae): None} if latents else {}
-    pipe = sampler.build(base, DTYPES[cfg.sampling.precision], dist.device(), given)
+    dtype, family = DTYPES[cfg.sampling.precision], base.family
+    encoded = sampler.encode_alone(base, [prompt], cfg.sampling.guidance, dtype)
+    encoders = dict.fromkeys(family.text_encoders)
+    if latents:
+        pipe = sampler.without_vae(base, cfg.resolution, dtype, encoders)
+    else:
+        pipe = sampler.build(base, dtype, dist.device(), encoders)
     if compiled:
-        kernels.compile_module(getattr(pipe, base.family.denoiser), True)
-    if not latents:
-        return lambda seeds: sampler.generate(pipe, [prompt] * len(seeds), seeds, *how), save_png
-
-    # Without a VAE the pipeline would assume a factor of 8.
-    pipe.vae_scale_factor = cfg.resolution // base.family.space(base, cfg.resolution).shape[-1]
-    encoded = sampler.encode(pipe, [prompt], cfg.sampling.guidance)
-    for name in base.family.text_encoders:
-        setattr(pipe, name, None)  # frees its memory
+        kernels.compile_module(getattr(pipe, family.denoiser), True)
+    space = family.space(base, cfg.resolution) if latents else None
     return (
-        lambda seeds: sampler.generate_encoded(pipe, encoded * len(seeds), seeds, *how, latents=True),
-        save_latent,
+        lambda seeds: sampler.generate_encoded(pipe, family, encoded * len(seeds), seeds, *how, space=space),
+        save_latent if latents else save_png,
     )
 
 
@@ -173,7 +171,7 @@ def about_of(base: Base, cfg: Prepare) -> dict[str, object]:
         parts = tuple(part for part in parts if part != base.family.vae)
     return about | {
         "base": {part: base.key(part) for part in parts},
-        "prompt": cfg.class_prompt, "sampler": sampler.SAMPLER, "steps": cfg.sampling.steps,
+        "prompt": cfg.class_prompt, "sampler": sampler.name_of(base), "steps": cfg.sampling.steps,
         "guidance": cfg.sampling.guidance, "side_px": cfg.resolution, "precision": cfg.sampling.precision,
     }  # fmt: skip
 

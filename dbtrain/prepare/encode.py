@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ def image_encoder(base: Base, precision: str, side: int) -> Callable[[str, dict[
     @torch.no_grad()
     def encode(path: str, meta: dict[str, Any]) -> shards.Row:
         if Path(path).suffix == class_images.SUFFIX:
-            return shards.Row(sampled_moments(class_images.load_latent(Path(path), space.shape), space), meta)
+            made = sampled_moments(class_images.load_latent(Path(path), space.shape), space)
+            return shards.Row({name: made[name] for name in base.family.stored}, meta)
         photo = photos.load(Path(path))
         top, left = meta["crop"]
         pixels = photos.pixels(photo, Crop(top, left, meta["flip"]), side)
@@ -53,11 +54,31 @@ def image_encoder(base: Base, precision: str, side: int) -> Callable[[str, dict[
     return encode
 
 
+class _OneAtATime(Mapping[str, nn.Module]):
+    """A base's text encoders, loaded when they are asked for, in place of the one before."""
+
+    def __init__(self, base: Base) -> None:
+        self.base, self.held = base, ("", nn.Module())
+
+    def __getitem__(self, name: str) -> nn.Module:
+        if self.held[0] != name:
+            self.held = ("", nn.Module())  # frees the one before
+            self.held = (name, self.base.load(name, self.base.family.text_dtype).to(dist.device()))
+        return self.held[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base.family.text_encoders)
+
+    def __len__(self) -> int:
+        return len(self.base.family.text_encoders)
+
+
 @torch.no_grad()
 def prompt_table(base: Base, texts: list[str], folder: Path, old: shards.Prompts | None) -> shards.Prompts:
     """Write the table of these prompts into `folder`, unless `old` describes the same table.
 
-    The table holds `condition.<name>`, (prompts, ...) fp32, and `ids.<text encoder>`, (prompts, L) int64.
+    The table holds `condition.<name>`, (prompts, ...) in the family's `text_dtype`, and
+    `ids.<text encoder>`, (prompts, L) int64.
     """
     parts = [*base.family.text_encoders, *base.family.text_encoders.values()]
     key = content_key([texts, [base.key(part) for part in parts]])
@@ -65,7 +86,7 @@ def prompt_table(base: Base, texts: list[str], folder: Path, old: shards.Prompts
     valid = old and old.file == path.name and path.exists() and hashing.sha256_of(path) == old.sha256
     if not valid:
         tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-        encoders = {name: base.load(name).to(dist.device()) for name in base.family.text_encoders}
+        encoders = _OneAtATime(base)
         ids = base.family.tokenize(tokenizers, texts)
         condition = base.family.embed(encoders, {name: t.to(dist.device()) for name, t in ids.items()})
         table = {f"condition.{name}": tensor.cpu().contiguous() for name, tensor in condition.items()}

@@ -142,7 +142,7 @@ def _decoder(cfg: Config) -> Decode:
     def decode(row: shards.Row) -> Image.Image:
         mean = family.sample_posterior(row.tensors, torch.zeros(()))  # zero noise
         x0 = mean[None]  # (1, C, H, W)
-        pixels = vae.decode(x0.to(dist.device())).sample if vae else x0
+        pixels = family.decode(vae, x0.to(dist.device())) if vae else x0
         values = ((pixels[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 

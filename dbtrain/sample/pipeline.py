@@ -154,7 +154,7 @@ class AdapterPipeline:
         if isinstance(prompts, str):
             prompts = [prompts] * len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return sampler.generate(self.pipe, prompts, generators, steps, guidance, side, images)
+        return sampler.generate(self.pipe, self.family, prompts, generators, steps, guidance, side, images)
 
     def _read(self, adapter: str | Path) -> States:
         return formats.read(formats.find(adapter), self.family, self.base.skeleton)

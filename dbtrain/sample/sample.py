@@ -121,7 +121,7 @@ class _Request:
         """A hash of everything that the images depend on, including the weights."""
         return content_key({
             "model": [self.base.key(part) for part in self.base.family.parts],
-            "prompts": list(self.prompts), "side": self.side, "sampler": sampler.SAMPLER,
+            "prompts": list(self.prompts), "side": self.side, "sampler": sampler.name_of(self.base),
             "mixes": [
                 [mix.label, [formats.content_of(self.paths[p]) for p, _ in mix.parts]] for mix in self.mixes
             ],

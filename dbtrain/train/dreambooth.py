@@ -14,8 +14,9 @@ from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
 from dbtrain.models import activation_checkpointing, quantization
 from dbtrain.models.base import Base
+from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import Family, LatentSpace, Sees
-from dbtrain.models.objectives import DDPM
+from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 
 
@@ -30,7 +31,7 @@ class DreamBooth(nn.Module):
         family: Family,
         denoiser: nn.Module,
         text_encoders: Mapping[str, nn.Module],
-        objective: DDPM,
+        objective: Objective,
         prompts: Mapping[str, Tensor],
         space: LatentSpace,
         noising: DDPM | None = None,
@@ -68,7 +69,10 @@ class DreamBooth(nn.Module):
             denoiser.to(memory_format=torch.channels_last)
         if cfg.train.base_linears != "full":
             quantization.quantize(denoiser, cfg.train.base_linears)
-        adapters.attach(denoiser, cfg.adapter, "denoiser", cfg.seed)
+        family, name = base.family, base.family.denoiser
+        adapters.attach(
+            denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets
+        )
         encoders = {name: base.load(name, dtype) for name in base.family.text_encoders} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
             assert settings is not None
@@ -79,11 +83,12 @@ class DreamBooth(nn.Module):
         )
 
         # The objective, the prompts, and the latents' scale.
-        objective = base.family.objective(base.config("scheduler"), cfg.loss.min_snr_gamma)
+        tokens = base.family.tokens(manifest.latent_shape)
+        objective = base.family.objective.of(base.config("scheduler"), cfg.loss, tokens)
         prefix = "ids." if encoders else "condition."
         prompts = {name.removeprefix(prefix): t for name, t in table.items() if name.startswith(prefix)}
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
-        noising = DDPM.of(base.config(base.family.noising), None) if base.family.noising else None
+        noising = DDPM.of(base.config(base.family.noising)) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
         return cls(base.family, denoiser, encoders, objective, prompts, space, noising, sees, dtype)
 

@@ -19,6 +19,8 @@ PREPARE = (
     "instance_prompt", "captions", "class_prompt", "class_images", "resolution", "crop", "variants", "flip",
     "held_out", "class_held_out", "vae_precision",
 )  # fmt: skip
+# Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
+LATER = {"timesteps", "weighting"}
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
 
 def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
     """The part of the fingerprint that needs neither base nor shards. `prepare`: settings of the shards."""
+    later = cfg.loss.model_dump(mode="json", include=LATER, exclude_defaults=True)
     parts = {"adapter": cfg.adapter, "adapter.text_encoder": cfg.adapter.text_encoder}
     settings = {
         f"{part}.{key}": value
@@ -50,7 +53,8 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "seed": cfg.seed,
         **settings,
-        **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json").items()},
+        **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json", exclude=LATER).items()},
+        **{f"loss.{key}": value for key, value in later.items()},
         "train.global_batch": cfg.train.global_batch,
         **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
     }

@@ -48,6 +48,7 @@ class Inputs:
         storage = Storage(cfg.data.shards, cfg.faults.retries)
         base = Base.find(cfg.model)
         with dist.agreed():
+            base.check_trains(cfg.adapter)
             share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
             manifest = Manifest.read(storage)
             cuda_graph.check(cfg.train.cuda_graph, dist.device())

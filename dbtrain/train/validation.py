@@ -162,13 +162,10 @@ class ImageGenerator:
         """The pipeline. It is built on first use, when the model is on its device."""
         family = self.family
         given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.trained
-        if family.vae:
-            given[family.vae] = None
         dtype = PRECISIONS[self.cfg.train.precision].dtype
-        pipe = sampler.build(self.base, dtype, dist.device(), given)
-        if family.vae:  # without a VAE the pipeline would assume a factor of 8
-            pipe.vae_scale_factor = self.side // family.space(self.base, self.side).shape[-1]
-        return pipe
+        if family.vae:
+            return sampler.without_vae(self.base, self.side, dtype, given)
+        return sampler.build(self.base, dtype, dist.device(), given)
 
     @cached_property
     def vae(self) -> nn.Module:
@@ -193,12 +190,13 @@ class ImageGenerator:
 
         # Latents first, or the images themselves if the family has no VAE.
         pipe = self.pipe
+        space = self.family.space(self.base, self.side) if self.family.vae else None
         autocast = PRECISIONS[self.cfg.train.precision].forward
         generated: list[Any] = []
         count = sum(len(seeds) for _, seeds in mine)
         with console.bar(count, "images", "image", share=True, leave=False) as bar:
             with autocast(dist.device()):
-                encoded = self.encoded or sampler.encode(pipe, prompts, settings.guidance)
+                encoded = self.encoded or sampler.encode(pipe, self.family, prompts, settings.guidance)
             for number, seeds in mine:
                 preemption.check()
                 offsets = [seed - settings.seed for seed in seeds]
@@ -206,8 +204,8 @@ class ImageGenerator:
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
                 with autocast(dist.device()):
                     generated += sampler.generate_encoded(
-                        pipe, [encoded[number]] * len(seeds), generators, settings.steps,
-                        settings.guidance, self.side, inputs, latents=self.family.vae is not None,
+                        pipe, self.family, [encoded[number]] * len(seeds), generators, settings.steps,
+                        settings.guidance, self.side, inputs, space,
                     )  # fmt: skip
                 bar.update(len(seeds))
 
@@ -223,7 +221,7 @@ class ImageGenerator:
         """Decode one image at a time: the VAE needs more memory per image than the denoiser."""
         self.vae.to(dist.device())
         space = self.family.space(self.base, self.side)
-        images = [sampler.decode(self.vae, latent, space) for latent in latents]
+        images = [sampler.decode(self.vae, self.family, latent, space) for latent in latents]
         self.vae.to("cpu")
         return images
 

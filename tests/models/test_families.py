@@ -135,8 +135,8 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     plain = {name: base_model.load(name) for name in family.text_encoders}
     with torch.no_grad():
         ours = prediction(model, model.denoiser, dict(model.text_encoders.items()), batch)
-        theirs = prediction(model, pipe.unet, encoders, batch)
-        bare = prediction(model, base_model.load("unet"), plain, batch)
+        theirs = prediction(model, getattr(pipe, family.denoiser), encoders, batch)
+        bare = prediction(model, base_model.load(family.denoiser), plain, batch)
     assert ours.shape == batch.noise.shape
     assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()
     assert (bare - ours).abs().max() > 1e-3 * ours.abs().max(), "the adapter changes nothing"

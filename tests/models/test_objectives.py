@@ -6,14 +6,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dbtrain.models.objectives import DDPM
+from dbtrain.config.training import Loss
+from dbtrain.models.ddpm import DDPM
 from dbtrain.runtime.errors import ConfigError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def objective(prediction: str = "epsilon", gamma: float | None = None, **config: object) -> DDPM:
-    return DDPM.of(SD | {"prediction_type": prediction} | config, gamma)
+    return DDPM.of(SD | {"prediction_type": prediction} | config, Loss(min_snr_gamma=gamma))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

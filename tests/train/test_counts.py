@@ -16,9 +16,9 @@ from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter, Config, Train
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Row
+from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import LatentSpace
-from dbtrain.models.objectives import DDPM
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train.checkpoint import Progress

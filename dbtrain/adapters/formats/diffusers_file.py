@@ -32,7 +32,8 @@ def write(
         tensors = state.tensors
         if component in family.text_encoders:  # transformers' loader drops a magnitude without `.weight`
             tensors = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: t for k, t in tensors.items()}
-        layers[f"{component}_lora_layers"] = diffusers_keys(tensors)
+        named = tensors if component == "transformer" else diffusers_keys(tensors)
+        layers[f"{component}_lora_layers"] = named
         layers[f"{component}_lora_adapter_metadata"] = state.config
     part = folder.with_name(f".{folder.name}.tmp")
     try:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from dbtrain.data.batch import Batch
+from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import Family, matching, padded, pixel_space
-from dbtrain.models.objectives import DDPM
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -96,6 +96,13 @@ STAGE_1 = Family(
     name="deepfloyd",
     pipeline="IFPipeline",
     denoiser="unet",
+    classes={
+        "unet": ("UNet2DConditionModel",),
+        "scheduler": DDPM.SCHEDULERS,
+        "text_encoder": ("T5EncoderModel",),
+        "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+        "image_noising_scheduler": DDPM.SCHEDULERS,
+    },
     text_encoders={"text_encoder": "tokenizer"},
     tokenize=tokenize,
     embed=embed,
@@ -105,7 +112,6 @@ STAGE_1 = Family(
     conditions=conditions,
     check=partial(check, channels=3),
     denoise=denoise,
-    text="T5",
     stored=("pixels",),
     vae=None,
     lora_loads=("unet",),  # IFPipeline's loader does not support T5

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dbtrain.models.objectives import DDPM
+from dbtrain.config.adapter import PRESETS
+from dbtrain.models.ddpm import DDPM
+from dbtrain.models.objectives import Objective
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError
@@ -33,6 +35,7 @@ class Family:
     name: str  # "sd"
     pipeline: str  # Diffusers class: "StableDiffusionPipeline"
     denoiser: str  # the trained component: "unet"
+    classes: Mapping[str, tuple[str, ...]]  # component -> the classes that it may be
     text_encoders: Mapping[str, str]  # text encoder -> its tokenizer
     tokenize: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Tensor]]
     """(tokenizers, prompts) -> token ids of each text encoder, (prompts, L) int64."""
@@ -50,9 +53,12 @@ class Family:
     """Raises ConfigError if the components of a base do not fit together. Reads only their configs."""
     denoise: Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     """(denoiser, x_t, t (rows,), condition) -> prediction, shaped like x_t."""
-    objective: Callable[[Mapping[str, Any], float | None], DDPM] = DDPM.of
-    """(the scheduler's config, gamma of min-SNR or None) -> the training objective."""
-    text: str = "CLIP"  # what its text encoders and tokenizers are, by the names of their classes
+    objective: type[Objective] = DDPM
+    patch: int = 1  # latent cells per token, in each direction
+    text_dtype: torch.dtype = torch.float32  # of the text encoders in `prepare`, and of what they return
+    trains_text: bool = True  # whether the text encoders can have an adapter
+    presets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PRESETS["denoiser"])
+    """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
     stored: tuple[str, ...] = ("mean", "std")  # the names of the tensors that `encode_images` returns
     vae: str | None = "vae"  # None: the denoiser works on pixels
     row: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda meta, side: {}
@@ -66,14 +72,36 @@ class Family:
     header: Callable[[Pretrained], dict[str, str]] = lambda base: {}
     """(base) -> the entries in the header of kohya's files that say which models an adapter is for."""
     sgm: bool = False  # kohya's files name the denoiser's modules as the original code does
+    original: tuple[tuple[str, str], ...] = ()
+    """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
+    the same name are one there, with their outputs one after the other."""
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
-    idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, encoder: ()
-    """(name, text encoder) -> its modules that `embed` does not use and that get no gradient."""
+    encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
+        pipe, prompt, guided
+    )
+    """(pipeline, prompt, whether guidance is used) -> arguments of the pipeline's call, (1, ...) each."""
+    arguments: Callable[[Sequence[Mapping[str, Tensor]], float], dict[str, Any]] = lambda rows, guidance: (
+        side_by_side(rows, guidance)
+    )
+    """(encoded prompts, one per image; guidance) -> arguments of the pipeline's call."""
+    generated: Callable[[Tensor, LatentSpace], Tensor] = lambda latents, space: latents
+    """(the latents that the pipeline returns, its space) -> x0, (rows, C, H, W)."""
+    decode: Callable[[Any, Tensor], Tensor] = lambda vae, latents: vae.decode(latents, return_dict=False)[0]
+    """(vae, unscaled x0 (rows, C, H, W)) -> images, (rows, 3, H, W) in [-1, 1]."""
+    needs_vae: bool = False  # whether the pipeline needs its VAE even to return latents
+    distilled: Callable[[Pretrained], str | None] = lambda base: None
+    """(base) -> the model to train instead, if it was distilled to few steps."""
+    idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
+    """(name, component) -> its modules that get no gradient, because nothing uses their output."""
 
     @property
     def adaptable(self) -> tuple[str, ...]:
         """The components that can have an adapter."""
-        return (self.denoiser, *self.text_encoders)
+        return (self.denoiser, *(self.text_encoders if self.trains_text else ()))
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """How many tokens the denoiser has for x0 of this shape, (C, H, W)."""
+        return (shape[1] // self.patch) * (shape[2] // self.patch)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -92,25 +120,44 @@ class LatentSpace:
 
     def unscaled(self, x0: Tensor) -> Tensor:
         """The VAE's latent for x0, (..., C, H, W) both."""
-        scale, shift = (torch.tensor(values)[:, None, None] for values in (self.scale, self.shift))
+        scale, shift = self._values(x0)
         return x0 / scale + shift
 
+    def scaled(self, latent: Tensor) -> Tensor:
+        """x0 for the VAE's latent, (..., C, H, W) both."""
+        scale, shift = self._values(latent)
+        return (latent - shift) * scale
 
-def vae_space(base: Pretrained, side: int) -> LatentSpace:
-    """The latent space of a base's VAE for square images of `side` px."""
-    cell = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
+    def _values(self, like: Tensor) -> list[Tensor]:
+        return [
+            torch.tensor(values, device=like.device)[:, None, None] for values in (self.scale, self.shift)
+        ]
+
+
+def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int, int]:
+    """(C, h, w) of the VAE's latents for square images of `side` px.
+
+    Raises ConfigError if the VAE, with `patch` latents to a token in each direction, cannot divide the side.
+    """
+    shrinks = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
+    cell = shrinks * patch
     if side % cell:
         near = max(1, round(side / cell)) * cell
         raise ConfigError(
             f"prepare.resolution is {side}, which the VAE of {base.name} cannot divide; use a multiple of "
             f"{cell}, e.g. {near}"
         )
+    return base.setting("vae", "latent_channels", int), side // shrinks, side // shrinks
+
+
+def vae_space(base: Pretrained, side: int, patch: int = 1) -> LatentSpace:
+    """The latent space of a base's VAE for square images of `side` px, which `patch` latents must divide."""
+    shape = latent_shape(base, side, patch)
     config, scale = base.config("vae"), base.setting("vae", "scaling_factor", (int, float))
     if not math.isfinite(scale) or scale <= 0:
         raise ConfigError(
             f"base model {base.name}: scaling_factor of its vae is {scale}; use a positive number"
         )
-    shape = (base.setting("vae", "latent_channels", int), side // cell, side // cell)
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = config["latents_mean"], config["latents_std"]
         return LatentSpace(shape, tuple(scale / value for value in std), tuple(map(float, mean)))
@@ -131,6 +178,43 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
                 f"base model {base.name} does not fit together: {name} of its {one} is {here}, "
                 f"but {its_name} of its {other} is {there}"
             )
+
+
+# Arguments of a pipeline's call, in the order in which `encode_prompt` returns them (SD: the first two).
+ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+def encode_guided(pipe: Any, prompt: str, guided: bool) -> dict[str, Tensor]:
+    """A prompt and the empty one, encoded by a pipeline that encodes both at once."""
+    tensors = pipe.encode_prompt(
+        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+    )
+    return {name: tensor for name, tensor in zip(ENCODED, tensors, strict=False) if tensor is not None}
+
+
+def encode_apart(
+    pipe: Any, prompt: str, guided: bool, names: Sequence[str] = ("prompt_embeds",)
+) -> dict[str, Tensor]:
+    """A prompt and the empty one, encoded by a pipeline that encodes them one by one.
+
+    `names`: the arguments of its call, in the order in which `encode_prompt` returns them.
+    """
+    found = {}
+    for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
+        tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1)
+        found |= {f"{start}{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
+    return found
+
+
+def side_by_side(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str, Any]:
+    """Encoded prompts stacked, (rows, ...) each, and the guidance scale."""
+    stacked = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+    return stacked | {"guidance_scale": guidance}
+
+
+# The classes of tokenizers, which transformers stores under several names.
+CLIP_WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
+QWEN_WORDS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 
 def padded(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:

@@ -1,13 +1,19 @@
 """Model families by name. A new family is one file and one line here."""
 
 from dbtrain.config import Model
-from dbtrain.models import objectives
-from dbtrain.models.families import deepfloyd, sd, sdxl
+from dbtrain.models import safety
+from dbtrain.models.families import deepfloyd, flux2, sd, sdxl
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
-FAMILIES = {family.name: family for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd.STAGE_1, deepfloyd.STAGE_2)}
+FAMILIES = {
+    family.name: family
+    for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd.STAGE_1, deepfloyd.STAGE_2, flux2.KLEIN)
+}
+
+for _family in FAMILIES.values():
+    safety.allow(_family.classes)
 
 
 def get(name: str) -> Family:
@@ -34,13 +40,8 @@ def detect(base: Pretrained, cfg: Model) -> Family:
             f"'{found.name}'; use auto"
         )
     for part in family.parts:
-        base.check(part)
-    for part in (*family.text_encoders, *family.text_encoders.values()):
-        if not (kind := base.index[part][1]).startswith(family.text):
-            raise ConfigError(
-                f"base model {base.name}: component '{part}' is {kind}; use one with {family.text}"
-            )
+        base.check(part, family.classes[part])
     for part in ("scheduler", *([family.noising] if family.noising else [])):
-        objectives.check({"_class_name": base.index[part][1]} | base.config(part))
+        family.objective.check({"_class_name": base.index[part][1]} | base.config(part))
     family.check(base)
     return family

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import (
+    CLIP_WORDS,
     Family,
     encode_moments,
     matching,
@@ -57,6 +59,13 @@ FAMILY = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
     denoiser="unet",
+    classes={
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "scheduler": DDPM.SCHEDULERS,
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": CLIP_WORDS,
+    },
     text_encoders={"text_encoder": "tokenizer"},
     tokenize=tokenize_clip,
     embed=embed,

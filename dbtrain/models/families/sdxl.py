@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import (
+    CLIP_WORDS,
     Family,
     encode_moments,
     matching,
@@ -42,10 +44,10 @@ def row(meta: Mapping[str, Any], side: int) -> dict[str, Tensor]:
 
 def idle(name: str, encoder: nn.Module) -> tuple[str, ...]:
     """The last layer and the final norm of the first encoder, whose outputs `embed` does not use."""
-    config: Any = encoder.config
-    last = (f".encoder.layers.{config.num_hidden_layers - 1}", ".final_layer_norm")
     if name != "text_encoder":
         return ()
+    config: Any = encoder.config
+    last = (f".encoder.layers.{config.num_hidden_layers - 1}", ".final_layer_norm")
     return tuple(module for module, _ in encoder.named_modules() if f".{module}".endswith(last))
 
 
@@ -92,6 +94,15 @@ FAMILY = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
     denoiser="unet",
+    classes={
+        "unet": ("UNet2DConditionModel",),
+        "vae": ("AutoencoderKL",),
+        "scheduler": DDPM.SCHEDULERS,
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": CLIP_WORDS,
+        "text_encoder_2": ("CLIPTextModelWithProjection",),
+        "tokenizer_2": CLIP_WORDS,
+    },
     text_encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     tokenize=tokenize_clip,
     embed=embed,

@@ -1,0 +1,156 @@
+"""FLUX.2 klein: a flow-matching transformer of double and single blocks, with Qwen3 as its text encoder.
+
+Black Forest Labs 2026, bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence. Its VAE's latents are
+cut into 2 x 2 patches and normalized by the statistics of a batch norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from dbtrain.models.families.family import QWEN_WORDS, Family, LatentSpace, encode_apart, latent_shape
+from dbtrain.models.families.transformer import ATTENDED, chat, joined_layers, positions
+from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.pretrained import Pretrained
+from dbtrain.runtime.errors import ConfigError
+
+LENGTH = 512  # tokens; padding is part of what the model was trained on
+LAYERS = (9, 18, 27)  # of Qwen3, whose hidden states it reads
+PATCH = 2
+
+
+def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Token ids of Qwen3's chat, without thinking, and their mask, (prompts, LENGTH) int64 each."""
+    return chat(tokenizers["text_encoder"], prompts, LENGTH, enable_thinking=False)
+
+
+def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Three hidden states side by side, (prompts, L, 3 D). The transformer attends to padding too."""
+    return {"prompt_embeds": joined_layers(encoders["text_encoder"], ids, LAYERS)}
+
+
+def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
+    return {"prompt_embeds": (LENGTH, base.setting("transformer", "joint_attention_dim", int))}
+
+
+def check(base: Pretrained) -> None:
+    """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
+    latents = PATCH**2 * base.setting("vae", "latent_channels", int)
+    hidden = len(LAYERS) * base.setting("text_encoder", "hidden_size", int)
+    for name, needed in (("in_channels", latents), ("joint_attention_dim", hidden)):
+        if (found := base.setting("transformer", name, int)) != needed:
+            raise ConfigError(
+                f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
+                f"its VAE and text encoder give {needed}"
+            )
+    if (layers := base.setting("text_encoder", "num_hidden_layers", int)) < max(LAYERS):
+        raise ConfigError(
+            f"base model {base.name}: its text encoder has {layers} layers, but {max(LAYERS)} are read"
+        )
+
+
+def space(base: Pretrained, side: int) -> LatentSpace:
+    """Patches of the VAE's latents, normalized. The statistics are weights of the VAE."""
+    channels, height, width = latent_shape(base, side, PATCH)
+    mean, var = (base.tensor("vae", f"bn.running_{name}").double() for name in ("mean", "var"))
+    std = (var + base.setting("vae", "batch_norm_eps", float)).sqrt()
+    shape = (channels * PATCH**2, height // PATCH, width // PATCH)
+    return LatentSpace(shape, tuple((1 / std).tolist()), tuple(mean.tolist()))
+
+
+def encode_images(vae: Any, images: Tensor) -> dict[str, Tensor]:
+    """The mode of the VAE's posterior in patches, (B, 4 C, h / 2, w / 2) fp32, as the model was trained."""
+    parameter = next(vae.parameters())
+    mode = vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist.mode()
+    return {"mean": pixel_unshuffle(mode.float(), PATCH)}
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(pixel_shuffle(latents, PATCH), return_dict=False)[0]
+
+
+def generated(latents: Tensor, space: LatentSpace) -> Tensor:
+    """The pipeline returns the VAE's latents, without normalization and patches."""
+    return space.scaled(pixel_unshuffle(latents.float(), PATCH))
+
+
+def denoise(transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    text = condition["prompt_embeds"].to(x_t.dtype)
+    velocity = transformer(
+        hidden_states=x_t.flatten(2).transpose(1, 2), timestep=t, guidance=None, encoder_hidden_states=text,
+        txt_ids=positions(1, 1, 1, text.shape[1], device=x_t.device),
+        img_ids=positions(1, *x_t.shape[2:], 1, device=x_t.device), return_dict=False,
+    )[0]  # fmt: skip
+    return velocity.transpose(1, 2).reshape(x_t.shape)
+
+
+def distilled(base: Pretrained) -> str | None:
+    return "FLUX.2-klein-base of the same size" if base.index.get("is_distilled") else None
+
+
+SINGLE = ("to_qkv_mlp_proj", "attn.to_out")  # attention and MLP of a single block are two layers
+ATTENTION = (*ATTENDED, *SINGLE)
+KLEIN = Family(
+    name="flux2-klein",
+    pipeline="Flux2KleinPipeline",
+    denoiser="transformer",
+    classes={
+        "transformer": ("Flux2Transformer2DModel",),
+        "vae": ("AutoencoderKLFlux2",),
+        "scheduler": FlowMatching.SCHEDULERS,
+        "text_encoder": ("Qwen3ForCausalLM",),
+        "tokenizer": QWEN_WORDS,
+    },
+    text_encoders={"text_encoder": "tokenizer"},
+    tokenize=tokenize,
+    embed=embed,
+    space=space,
+    encode_images=encode_images,
+    sample_posterior=lambda stored, posterior: stored["mean"],
+    conditions=conditions,
+    check=check,
+    denoise=denoise,
+    objective=FlowMatching,
+    text_dtype=torch.bfloat16,
+    trains_text=False,
+    presets={
+        "attention": ATTENTION,
+        "diffusers": ("to_q", "to_k", "to_v", "to_out.0", *SINGLE),
+        "minimal": ("to_q", "to_v", "to_qkv_mlp_proj"),
+        "all": (*ATTENTION, "linear_in", "linear_out"),
+    },
+    stored=("mean",),
+    encode_prompt=partial(encode_apart, names=("prompt_embeds",)),
+    generated=generated,
+    decode=decode,
+    needs_vae=True,
+    distilled=distilled,
+    lora_mixin="Flux2LoraLoaderMixin",
+    original=(
+        (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
+        (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+        (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+        (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+        (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+        (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+        (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+        (r"x_embedder", "img_in"),
+        (r"context_embedder", "txt_in"),
+        (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+        (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+        (
+            r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear",
+            r"\1.lin",
+        ),
+        (r"proj_out", "final_layer.linear"),
+    ),
+)

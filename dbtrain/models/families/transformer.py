@@ -1,0 +1,57 @@
+"""Functions that the families of flow-matching transformers share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbtrain.runtime.errors import ConfigError
+
+# The linear layers of attention over an image's and a text's tokens, as Diffusers names them.
+ATTENDED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -> dict[str, Tensor]:
+    """Token ids of prompts as messages of a user, in the model's chat template, and their mask.
+
+    (prompts, length) int64 each, padded on the right. Raises ConfigError for a prompt that is too long:
+    cutting it would cut off the end of the template too.
+    """
+    found = []
+    for prompt in prompts:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
+        )
+        count = len(tokenizer(text).input_ids)
+        if count > length:
+            raise ConfigError(
+                f"prompt '{prompt[:60]}…' has {count} tokens with the model's template, but the model "
+                f"reads {length}; shorten it"
+            )
+        found.append(tokenizer(text, padding="max_length", max_length=length, return_tensors="pt"))
+    return {
+        "text_encoder": torch.cat([one.input_ids for one in found]),
+        "mask": torch.cat([one.attention_mask for one in found]),
+    }
+
+
+def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
+    """Hidden states of some layers of a language model side by side, (prompts, L, layers D).
+
+    Prompts are encoded one by one: none depends on another, and memory does not grow with them.
+    """
+    rows = []
+    for tokens, mask in zip(ids["text_encoder"], ids["mask"], strict=True):
+        states = encoder.model(
+            input_ids=tokens[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False
+        ).hidden_states
+        rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
+    return torch.cat(rows)
+
+
+def positions(*sizes: int, device: torch.device) -> Tensor:
+    """The points of a grid, for rotary embeddings, (points, len(sizes)) int64; the last runs fastest."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
