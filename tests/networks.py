@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ def awake(model: DreamBooth) -> DreamBooth:
     return model
 
 
-def first_batch(cfg: Config, family: Family) -> Batch:
+def first_batch(cfg: Config, family: Family, roles: Sequence[str] = ("instance", "class")) -> Batch:
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
     stream = LatentStream(
-        at(folder), manifest, RankSlice(2, 2), {"instance": 1.0, "class": 1.0}, seed=5,
+        at(folder), manifest, RankSlice(2, 2), dict.fromkeys(roles, 1.0), seed=5,
+        stored=family.stored,
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
     batch = next(stream)

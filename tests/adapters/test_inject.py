@@ -39,10 +39,11 @@ def matched() -> dict[str, dict[str, list[str]]]:
         base, family = Base.find(Model(path=str(make()))), families.get(family_name)
         for component in family.adaptable:
             part = "denoiser" if component == family.denoiser else "text_encoder"
-            for preset in PRESETS[part]:
+            presets = family.presets if part == "denoiser" else PRESETS[part]
+            for preset in presets:
                 module = base.load(component)
-                without = () if part == "denoiser" else family.idle(component, module)
-                adapters.attach(module, AdapterSettings(targets=preset), part, 0, without)
+                without = family.idle(component, module)
+                adapters.attach(module, AdapterSettings(targets=preset), part, 0, without, presets)
                 names = [n for n, m in module.named_modules() if isinstance(m, adapters.LoraLayer)]
                 found.setdefault(f"{family_name} {component}", {})[preset] = sorted(names)
     return found

@@ -28,6 +28,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.models import kernels
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
+from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder
@@ -39,6 +40,7 @@ from tests.conftest import Make, at, dbtrain, draw_photo, train
 from tests.networks import first_batch
 
 KINDS = ("lora", "loha", "lokr")
+FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
 TEXT = {"kind": "lora", "rank": 2}
 
 
@@ -113,6 +115,8 @@ TABLE = [
     ("if-1", "lokr", True, "peft"),
     ("if-2", "lora", False, "diffusers"), ("if-2", "lora", True, "peft"), ("if-2", "loha", False, "peft"),
     ("if-2", "lokr", False, "peft"),
+    *((name, "lora", False, form) for name in FLOW for form in ("diffusers", "peft")),
+    *((name, kind, False, "peft") for name in FLOW for kind in ("loha", "lokr")),
 ]  # fmt: skip
 
 
@@ -146,9 +150,9 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     again.use({"mine": 1.0})
     mine = {name: getattr(again.pipe, name) for name in family.text_encoders}
     with torch.no_grad():
-        loaded = prediction(model, again.pipe.unet, mine, batch)
+        loaded = prediction(model, getattr(again.pipe, family.denoiser), mine, batch)
         again.remove("mine")
-        off = prediction(model, again.pipe.unet, mine, batch)
+        off = prediction(model, getattr(again.pipe, family.denoiser), mine, batch)
     assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
     assert torch.equal(off, bare)
 
@@ -160,6 +164,8 @@ SWITCHES = [  # one that changes how, not what; inductor only once, as it costs 
     ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
     ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
+    *((name, {"train__gradient_checkpointing": "transformer"}, {}) for name in FLOW),
+    *((name, {"train__compile": "regional"}, {"adapter__targets": "all"}) for name in FLOW),
 ]
 
 
@@ -405,12 +411,13 @@ def test_the_table_of_families_is_complete() -> None:
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
 
 
-@pytest.mark.parametrize("base", ["sdxl", "if-1"])
+@pytest.mark.parametrize("base", ["sdxl", "if-1", *FLOW])
 def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
     """Text encoders and accumulation on two ranks: one process gives the same."""
     changes: dict[str, Any] = {
-        "adapter__text_encoder": TEXT, "train__global_batch": 4, "train__micro_batch": 1,
-        "sample__prompts": ["a photo of sks dog"], "sample__images": 2, "sample__steps": 2,
+        "adapter__text_encoder": None if base in FLOW else TEXT, "train__global_batch": 4,
+        "train__micro_batch": 1, "sample__prompts": ["a photo of sks dog"], "sample__images": 2,
+        "sample__steps": 2,
     }  # fmt: skip
     cfg = configured(make, tmp_path, base, **changes)
     done = dbtrain("run", tmp_path / "c.yaml", ranks=2)

@@ -38,10 +38,13 @@ UNREAD = (
     (r".*\.(oft|boft|oft_blocks|oft_diag|oft_R|rescale)\b.*", "an OFT adapter"),
     (r".*\.(a1|a2|b1|b2|bm1|bm2|c1|c2|d1|d2|e1|e2)\.weight", "a GLoRA adapter"),
     (r".*\.(on_input|ia3_l.*)", "an IA3 adapter"),
-    (r"(lora_)?(transformer|te3|text_encoder_3)[._].*", "a transformer model's adapter (SD 3, FLUX)"),
-    (r"(.*[._])?(double|single|joint)_blocks[._].*", "a transformer model's adapter (SD 3, FLUX)"),
     (r"(model\.diffusion_model|first_stage_model|cond_stage_model)\..*", "a whole model"),
 )  # fmt: skip
+
+# Layers that tell what an adapter is for which does not fit the base.
+TRANSFORMER = (
+    r"(lora_)?(transformer|te3|text_encoder_3)[._].*|(.*[._])?(double|single|joint)_blocks[._].*"
+)
 
 # Diffusers -> the original UNet code (sgm), within a residual block and outside the blocks.
 RESNET = {
@@ -162,6 +165,8 @@ def _split(key: str) -> tuple[str, str]:
 
 def _unknown(key: str, module: str, family: Family) -> str:
     """What is wrong with a tensor of a layer that the base does not have."""
+    if family.denoiser != "transformer" and re.fullmatch(TRANSFORMER, module):
+        return f"its tensor {key} belongs to a transformer model's adapter (SD 3, FLUX), not a UNet's"
     kohya = next((prefix for prefix in family.kohya.values() if module.startswith(f"{prefix}_")), None)
     if kohya or module.startswith(("lora_", "lycoris_")):
         return f"the base has no module for its layer {module}"

@@ -1,0 +1,316 @@
+"""Flow-matching families against the stock pipelines: a step, the loss, its gradient, samples, refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from dbtrain.adapters import inject
+from dbtrain.config import AdapterSettings, Config, Model
+from dbtrain.config.training import Loss, Timesteps
+from dbtrain.data import shards
+from dbtrain.data.batch import Batch
+from dbtrain.data.shards import Manifest
+from dbtrain.models import sampler
+from dbtrain.models.base import Base
+from dbtrain.models.blocks import blocks
+from dbtrain.models.families import registry as families
+from dbtrain.models.flow_matching import FlowMatching, own_shift
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
+from tests import bases
+from tests.conftest import Make, at
+from tests.networks import awake, build, first_batch
+
+FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
+# How users of a pipeline ask for guidance w, as its documentation has it.
+GUIDANCE = {"flux2-klein": lambda w: {"guidance_scale": w}}
+PLAIN = {"distribution": "uniform", "shift": 1.0}  # a noise level is its `u`
+SIDE = 64
+
+
+def found(name: str) -> Base:
+    return Base.find(Model(path=str(bases.OF_FAMILY[name]())))
+
+
+def stock(base: Base) -> Any:
+    """The pipeline as its users load it."""
+    pipe = getattr(diffusers, base.family.pipeline).from_pretrained(base.folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def starting_from(x: Tensor, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pipeline start from `x`, (rows, C, h, w), which it packs itself."""
+    module = sys.modules[type(pipe).__module__]
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **options: x.reshape(shape))
+
+
+def run(pipe: Any, base: Base, rows: list[dict[str, Tensor]], **arguments: Any) -> Tensor:
+    """x0 by the pipeline's own call, without its `no_grad`."""
+    call: Any = type(pipe).__call__
+    given = base.family.arguments(rows, 1.0)
+    made = call.__wrapped__(pipe, **given, output_type="latent", height=SIDE, width=SIDE, **arguments).images
+    return base.family.generated(made, base.family.space(base, SIDE))
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_our_steps_are_the_pipeline_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches sign, scale of the noise level, packing, positions, masks and normalization at once."""
+    base = found(name)
+    family, pipe = base.family, stock(base)
+    prompts = ["a photo of sks mug", "a dog"]
+    x = torch.randn(2, *family.space(base, SIDE).shape, generator=torch.Generator().manual_seed(0))
+    starting_from(x, pipe, monkeypatch)
+    rows = [family.encode_prompt(pipe, prompt, False) for prompt in prompts]
+    with torch.no_grad():
+        theirs = run(pipe, base, rows, num_inference_steps=2)
+        ids = family.tokenize({n: getattr(pipe, t) for n, t in family.text_encoders.items()}, prompts)
+        condition = family.embed({n: getattr(pipe, n) for n in family.text_encoders}, ids)
+        ours, sigmas = x, pipe.scheduler.sigmas.tolist()
+        for now, then in pairwise(sigmas):
+            t = torch.full((2,), now)
+            ours = ours + (then - now) * family.denoise(getattr(pipe, family.denoiser), ours, t, condition)
+    assert 0.1 < sigmas[1] < sigmas[0] <= 1 and sigmas[2] == 0
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.fixture
+def prepared(make: Make, tmp_path: Path) -> Iterator[Any]:
+    def configured(name: str, **changes: Any) -> Config:
+        settings = {
+            "model__path": str(bases.OF_FAMILY[name]()), "prepare__resolution": SIDE,
+            "prepare__class_prompt": None, "train__steps": 2, "train__precision": "fp32",
+            "loss__timesteps": PLAIN, "adapter__targets": "all", "adapter__rank": 2,
+            "data__shards": str(tmp_path / name), "run_dir": str(tmp_path / "run"),
+        }  # fmt: skip
+        cfg = make(**settings | changes)
+        prepare(cfg)
+        return cfg
+
+    yield configured
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_the_loss_and_its_gradient_are_the_pipeline_s(
+    prepared: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = prepared(name)
+    base, folder = found(name), Path(cfg.data.shards)
+    family, model = base.family, awake(build(cfg, folder))
+    batch = first_batch(cfg, family, ("instance",))
+    batch = Batch(**{**vars(batch), "u": torch.full_like(batch.u, 0.6)})
+    ours = model(batch).mean()
+    ours.backward()
+    grads = {name: parameter.grad for name, parameter in model.trainable().items()}
+
+    # The same adapter on the stock pipeline, and its scheduler's own noising and step.
+    pipe = stock(base)
+    transformer = getattr(pipe, family.denoiser)
+    inject.attach(
+        transformer, cfg.adapter, "denoiser", 0, family.idle(family.denoiser, transformer), family.presets
+    )
+    inject.restore(transformer, inject.collect(model.denoiser).tensors)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config({"num_train_timesteps": 1000, "shift": 1.0})
+    pipe.scheduler.set_timesteps(sigmas=[0.6])
+    x0 = model.x0(batch)
+    x_t = pipe.scheduler.scale_noise(x0, pipe.scheduler.timesteps.expand(len(x0)), batch.noise)
+    starting_from(x_t, pipe, monkeypatch)
+    table = shards.read_prompts(at(folder), Manifest.read(at(folder)).prompts)
+    rows = [as_encoded(family, table, int(prompt)) for prompt in batch.prompt]
+    landed = run(pipe, base, rows, num_inference_steps=1, sigmas=[0.6])
+    velocity = (x_t - landed) / 0.6
+    theirs = (velocity - (batch.noise - x0)).square().mean()
+    theirs.backward()
+    assert pipe.scheduler.sigmas[0] == pytest.approx(0.6)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    mine = {f"{family.denoiser}.{name}": p for name, p in inject.trainable(transformer).items()}
+    assert mine.keys() == grads.keys()
+    for label, parameter in mine.items():
+        assert grads[label] is not None and grads[label].abs().max() > 0, f"{label} gets no gradient"
+        largest = parameter.grad.abs().max()
+        assert (grads[label] - parameter.grad).abs().max() <= 1e-4 * largest, label
+
+
+def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
+    """A row of the prompt table as the pipeline's `encode_prompt` gives it."""
+    return {
+        key.removeprefix("condition."): values[prompt : prompt + 1].float()
+        for key, values in table.items()
+        if key.startswith("condition.")
+    }
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_samples_are_the_stock_pipeline_s(name: str) -> None:
+    base = found(name)
+    for guidance in (1.0, 3.0):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        pipe = sampler.build(base, torch.float32, torch.device("cpu"))
+        ours = sampler.generate(pipe, base.family, ["a dog", "a dog"], generators, 2, guidance, SIDE)
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        theirs = stock(base)(
+            prompt=["a dog", "a dog"], generator=generators, num_inference_steps=2, height=SIDE, width=SIDE,
+            **GUIDANCE[name](guidance),
+        ).images  # fmt: skip
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.tobytes() == other.tobytes()
+        # Decoded by us from latents, as validation does.
+        space = base.family.space(base, SIDE)
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        latents = sampler.without_vae(base, SIDE, torch.float32)
+        encoded = sampler.encode(latents, base.family, ["a dog"], guidance) * 2
+        made = sampler.generate_encoded(
+            latents, base.family, encoded, generators, 2, guidance, SIDE, space=space
+        )
+        assert made[0].shape == space.shape
+        for latent, other in zip(made, theirs, strict=True):
+            picture = sampler.decode(base.load("vae"), base.family, latent, space)
+            near = torch.tensor(list(picture.tobytes())) - torch.tensor(list(other.tobytes()))
+            assert near.abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_prompt_is_encoded_the_same_beside_a_longer_one(name: str) -> None:
+    base = found(name)
+    family = base.family
+    tokenizers = {encoder: base.load(words) for encoder, words in family.text_encoders.items()}
+    encoders = {encoder: base.load(encoder) for encoder in family.text_encoders}
+    x = torch.randn(1, *family.space(base, SIDE).shape)
+    t, transformer = torch.full((1,), 0.4), base.load(family.denoiser)
+    seen = []
+    with torch.no_grad():
+        for prompts in (["a dog"], ["a dog", "a photo of sks mug on a dog, a user and a system of mugs"]):
+            table = family.embed(encoders, family.tokenize(tokenizers, prompts))
+            rows = {key: values[:1] for key, values in table.items()}
+            seen.append(family.denoise(transformer, x, t, rows))
+    assert (seen[0] - seen[1]).abs().max() <= 1e-5 * seen[0].abs().max()
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_every_preset_adapts_every_block(name: str) -> None:
+    base = found(name)
+    family = base.family
+    assert family.presets.keys() == {"attention", "diffusers", "minimal", "all"}
+    for preset in family.presets:
+        transformer = base.load(family.denoiser)
+        inject.attach(transformer, AdapterSettings(targets=preset, rank=2), "denoiser", 0, (), family.presets)
+        for number, block in enumerate(blocks(transformer)):
+            assert inject.trainable(block), f"{preset} leaves out block {number}, a {type(block).__name__}"
+
+
+def test_a_prompt_that_is_too_long_is_refused() -> None:
+    for name in FLOW:
+        base = found(name)
+        tokenizers = {encoder: base.load(words) for encoder, words in base.family.text_encoders.items()}
+        with pytest.raises(
+            ConfigError, match=r"^prompt 'dog dog .*…' has \d+ tokens .* reads \d+; shorten it"
+        ):
+            base.family.tokenize(tokenizers, ["dog " * 5000])
+
+
+REFUSED = {
+    "distilled": ({}, {"is_distilled": True}, "was distilled to generate images in a few steps"),
+    "another scheduler": (
+        {}, {"scheduler": ["diffusers", "DDPMScheduler"]}, "made for another training objective"
+    ),
+    "no encoder": ({}, {"text_encoder": [None, None]}, "component 'text_encoder' is None.None; use a base"),
+    "another family": ({"model__family": "sd"}, {}, "family is 'sd', but base model .* of the family"),
+    "an adapter of its text encoder": (
+        {"adapter__text_encoder": {"rank": 2}}, {}, "adapter.text_encoder: the text encoders of .* too large"
+    ),
+    "min-SNR": ({"loss__min_snr_gamma": 5.0}, {}, "loss.min_snr_gamma is 5.0, which has no meaning for flow"),
+    "noise offset": ({"loss__noise_offset": 0.1}, {}, "loss.noise_offset is 0.1, which has no meaning"),
+    "a side that its patches do not divide": ({"prepare__resolution": 72}, {}, "a multiple of 16, e.g. 64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("name", FLOW)
+def test_what_it_cannot_train_is_refused_in_one_line(
+    make: Make, tmp_path: Path, name: str, case: str
+) -> None:
+    changes, index, message = REFUSED[case]
+    folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    cfg = make(
+        model__path=str(folder), **{"prepare__resolution": SIDE, "prepare__class_prompt": None} | changes
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
+        base = Base.find(cfg.model)
+        base.check_trains(cfg.adapter)
+        prepare(cfg)
+        base.family.objective.of(base.config("scheduler"), cfg.loss, 16)
+    assert "\n" not in str(caught.value)
+
+
+# The objective itself.
+
+
+def levels(**settings: Any) -> Tensor:
+    u = torch.linspace(0, 1, 20_001)[:-1]
+    return FlowMatching(settings.pop("shift", 1.0), Timesteps(**settings)).timesteps(u)
+
+
+def test_noise_levels_have_the_papers_densities() -> None:
+    assert levels(distribution="uniform").mean() == pytest.approx(0.5, abs=1e-4)
+    normal = torch.logit(levels(mean=0.3, std=1.5).double())
+    assert normal.mean() == pytest.approx(0.3, abs=1e-3) and normal.std() == pytest.approx(1.5, abs=5e-3)
+    # Density of the mode distribution: 1 / |f'(u)| of SD 3's f(u) = 1 - u - s (cos^2(pi u / 2) - 1 + u).
+    u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = 1 - u - 1.29 * (torch.cos(torch.pi / 2 * u).square() - 1 + u)
+    ours = FlowMatching(1.0, Timesteps(distribution="mode")).timesteps(1 - u)
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-6, rtol=0)
+    for settings in ({"distribution": "uniform"}, {"mean": -1.0}, {"distribution": "mode"}, {"shift": 3.0}):
+        found = levels(**settings)
+        assert found.dtype == torch.float32 and found.min() > 0 and found.max() < 1
+        assert (found.diff() >= 0).all(), "they rise with u, so that held-out fractions are quantiles"
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+def test_the_shift_is_the_scheduler_s(tokens: int) -> None:
+    still = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert own_shift(still.config, tokens) == 3.0
+    moving = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9)
+    flux = diffusers.pipelines.flux.pipeline_flux
+    mu = flux.calculate_shift(tokens, 256, 4096, 0.5, 0.9)
+    moving.set_timesteps(sigmas=[0.7, 0.2], mu=mu)
+    shifted = FlowMatching.of(moving.config, Loss(timesteps=Timesteps(distribution="uniform")), tokens)
+    torch.testing.assert_close(shifted.timesteps(torch.tensor([0.7, 0.2])), moving.sigmas[:2])
+    assert FlowMatching.of(moving.config, Loss(timesteps=Timesteps(shift=2.0)), tokens).shift == 2.0
+
+
+def test_weightings_are_those_of_diffusers() -> None:
+    from diffusers.training_utils import compute_loss_weighting_for_sd3
+
+    t = torch.tensor([0.1, 0.5, 0.9])
+    for weighting in ("none", "sigma_sqrt", "cosmap"):
+        theirs = compute_loss_weighting_for_sd3(weighting, sigmas=t)
+        torch.testing.assert_close(FlowMatching(weighting=weighting).weight(t), theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"_class_name": "DDPMScheduler"}, "scheduler is DDPMScheduler, made for another"),
+        ({"invert_sigmas": True}, "with invert_sigmas = True, made for another"),
+        ({"shift": -1}, re.escape("has shift = -1")),
+        ({"max_shift": "big"}, "use positive numbers"),
+    ],
+)
+def test_another_process_is_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FlowMatching.of(config)
