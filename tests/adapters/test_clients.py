@@ -218,7 +218,7 @@ def test_every_client_finds_every_layer(name: str, targets: str, tmp_path: Path)
 def test_diffusers_loads_every_layer_of_sdxl(tmp_path: Path) -> None:
     modules = adapted("sdxl", targets="all", alpha=3)
     exported("sdxl", tmp_path, modules)
-    path = tmp_path / formats.FORMATS["kohya"].main
+    path = tmp_path / "kohya.safetensors"
     unet: Any = deepcopy(base("sdxl")["unet"])
     found, alphas = StableDiffusionXLPipeline.lora_state_dict(path, unet_config=unet.config)
     StableDiffusionXLPipeline.load_lora_into_unet(found, alphas, unet, adapter_name="default")

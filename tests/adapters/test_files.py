@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject
-from dbtrain.adapters.formats import common, kohya_file
+from dbtrain.adapters.formats import common
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.names import nested, sgm_names
 from dbtrain.adapters.state import AdapterState
@@ -167,7 +167,7 @@ def test_ranks_and_alphas_of_layers_go_all_the_way_through(tmp_path: Path) -> No
         assert got.keys() == want.keys()
         for name, tensor in want.items():
             torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-5)
-    with safe_open(tmp_path / "kohya" / kohya_file.FILE, "pt") as file:
+    with safe_open(tmp_path / "kohya" / "kohya.safetensors", "pt") as file:
         assert file.get_tensor(f"{CONV}.alpha").item() == 1.0
     pipe = AdapterPipeline(base(), "fp32")
     pipe.add("it", tmp_path / "diffusers")

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from dbtrain import tiny
 from dbtrain.adapters import inject as adapters
-from dbtrain.adapters.formats import kohya_file
 from dbtrain.adapters.formats.diffusers_file import FILE
-from dbtrain.adapters.formats.registry import write
+from dbtrain.adapters.formats.registry import find, write
 from dbtrain.config import Adapter
+from dbtrain.export import hub
 from dbtrain.export.export import export
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.run_folder import name_of
 from dbtrain.train import summary
 from tests import bases
 from tests.conftest import Make, train
@@ -126,7 +127,7 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
 ) -> None:
     caplog.set_level("INFO", logger="dbtrain")
     cfg = make(adapter__dora=dora, export__formats=["diffusers", "kohya"], train__steps=1)
-    path = train(cfg) / "export" / kohya_file.FILE
+    path = train(cfg) / "export" / "run.safetensors"
     said = caplog.text
     assert f"exported step 1 to {path} (kohya, for ComfyUI, A1111, Forge, InvokeAI)" in said
     assert f"exported step 1 to {path.with_name(FILE)} (diffusers, for Diffusers)" in said
@@ -140,11 +141,52 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert (header["ss_output_name"], header["ss_sd_model_name"]) == ("run", bases.sd().name)
     assert json.loads(header["ss_tag_frequency"]) == {"run": {"a photo of sks dog": 1}}
-    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").parent / kohya_file.FILE
+    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").parent / path.name
     with safe_open(converted, "pt") as file:
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert "ss_output_name" not in header, "a converted file may be anyone's"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("runs/dog", "dog"), ("runs/dog/export", "dog"),
+     ("runs/dog/export/pytorch_lora_weights.safetensors", "dog"), ("runs/dog/export/kohya.safetensors", "dog"), ("loras/cat.safetensors", "cat"), ("runs/kohya", "kohya"),
+     ("runs/dog/checkpoints/step-000500", "step-000500"), ("runs/v1.5", "v1.5"), ("runs/a b<c>:1", "a_b_c_1"),
+     ("runs/.dog", "dog"), ("runs/Hündin", "Hündin"), ("runs/\udce9", "_"), ("runs/x/..", "runs"),
+     ("runs/pytorch_lora_weights", "adapter"), ("runs/" + "ü" * 200, "ü" * 100)],
+)  # fmt: skip
+def test_an_adapter_has_the_name_of_its_run_or_file(place: str, name: str) -> None:
+    assert name_of(place) == name
+
+
+def test_two_runs_fit_into_one_folder_and_are_found(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(make(export__formats=["kohya"], train__steps=1))
+    export_of, loras = run / "export", tmp_path / "loras"
+    content = load_file(export_of / "run.safetensors")
+    assert not (export_of / "kohya.safetensors").exists()
+    assert "`run.safetensors` is for A1111" in (export_of / "README.md").read_text()
+    assert [str(path) for path in hub.uploaded(export_of, "run")] == ["README.md", "run.safetensors"]
+    # Each adapter keeps its name, converted or not; where there are several, one has to be chosen.
+    cfg = make(export__formats=["kohya"], train__steps=1)
+    (tmp_path / "cat").mkdir()
+    shutil.copy(export_of / "run.safetensors", tmp_path / "cat" / "anything.safetensors")
+    for source in (None, run.rename(tmp_path / "dog"), tmp_path / "cat" / "anything.safetensors"):
+        export(cfg.model_copy(update={"run_dir": str(tmp_path / "dog")}), out=loras, adapter=source)
+    assert {path.name for path in loras.glob("*.safetensors")} == {"dog.safetensors", "anything.safetensors"}
+    with pytest.raises(ConfigError, match="has 2 adapter files; give one of them, e"):
+        find(loras)
+    # A renamed run, a folder with one file, a run folder as the working directory, and an old export.
+    assert find(tmp_path / "dog") == tmp_path / "dog" / "export" / "run.safetensors"
+    assert find(tmp_path / "cat").name == "anything.safetensors"
+    monkeypatch.chdir(tmp_path / "dog")
+    assert find(".").name == "run.safetensors"
+    (tmp_path / "dog/export/run.safetensors").rename(tmp_path / "dog/export/kohya.safetensors")
+    old = find(tmp_path / "dog")
+    assert old.name == "kohya.safetensors"
+    assert load_file(old).keys() == content.keys()
 
 
 def test_a_file_for_another_base_is_not_converted(make: Make, tmp_path: Path) -> None:

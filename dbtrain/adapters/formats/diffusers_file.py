@@ -20,9 +20,7 @@ FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights(fo
 METADATA = "lora_adapter_metadata"  # Diffusers' key in the file's header
 
 
-def write(
-    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
-) -> None:
+def write(path: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]) -> None:
     """Write Diffusers' file with Diffusers' own mixin, which saves importing the pipeline.
 
     The metadata contains alpha, which loaders would otherwise take to be the rank.
@@ -34,10 +32,10 @@ def write(
             tensors = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: t for k, t in tensors.items()}
         layers[f"{component}_lora_layers"] = diffusers_keys(tensors)
         layers[f"{component}_lora_adapter_metadata"] = state.config
-    part = folder.with_name(f".{folder.name}.tmp")
+    part = path.parent.with_name(f".{path.parent.name}.tmp")
     try:
         getattr(diffusers.loaders, family.lora_mixin).save_lora_weights(part, weight_name=FILE, **layers)
-        files.write_atomically(folder / FILE, files.sorted_header((part / FILE).read_bytes()))
+        files.write_atomically(path, files.sorted_header((part / FILE).read_bytes()))
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

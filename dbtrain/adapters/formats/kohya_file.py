@@ -17,16 +17,14 @@ from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 
-FILE = "kohya.safetensors"
+FILE = "{name}.safetensors"  # programs list files of many adapters in one folder
 CONFIGS = "dbtrain"  # key in the header: PEFT's config of each component
 
 # PEFT's names of a layer's tensors -> kohya's. LyCORIS and PEFT have the same names.
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
-def write(
-    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
-) -> None:
+def write(path: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]) -> None:
     """Write kohya's file. `about`: entries of its header by which programs list and sort files."""
     tensors: dict[str, Tensor] = {}
     first = next(iter(states.values())).config
@@ -43,7 +41,7 @@ def write(
         CONFIGS: json.dumps({component: state.config for component, state in states.items()}),
     }  # fmt: skip
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
-    files.write_atomically(folder / FILE, files.sorted_header(data))
+    files.write_atomically(path, files.sorted_header(data))
 
 
 def _kohya_layer(layer: Mapping[str, Tensor], rank: int, scale: float) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@
 |---|---|---|
 | diffusers | `load_lora_weights` | one file, `<component>.<module>.lora...`; metadata holds alpha |
 | peft | `PeftModel.from_pretrained` | one folder per component, weights and `adapter_config.json` |
-| kohya | A1111, ComfyUI, Forge | one file, `lora_unet_<module>...`, one alpha per layer; LyCORIS's names |
+| kohya | A1111, ComfyUI, Forge | `<run>.safetensors`, `lora_unet_<module>...`, one alpha per layer |
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.runtime.run_folder import RunFolder, name_of
 
+OLD_NAME = "kohya"  # of every adapter in earlier versions
 KINDS = ("LORA", "LOHA", "LOKR")
 # What Python and torch raise for settings of a wrong type, size or form.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error)
@@ -38,12 +39,16 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class Format:
     """A format of adapter files, and what it can store."""
 
-    main: str  # file name, or "" for a folder per component
+    file: str  # its name, with `{name}` for the adapter's; "" for a folder per component
     write: Callable[[Path, Family, States, names.Names | None, Mapping[str, str]], None]
     kinds: tuple[str, ...]
     programs: str  # that load it
     biases: bool = False
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Where the adapter called `name` is in an export: the file, or the folder of its folders."""
+        return folder / self.file.format(name=name)
 
     def lacks(self, family: Family, states: States) -> str | None:
         """The part of an adapter that the format cannot store; None if it can store everything."""
@@ -76,7 +81,7 @@ def caveat(name: str, states: States) -> str | None:
     """What programs that load a format get wrong about an adapter; None if they get it right."""
     if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
-            f"of the programs that load {kohya_file.FILE}, only LyCORIS applies DoRA as it was trained; "
+            "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
             "ComfyUI, A1111, Forge and InvokeAI give other images; for them, set adapter.dora=false"
         )
     return None
@@ -89,23 +94,25 @@ def write(
     states: States,
     modules: names.Names | None = None,
     about: Mapping[str, str] | None = None,
+    name: str = OLD_NAME,
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    For kohya's file: `modules`, component -> the names of the base's modules, which SDXL needs, and `about`,
-    entries for its header. Raises ConfigError if the disk is full.
+    For kohya's file: `modules`, component -> the names of the base's modules, which SDXL needs; `about`,
+    entries for its header; and its `name`. Raises ConfigError if the disk is full.
     """
+    path = FORMATS[form].path(folder, name)
     try:
-        FORMATS[form].write(folder, family, states, modules, about or {})
+        FORMATS[form].write(path, family, states, modules, about or {})
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
-    return folder / FORMATS[form].main
+    return path
 
 
 def find(adapter: str | Path) -> Path:
     """The adapter file or folder in a run or export folder, or the path itself if it is an adapter file.
 
-    Raises ConfigError if there is none.
+    Raises ConfigError if there is none, or more than one adapter.
     """
     path = files.expand(adapter)
     if path.name == peft_folder.WEIGHTS and (path.parent / peft_folder.CONFIG).is_file():
@@ -113,15 +120,28 @@ def find(adapter: str | Path) -> Path:
     if path.is_file():
         return path
     for folder in (RunFolder(path).export, path):
-        for main in (form.main for form in FORMATS.values() if form.main):
-            if (folder / main).is_file():
-                return folder / main
-        if (folder / peft_folder.CONFIG).is_file() or any(folder.glob(f"*/{peft_folder.CONFIG}")):
-            return folder
+        if found := _find_in(folder):
+            return found
     raise ConfigError(
         f"adapter '{adapter}' is neither a file nor a run folder with an export "
         f"({diffusers_file.FILE}); run: dbtrain export"
     )
+
+
+def _find_in(folder: Path) -> Path | None:
+    """The adapter file in a folder, or the folder itself if it is PEFT's; None if there is no adapter."""
+    for form in FORMATS.values():
+        for name in (name_of(folder), OLD_NAME):
+            if (file := form.path(folder, name)).is_file():
+                return file
+    if (folder / peft_folder.CONFIG).is_file() or any(folder.glob(f"*/{peft_folder.CONFIG}")):
+        return folder
+    # A renamed run, or a converted adapter: its file is the only one.
+    found = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise ConfigError(f"{folder} has {len(found)} adapter files; give one of them, e.g. {names}")
+    return found[0] if found else None
 
 
 def content_of(path: Path) -> str:
