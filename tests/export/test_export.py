@@ -26,7 +26,6 @@ from dbtrain.export.export import export
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import name_of
 from dbtrain.train import summary
 from tests import bases
 from tests.conftest import Make, train
@@ -146,18 +145,6 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert "ss_output_name" not in header, "a converted file may be anyone's"
-
-
-@pytest.mark.parametrize(
-    ("place", "name"),
-    [("runs/dog", "dog"), ("runs/dog/export", "dog"),
-     ("runs/dog/export/pytorch_lora_weights.safetensors", "dog"), ("runs/dog/export/kohya.safetensors", "dog"), ("loras/cat.safetensors", "cat"), ("runs/kohya", "kohya"),
-     ("runs/dog/checkpoints/step-000500", "step-000500"), ("runs/v1.5", "v1.5"), ("runs/a b<c>:1", "a_b_c_1"),
-     ("runs/.dog", "dog"), ("runs/Hündin", "Hündin"), ("runs/\udce9", "_"), ("runs/x/..", "runs"),
-     ("runs/pytorch_lora_weights", "adapter"), ("runs/" + "ü" * 200, "ü" * 100)],
-)  # fmt: skip
-def test_an_adapter_has_the_name_of_its_run_or_file(place: str, name: str) -> None:
-    assert name_of(place) == name
 
 
 def test_two_runs_fit_into_one_folder_and_are_found(
