@@ -24,8 +24,8 @@ def export(
 ) -> Path:
     """Export the newest checkpoint, or that of `step`, into `out`; return the path of the first format.
 
-    `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Base weights
-    are not loaded.
+    `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Only the format
+    `diff` loads the base's weights.
     """
     dist.init()
     run = RunFolder(cfg.run_dir)
@@ -58,7 +58,9 @@ def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], fold
         if dist.is_main():
             about = _about(cfg, base, state.get("step"), name)
             for form in forms:
-                path = formats.write(form, folder, base.family, states, base.module_names, about, name)
+                path = formats.write(
+                    form, folder, base.family, states, base.module_names, about, name, base.load
+                )
                 what = f"exported step {state['step']}" if state else "converted"
                 console.say(f"{what} to {path} ({form}, for {formats.FORMATS[form].programs})")
                 if caveat := formats.caveat(form, states):

@@ -52,6 +52,7 @@ def card(
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=base.family,
         sampler=sampler if changes else "",
+        dora=any(state.config.get("use_dora") for state in states.values()),
         name=name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
         told=partial(told, state.get("segments", ())), model=model, prompt=prompt, step=state.get("step"),
         files={form: formats.FORMATS[form].file.format(name=name) for form in forms}, images=images,

@@ -133,6 +133,7 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     summary.summary(cfg)
     assert re.search(rf"adapter +{path} \(for ComfyUI, A1111, Forge, InvokeAI\)", caplog.text)
     assert re.search(rf"adapter +{path.with_name(FILE)} \(for Diffusers\)", caplog.text)
+    assert said.count("for them, add the format diff to export.formats") == (2 if dora else 0)
     assert said.count("only LyCORIS applies DoRA as it was trained") == (2 if dora else 0), "first and last"
     with safe_open(path, "pt") as file:
         header = file.metadata()
@@ -145,6 +146,42 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert "ss_output_name" not in header, "a converted file may be anyone's"
+
+
+def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ComfyUI, Forge, A1111 and InvokeAI load it: each tensor is added to the weight of its name."""
+    caplog.set_level("INFO", logger="dbtrain")
+    settings = {"targets": r"mid_block.*(to_q|conv1)", "dora": True, "rank": 4}
+    text = settings | {"targets": "attention"}
+    cfg = make(adapter=settings | {"text_encoder": text}, export__formats=["diffusers", "diff"],
+               optim__lr=1e-2, train__steps=2)  # fmt: skip
+    path = train(cfg) / "export" / "run-diff.safetensors"
+    assert "for them, add the format diff" not in caplog.text, "only kohya's file is wrong"
+    assert "`run-diff.safetensors` is for" in (path.parent / "README.md").read_text()
+    assert hub.uploaded(path.parent, "run") == [Path(name) for name in ("README.md", FILE, path.name)]
+    changed, trained = stock(), stock()
+    bare = picture(changed)
+    trained.load_lora_weights(path.parent, weight_name=FILE)
+    weights = {
+        f"{prefix}_{name}".replace(".", "_").replace("te_encoder", "te_text_model_encoder"): parameter
+        for prefix, module in (("lora_unet", changed.unet), ("lora_te", changed.text_encoder))
+        for name, parameter in module.named_parameters()
+    }
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        weights[name.replace(".diff", "_weight")].data += tensor
+    assert np.abs(picture(changed) - picture(trained)).max() <= 1e-4
+    assert np.abs(picture(changed) - bare).max() > 1e-2
+    # A converted adapter gives the same; a diff is not read.
+    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").with_name(path.name)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(converted).items())
+    with pytest.raises(ConfigError, match="changes of whole weights"):
+        export(cfg, adapter=path, out=tmp_path / "back")
+    (converted.parent / FILE).unlink()
+    with pytest.raises(ConfigError, match="neither a file nor a run folder"):
+        find(converted.parent)
 
 
 def test_two_runs_fit_into_one_folder_and_are_found(

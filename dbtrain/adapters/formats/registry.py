@@ -5,6 +5,7 @@
 | diffusers | `load_lora_weights` | one file, `<component>.<module>.lora...`; metadata holds alpha |
 | peft | `PeftModel.from_pretrained` | one folder per component, weights and `adapter_config.json` |
 | kohya | A1111, ComfyUI, Forge | `<run>.safetensors`, `lora_unet_<module>...`, one alpha per layer |
+| diff | the same | `<run>-diff.safetensors`, the changes of whole weights; is not read |
 """
 
 from __future__ import annotations
@@ -20,8 +21,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dbtrain.adapters import inject, targets
-from dbtrain.adapters.formats import diffusers_file, kohya_file, limits, names, peft_folder, reading
-from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.adapters.formats import (
+    diff_file,
+    diffusers_file,
+    kohya_file,
+    limits,
+    names,
+    peft_folder,
+    reading,
+)
+from dbtrain.adapters.formats.common import Content, Names, States, by_module, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
@@ -40,10 +49,11 @@ class Format:
     """A format of adapter files, and what it can store."""
 
     file: str  # its name, with `{name}` for the adapter's; "" for a folder per component
-    write: Callable[[Path, Family, States, names.Names | None, Mapping[str, str]], None]
+    write: Callable[[Path, Content], None]
     kinds: tuple[str, ...]
     programs: str  # that load it
     biases: bool = False
+    readable: bool = True  # by dbtrain
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
 
     def path(self, folder: Path, name: str) -> Path:
@@ -82,7 +92,8 @@ def caveat(name: str, states: States) -> str | None:
     if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
             "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
-            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, set adapter.dora=false"
+            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, add the format diff to "
+            "export.formats, or set adapter.dora=false"
         )
     return None
 
@@ -92,18 +103,18 @@ def write(
     folder: Path,
     family: Family,
     states: States,
-    modules: names.Names | None = None,
+    modules: Names | None = None,
     about: Mapping[str, str] | None = None,
     name: str = OLD_NAME,
+    load: Callable[[str], nn.Module] | None = None,
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    For kohya's file: `modules`, component -> the names of the base's modules, which SDXL needs; `about`,
-    entries for its header; and its `name`. Raises ConfigError if the disk is full.
+    `name` is the adapter's; for the others see Content. Raises ConfigError if the disk is full.
     """
     path = FORMATS[form].path(folder, name)
     try:
-        FORMATS[form].write(path, family, states, modules, about or {})
+        FORMATS[form].write(path, Content(family, states, modules, about or {}, load))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
     return path
@@ -130,14 +141,16 @@ def find(adapter: str | Path) -> Path:
 
 def _find_in(folder: Path) -> Path | None:
     """The adapter file in a folder, or the folder itself if it is PEFT's; None if there is no adapter."""
-    for form in FORMATS.values():
+    for form in (form for form in FORMATS.values() if form.readable):
         for name in (name_of(folder), OLD_NAME):
             if (file := form.path(folder, name)).is_file():
                 return file
     if (folder / peft_folder.CONFIG).is_file() or any(folder.glob(f"*/{peft_folder.CONFIG}")):
         return folder
     # A renamed run, or a converted adapter: its file is the only one.
-    found = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(".")]
+    unread = diff_file.FILE.format(name="")
+    found = [file for file in sorted(folder.glob("*.safetensors"))
+             if not file.name.startswith(".") and not file.name.endswith(unread)]  # fmt: skip
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:4])
         raise ConfigError(f"{folder} has {len(found)} adapter files; give one of them, e.g. {names}")
@@ -253,6 +266,15 @@ FORMATS = {
         kohya_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI, A1111, Forge, InvokeAI",
+        components=lambda family: family.kohya,
+    ),
+    "diff": Format(
+        diff_file.FILE,
+        diff_file.write,
+        ("lora", "loha", "lokr"),
+        "ComfyUI, A1111, Forge, InvokeAI",
+        biases=True,
+        readable=False,
         components=lambda family: family.kohya,
     ),
 }
