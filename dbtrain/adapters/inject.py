@@ -218,6 +218,20 @@ def parameters(module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     }
 
 
+def fill(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
+    """Copy an adapter's weights, except biases of the base, into its parameters."""
+    with torch.no_grad():
+        for label, parameter in parameters.items():
+            parameter.copy_(state.tensors[label])
+
+
+def bias_changes(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
+    """What an adapter adds to the base's biases."""
+    biases = {unwrapped(label): p for label, p in module.named_parameters() if label.endswith("bias")}
+    named = {unwrapped(label): tensor for label, tensor in state.tensors.items()}
+    return {bias: named[label].to(bias) - bias.detach() for label, bias in biases.items() if label in named}
+
+
 def unwrapped(label: str) -> str:
     """A parameter's name without PEFT's wrappers around its module."""
     return re.sub(r"(\.base_layer)+\.", ".", label)
