@@ -21,7 +21,7 @@ class Validation(Section):
 
 
 class Export(Section):
-    formats: tuple[Literal["diffusers", "peft", "kohya", "diff"], ...] = Field(
+    formats: tuple[Literal["diffusers", "peft", "kohya", "comfyui", "diff"], ...] = Field(
         (), description="formats to write: `diffusers`, `peft`, `kohya`, and `diff`, the change of every "
         "layer in full: large, needs the base's weights, and exact for DoRA in ComfyUI and A1111 (empty: "
         "`diffusers`, or `peft` for adapters that `diffusers` cannot store)"

@@ -160,9 +160,13 @@ class Pretrained:
                 f"cannot read '{component}' of base model {self.name}: {reason(error)}"
             ) from error
 
-    def module_names(self, component: str) -> list[str]:
-        """The names of a component's modules."""
-        return [name for name, _ in self.skeleton(component).named_modules()]
+    def module_names(self, component: str) -> dict[str, int]:
+        """A component's modules by name, and how many outputs each has; 0 without a matrix of weights."""
+        found = {}
+        for name, module in self.skeleton(component).named_modules():
+            weight = getattr(module, "weight", None)
+            found[name] = len(weight) if weight is not None and weight.dim() > 1 else 0
+        return found
 
     def setting(self, component: str, name: str, kind: type | tuple[type, ...]) -> Any:
         """A value in a component's config. Raises ConfigError if it is missing or not of type `kind`."""

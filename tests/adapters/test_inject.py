@@ -291,7 +291,7 @@ def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_pa
     for name, told in {
         "kind": "of the kind IA3", "no-rank": "settings are damaged", "narrow.safetensors": "does not fit",
         "truncated.safetensors": "not a safetensors file", "a.bin": "pickle", "b.safetensors": "not a safe",
-        "layout.safetensors": "a transformer model's", "strange.safetensors": "no module 'nowhere.to_q'",
+        "layout.safetensors": "matches no format", "strange.safetensors": "no module 'nowhere.to_q'",
         "mixed.safetensors": "does not fit the base", "empty": "neither a file nor a run folder",
     }.items():  # fmt: skip
         with pytest.raises(ConfigError, match=told):

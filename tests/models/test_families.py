@@ -115,8 +115,8 @@ TABLE = [
     ("if-1", "lokr", True, "peft"),
     ("if-2", "lora", False, "diffusers"), ("if-2", "lora", True, "peft"), ("if-2", "loha", False, "peft"),
     ("if-2", "lokr", False, "peft"),
-    *((name, "lora", False, form) for name in FLOW for form in ("diffusers", "peft")),
-    *((name, kind, False, "peft") for name in FLOW for kind in ("loha", "lokr")),
+    *((name, "lora", False, form) for name in FLOW for form in ("diffusers", "peft", "comfyui")),
+    *((name, kind, False, form) for name in FLOW for kind, form in (("loha", "peft"), ("lokr", "peft"))),
 ]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from dbtrain.models.families.family import Family
 from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component
-Names = Callable[[str], Sequence[str]]  # component -> the names of all its modules
+Names = Callable[[str], Mapping[str, int]]  # component -> all its modules, and how many outputs each has
 MOST_PATTERNS = 1000  # more than any base has layers
 
 
@@ -25,7 +25,7 @@ class Content:
 
     family: Family
     states: States
-    names: Names | None = None  # kohya's file for SDXL needs them
+    names: Names | None = None  # kohya's file for SDXL and ComfyUI's file need them
     about: Mapping[str, str] = field(default_factory=dict)  # entries of a kohya file's header
     load: Callable[[str], nn.Module] | None = None  # component -> a copy of it with its weights, fp32
 

@@ -12,7 +12,8 @@ from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.models.families.family import Family
 from dbtrain.runtime.errors import ConfigError
 
-Modules = Mapping[str, Collection[str]]  # by component: the names of the layers that an adapter can be on
+Modules = Mapping[str, Mapping[str, int]]
+"""By component: the layers that an adapter can be on, in the base's order, and how many outputs each has."""
 Layers = dict[str, dict[str, Tensor]]  # module -> name of the tensor within it -> tensor
 
 # How files call the tensors of a layer -> PEFT's name. `\1` is a module's name within an attention layer.
@@ -42,9 +43,7 @@ UNREAD = (
 )  # fmt: skip
 
 # Layers that tell what an adapter is for which does not fit the base.
-TRANSFORMER = (
-    r"(lora_)?(transformer|te3|text_encoder_3)[._].*|(.*[._])?(double|single|joint)_blocks[._].*"
-)
+TRANSFORMER = r"(lora_)?(transformer|te3|text_encoder_3)[._].*|(.*[._])?(double|single|joint)_blocks[._].*"
 
 # Diffusers -> the original UNet code (sgm), within a residual block and outside the blocks.
 RESNET = {
@@ -102,24 +101,42 @@ def kohya_names(family: Family, component: str, layers: Iterable[str], names: Na
     return {layer: f"{prefix}_{places.get(layer, nested(layer))}".replace(".", "_") for layer in layers}
 
 
-def _known(family: Family, modules: Modules) -> dict[str, tuple[str, str]]:
-    """Every name that files have for a module, with `_` for `.` -> its component and name."""
-    known: dict[str, tuple[str, str]] = {}
+def original_names(family: Family, names: Iterable[str]) -> dict[str, list[str]]:
+    """Name in the original code of a transformer -> the modules that it has as one, in the order there."""
+    places: dict[str, list[str]] = {}
+    for pattern, original in family.original:
+        for name in names:
+            if found := re.fullmatch(pattern, name):
+                places.setdefault(found.expand(original), []).append(name)
+    return places
+
+
+def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Every name that files have for a module, with `_` for `.` -> its component and name.
+
+    A name of the original code may stand for several modules.
+    """
+    known: dict[str, tuple[str, tuple[str, ...]]] = {}
     for component, names in modules.items():
         prefixes = [f"{component}_", ""]
         if component in family.kohya:
             prefixes.append(f"{family.kohya[component]}_")
         places: dict[str, str] = {}
+        originals: dict[str, list[str]] = {}
         if component == family.denoiser:
-            places = sgm_names(names)
-            prefixes += ["lycoris_", "diffusion_model_", f"lycoris_{component}_"]
+            places, originals = sgm_names(names), original_names(family, names)
+            prefixes += ["lora_unet_", "lycoris_", "diffusion_model_", f"lycoris_{component}_"]
         elif component == "text_encoder":
             prefixes += ["lora_te_", "lora_te1_"]
-        for name in filter(None, names):
-            spelled = {name, nested(name), name.removeprefix("text_model."), places.get(name, name)}
+        spelled: list[tuple[str, tuple[str, ...]]] = [
+            (spelling, (name,))
+            for name in filter(None, names)
+            for spelling in (name, nested(name), name.removeprefix("text_model."), places.get(name, name))
+        ]
+        spelled += [(original, tuple(found)) for original, found in originals.items()]
+        for spelling, found in spelled:
             for prefix in prefixes:
-                for spelling in spelled:
-                    known.setdefault(f"{prefix}{spelling}".replace(".", "_"), (component, name))
+                known.setdefault(f"{prefix}{spelling}".replace(".", "_"), (component, found))
     return known
 
 
@@ -128,23 +145,26 @@ def is_adapter(name: str) -> bool:
     return any(re.fullmatch(rf".+?{pattern}", name) for pattern, _ in PARTS)
 
 
-def layers_in(tensors: Mapping[str, Tensor], family: Family, modules: Modules) -> dict[str, Layers]:
+def layers_in(
+    tensors: Mapping[str, Tensor], family: Family, modules: Modules
+) -> dict[str, dict[tuple[str, ...], dict[str, Tensor]]]:
     """The layers of an adapter file by component, under the base's module names and PEFT's tensor names.
 
-    Raises ConfigError that says what the file is if it is not an adapter of this base.
+    A layer of the original code is under the names of all modules that it stands for. Raises ConfigError
+    that says what the file is if it is not an adapter of this base.
     """
     known = _known(family, modules)
-    found: dict[str, Layers] = {}
+    found: dict[str, dict[tuple[str, ...], dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         module, part = _split(key)
         plain = module.replace(".", "_").replace("base_model_model_", "")
         where = known.get(plain) or known.get(f"{plain}_0" if plain.endswith("to_out") else "")
         if where is None:
             raise ConfigError(_unknown(key, module, family))
-        component, name = where
-        layer = found.setdefault(component, {}).setdefault(name, {})
+        component, names = where
+        layer = found.setdefault(component, {}).setdefault(names, {})
         if part in layer:
-            raise ConfigError(f"it has two tensors for {name}.{part}, one of them {key}")
+            raise ConfigError(f"it has two tensors for {names[0]}.{part}, one of them {key}")
         layer[part] = tensor
     return found
 

@@ -5,6 +5,7 @@
 | diffusers | `load_lora_weights` | one file, `<component>.<module>.lora...`; metadata holds alpha |
 | peft | `PeftModel.from_pretrained` | one folder per component, weights and `adapter_config.json` |
 | kohya | A1111, ComfyUI, Forge | `<run>.safetensors`, `lora_unet_<module>...`, one alpha per layer |
+| comfyui | ComfyUI | `<run>.safetensors`, `diffusion_model.<module of the original code>...` |
 | diff | the same | `<run>-diff.safetensors`, the changes of whole weights; is not read |
 """
 
@@ -22,8 +23,10 @@ from torch import nn
 
 from dbtrain.adapters import inject, targets
 from dbtrain.adapters.formats import (
+    comfyui_file,
     diff_file,
     diffusers_file,
+    fused,
     kohya_file,
     limits,
     names,
@@ -55,6 +58,7 @@ class Format:
     biases: bool = False
     readable: bool = True  # by dbtrain
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
+    refuses: Callable[[Family, States], str | None] = lambda family, states: None
 
     def path(self, folder: Path, name: str) -> Path:
         """Where the adapter called `name` is in an export: the file, or the folder of its folders."""
@@ -70,7 +74,7 @@ class Format:
                 return "trained biases"
         if unknown := set(states) - set(self.components(family)):
             return f"an adapter of the {min(unknown)} of a {family.name} model"
-        return None
+        return self.refuses(family, states)
 
 
 def natural(family: Family, states: States) -> tuple[str, ...]:
@@ -89,6 +93,9 @@ def check(name: str, family: Family, states: States) -> None:
 
 def caveat(name: str, states: States) -> str | None:
     """What programs that load a format get wrong about an adapter; None if they get it right."""
+    dora = any(state.config.get("use_dora") for state in states.values())
+    if name == "comfyui" and dora:
+        return "ComfyUI computes DoRA in another way than it was trained; use adapter.dora=false for it"
     if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
             "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
@@ -172,7 +179,7 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     if path.suffix.lower() in PICKLES:
         raise ConfigError(f"{path} is a pickle, which may run code; use a .safetensors file")
     try:
-        layers = {name: list(targets.Modules.of(skeleton(name)).layers) for name in family.adaptable}
+        layers = {name: _sizes(skeleton(name)) for name in family.adaptable}
         states = _read_folder(path, family, layers) if path.is_dir() else _read_file(path, family, layers)
         states = {component: limits.bounded(state) for component, state in states.items()}
         for component, state in states.items():
@@ -183,6 +190,12 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     except DAMAGED as error:
         raise ConfigError(f"adapter {path}: its settings are damaged: {reason(error)}") from error
     return states
+
+
+def _sizes(module: nn.Module) -> dict[str, int]:
+    """The layers that an adapter can be on, and how many outputs each has."""
+    every: Any = module.named_modules()
+    return {name: len(layer.weight) for name, layer in every if isinstance(layer, targets.LAYERS)}
 
 
 def _read_folder(path: Path, family: Family, modules: names.Modules) -> States:
@@ -208,7 +221,7 @@ def _renamed(state: AdapterState, component: str, family: Family, modules: names
     adapter = {name: tensor for name, tensor in state.tensors.items() if names.is_adapter(name)}
     if not adapter:
         raise ConfigError("it has no tensors of an adapter")
-    layers = names.layers_in(adapter, family, mine)[component]
+    layers = fused.separated(names.layers_in(adapter, family, mine)[component], modules[component])
     tensors = {name: tensor for name, tensor in state.tensors.items() if name not in adapter}
     tensors |= {f"{module}.{part}": t for module, layer in layers.items() for part, t in layer.items()}
     return {component: AdapterState(tensors, state.config)}
@@ -226,7 +239,10 @@ def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
     if not tensors:
         raise ConfigError("it has no tensors")
     found, stored = names.layers_in(tensors, family, modules), _stored(header, family)
-    return {name: reading.state_of(layers, stored.get(name)) for name, layers in sorted(found.items())}
+    return {
+        name: reading.state_of(fused.separated(layers, modules[name]), stored.get(name))
+        for name, layers in sorted(found.items())
+    }
 
 
 def _stored(header: Mapping[str, str], family: Family) -> dict[str, dict[str, Any]]:
@@ -267,6 +283,14 @@ FORMATS = {
         ("lora", "loha", "lokr"),
         "ComfyUI, A1111, Forge, InvokeAI",
         components=lambda family: family.kohya,
+    ),
+    "comfyui": Format(
+        comfyui_file.FILE,
+        comfyui_file.write,
+        ("lora", "loha", "lokr"),
+        "ComfyUI",
+        components=lambda family: (family.denoiser,) if family.original else (),
+        refuses=comfyui_file.refuses,
     ),
     "diff": Format(
         diff_file.FILE,
