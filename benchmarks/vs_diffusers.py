@@ -143,7 +143,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
 @torch.no_grad()
 def _given(model: Any, batch: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the reference is given of a batch: latents, noise, timesteps and prompt embeddings."""
-    x0, embeds = model.x0(batch), model.condition(batch.prompt)["prompt_embeds"]
+    x0, embeds = model.x0(batch), model.condition(batch)["prompt_embeds"]
     return x0.to(dtype), batch.noise.to(dtype), model.objective.timesteps(batch.u), embeds.to(dtype)
 
 

@@ -22,6 +22,7 @@ class Batch:
     noise: Tensor  # (rows, C, H, W)
     u: Tensor  # (rows,) uniform in [0, 1), becomes the timestep
     prompt: Tensor  # (rows,) int64, index into the prompt table
+    prompts: tuple[int, ...]  # the same, on the host
     weight: Tensor  # (rows,) weight in the step's loss
     level: Tensor  # (rows,) uniform in [0, 1), for upscalers
     position: Tensor  # (rows,) fp64
@@ -53,6 +54,7 @@ class Batch:
             noise=torch.stack([draw.noise for draw in draws]),
             u=torch.stack([draw.u for draw in draws]),
             prompt=torch.tensor([row.meta["prompt"] for row in rows]),
+            prompts=tuple(row.meta["prompt"] for row in rows),
             weight=torch.tensor(weights or zeros, dtype=torch.float32),
             level=torch.stack([draw.level for draw in draws]),
             position=torch.tensor(positions or zeros, dtype=torch.float64),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ class DDPM(nn.Module):
     first timesteps without any noise.
     """
 
-    SCHEDULERS = SCHEDULERS
-    SAMPLER: str | None = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
+    SCHEDULERS: ClassVar[tuple[str, ...]] = SCHEDULERS
+    SAMPLER: ClassVar[str | None] = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
 
     alphas_cumprod: Tensor  # (T,)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class FlowMatching(nn.Module):
     it up in the scheduler's own table, which is shifted for some models and not for others.
     """
 
-    SCHEDULERS = (SCHEDULER,)
-    SAMPLER: str | None = None
+    SCHEDULERS: ClassVar[tuple[str, ...]] = (SCHEDULER,)
+    SAMPLER: ClassVar[str | None] = None
 
     def __init__(
         self, shift: float = 1.0, settings: Timesteps = USUAL.timesteps, weighting: str = "none"

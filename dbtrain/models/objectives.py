@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ USUAL = Loss()  # the default settings
 class Objective(Protocol):
     """What a family's denoiser is trained to predict. `t` is whatever its `timesteps` returns, (rows,)."""
 
-    SCHEDULERS: tuple[str, ...]  # the schedulers of bases that were trained so
-    SAMPLER: str | None  # what images are generated with; None: the base's own scheduler
+    SCHEDULERS: ClassVar[tuple[str, ...]]  # the schedulers of bases that were trained so
+    SAMPLER: ClassVar[str | None]  # what images are generated with; None: the base's own scheduler
 
     @staticmethod
     def check(scheduler_config: Mapping[str, Any]) -> None:

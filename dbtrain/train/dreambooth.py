@@ -19,6 +19,8 @@ from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 
+RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
+
 
 class DreamBooth(nn.Module):
     """The module that DDP wraps. For every family, `forward` returns one loss per image.
@@ -49,9 +51,12 @@ class DreamBooth(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.noising = noising
         self.sees = sees
-        self.prompt_names = tuple(prompts)
-        for name, table in prompts.items():  # (prompts, ...)
-            self.register_buffer(f"prompts_{name}", table, persistent=False)
+        # The prompt table, (prompts, ...) each. What is read on the host or large stays there.
+        size = sum(table.nbytes for table in prompts.values())
+        self.on_host = {name: t for name, t in prompts.items() if name == "lengths" or size > RESIDENT}
+        self.prompt_names = tuple(name for name in prompts if name not in self.on_host)
+        for name in self.prompt_names:
+            self.register_buffer(f"prompts_{name}", prompts[name], persistent=False)
         self.dtype = dtype  # of the base, and of the denoiser's input
         self.working_copies = WorkingCopies(self, adapters.trainable(self), dtype)
 
@@ -109,12 +114,19 @@ class DreamBooth(nn.Module):
         """The adapters' weights, by component."""
         return {name: adapters.collect(module) for name, module in self.trained.items()}
 
+    @property
+    def follows_the_host(self) -> bool:
+        """Whether a step depends on values on the host, so that no recorded one can stand for others."""
+        lengths = self.on_host.get("lengths")
+        uneven = lengths is not None and len(lengths.unique()) > 1
+        return uneven or bool(self.on_host.keys() - {"lengths"})
+
     def forward(self, batch: Batch) -> Tensor:
         """Denoising loss of each image, (rows,) fp32."""
         x0 = self.x0(batch)
         t = self.objective.timesteps(batch.u)
         x_t = self.objective.corrupt(x0, batch.noise, t)
-        condition = self.condition(batch.prompt) | batch.extra
+        condition = self.condition(batch) | batch.extra
         if self.sees:
             condition |= self.sees(x0, x_t, t, batch, self.noising)
         prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, condition)
@@ -126,12 +138,15 @@ class DreamBooth(nn.Module):
         sample = self.family.sample_posterior(batch.stored, batch.posterior)
         return (sample - self.get_buffer("latent_shift")) * self.get_buffer("latent_scale")
 
-    def condition(self, prompt: Tensor) -> dict[str, Tensor]:
-        """The denoiser's conditioning, (rows, ...) each, for rows of the prompt table, (rows,)."""
+    def condition(self, batch: Batch) -> dict[str, Tensor]:
+        """The denoiser's conditioning, (rows, ...) each, by the rows' prompts."""
         table = {name: self.get_buffer(f"prompts_{name}") for name in self.prompt_names}
         encoders = dict(self.text_encoders.items())
-        if encoders and len(next(iter(table.values()))) <= len(prompt):
+        if encoders and len(next(iter(table.values()))) <= len(batch.prompts):
             table = self.family.embed(encoders, table)  # encode each prompt only once
             encoders = {}
-        rows = {name: values[prompt] for name, values in table.items()}
+        rows = {name: values[batch.prompt] for name, values in table.items()}
+        for name, values in self.on_host.items():
+            chosen = values[list(batch.prompts)]
+            rows[name] = chosen if name == "lengths" else chosen.to(batch.prompt.device, non_blocking=True)
         return self.family.embed(encoders, rows) if encoders else rows

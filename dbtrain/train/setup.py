@@ -167,6 +167,11 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
         model = DreamBooth.build(inputs.base, manifest, table, cfg)
+        if cfg.train.cuda_graph and model.follows_the_host:
+            raise ConfigError(
+                "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "
+                "memory: a recorded step would repeat the first one's; set it to false"
+            )
         for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, states := model.states())
             if caveat := formats.caveat(name, states):

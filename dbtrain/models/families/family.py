@@ -40,7 +40,10 @@ class Family:
     tokenize: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Tensor]]
     """(tokenizers, prompts) -> token ids of each text encoder, (prompts, L) int64."""
     embed: Callable[[Mapping[str, nn.Module], Mapping[str, Tensor]], dict[str, Tensor]]
-    """(text encoders, ids) -> condition: tensors, (prompts, ...) each."""
+    """(text encoders, ids) -> condition: tensors, (prompts, ...) each.
+
+    Where prompts have lengths of their own, `lengths`, (prompts,) int64, says how many rows of the others are
+    text. It stays on the CPU."""
     space: Callable[[Pretrained, int], LatentSpace]
     """(base, side in px) -> the denoiser's space. Raises ConfigError if the VAE cannot divide the side."""
     encode_images: Callable[[nn.Module | None, Tensor], dict[str, Tensor]]
@@ -199,7 +202,7 @@ def encode_apart(
 
     `names`: the arguments of its call, in the order in which `encode_prompt` returns them.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
         tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1)
         found |= {f"{start}{name}": tensor for name, tensor in zip(names, tensors, strict=False)}

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dbtrain.models.families.family import QWEN_WORDS, Family, LatentSpace, encode_apart, latent_shape
-from dbtrain.models.families.transformer import ATTENDED, chat, joined_layers, positions
+from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, positions
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 LENGTH = 512  # tokens; padding is part of what the model was trained on
 LAYERS = (9, 18, 27)  # of Qwen3, whose hidden states it reads
-PATCH = 2
 
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
