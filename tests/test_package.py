@@ -70,7 +70,7 @@ def test_the_wheel_holds_the_package_its_data_and_no_builder_code(wheel: Path) -
     assert "dbtrain/py.typed" in names
     assert "dbtrain/tiny/judge.safetensors" in names
     assert "dbtrain/tiny/model/unet/diffusion_pytorch_model.safetensors" in names
-    assert {f"dbtrain/configs/{example}" for example in init.EXAMPLES.values()} <= names
+    assert {f"dbtrain/configs/{example.name}" for example in init.examples().values()} <= names
     assert not names & {f"dbtrain/tiny/{name}" for name in BUILDER}
     info = f"dbtrain-{dbtrain.__version__}.dist-info"
     assert f"{info}/licenses/LICENSE" in names

@@ -41,7 +41,7 @@ class Model(Section):
     )
     family: str = Field(
         "auto",
-        description="model family (`sd`, `sdxl`, `deepfloyd`, `deepfloyd-2`); `auto`: from model_index.json",
+        description="model family, e.g. `sdxl`; `auto`: from the base's model_index.json",
     )
     config: Text | None = Field(
         None,

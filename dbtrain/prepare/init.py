@@ -14,14 +14,16 @@ from dbtrain.data import photo_files
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, printable
 
-EXAMPLES = {  # base: file in configs/
-    "sd15": "sd15.yaml", "sd21": "sd21.yaml", "sdxl": "sdxl.yaml", "deepfloyd": "deepfloyd.yaml",
-    "deepfloyd-2": "deepfloyd-2.yaml", "tiny": "quickstart.yaml",
-}  # fmt: skip
 LAUNCH = ("*.sbatch", "slurm.sh", "torchrun*.sh")  # the scripts that need no checkout
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 WORD = re.compile(r"[^\W\d_]([\w' -]*\w)?")
 TYPICAL = 5  # number of photos that the examples' steps are meant for
+
+
+def examples() -> dict[str, Path]:
+    """The example config of each base, by the name of the base."""
+    found = sorted(shipped("configs").glob("*.yaml"))
+    return {path.stem.replace("quickstart", "tiny"): path for path in found}
 
 
 def init(name: str, photos: Path, base: str, word: str | None = None) -> Iterator[str]:
@@ -35,8 +37,8 @@ def init(name: str, photos: Path, base: str, word: str | None = None) -> Iterato
         raise ConfigError(
             f"NAME is '{name}', but it becomes a file name; use letters, digits, '.', '-' and '_'"
         )
-    if base not in EXAMPLES:
-        raise ConfigError(f"--base is '{base}'; choose from {', '.join(EXAMPLES)}")
+    if base not in examples():
+        raise ConfigError(f"--base is '{base}'; choose from {', '.join(examples())}")
     if config.exists():
         raise ConfigError(f"{config} already exists; choose another NAME, or delete the file")
     sides = short_sides(photos)
@@ -46,7 +48,7 @@ def init(name: str, photos: Path, base: str, word: str | None = None) -> Iterato
         raise ConfigError(f"{given}; use plain words for what the photos show, e.g. --word dog")
 
     # Start from the example and replace the settings that depend on the photos.
-    example = shipped("configs") / EXAMPLES[base]
+    example = examples()[base]
     settings = read_yaml(example)
     steps, resolution = steps_for(len(sides), settings["train"]["steps"]), settings["prepare"]["resolution"]
     text = filled(
