@@ -17,6 +17,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -26,6 +27,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -221,36 +225,89 @@ def _qwen3(words: Any, layers: int) -> Any:
     )  # fmt: skip
 
 
-@cache
-def flux2_klein(distilled: bool = False) -> Path:
-    """A FLUX.2 klein of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+def _flux2(words: Any, text_encoder: Any, guidance: bool) -> dict[str, Any]:
+    """FLUX.2 of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=32,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
+    )  # fmt: skip
+    return {
+        "vae": vae, "text_encoder": text_encoder, "tokenizer": words, "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }  # fmt: skip
 
+
+@cache
+def flux2_klein() -> Path:
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "flux2 klein"):
             words = _qwen_words()
-            vae = AutoencoderKLFlux2(
-                block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                latent_channels=32,
-            )  # fmt: skip
-            vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
-            vae.bn.running_var.uniform_(0.5, 2.0)
-            components = {
-                "vae": vae, "text_encoder": _qwen3(words, layers=28), "tokenizer": words,
-                "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-                "transformer": Flux2Transformer2DModel(
-                    in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
-                    num_attention_heads=2, joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4),
-                    guidance_embeds=False,
-                ),
-            }  # fmt: skip
-        _save(folder, "Flux2KleinPipeline", components, is_distilled=distilled)
+            components = _flux2(words, _qwen3(words, layers=28), guidance=False)
+        _save(folder, "Flux2KleinPipeline", components, is_distilled=False)
 
-    return once(f"flux2-klein-{distilled}", fill)
+    return once("flux2-klein", fill)
+
+
+MISTRAL = (
+    "{{- bos_token }}{%- for message in messages %}{%- for part in message.content %}"
+    "{%- if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
+    "{%- else %}[INST]{{ part.text }}[/INST]{%- endif %}{%- endfor %}{%- endfor %}"
+)
+
+
+@cache
+def flux2_dev() -> Path:
+    """With a plain tokenizer in place of Pixtral's processor, which needs torchvision."""
+
+    def fill(folder: Path) -> None:
+        special = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            "<pad>",
+            "[INST]",
+            "[/INST]",
+            "[SYSTEM_PROMPT]",
+            "[/SYSTEM_PROMPT]",
+        ]
+        model = Tokenizer(BPE())
+        model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        alphabet = ByteLevel.alphabet()
+        trainer = BpeTrainer(
+            vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        model.train_from_iterator(["a photo of sks mug dog " + SYSTEM_MESSAGE] * 10, trainer)
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+            chat_template=MISTRAL, model_max_length=4096,
+        )  # fmt: skip
+        text = {
+            "model_type": "mistral", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 31, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "max_position_embeddings": 1024,
+        }  # fmt: skip
+        seen = {
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        }  # fmt: skip
+        with rng.seeded("tests", "flux2 dev"):
+            encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=seen))
+            components = _flux2(words, encoder, guidance=True)
+        _save(folder, "Flux2Pipeline", components)
+
+    return once("flux2-dev", fill)
 
 
 SIDES = {
     "flux2-klein": 64,
+    "flux2-dev": 64,
     "sd": 64,
     "sdxl": 64,
     "deepfloyd": 16,
@@ -259,7 +316,9 @@ SIDES = {
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
     "flux2-klein": flux2_klein,
+    "flux2-dev": flux2_dev,
 }  # fmt: skip
 OF_FAMILY = {
     "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
+    "flux2-dev": flux2_dev,
 }  # fmt: skip

@@ -30,13 +30,17 @@ from dbtrain.models.families import registry as families
 from dbtrain.models.flow_matching import FlowMatching, own_shift
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
 from tests.conftest import Make, at
 from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
 # How users of a pipeline ask for guidance w, as its documentation has it.
-GUIDANCE = {"flux2-klein": lambda w: {"guidance_scale": w}}
+GUIDANCE = {
+    "flux2-klein": lambda w: {"guidance_scale": w},
+    "flux2-dev": lambda w: {"guidance_scale": w},
+}
 PLAIN = {"distribution": "uniform", "shift": 1.0}  # a noise level is its `u`
 SIDE = 64
 
@@ -222,7 +226,6 @@ def test_a_prompt_that_is_too_long_is_refused() -> None:
 
 
 REFUSED = {
-    "distilled": ({}, {"is_distilled": True}, "was distilled to generate images in a few steps"),
     "another scheduler": (
         {}, {"scheduler": ["diffusers", "DDPMScheduler"]}, "made for another training objective"
     ),
@@ -255,6 +258,16 @@ def test_what_it_cannot_train_is_refused_in_one_line(
         prepare(cfg)
         base.family.objective.of(base.config("scheduler"), cfg.loss, 16)
     assert "\n" not in str(caught.value)
+
+
+def test_a_distilled_klein_is_for_drawing(make: Make, tmp_path: Path) -> None:
+    folder = shutil.copytree(bases.flux2_klein(), tmp_path / "base")
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"is_distilled": True}))
+    cfg = make(model__path=str(folder), prepare__resolution=SIDE)
+    with pytest.raises(ConfigError, match=r"was distilled .*; train on FLUX\.2-klein-base of the same size"):
+        prepare(cfg)
+    AdapterPipeline.load(cfg.model).generate("a dog", 0, steps=1, guidance=1.0, side=SIDE)
 
 
 # The objective itself.

@@ -9,7 +9,14 @@ from dbtrain.runtime.errors import ConfigError
 
 FAMILIES = {
     family.name: family
-    for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd.STAGE_1, deepfloyd.STAGE_2, flux2.KLEIN)
+    for family in (
+        sd.FAMILY,
+        sdxl.FAMILY,
+        deepfloyd.STAGE_1,
+        deepfloyd.STAGE_2,
+        flux2.KLEIN,
+        flux2.DEV,
+    )
 }
 
 for _family in FAMILIES.values():

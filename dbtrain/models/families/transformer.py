@@ -25,21 +25,30 @@ def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -
     (prompts, length) int64 each, padded on the right. Raises ConfigError for a prompt that is too long:
     cutting it would cut off the end of the template too.
     """
-    found = []
-    for prompt in prompts:
-        text = tokenizer.apply_chat_template(
+    texts = [
+        tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
         )
-        count = len(tokenizer(text).input_ids)
-        if count > length:
+        for prompt in prompts
+    ]
+    found = [tokenizer(text, padding="max_length", max_length=length, return_tensors="pt") for text in texts]
+    return stacked(found, prompts, length)
+
+
+def stacked(found: Sequence[Any], prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Token ids and mask of prompts, (prompts, length) int64 each, from a tokenizer's output for each one.
+
+    Raises ConfigError for a prompt that is longer.
+    """
+    for prompt, one in zip(prompts, found, strict=True):
+        if (count := one["input_ids"].shape[1]) > length:
             raise ConfigError(
                 f"prompt '{prompt[:60]}…' has {count} tokens with the model's template, but the model "
                 f"reads {length}; shorten it"
             )
-        found.append(tokenizer(text, padding="max_length", max_length=length, return_tensors="pt"))
     return {
-        "text_encoder": torch.cat([one.input_ids for one in found]),
-        "mask": torch.cat([one.attention_mask for one in found]),
+        "text_encoder": torch.cat([one["input_ids"] for one in found]),
+        "mask": torch.cat([one["attention_mask"] for one in found]),
     }
 
 
