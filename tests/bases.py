@@ -12,9 +12,11 @@ import diffusers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer
@@ -26,6 +28,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -35,6 +39,7 @@ from transformers import (
 )
 
 from benchmarks.tiny import parts
+from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.runtime import rng
 from dbtrain.tiny import world
 from tests.session import once
@@ -186,15 +191,15 @@ def if_2() -> Path:
     return once("if-2", fill)
 
 
-def _qwen_words(**options: Any) -> Qwen2Tokenizer:
-    """Byte-level words of a chat template, each one token, as in Qwen's own tokenizer."""
+def _qwen_words(text: str = "", size: int = 380, **options: Any) -> Qwen2Tokenizer:
+    """Byte-level words of a chat template and `text`, each one token, as in Qwen's own tokenizer."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     words = Tokenizer(BPE())
     words.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
-        vocab_size=380, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
-    words.train_from_iterator([f"{CHAT} a photo of sks mug dog"] * 10, trainer)
+    words.train_from_iterator([f"{CHAT} a photo of sks mug dog{text}"] * 10, trainer)
     learnt = json.loads(words.to_str())["model"]
     merges = [tuple(pair) for pair in learnt["merges"]]
     return Qwen2Tokenizer(
@@ -249,7 +254,48 @@ def flux2_klein(distilled: bool = False) -> Path:
     return once(f"flux2-klein-{distilled}", fill)
 
 
+def _qwen_vae() -> Any:
+    return AutoencoderKLQwenImage(base_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+
+
+QWEN_TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+}  # fmt: skip
+
+
+@cache
+def qwen_image() -> Path:
+    """A Qwen-Image of 64 px: two blocks, latents (16, 8, 8), 16 tokens."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "qwen image"):
+            words = _qwen_words(MESSAGE, size=600)
+            text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 2}
+            vision = {
+                "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                "fullatt_block_indexes": [0],
+            }  # fmt: skip
+            config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            components = {
+                "vae": _qwen_vae(), "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+                "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(
+                    use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+                    shift_terminal=0.02,
+                ),
+                "transformer": QwenImageTransformer2DModel(
+                    num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+                    axes_dims_rope=(4, 6, 6),
+                ),
+            }  # fmt: skip
+        _save(folder, "QwenImagePipeline", components)
+
+    return once("qwen-image", fill)
+
+
 SIDES = {
+    "qwen-image": 64,
     "flux2-klein": 64,
     "sd": 64,
     "sdxl": 64,
@@ -259,7 +305,9 @@ SIDES = {
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
     "flux2-klein": flux2_klein,
+    "qwen-image": qwen_image,
 }  # fmt: skip
 OF_FAMILY = {
     "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
+    "qwen-image": qwen_image,
 }  # fmt: skip
