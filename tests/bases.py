@@ -12,9 +12,11 @@ import diffusers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
@@ -30,6 +32,8 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -39,6 +43,7 @@ from transformers import (
 )
 
 from benchmarks.tiny import parts
+from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.runtime import rng
 from dbtrain.tiny import world
 from tests.session import once
@@ -190,15 +195,15 @@ def if_2() -> Path:
     return once("if-2", fill)
 
 
-def _qwen_words(**options: Any) -> Qwen2Tokenizer:
-    """Byte-level words of a chat template, each one token, as in Qwen's own tokenizer."""
+def _qwen_words(text: str = "", size: int = 380, **options: Any) -> Qwen2Tokenizer:
+    """Byte-level words of a chat template and `text`, each one token, as in Qwen's own tokenizer."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     words = Tokenizer(BPE())
     words.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
-        vocab_size=380, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
-    words.train_from_iterator([f"{CHAT} a photo of sks mug dog"] * 10, trainer)
+    words.train_from_iterator([f"{CHAT} a photo of sks mug dog{text}"] * 10, trainer)
     learnt = json.loads(words.to_str())["model"]
     merges = [tuple(pair) for pair in learnt["merges"]]
     return Qwen2Tokenizer(
@@ -305,20 +310,54 @@ def flux2_dev() -> Path:
     return once("flux2-dev", fill)
 
 
-SIDES = {
-    "flux2-klein": 64,
-    "flux2-dev": 64,
-    "sd": 64,
-    "sdxl": 64,
-    "deepfloyd": 16,
-    "deepfloyd-2": 32,
-}  # px that these are made for
-ALL: dict[str, Callable[[], Path]] = {
-    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+def _qwen_vae() -> Any:
+    return AutoencoderKLQwenImage(base_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+
+
+QWEN_TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+}  # fmt: skip
+
+
+@cache
+def qwen_image() -> Path:
+    """A Qwen-Image of 64 px: two blocks, latents (16, 8, 8), 16 tokens."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "qwen image"):
+            words = _qwen_words(MESSAGE, size=600)
+            text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 2}
+            vision = {
+                "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                "fullatt_block_indexes": [0],
+            }  # fmt: skip
+            config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            components = {
+                "vae": _qwen_vae(), "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+                "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(
+                    use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+                    shift_terminal=0.02,
+                ),
+                "transformer": QwenImageTransformer2DModel(
+                    num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+                    axes_dims_rope=(4, 6, 6),
+                ),
+            }  # fmt: skip
+        _save(folder, "QwenImagePipeline", components)
+
+    return once("qwen-image", fill)
+
+
+FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "flux2-klein": flux2_klein,
     "flux2-dev": flux2_dev,
+    "qwen-image": qwen_image,
+}
+ALL: dict[str, Callable[[], Path]] = {
+    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2, **FLOW,
 }  # fmt: skip
-OF_FAMILY = {
-    "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
-    "flux2-dev": flux2_dev,
-}  # fmt: skip
+OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}
+# px that these are made for
+SIDES = {"sd": 64, "sdxl": 64, "deepfloyd": 16, "deepfloyd-2": 32, **dict.fromkeys(FLOW, 64)}

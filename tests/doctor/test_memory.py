@@ -60,6 +60,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sdxl", {"train__precision": "bf16"}),
     ("if_1", {"prepare__resolution": 16}),
     ("if_2", {"prepare__resolution": 32, "adapter__kind": "lokr"}),
+    ("flux2_klein", {"train__precision": "bf16"}),
+    ("qwen_image", {"train__precision": "bf16"}),
 ]
 
 
