@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -57,10 +58,11 @@ def _clip(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _vae() -> Any:
+def _vae(**changes: Any) -> Any:
     return AutoencoderKL(
         block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        **changes,
     )  # fmt: skip
 
 
@@ -249,7 +251,31 @@ def flux2_klein(distilled: bool = False) -> Path:
     return once(f"flux2-klein-{distilled}", fill)
 
 
+@cache
+def z_image() -> Path:
+    """A Z-Image of 64 px: one block of each of its three kinds, latents (16, 8, 8), prompts of any length."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "z image"):
+            words = _qwen_words()
+            transformer = ZImageTransformer2DModel(
+                dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
+                axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
+            )  # fmt: skip
+            transformer.x_pad_token.data.normal_()  # 0 would hide a missing one
+            transformer.cap_pad_token.data.normal_()
+            components = {
+                "vae": _vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+                "text_encoder": _qwen3(words, layers=3).model, "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer": transformer,
+            }  # fmt: skip
+        _save(folder, "ZImagePipeline", components)
+
+    return once("z-image", fill)
+
+
 SIDES = {
+    "z-image": 64,
     "flux2-klein": 64,
     "sd": 64,
     "sdxl": 64,
@@ -259,7 +285,13 @@ SIDES = {
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
     "flux2-klein": flux2_klein,
+    "z-image": z_image,
 }  # fmt: skip
 OF_FAMILY = {
-    "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
-}  # fmt: skip
+    "sd": sd,
+    "sdxl": sdxl,
+    "deepfloyd": if_1,
+    "deepfloyd-2": if_2,
+    "flux2-klein": flux2_klein,
+    "z-image": z_image,
+}

@@ -261,7 +261,7 @@ def read_prompts(storage: Storage, prompts: Prompts) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ConfigError(f"{where} cannot be read: {reason(error)}; {CURE}") from error
     for name, tensor in table.items():
-        if tensor.dim() < 2 or len(tensor) != len(prompts.texts):
+        if not tensor.dim() or len(tensor) != len(prompts.texts):
             raise ConfigError(
                 f"{where}: {name} is of {tuple(tensor.shape)}, not of {len(prompts.texts)} prompts; {CURE}"
             )

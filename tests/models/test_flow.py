@@ -28,6 +28,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
 from dbtrain.models.families import registry as families
 from dbtrain.models.flow_matching import FlowMatching, own_shift
+from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
@@ -36,7 +37,10 @@ from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
 # How users of a pipeline ask for guidance w, as its documentation has it.
-GUIDANCE = {"flux2-klein": lambda w: {"guidance_scale": w}}
+GUIDANCE = {
+    "flux2-klein": lambda w: {"guidance_scale": w},
+    "z-image": lambda w: {"guidance_scale": w - 1},  # of prediction + g (prediction - unconditional)
+}
 PLAIN = {"distribution": "uniform", "shift": 1.0}  # a noise level is its `u`
 SIDE = 64
 
@@ -145,12 +149,14 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
 
 
 def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
-    """A row of the prompt table as the pipeline's `encode_prompt` gives it."""
-    return {
-        key.removeprefix("condition."): values[prompt : prompt + 1].float()
+    """A row of the prompt table as the pipeline's `encode_prompt` gives it: its own tokens alone."""
+    row = {
+        key.removeprefix("condition."): values[prompt : prompt + 1]
         for key, values in table.items()
         if key.startswith("condition.")
     }
+    length = row.pop("lengths", None)
+    return {name: values[:, : length and int(length)].float() for name, values in row.items()}
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -237,8 +243,14 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("name", FLOW)
+# Families whose folders do not say whether they were distilled.
+UNTOLD = ("z-image",)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name in FLOW for case in REFUSED if (name in UNTOLD) <= (case != "distilled")],
+)
 def test_what_it_cannot_train_is_refused_in_one_line(
     make: Make, tmp_path: Path, name: str, case: str
 ) -> None:
@@ -255,6 +267,30 @@ def test_what_it_cannot_train_is_refused_in_one_line(
         prepare(cfg)
         base.family.objective.of(base.config("scheduler"), cfg.loss, 16)
     assert "\n" not in str(caught.value)
+
+
+LENGTHS = {
+    "none": lambda table: table.pop("condition.lengths"),
+    "too long": lambda table: table["condition.lengths"].add_(1),
+    "empty": lambda table: table["condition.lengths"].zero_(),
+    "fractions": lambda table: table.update({"condition.lengths": table["condition.lengths"].float()}),
+    "two": lambda table: table.update({"condition.lengths": table["condition.lengths"].repeat(1, 2)}),
+}
+
+
+@pytest.mark.parametrize("harm", LENGTHS)
+def test_lengths_that_a_table_does_not_have_are_refused(harm: str) -> None:
+    for name in FLOW:
+        base = found(name)
+        if "lengths" in (shapes := base.family.conditions(base)):
+            table = {f"condition.{key}": torch.ones(1, *[size or 7 for size in shape])
+                     for key, shape in shapes.items()}  # fmt: skip
+            table |= {f"ids.{encoder}": torch.ones(1, 7).long() for encoder in base.family.text_encoders}
+            table["condition.lengths"] = torch.tensor([7])
+            plan.check_prompts("shards", base, table)
+            LENGTHS[harm](table)
+            with pytest.raises(ConfigError, match=r"lengths .*; rerun: dbtrain prepare"):
+                plan.check_prompts("shards", base, table)
 
 
 # The objective itself.

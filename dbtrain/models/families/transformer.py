@@ -50,7 +50,7 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
     """
     rows = []
     for tokens, mask in zip(ids["text_encoder"], ids["mask"], strict=True):
-        states = encoder.model(
+        states = getattr(encoder, "model", encoder)(
             input_ids=tokens[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False
         ).hidden_states
         rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
