@@ -18,6 +18,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer
@@ -66,10 +67,11 @@ def _clip(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _vae() -> Any:
+def _vae(**changes: Any) -> Any:
     return AutoencoderKL(
         block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        **changes,
     )  # fmt: skip
 
 
@@ -350,10 +352,34 @@ def qwen_image() -> Path:
     return once("qwen-image", fill)
 
 
+@cache
+def z_image() -> Path:
+    """A Z-Image of 64 px: one block of each of its three kinds, latents (16, 8, 8), prompts of any length."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "z image"):
+            words = _qwen_words()
+            transformer = ZImageTransformer2DModel(
+                dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
+                axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
+            )  # fmt: skip
+            transformer.x_pad_token.data.normal_()  # 0 would hide a missing one
+            transformer.cap_pad_token.data.normal_()
+            components = {
+                "vae": _vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+                "text_encoder": _qwen3(words, layers=3).model, "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer": transformer,
+            }  # fmt: skip
+        _save(folder, "ZImagePipeline", components)
+
+    return once("z-image", fill)
+
+
 FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "flux2-klein": flux2_klein,
     "flux2-dev": flux2_dev,
     "qwen-image": qwen_image,
+    "z-image": z_image,
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2, **FLOW,

@@ -82,10 +82,11 @@ def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module
     family, x0 = model.family, model.x0(batch)
     t = model.objective.timesteps(batch.u)
     x_t = model.objective.corrupt(x0, batch.noise, t)
-    table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names} | model.on_host
+    condition = model.condition(batch)
     if model.text_encoders:
-        table = family.embed(encoders, table)
-    condition = {name: values[batch.prompt] for name, values in table.items()} | batch.extra
+        table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names}
+        condition = {name: rows[batch.prompt] for name, rows in family.embed(encoders, table).items()}
+    condition |= batch.extra
     if model.sees:
         condition |= model.sees(x0, x_t, t, batch, model.noising)
     return family.denoise(unet, x_t, t, condition)

@@ -289,7 +289,7 @@ FORMATS = {
         comfyui_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI",
-        components=lambda family: (family.denoiser,) if family.original else (),
+        components=lambda family: (family.denoiser,) if family.original or family.keeps_names else (),
         refuses=comfyui_file.refuses,
     ),
     "diff": Format(

@@ -79,6 +79,7 @@ class Family:
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
     the same name are one there, with their outputs one after the other."""
+    keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
         pipe, prompt, guided

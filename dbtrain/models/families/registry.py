@@ -2,7 +2,7 @@
 
 from dbtrain.config import Model
 from dbtrain.models import safety
-from dbtrain.models.families import deepfloyd, flux2, qwen_image, sd, sdxl
+from dbtrain.models.families import deepfloyd, flux2, qwen_image, sd, sdxl, z_image
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -17,6 +17,7 @@ FAMILIES = {
         flux2.KLEIN,
         flux2.DEV,
         qwen_image.FAMILY,
+        z_image.FAMILY,
     )
 }
 

@@ -66,7 +66,7 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
     """
     rows = []
     for tokens, mask in zip(ids["text_encoder"], ids["mask"], strict=True):
-        states = encoder.model(
+        states = getattr(encoder, "model", encoder)(
             input_ids=tokens[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False
         ).hidden_states
         rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
@@ -160,7 +160,9 @@ def in_message_states(
     """
     rows = []
     for tokens, length in zip(ids["text_encoder"], ids["lengths"].tolist(), strict=True):
-        states = model(input_ids=tokens[None, : BEGINNING + length], output_hidden_states=True, use_cache=False)
+        states = model(
+            input_ids=tokens[None, : BEGINNING + length], output_hidden_states=True, use_cache=False
+        )
         rows.append(chosen(states.hidden_states)[0, BEGINNING:])
     return padded_rows(rows)
 
