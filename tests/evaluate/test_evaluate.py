@@ -19,7 +19,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dbtrain.config import Config, Evaluation, Prepare, Subject
+from dbtrain.config import Config, Evaluation, Prepare, Subject, subject_words
+from dbtrain.config.subject_words import SubjectWords
 from dbtrain.evaluate import dino_clip, encoders, evaluate, tiny_judge
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate import scores as fidelity
@@ -276,9 +277,9 @@ def test_without_matplotlib_there_is_a_message_and_no_plot(
 # Words.
 
 
-def words(instance: str, of_class: str | None = None, **settings: str) -> subject.SubjectWords:
+def words(instance: str, of_class: str | None = None, **settings: str) -> SubjectWords:
     prompts = Prepare(photos="p", instance_prompt=instance, class_prompt=of_class)
-    return subject.of(prompts, Subject(**settings))
+    return subject_words.of(prompts, Subject(**settings))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def words(instance: str, of_class: str | None = None, **settings: str) -> subjec
     ],
 )
 def test_the_words_for_a_subject_are_read_from_the_prompts(
-    about: subject.SubjectWords, token: str, kind: str, of_class: str
+    about: SubjectWords, token: str, kind: str, of_class: str
 ) -> None:
     assert (about.token, about.kind, about.class_prompt) == (token, kind, of_class)
 
