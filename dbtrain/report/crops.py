@@ -24,7 +24,8 @@ DECODED = (
     "What training sees: the mean of each stored posterior, decoded by the base's VAE. Crop positions are in "
     "pixels of the resized photo."
 )
-PHOTOS = 64  # most photos shown
+PHOTOS = 64  # most photos shown, shared among the data sets
+LEAST_PHOTOS = 6  # that each data set shows of its own
 FEW = 4  # crops of the subject per class image shown
 TITLES = {
     "instance": "Crops as trained", "class": "Class images as trained",
@@ -53,25 +54,28 @@ class DataSheet:
 
 
 def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
-    """One sheet for each data set of the runs. `crops`: how many to decode of each at most."""
+    """One sheet for each data set of the runs. `crops`: how many to decode, shared among them."""
     shared: dict[tuple, list[Run]] = {}
     for run in runs:
         key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.model)
         shared.setdefault(key, []).append(run)
+    sets = list(shared.values())
+    most, each = max(LEAST_PHOTOS, PHOTOS // len(sets)), -(-crops // len(sets))
     return [
-        DataSheet([run.label for run in same], [_photos(same[0].cfg), *_stored(same[0].cfg, crops)])
-        for same in shared.values()
+        DataSheet([run.label for run in same], [photos_of(same[0].cfg, most), *_stored(same[0].cfg, each)])
+        for same in sets
     ]
 
 
-def _photos(cfg: Config) -> Part:
+def photos_of(cfg: Config, most: int) -> Part:
+    """The first `most` photos of the subject."""
     part = Part("The photos")
     with _reporting(part):
         if cfg.prepare is None:
             raise ConfigError("the config has no 'prepare' section, and so no photos")
         found = photos.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
         part.total = len(found)
-        part.pictures = [_photo(path) for path in found[:PHOTOS]]
+        part.pictures = [_photo(path) for path in found[:most]]
     return part
 
 
