@@ -7,7 +7,7 @@ import math
 FIRST = 262  # degrees, the hue of the first run: blue
 LEAST = 8  # hues, even if there are fewer runs
 CHROMA = 0.16  # or as much of it as a screen can show
-LIGHTNESS = {"light": (0.47, 0.56, 0.64), "dark": (0.81, 0.73, 0.65)}  # of neighbors in hue
+LIGHTNESS = {"light": (0.47, 0.56, 0.64), "dark": (0.73, 0.65, 0.82)}  # of neighbors in hue
 
 
 def colours(count: int, theme: str) -> list[str]:
