@@ -64,10 +64,10 @@ class Sample:
 
 @dataclass
 class Timeline:
-    """All images of one prompt: one column per step, one row per run and seed; or those of one seed."""
+    """Images of one prompt: one column per step, one row per run and seed."""
 
     prompt: str
-    seed: int | None
+    seed: int | None  # of all its images; None: of several
     steps: list[int]  # shown
     all_steps: int  # how many there are
     rows: list[TimelineRow] = field(default_factory=list)
@@ -129,16 +129,12 @@ def _by_number(path: Path) -> list[int]:
 
 
 def timelines(runs: Sequence[Run], by_seed: bool = False) -> list[Timeline]:
-    """The images of the runs' validations by step: one timeline per prompt, or per prompt and seed."""
-    # Find the files.
-    found: dict[tuple[str, int | None], Rows] = {}  # by prompt and seed
-    for at, run in enumerate(runs):
-        for folder in run.names.validations():
-            for path in _validation_images(folder):
-                number, seed = _by_number(path)
-                key = _prompt(path) or _asked(run, number), seed if by_seed else None
-                found.setdefault(key, {}).setdefault((seed, at), {})[step_of(folder)] = path
+    """The images of the runs' validations by step, for each prompt.
+
+    `by_seed`: several timelines of a prompt, one per seed, if several runs have it.
+    """
     # Choose the steps to show, and from their number the size of the images.
+    found = _found(runs, by_seed)
     most = min(MOST_STEPS, max(LEAST_STEPS, MOST_SHOWN // max(1, sum(map(len, found.values())))))
     lines = []
     for (prompt, shared), rows in found.items():
@@ -147,7 +143,7 @@ def timelines(runs: Sequence[Run], by_seed: bool = False) -> list[Timeline]:
     size = side(sum(len(line.steps) * len(found[line.prompt, line.seed]) for line in lines))
     # Embed the images.
     for line in lines:
-        for (seed, at), files in sorted(found[line.prompt, line.seed].items()):
+        for (seed, at), files in found[line.prompt, line.seed].items():
             alts = {step: f"{line.prompt}: {runs[at].label}, step {step}, seed {seed}" for step in files}
             pictures = [
                 embed_file(files[step], alts[step], (size, size)) if step in files else None
@@ -155,6 +151,23 @@ def timelines(runs: Sequence[Run], by_seed: bool = False) -> list[Timeline]:
             ]
             line.rows.append(TimelineRow(at, f"seed {seed}", pictures))
     return lines
+
+
+def _found(runs: Sequence[Run], by_seed: bool) -> dict[tuple[str, int | None], Rows]:
+    """The files of each timeline, by its prompt and seed, as `timelines` splits them."""
+    by_prompt: dict[str, Rows] = {}
+    for at, run in enumerate(runs):
+        for folder in run.names.validations():
+            for path in _validation_images(folder):
+                number, seed = _by_number(path)
+                prompt = _prompt(path) or _asked(run, number)
+                by_prompt.setdefault(prompt, {}).setdefault((seed, at), {})[step_of(folder)] = path
+    found: dict[tuple[str, int | None], Rows] = {}
+    for prompt, rows in by_prompt.items():
+        shared = by_seed and len({at for _, at in rows}) > 1
+        for (seed, at), files in sorted(rows.items()):
+            found.setdefault((prompt, seed if shared else None), {})[seed, at] = files
+    return found
 
 
 def side(count: int) -> int:

@@ -342,7 +342,7 @@ def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> No
                prepare__flip=True)  # fmt: skip
     prepare(cfg)
     manifest = shards.Manifest.read(at(tmp_path / "shards"))
-    decode = crops._decoder(cfg)
+    decode = crops._decoder(cfg.model)
     seen = 0
     for row in shards.read(at(tmp_path / "shards"), manifest.roles["instance"][0]):
         crop = images.Crop(*row.meta["crop"], row.meta["flip"])
@@ -356,7 +356,7 @@ def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> No
 def test_models_of_pixels_show_the_very_pixels(make: Make) -> None:
     cfg = make(model__path=str(bases.if_1()), prepare__resolution=16)
     pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    shown = crops._decoder(cfg)(shards.Row({"pixels": pixels}, {}))
+    shown = crops._decoder(cfg.model)(shards.Row({"pixels": pixels}, {}))
     assert np.array_equal(np.array(shown), pixels.permute(1, 2, 0).numpy())
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data.pictures import save_png
-from dbtrain.report import palette, report, usage, verdict
+from dbtrain.report import palette, report, thumbs, usage, verdict
 from dbtrain.report.run import read
 from tests.report.conftest import SCORES, Page
 
@@ -104,6 +104,8 @@ def test_sixteen_runs_are_a_small_page(browser: Page, many: Path) -> None:
     assert page("document.documentElement.scrollHeight") <= 6000
     assert page("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
     assert page.texts(".index tbody th a") == [f"run-{number:02d}" for number in range(MANY)]
+    prompts = [f"“prompt {prompt}”, seed {seed}" for prompt in (0, 1) for seed in (0, 1)]
+    assert page.texts("#images summary h3") == prompts
     assert page("[...document.images].filter(i => i.closest('main')).every(i => i.alt && i.src)")
     assert page.driver.get_log("browser") == []
 
@@ -154,6 +156,11 @@ def test_links_reach_the_files_of_runs_beside_the_page(browser: Page, many: Path
     found = [Path(unquote(link.removeprefix("file://"))) for link in links]
     assert all(path.exists() for path in found)
     assert {path.relative_to(many.parents[1]).parts[0] for path in found} >= {"run-00", "run-15"}
+
+
+def test_a_prompt_of_one_run_is_not_split_by_seed(runs: list[Path]) -> None:
+    alone = thumbs.timelines([read(runs[0], "run")], by_seed=True)
+    assert [(line.seed, len(line.rows)) for line in alone] == [(None, 2), (None, 2)]
 
 
 # Colours.
