@@ -109,15 +109,15 @@ def verdict(run: Run) -> Verdict:
     rated = ratings(run.scores)
     config = shlex.quote(f"{run.cfg.run_dir}/config.yaml")
     if not run.names.done.is_file():
-        return Verdict(
-            "Not finished yet. The command resumes it.", rated, [],
-            f"dbtrain run {config}",
-        )  # fmt: skip
+        return Verdict("Not finished yet. The command resumes it.", rated, [], f"dbtrain run {config}")
     if not rated:
-        return Verdict(
-            "Not scored yet, so judge by the pictures. The command scores it.", [], [],
-            f"dbtrain evaluate {config}",
-        )  # fmt: skip
-    said = [rating.said for rating in rated]
-    sentence = "It " + " and ".join([", ".join(said[:-1]), said[-1]] if said[1:] else said) + "."
-    return Verdict(sentence, rated, [one.measure.cure for one in rated if one.level != GOOD])
+        judge = "Not scored yet, so judge by the pictures. The command scores it."
+        return Verdict(judge, [], [], f"dbtrain evaluate {config}")
+    *first, last = (rating.said for rating in rated)
+    sentence = f"It {', '.join(first)} and {last}." if first else f"It {last}."
+    cures = [rating.measure.cure for rating in rated if rating.level != GOOD]
+    for row in run.checkpoint_scores:
+        if row.get("suggested") and row.get("exported") is False:
+            step = row["step"]
+            cures.append(f"The checkpoint of step {step} scored best: dbtrain export {config} --step {step}")
+    return Verdict(sentence, rated, cures)

@@ -231,6 +231,16 @@ def test_the_command_that_is_due(
     assert bool(said.cures) == (not removed)
 
 
+def test_a_better_checkpoint_is_pointed_out(runs: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs[0], folder)
+    rows = [{"step": 2, "suggested": True, "exported": False}, {"step": 4, "exported": True}]
+    (folder / "scores" / "checkpoints.json").write_text(json.dumps(rows))
+    assert verdict.verdict(read(folder, "run")).cures[-1] == (
+        f"The checkpoint of step 2 scored best: dbtrain export {runs[0]}/config.yaml --step 2"
+    )
+
+
 # How to use it.
 
 
