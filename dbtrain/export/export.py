@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of, read_state, step_of
 from dbtrain.train import checkpoint
+
+DATE = "SOURCE_DATE_EPOCH"  # environment variable
 
 
 def export(
@@ -89,7 +93,18 @@ def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, st
             "modelspec.trigger_phrase": prompt,
             "ss_tag_frequency": json.dumps({name: {prompt: 1}}, ensure_ascii=False),
         }
-    return found
+    return found | _date()
+
+
+def _date() -> dict[str, str]:
+    """The date that the user gives the file. The clock's would make the exports of equal runs differ.
+
+    https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    seconds = os.environ.get(DATE)
+    if seconds and not re.fullmatch(r"[0-9]{1,12}", seconds):
+        raise ConfigError(f"{DATE} is '{seconds}', not seconds since 1970; unset it, or use e.g. 1767225600")
+    return {"ss_training_started_at": seconds} if seconds else {}
 
 
 def finish(cfg: Config) -> None:

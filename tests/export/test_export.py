@@ -148,6 +148,26 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     assert "ss_output_name" not in header, "a converted file may be anyone's"
 
 
+def test_a_kohya_file_is_dated_by_its_user_alone(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock would make the exports of equal runs differ."""
+    cfg = make(export__formats=["kohya"], train__steps=1)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    plain = train(cfg) / "export" / "run.safetensors"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    dated = export(cfg, out=tmp_path / "dated")
+    headers = []
+    for path in (plain, dated):
+        with safe_open(path, "pt") as file:
+            headers.append(file.metadata())
+    assert headers[1] == headers[0] | {"ss_training_started_at": "1767225600"}
+    assert export(cfg, out=tmp_path / "again").read_bytes() == dated.read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'today', not seconds since 1970; unset it"):
+        export(cfg, out=tmp_path / "wrong")
+
+
 def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
