@@ -381,6 +381,16 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (a_missing_caption, "captions", "error", "has no caption 0.txt"),
     (captions("a dog"), "captions", "warning", "5 of 5 captions do not name the subject ('sks')"),
     (captions("sks dog, " + "very " * 40), "captions", "warning", "tokens of 32)"),
+    (config(prepare__instance_prompt="a photo of sks dog " + "very " * 40), "prompt length", "warning",
+     "no effect: prepare.instance_prompt ("),
+    (config(prepare__class_prompt="a photo of a dog " + "very " * 40), "prompt length", "warning",
+     "prepare.class_prompt ("),
+    (config(sample__prompts=["a sks dog", "a sks dog " + "very " * 40]), "prompt length", "warning",
+     "no effect: sample.prompts, no. 2 ("),
+    (config(validation__prompts=["a sks dog " + "very " * 40]), "prompt length", "warning",
+     "validation.prompts, no. 1 ("),
+    (config(evaluation__prompts=["a {} " + "very " * 40]), "prompt length", "warning",
+     "evaluation.prompts, no. 1 ("),
     (captions_unread, "photos", "warning", "captions are not read: 0.txt"),
     (photos_in_subfolder, "photos", "error", "but 5 in its folder '10_sks dog'"),
     (more_photos_in_subfolder, "photos", "warning", "the folder 'more' with 5 photos is not read"),
@@ -514,8 +524,8 @@ def checks(rows: Rows) -> set[str]:
 
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
-    "photos", "captions", "passes", "class images", "images", "shards", "batch", "run folder",
-    "write access", "disk", "GPU", "compiler", "Hub", "memory",
+    "photos", "captions", "prompt length", "passes", "class images", "images", "shards", "batch",
+    "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory",
 }  # fmt: skip
 
 
