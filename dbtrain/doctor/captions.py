@@ -13,7 +13,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
-SHORT = 30  # bytes; a text of so few fits into any text encoder
+TOKENS = 77  # that a text encoder reads if its config does not say it
 
 
 def captions(case: Case) -> Iterator[Finding]:
@@ -62,7 +62,10 @@ def without_token(texts: dict[Path, str], token: set[str]) -> list[str]:
 
 def too_long(texts: dict[str, str], base: Base) -> Iterator[Finding]:
     """A warning that names the texts with more tokens than a text encoder reads, and how many they have."""
-    long = {name: text for name, text in texts.items() if len(text.encode()) > SHORT}
+    sizes = [base.config(name).get("max_position_embeddings") for name in base.family.text_encoders]
+    least = min((size for size in sizes if type(size) is int), default=TOKENS)
+    # A token has a byte or more, and two mark the ends; loading the tokenizers takes seconds.
+    long = {name: text for name, text in texts.items() if len(text.encode()) + 2 > least}
     if not long:
         return
     tokenizers = {name: base.load(tokenizer) for name, tokenizer in base.family.text_encoders.items()}

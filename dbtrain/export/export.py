@@ -67,7 +67,7 @@ def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], fold
                 )
                 what = f"exported step {state['step']}" if state else "converted"
                 console.say(f"{what} to {path} ({form}, for {formats.FORMATS[form].programs})")
-                if caveat := formats.caveat(form, states):
+                if caveat := formats.caveat(form, states, forms):
                     console.say(f"warning: {caveat}")
             images = [SAMPLES] if (folder / SAMPLES).is_file() else []
             text = card(cfg, base, states, state, name, forms, images)

@@ -175,12 +175,14 @@ def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
     caplog.set_level("INFO", logger="dbtrain")
     settings = {"targets": r"mid_block.*(to_q|conv1)", "dora": True, "rank": 4}
     text = settings | {"targets": "attention"}
-    cfg = make(adapter=settings | {"text_encoder": text}, export__formats=["diffusers", "diff"],
+    cfg = make(adapter=settings | {"text_encoder": text}, export__formats=["diffusers", "kohya", "diff"],
                optim__lr=1e-2, train__steps=2)  # fmt: skip
     path = train(cfg) / "export" / "run-diff.safetensors"
-    assert "for them, add the format diff" not in caplog.text, "only kohya's file is wrong"
+    assert "Forge and InvokeAI give other images; for them, use the file of the format diff" in caplog.text
     assert "`run-diff.safetensors` is for" in (path.parent / "README.md").read_text()
-    assert hub.uploaded(path.parent, "run") == [Path(name) for name in ("README.md", FILE, path.name)]
+    assert hub.uploaded(path.parent, "run") == [
+        Path(name) for name in ("README.md", FILE, path.name, "run.safetensors")
+    ]
     changed, trained = stock(), stock()
     bare = picture(changed)
     trained.load_lora_weights(path.parent, weight_name=FILE)
@@ -199,7 +201,8 @@ def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(converted).items())
     with pytest.raises(ConfigError, match="changes of whole weights"):
         export(cfg, adapter=path, out=tmp_path / "back")
-    (converted.parent / FILE).unlink()
+    for name in (FILE, "run.safetensors"):
+        (converted.parent / name).unlink()
     with pytest.raises(ConfigError, match="neither a file nor a run folder"):
         find(converted.parent)
 

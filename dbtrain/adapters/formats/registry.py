@@ -87,13 +87,18 @@ def check(name: str, family: Family, states: States) -> None:
         )
 
 
-def caveat(name: str, states: States) -> str | None:
-    """What programs that load a format get wrong about an adapter; None if they get it right."""
+def caveat(name: str, states: States, forms: Collection[str]) -> str | None:
+    """What programs that load a format get wrong about an adapter; None if they get it right.
+
+    `forms`: all formats that are written.
+    """
+    cure = "add the format diff to export.formats, or set adapter.dora=false"
+    if "diff" in forms:
+        cure = "use the file of the format diff"
     if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
             "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
-            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, add the format diff to "
-            "export.formats, or set adapter.dora=false"
+            f"ComfyUI, A1111, Forge and InvokeAI give other images; for them, {cure}"
         )
     return None
 
