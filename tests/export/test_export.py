@@ -13,6 +13,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.adapters.formats.registry import find, write
 from dbtrain.config import Adapter
 from dbtrain.export import hub
-from dbtrain.export.export import export
+from dbtrain.export.export import export, show
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
@@ -303,6 +304,19 @@ def test_the_card_is_valid_yaml_for_any_prompt(make: Make) -> None:
     card = (train(cfg) / "export" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["instance_prompt"] == prompt
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_contact_sheet_changes_the_card_alone(make: Make, tmp_path: Path) -> None:
+    """A diff would take minutes to write again."""
+    cfg = make(train__steps=1)
+    folder = train(cfg) / "export"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")
+    show(cfg, tmp_path / "sheet.png")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert after.keys() - before.keys() == {"samples.png"}
+    assert {name for name in before if before[name] != after[name]} == {"README.md"}
+    assert "![](samples.png)" in (folder / "README.md").read_text()
 
 
 def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:
