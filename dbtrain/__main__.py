@@ -130,7 +130,7 @@ def export(
         from dbtrain.export import hub
 
     path = verb.export(cfg, step, out, adapter)
-    hub.push(cfg, path if path.is_dir() else path.parent)
+    hub.push(cfg, path if path.is_dir() else path.parent, adapter)
 
 
 @app.command()

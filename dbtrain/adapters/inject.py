@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -210,6 +210,20 @@ def parameters(module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
         for label, parameter in module.named_parameters()
         if (name := name_in_files(label, adapter))
     }
+
+
+def fill(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
+    """Copy an adapter's weights, except biases of the base, into its parameters."""
+    with torch.no_grad():
+        for label, parameter in parameters.items():
+            parameter.copy_(state.tensors[label])
+
+
+def bias_changes(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
+    """What an adapter adds to the base's biases."""
+    biases = {unwrapped(label): p for label, p in module.named_parameters() if label.endswith("bias")}
+    named = {unwrapped(label): tensor for label, tensor in state.tensors.items()}
+    return {bias: named[label].to(bias) - bias.detach() for label, bias in biases.items() if label in named}
 
 
 def unwrapped(label: str) -> str:

@@ -21,12 +21,22 @@ class Validation(Section):
 
 
 class Export(Section):
-    formats: tuple[Literal["diffusers", "peft", "kohya"], ...] = Field(
-        (), description="formats to write: `diffusers`, `peft`, `kohya` (empty: `diffusers`, or `peft` for "
-        "adapters that `diffusers` cannot store)"
+    formats: tuple[Literal["diffusers", "peft", "kohya", "diff"], ...] = Field(
+        (), description="formats to write: `diffusers`, `peft`, `kohya`, and `diff`, the change of every "
+        "layer in full: large, needs the base's weights, and exact for DoRA in ComfyUI and A1111 (empty: "
+        "`diffusers`, or `peft` for adapters that `diffusers` cannot store)"
     )  # fmt: skip
 
     _split = field_validator("formats", mode="before")(split_or_listed)
+
+    @field_validator("formats")
+    @classmethod
+    def _one_to_load(cls, formats: tuple[str, ...]) -> tuple[str, ...]:
+        if set(formats) == {"diff"}:
+            raise ValueError(
+                "'diff' alone leaves no adapter to sample or convert; list another format too, e.g. peft,diff"
+            )
+        return formats
 
 
 class Hub(Section):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from dbtrain.export.model_card import card
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder, read_state, step_of
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of, read_state, step_of
 from dbtrain.train import checkpoint
+
+DATE = "SOURCE_DATE_EPOCH"  # environment variable
 
 
 def export(
@@ -24,8 +28,8 @@ def export(
 ) -> Path:
     """Export the newest checkpoint, or that of `step`, into `out`; return the path of the first format.
 
-    `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Base weights
-    are not loaded.
+    `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Only the format
+    `diff` loads the base's weights.
     """
     dist.init()
     run = RunFolder(cfg.run_dir)
@@ -35,41 +39,54 @@ def export(
             raise ConfigError("--adapter needs a folder for the converted files; give --out", shared=True)
         with dist.agreed():
             states = formats.read(formats.find(adapter), base.family, base.skeleton)
-        return save(cfg, base, states, {}, out)
+        return save(cfg, base, states, {}, out, name_of(adapter))
+    states, state = _trained(run, base, step)
+    return save(cfg, base, states, state, out or run.export, name_of(run.path))
+
+
+def _trained(run: RunFolder, base: Base, step: int | None) -> tuple[States, dict[str, Any]]:
+    """The adapter in the newest checkpoint, or that of `step`, and the checkpoint's state, on every rank."""
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         state = read_state(path)
         components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
-        states = {name: peft_folder.read(path / name) for name in components}
-    return save(cfg, base, states, state, out or run.export)
+        return {name: peft_folder.read(path / name) for name in components}, state
 
 
-def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path) -> Path:
+def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str) -> Path:
     """Write the adapter in every requested format and the model card, on rank 0; return the first path.
 
-    `state` is the checkpoint's; empty for a converted adapter.
+    `state` is the checkpoint's; empty for a converted adapter. `name` is the adapter's.
     """
-    names = cfg.export.formats or formats.natural(base.family, states)
+    forms = cfg.export.formats or formats.natural(base.family, states)
     with dist.agreed():
-        for name in names:
-            formats.check(name, base.family, states)  # check every format before writing any
+        for form in forms:
+            formats.check(form, base.family, states)  # check every format before writing any
         if dist.is_main():
-            for name in names:
+            about = _about(cfg, base, state.get("step"), name)
+            for form in forms:
                 path = formats.write(
-                    name, folder, base.family, states, base.module_names, _about(cfg, base, state.get("step"))
+                    form, folder, base.family, states, base.module_names, about, name, base.load
                 )
                 what = f"exported step {state['step']}" if state else "converted"
-                console.say(f"{what} to {path} ({name}, for {formats.FORMATS[name].programs})")
-                if caveat := formats.caveat(name, states):
+                console.say(f"{what} to {path} ({form}, for {formats.FORMATS[form].programs})")
+                if caveat := formats.caveat(form, states, forms):
                     console.say(f"warning: {caveat}")
-            images = [SAMPLES] if (folder / SAMPLES).is_file() else []
-            files.write_atomically(folder / "README.md", card(cfg, base, states, state, names, images))
-    return folder / formats.FORMATS[names[0]].main
+            _write_card(cfg, base, states, state, folder, name)
+    return formats.FORMATS[forms[0]].path(folder, name)
 
 
-def _about(cfg: Config, base: Base, step: int | None) -> dict[str, str]:
+def _write_card(
+    cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str
+) -> None:
+    forms = cfg.export.formats or formats.natural(base.family, states)
+    images = [SAMPLES] if (folder / SAMPLES).is_file() else []
+    files.write_atomically(folder / "README.md", card(cfg, base, states, state, name, forms, images))
+
+
+def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, str]:
     """The entries of kohya's header by which programs list, sort and describe an adapter.
 
     A converted file (`step` is None) is not of this run, so only its base is named.
@@ -77,7 +94,7 @@ def _about(cfg: Config, base: Base, step: int | None) -> dict[str, str]:
     found = {**base.family.header(base), "modelspec.sai_model_spec": "1.0.0"}
     if step is None:
         return found
-    name, prompt = files.expand(cfg.run_dir).name, cfg.prepare.instance_prompt if cfg.prepare else ""
+    prompt = cfg.prepare.instance_prompt if cfg.prepare else ""
     found |= {
         "ss_output_name": name, "modelspec.title": name, "ss_sd_model_name": Path(base.name).name,
         "ss_steps": str(step), "modelspec.implementation": "diffusers",
@@ -87,7 +104,18 @@ def _about(cfg: Config, base: Base, step: int | None) -> dict[str, str]:
             "modelspec.trigger_phrase": prompt,
             "ss_tag_frequency": json.dumps({name: {prompt: 1}}, ensure_ascii=False),
         }
-    return found
+    return found | _date()
+
+
+def _date() -> dict[str, str]:
+    """The date that the user gives the file. The clock's would make the exports of equal runs differ.
+
+    https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    seconds = os.environ.get(DATE)
+    if seconds and not re.fullmatch(r"[0-9]{1,12}", seconds):
+        raise ConfigError(f"{DATE} is '{seconds}', not seconds since 1970; unset it, or use e.g. 1767225600")
+    return {"ss_training_started_at": seconds} if seconds else {}
 
 
 def finish(cfg: Config) -> None:
@@ -106,15 +134,19 @@ def finish(cfg: Config) -> None:
 
 def show(cfg: Config, sheet: Path | None) -> None:
     """Copy a contact sheet into the run's export and show it in the model card."""
-    changed = False
+    changed, run = False, RunFolder(cfg.run_dir)
     with dist.agreed():
-        copy = RunFolder(cfg.run_dir).export / SAMPLES
+        copy = run.export / SAMPLES
         if dist.is_main() and sheet is not None:
             changed = not copy.is_file() or copy.read_bytes() != sheet.read_bytes()
             if changed:
                 files.write_atomically(copy, sheet.read_bytes())
     if dist.from_main(changed):
-        export(cfg)
+        base = Base.find(cfg.model)
+        states, state = _trained(run, base, None)
+        with dist.agreed():
+            if dist.is_main():
+                _write_card(cfg, base, states, state, run.export, name_of(run.path))
 
 
 def _done(cfg: Config) -> str:

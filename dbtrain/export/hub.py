@@ -8,11 +8,13 @@ from pathlib import Path
 from dbtrain.config import Config
 from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of
 
 
-def push(cfg: Config, folder: Path | None = None) -> str | None:
+def push(cfg: Config, folder: Path | None = None, adapter: Path | None = None) -> str | None:
     """Push `folder`, by default the run's export, to `cfg.hub.repo`; return its URL, or None without a repo.
+
+    `adapter`: what `folder` was converted from, if not from the run.
 
     Uses the token from `hf auth login` or HF_TOKEN. Raises ConfigError if there is none or if the Hub
     refuses; the export on disk is not affected.
@@ -22,7 +24,7 @@ def push(cfg: Config, folder: Path | None = None) -> str | None:
     url = None
     with dist.agreed():
         if cfg.hub.repo and dist.is_main():
-            url = _push(cfg, cfg.hub.repo, folder)
+            url = _push(cfg, cfg.hub.repo, folder, name_of(adapter or cfg.run_dir))
             console.say(f"pushed {folder} to {url}")
     return dist.from_main(url)
 
@@ -42,29 +44,29 @@ def _token() -> str:
     return token
 
 
-def uploaded(folder: Path) -> list[Path]:
-    """The files of an export folder that are pushed, relative to the folder."""
+def uploaded(folder: Path, name: str) -> list[Path]:
+    """The files of the export of an adapter called `name` that are pushed, relative to the folder."""
     from dbtrain.adapters.formats import peft_folder
     from dbtrain.adapters.formats.registry import FORMATS  # slow to import, and `check` does not need it
 
-    mains = [form.main for form in FORMATS.values() if form.main]
-    peft = [path for name in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{name}")]
-    found = [folder / name for name in (*mains, "README.md", SAMPLES)]
+    weights = [form.path(folder, name) for form in FORMATS.values()]
+    peft = [path for part in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{part}")]
+    found = [*weights, folder / "README.md", folder / SAMPLES]
     return [path.relative_to(folder) for path in sorted([*peft, *found]) if path.is_file()]
 
 
-def _push(cfg: Config, repo: str, folder: Path) -> str:
+def _push(cfg: Config, repo: str, folder: Path, name: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     token = _token()
-    names = uploaded(folder)
-    if not any(name.suffix == ".safetensors" for name in names):
+    names = uploaded(folder, name)
+    if not any(path.suffix == ".safetensors" for path in names):
         raise ConfigError(f"{folder} contains no export to push; run dbtrain export first")
     api = HfApi(token=token)
     try:
         created = api.create_repo(repo, private=cfg.hub.private, exist_ok=True)
         operations = [
-            CommitOperationAdd(str(name), io.BytesIO((folder / name).read_bytes())) for name in names
+            CommitOperationAdd(str(path), io.BytesIO((folder / path).read_bytes())) for path in names
         ]
         with console.bar(len(names), "upload", "file") as bar:
             api.create_commit(created.repo_id, operations, commit_message="Adapter trained with dbtrain")

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States, alpha_in
 from dbtrain.config import Config
 from dbtrain.models.base import Base
@@ -24,10 +25,10 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def card(
-    cfg: Config, base: Base, states: States, state: Mapping[str, Any], formats: Sequence[str],
+    cfg: Config, base: Base, states: States, state: Mapping[str, Any], name: str, forms: Sequence[str],
     images: Sequence[str],
 ) -> str:  # fmt: skip
-    """Return the README.md of an export.
+    """Return the README.md of an export of the adapter `name` in the formats `forms`.
 
     `state` is the checkpoint's; empty for a converted adapter. `images` are names of files in the folder.
     """
@@ -51,9 +52,10 @@ def card(
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=base.family,
         sampler=sampler if changes else "",
-        name=files.expand(cfg.run_dir).name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
+        dora=any(state.config.get("use_dora") for state in states.values()),
+        name=name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
         told=partial(told, state.get("segments", ())), model=model, prompt=prompt, step=state.get("step"),
-        formats=formats, images=images,
+        files={form: formats.FORMATS[form].file.format(name=name) for form in forms}, images=images,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},
         adapters=[(name, state.config["r"], alpha_in(state.config)) for name, state in states.items()],
     )  # fmt: skip

@@ -6,7 +6,7 @@ runs/dog/
 ├── *.jsonl              one line per logged step: metrics, speed, timesteps, validation
 ├── checkpoints/         step-000500/: adapter, optimizer.safetensors, state.json
 ├── validation/          step-000500/: images and sheet.png
-├── export/              the adapter's files, README.md, samples.png
+├── export/              the adapter's files (see `name_of`), README.md, samples.png
 ├── samples/             step-000500/ or sample-<key>/: images and sheet.png
 ├── scores/              scores.json, sheet.png, checkpoints.json
 ├── report.html
@@ -16,6 +16,7 @@ runs/dog/
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ STATE, OPTIMIZER = "state.json", "optimizer.safetensors"  # in a checkpoint
 SHEET = "sheet.png"  # in a folder of images
 SCORES = "scores.json"  # in a folder of scores
 SAMPLES = "samples.png"  # the contact sheet in an export
+WEIGHTS = ("pytorch_lora_weights", "adapter_model", "kohya")  # adapter files that are called alike everywhere
+LONGEST = 200  # bytes of a name; file systems allow 255
 TABLES = ("metrics", "speed", "validation", "timesteps")  # *.jsonl files of a run
 
 
@@ -79,6 +82,21 @@ class RunFolder:
         Skips a line that a crash truncated.
         """
         return read_lines(self.table("metrics"))
+
+
+def name_of(adapter: str | Path) -> str:
+    """What an adapter is called: the name of its run folder or file, safe as a file name.
+
+    Letters and digits of any script stay, and `_`, `.` and `-`; all else becomes `_`. `export`, and files
+    that are called alike in every export, have the name of the folder that they are in.
+    """
+    path = Path(os.path.abspath(files.expand(adapter)))
+    if path.suffix == ".safetensors":
+        path = path.parent if path.stem in WEIGHTS else path.with_suffix("")
+    path = path.parent if path.name == "export" else path
+    safe = re.sub(r"[^\w.-]+", "_", path.name).lstrip(".")
+    cut = safe.encode()[:LONGEST].decode(errors="ignore")
+    return "adapter" if cut.lower() in ("", WEIGHTS[0]) else cut
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

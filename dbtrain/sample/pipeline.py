@@ -68,7 +68,7 @@ class AdapterPipeline:
         self.deltas[name], self.layouts[name] = {}, {}
         try:
             for component, state in states.items():
-                self.deltas[name] |= _bias_changes(self.components[component], state)
+                self.deltas[name] |= inject.bias_changes(self.components[component], state)
                 self.layouts[name] |= {component: state.layout}
                 _inject(self.components[component], state, name)
         except Exception as error:  # PEFT raises many kinds for layers that it cannot wrap
@@ -93,7 +93,7 @@ class AdapterPipeline:
         layouts = {component: state.layout for component, state in states.items()}
         if layouts == self.layouts[name] and not self.deltas[name]:
             for component, state in states.items():
-                _copy_weights(inject.parameters(self.components[component], name), state)
+                inject.fill(inject.parameters(self.components[component], name), state)
         else:
             self.remove(name)
             self.add(name, adapter)
@@ -175,24 +175,10 @@ def _inject(module: nn.Module, state: AdapterState, name: str) -> None:
     """
     like = next(module.parameters())
     parameters = inject.put_on(module, state, name)
-    _copy_weights(parameters, state)
+    inject.fill(parameters, state)
     for value in parameters.values():
         value.data = value.data.to(like.device, like.dtype)
         value.requires_grad_(False)
-
-
-def _copy_weights(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
-    """Copy an adapter's weights, except biases of the base, into its parameters."""
-    with torch.no_grad():
-        for label, parameter in parameters.items():
-            parameter.copy_(state.tensors[label])
-
-
-def _bias_changes(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
-    """What an adapter adds to the base's biases."""
-    biases = {inject.unwrapped(label): p for label, p in module.named_parameters() if label.endswith("bias")}
-    named = {inject.unwrapped(label): tensor for label, tensor in state.tensors.items()}
-    return {bias: named[label].to(bias) - bias.detach() for label, bias in biases.items() if label in named}
 
 
 def _tuner_layers(module: nn.Module) -> Iterator[Any]:

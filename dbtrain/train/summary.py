@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dbtrain.config import Config
 from dbtrain.runtime import console, dist, files
-from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines
+from dbtrain.runtime.run_folder import SHEET, RunFolder, name_of, read_lines
 
 # name of a phase's progress bar -> its name in the summary
 PHASES = {
@@ -21,7 +21,7 @@ def summary(cfg: Config) -> None:
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
         text = "\n".join(
-            _times(run) + [f"  {name:<14}{path}{_programs(path)}" for name, path in _outputs(run)]
+            _times(run) + [f"  {name:<14}{path}{_programs(run, path)}" for name, path in _outputs(run)]
         )
         console.say(text)
         files.append(run.log, text + "\n")
@@ -55,12 +55,14 @@ def _outputs(run: RunFolder) -> list[tuple[str, Path]]:
     return [*found, ("log", run.log)]
 
 
-def _programs(path: Path) -> str:
-    """The programs that load an exported file."""
+def _programs(run: RunFolder, path: Path) -> str:
+    """The programs that load a file of the run's export."""
     from dbtrain.adapters.formats import peft_folder, registry  # slow to import
 
-    named = {form.main or peft_folder.WEIGHTS: form.programs for form in registry.FORMATS.values()}
-    return f" (for {named[path.name]})" if path.name in named else ""
+    name = name_of(run.path)
+    forms = registry.FORMATS.values()
+    known = {form.file.format(name=name) or peft_folder.WEIGHTS: form.programs for form in forms}
+    return f" (for {known[path.name]})" if path.name in known else ""
 
 
 def _human(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -88,10 +89,11 @@ def exported(name: str, folder: Path, modules: Mapping[str, nn.Module]) -> dict[
     return layers
 
 
+@cache
 def original(unet: nn.Module) -> dict[str, str]:
     """Diffusers' name of each block -> its name in the original UNet, built up as the original is."""
     names = dict(unet.named_modules())
-    found = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
+    found = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}
     for number in (1, 2):
         found[f"time_embedding.linear_{number}"] = f"time_embed.{2 * number - 2}"
         found[f"add_embedding.linear_{number}"] = f"label_emb.0.{2 * number - 2}"
@@ -118,7 +120,8 @@ def original(unet: nn.Module) -> dict[str, str]:
     return found
 
 
-RESIDUAL = (("conv1", "in_layers.2"), ("conv2", "out_layers.3"), ("time_emb_proj", "emb_layers.1"),
+RESIDUAL = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
+            ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
             ("conv_shortcut", "skip_connection"))  # fmt: skip
 
 
@@ -218,7 +221,7 @@ def test_every_client_finds_every_layer(name: str, targets: str, tmp_path: Path)
 def test_diffusers_loads_every_layer_of_sdxl(tmp_path: Path) -> None:
     modules = adapted("sdxl", targets="all", alpha=3)
     exported("sdxl", tmp_path, modules)
-    path = tmp_path / formats.FORMATS["kohya"].main
+    path = tmp_path / "kohya.safetensors"
     unet: Any = deepcopy(base("sdxl")["unet"])
     found, alphas = StableDiffusionXLPipeline.lora_state_dict(path, unet_config=unet.config)
     StableDiffusionXLPipeline.load_lora_into_unet(found, alphas, unet, adapter_name="default")
@@ -271,6 +274,65 @@ def test_every_layer_changes_as_in_peft(kind: str, tmp_path: Path) -> None:
         layer: Any = unet.get_submodule(known[label][1])
         want = layer.get_delta_weight("default")
         assert (change(tensors, want.shape) - want).abs().max() <= 1e-6 * max(1.0, want.abs().max()), label
+
+
+EVERY_KIND = KINDS | {"dora": {"dora": True}, "biases": {"bias": "all"}, "own-biases": {"bias": "lora_only"}}
+# A layer of every type.
+SOME = (
+    r"(down_blocks\.1\.|mid_block\.|up_blocks\.1\.).*(to_[kq]|to_out\.0|proj_in|ff\.net\.2|conv\d?|emb_proj)"
+)
+DIFFS = [("sd1", kind, ("unet",)) for kind in EVERY_KIND] + [
+    ("sdxl", "dora", ("unet",)), ("sdxl", "dora", ("text_encoder_2",)), ("sdxl", "biases", ("text_encoder",)),
+    ("sd2", "loha", ("text_encoder",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind", "components"), DIFFS)
+def test_a_diff_is_what_merging_adds_to_every_layer(
+    name: str, kind: str, components: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Also where the layer is DoRA's, which the programs that read the file compute in other ways."""
+    targets = SOME if components == ("unet",) else "all"
+    modules = adapted(name, components, targets=targets, **EVERY_KIND[kind])
+    states = {component: inject.collect(module) for component, module in modules.items()}
+    path = formats.write(
+        "diff", tmp_path, families.get(FAMILY[name]), states,
+        lambda component: [module for module, _ in base(name)[component].named_modules()],
+        name="dog", load=lambda component: deepcopy(base(name)[component]),
+    )  # fmt: skip
+    assert path == tmp_path / "dog-diff.safetensors"
+    found = load_file(path)
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    (component,) = components
+    trained = modules[component]
+    for layer in trained.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    wanted: dict[str, Tensor] = {}
+    for label, after in trained.named_parameters():
+        layer, _, part = inject.unwrapped(label).rpartition(".")
+        if not re.search(r"\.(lora|hada|lokr)_", label):
+            before = base(name)[component].get_parameter(f"{layer}.{part}")
+            end = {"weight": "diff", "bias": "diff_b"}.get(part, part)
+            wanted[f"{as_kohya(name, component, layer)}.{end}"] = (after - before).detach()
+    changed = {key.partition(".")[0] for key, change in wanted.items() if change.any()}
+    wanted = {key: change for key, change in wanted.items()
+              if key.partition(".")[0] in changed and (change.any() or key.endswith(".diff"))}  # fmt: skip
+    assert found.keys() == wanted.keys()
+    for key, change in wanted.items():
+        assert found[key].shape == change.shape
+        assert (found[key] - change).abs().max() <= 1e-6 * max(1.0, change.abs().max()), key
+
+
+def as_kohya(name: str, component: str, layer: str) -> str:
+    """A layer's name in the files of kohya's scripts."""
+    if component == "unet":
+        unet = base(name)["unet"]
+        spelled = in_original(layer, original(unet)) if name == "sdxl" else layer
+        return f"lora_unet_{spelled}".replace(".", "_")
+    start = {"text_encoder": "lora_te1" if name == "sdxl" else "lora_te", "text_encoder_2": "lora_te2"}
+    level = "" if layer.startswith(("text_model.", "text_projection")) else "text_model."
+    return f"{start[component]}_{level}{layer}".replace(".", "_")
 
 
 def version(header: Mapping[str, str]) -> str:

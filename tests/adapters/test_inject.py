@@ -15,7 +15,7 @@ from torch import nn
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.adapters import targets
-from dbtrain.adapters.formats import kohya_file, peft_folder
+from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.config import Adapter, AdapterSettings, Config, Model, Optim
@@ -306,7 +306,7 @@ def test_an_adapter_for_another_family_is_refused(
     states = formats.read(folder / "export" / FILE, families.get("sd"), Base.find(cfg.model).skeleton)
     formats.write("kohya", tmp_path / "k", families.get("sd"), states)
     pipe = AdapterPipeline.load(Model(path=str(bases.if_1())))
-    for path in (folder, tmp_path / "k" / kohya_file.FILE):
+    for path in (folder, tmp_path / "k" / "kohya.safetensors"):
         with pytest.raises(ConfigError, match="adapter"):
             pipe.add("dog", path)
     with pytest.raises(ConfigError, match="kohya cannot store an adapter of the unet of a deepfloyd model"):

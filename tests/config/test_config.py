@@ -51,6 +51,12 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     assert any("adapter.kind is 'lorax'; choose from 'lora'" in line for line in told)
 
 
+def test_a_diff_needs_a_format_beside_it(tmp_path: Path) -> None:
+    (told,) = problems(tmp_path, MINIMAL, "export.formats=diff")
+    assert told.endswith("leaves no adapter to sample or convert; list another format too, e.g. peft,diff")
+    assert load(tmp_path, MINIMAL, "export.formats=peft,diff").export.formats == ("peft", "diff")
+
+
 def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tmp_path: Path) -> None:
     assert problems(tmp_path, MINIMAL, "train.lr=1") == ("unknown key 'train.lr'; did you mean 'optim.lr'?",)
 

@@ -13,16 +13,17 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dbtrain import tiny
 from dbtrain.adapters import inject as adapters
-from dbtrain.adapters.formats import kohya_file
 from dbtrain.adapters.formats.diffusers_file import FILE
-from dbtrain.adapters.formats.registry import write
+from dbtrain.adapters.formats.registry import find, write
 from dbtrain.config import Adapter
-from dbtrain.export.export import export
+from dbtrain.export import hub
+from dbtrain.export.export import export, show
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
@@ -126,13 +127,14 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
 ) -> None:
     caplog.set_level("INFO", logger="dbtrain")
     cfg = make(adapter__dora=dora, export__formats=["diffusers", "kohya"], train__steps=1)
-    path = train(cfg) / "export" / kohya_file.FILE
+    path = train(cfg) / "export" / "run.safetensors"
     said = caplog.text
     assert f"exported step 1 to {path} (kohya, for ComfyUI, A1111, Forge, InvokeAI)" in said
     assert f"exported step 1 to {path.with_name(FILE)} (diffusers, for Diffusers)" in said
     summary.summary(cfg)
     assert re.search(rf"adapter +{path} \(for ComfyUI, A1111, Forge, InvokeAI\)", caplog.text)
     assert re.search(rf"adapter +{path.with_name(FILE)} \(for Diffusers\)", caplog.text)
+    assert said.count("for them, add the format diff to export.formats") == (2 if dora else 0)
     assert said.count("only LyCORIS applies DoRA as it was trained") == (2 if dora else 0), "first and last"
     with safe_open(path, "pt") as file:
         header = file.metadata()
@@ -140,11 +142,99 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert (header["ss_output_name"], header["ss_sd_model_name"]) == ("run", bases.sd().name)
     assert json.loads(header["ss_tag_frequency"]) == {"run": {"a photo of sks dog": 1}}
-    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").parent / kohya_file.FILE
+    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").parent / path.name
     with safe_open(converted, "pt") as file:
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert "ss_output_name" not in header, "a converted file may be anyone's"
+
+
+def test_a_kohya_file_is_dated_by_its_user_alone(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock would make the exports of equal runs differ."""
+    cfg = make(export__formats=["kohya"], train__steps=1)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    plain = train(cfg) / "export" / "run.safetensors"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    dated = export(cfg, out=tmp_path / "dated")
+    headers = []
+    for path in (plain, dated):
+        with safe_open(path, "pt") as file:
+            headers.append(file.metadata())
+    assert headers[1] == headers[0] | {"ss_training_started_at": "1767225600"}
+    assert export(cfg, out=tmp_path / "again").read_bytes() == dated.read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'today', not seconds since 1970; unset it"):
+        export(cfg, out=tmp_path / "wrong")
+
+
+def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As ComfyUI, Forge, A1111 and InvokeAI load it: each tensor is added to the weight of its name."""
+    caplog.set_level("INFO", logger="dbtrain")
+    settings = {"targets": r"mid_block.*(to_q|conv1)", "dora": True, "rank": 4}
+    text = settings | {"targets": "attention"}
+    cfg = make(adapter=settings | {"text_encoder": text}, export__formats=["diffusers", "kohya", "diff"],
+               optim__lr=1e-2, train__steps=2)  # fmt: skip
+    path = train(cfg) / "export" / "run-diff.safetensors"
+    assert "Forge and InvokeAI give other images; for them, use the file of the format diff" in caplog.text
+    assert "`run-diff.safetensors` is for" in (path.parent / "README.md").read_text()
+    assert hub.uploaded(path.parent, "run") == [
+        Path(name) for name in ("README.md", FILE, path.name, "run.safetensors")
+    ]
+    changed, trained = stock(), stock()
+    bare = picture(changed)
+    trained.load_lora_weights(path.parent, weight_name=FILE)
+    weights = {
+        f"{prefix}_{name}".replace(".", "_").replace("te_encoder", "te_text_model_encoder"): parameter
+        for prefix, module in (("lora_unet", changed.unet), ("lora_te", changed.text_encoder))
+        for name, parameter in module.named_parameters()
+    }
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        weights[name.replace(".diff", "_weight")].data += tensor
+    assert np.abs(picture(changed) - picture(trained)).max() <= 1e-4
+    assert np.abs(picture(changed) - bare).max() > 1e-2
+    # A converted adapter gives the same; a diff is not read.
+    converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").with_name(path.name)
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(converted).items())
+    with pytest.raises(ConfigError, match="changes of whole weights"):
+        export(cfg, adapter=path, out=tmp_path / "back")
+    for name in (FILE, "run.safetensors"):
+        (converted.parent / name).unlink()
+    with pytest.raises(ConfigError, match="neither a file nor a run folder"):
+        find(converted.parent)
+
+
+def test_two_runs_fit_into_one_folder_and_are_found(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(make(export__formats=["kohya"], train__steps=1))
+    export_of, loras = run / "export", tmp_path / "loras"
+    content = load_file(export_of / "run.safetensors")
+    assert not (export_of / "kohya.safetensors").exists()
+    assert "`run.safetensors` is for A1111" in (export_of / "README.md").read_text()
+    assert [str(path) for path in hub.uploaded(export_of, "run")] == ["README.md", "run.safetensors"]
+    # Each adapter keeps its name, converted or not; where there are several, one has to be chosen.
+    cfg = make(export__formats=["kohya"], train__steps=1)
+    (tmp_path / "cat").mkdir()
+    shutil.copy(export_of / "run.safetensors", tmp_path / "cat" / "anything.safetensors")
+    for source in (None, run.rename(tmp_path / "dog"), tmp_path / "cat" / "anything.safetensors"):
+        export(cfg.model_copy(update={"run_dir": str(tmp_path / "dog")}), out=loras, adapter=source)
+    assert {path.name for path in loras.glob("*.safetensors")} == {"dog.safetensors", "anything.safetensors"}
+    with pytest.raises(ConfigError, match="has 2 adapter files; give one of them, e"):
+        find(loras)
+    # A renamed run, a folder with one file, a run folder as the working directory, and an old export.
+    assert find(tmp_path / "dog") == tmp_path / "dog" / "export" / "run.safetensors"
+    assert find(tmp_path / "cat").name == "anything.safetensors"
+    monkeypatch.chdir(tmp_path / "dog")
+    assert find(".").name == "run.safetensors"
+    (tmp_path / "dog/export/run.safetensors").rename(tmp_path / "dog/export/kohya.safetensors")
+    old = find(tmp_path / "dog")
+    assert old.name == "kohya.safetensors"
+    assert load_file(old).keys() == content.keys()
 
 
 def test_a_file_for_another_base_is_not_converted(make: Make, tmp_path: Path) -> None:
@@ -214,6 +304,19 @@ def test_the_card_is_valid_yaml_for_any_prompt(make: Make) -> None:
     card = (train(cfg) / "export" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["instance_prompt"] == prompt
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_contact_sheet_changes_the_card_alone(make: Make, tmp_path: Path) -> None:
+    """A diff would take minutes to write again."""
+    cfg = make(train__steps=1)
+    folder = train(cfg) / "export"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")
+    show(cfg, tmp_path / "sheet.png")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert after.keys() - before.keys() == {"samples.png"}
+    assert {name for name in before if before[name] != after[name]} == {"README.md"}
+    assert "![](samples.png)" in (folder / "README.md").read_text()
 
 
 def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:

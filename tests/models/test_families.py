@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dbtrain.adapters.formats import kohya_file, peft_folder
+from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import strength
 from dbtrain.adapters.formats.diffusers_file import FILE as DIFFUSERS
@@ -99,7 +99,7 @@ def stock(cfg: Config, folder: Path, form: str) -> Any:
                 module = PeftModel.from_pretrained(getattr(pipe, component), folder / component)
                 setattr(pipe, component, module)
     else:
-        pipe.load_lora_weights(folder, weight_name=formats.FORMATS[form].main)
+        pipe.load_lora_weights(folder, weight_name=formats.FORMATS[form].path(folder, "run").name)
     return pipe
 
 
@@ -226,7 +226,7 @@ def test_a_kohya_file_has_the_true_alpha_and_the_names_its_readers_know(make: Ma
         make, tmp_path, "sdxl", adapter__text_encoder=TEXT, adapter__dora=True, export__formats=["kohya"]
     )
     prepare(cfg)
-    tensors = load_file(train(cfg) / "export" / kohya_file.FILE)
+    tensors = load_file(train(cfg) / "export" / "run.safetensors")
     layers = {name.partition(".")[0] for name in tensors}
     assert {name.split("_")[1] for name in layers} == {"unet", "te1", "te2"}
     assert "lora_te1_text_model_encoder_layers_0_self_attn_q_proj" in layers
@@ -256,12 +256,12 @@ def test_conversions_between_all_formats_come_back_the_same(
     }
     assert truth.keys() == set(family.adaptable)
     out = run / "export"
-    sources = {"diffusers": out / DIFFUSERS, "kohya": out / kohya_file.FILE, "peft": out}
+    sources = {"diffusers": out / DIFFUSERS, "kohya": out / "run.safetensors", "peft": out}
     for source, path in sources.items():
         if source == "peft":
             path = tmp_path / "peft-only"
             formats.write("peft", path, family, truth)
-        for form in formats.FORMATS:
+        for form in (name for name, able in formats.FORMATS.items() if able.readable):
             states = formats.read(path, family, original.skeleton)
             out = formats.write(form, tmp_path / f"{source}-{form}", family, states, original.module_names)
             back = formats.read(out, family, original.skeleton)
@@ -287,14 +287,14 @@ def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets
     batch = first_batch(cfg, family)
     model = network(cfg)
     pipe = AdapterPipeline.load(cfg.model)
-    pipe.add("kohya", out / kohya_file.FILE)
+    pipe.add("kohya", out / "run.safetensors")
     with torch.no_grad():
         pipe.use({"kohya": 1.0})
         loaded = prediction(model, pipe.pipe.unet, {}, batch)
         ours = prediction(model, model.denoiser, {}, batch)
     assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
     # Another trainer's file has no settings in its header: they are told from its tensors.
-    with safe_open(out / kohya_file.FILE, "pt") as file:
+    with safe_open(out / "run.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     save_file(tensors, tmp_path / "foreign.safetensors")
     states = formats.read(tmp_path / "foreign.safetensors", family, base.skeleton)

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbtrain.adapters.state import AdapterState
+from dbtrain.models.families.family import Family
 from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component
+Names = Callable[[str], Sequence[str]]  # component -> the names of all its modules
 MOST_PATTERNS = 1000  # more than any base has layers
+
+
+@dataclass(frozen=True)
+class Content:
+    """What to write, and what some formats need of the base for it."""
+
+    family: Family
+    states: States
+    names: Names | None = None  # kohya's file for SDXL needs them
+    about: Mapping[str, str] = field(default_factory=dict)  # entries of a kohya file's header
+    load: Callable[[str], nn.Module] | None = None  # component -> a copy of it with its weights, fp32
 
 
 def by_module(state: AdapterState) -> dict[str, dict[str, Tensor]]:

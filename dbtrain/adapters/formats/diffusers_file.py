@@ -10,34 +10,32 @@ from typing import Any
 import diffusers.loaders
 from diffusers.utils import convert_state_dict_to_diffusers
 
-from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.formats.names import Names, nested
+from dbtrain.adapters.formats.common import Content
+from dbtrain.adapters.formats.names import nested
 from dbtrain.adapters.state import MAGNITUDE
-from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that `load_lora_weights(folder)` looks for
 METADATA = "lora_adapter_metadata"  # Diffusers' key in the file's header
 
 
-def write(
-    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
-) -> None:
+def write(path: Path, content: Content) -> None:
     """Write Diffusers' file with Diffusers' own mixin, which saves importing the pipeline.
 
     The metadata contains alpha, which loaders would otherwise take to be the rank.
     """
     layers: dict[str, Any] = {}
-    for component, state in states.items():
+    for component, state in content.states.items():
         tensors = state.tensors
-        if component in family.text_encoders:  # transformers' loader drops a magnitude without `.weight`
+        if component in content.family.text_encoders:  # Transformers drops a magnitude without `.weight`
             tensors = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: t for k, t in tensors.items()}
         layers[f"{component}_lora_layers"] = diffusers_keys(tensors)
         layers[f"{component}_lora_adapter_metadata"] = state.config
-    part = folder.with_name(f".{folder.name}.tmp")
+    part = path.parent.with_name(f".{path.parent.name}.tmp")
     try:
-        getattr(diffusers.loaders, family.lora_mixin).save_lora_weights(part, weight_name=FILE, **layers)
-        files.write_atomically(folder / FILE, files.sorted_header((part / FILE).read_bytes()))
+        mixin = getattr(diffusers.loaders, content.family.lora_mixin)
+        mixin.save_lora_weights(part, weight_name=FILE, **layers)
+        files.write_atomically(path, files.sorted_header((part / FILE).read_bytes()))
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

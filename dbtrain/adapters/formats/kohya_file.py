@@ -10,40 +10,36 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dbtrain.adapters.formats.common import States, alpha_in, by_module, strength
-from dbtrain.adapters.formats.names import Names, kohya_names
+from dbtrain.adapters.formats.common import Content, alpha_in, by_module, strength
+from dbtrain.adapters.formats.names import kohya_names
 from dbtrain.adapters.formats.reading import WHOLE, rank_of
 from dbtrain.adapters.state import MAGNITUDE
-from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 
-FILE = "kohya.safetensors"
+FILE = "{name}.safetensors"  # programs list files of many adapters in one folder
 CONFIGS = "dbtrain"  # key in the header: PEFT's config of each component
 
 # PEFT's names of a layer's tensors -> kohya's. LyCORIS and PEFT have the same names.
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 
 
-def write(
-    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
-) -> None:
-    """Write kohya's file. `about`: entries of its header by which programs list and sort files."""
+def write(path: Path, content: Content) -> None:
     tensors: dict[str, Tensor] = {}
-    first = next(iter(states.values())).config
-    for component, state in states.items():
+    first = next(iter(content.states.values())).config
+    for component, state in content.states.items():
         layers = by_module(state)
-        named = kohya_names(family, component, layers, names)
+        named = kohya_names(content.family, component, layers, content.names)
         for module, layer in layers.items():
             rank, scale = strength(state.config, module)
             found = _kohya_layer(layer, rank, scale)
             tensors |= {f"{named[module]}.{part}": tensor for part, tensor in found.items()}
     header = {
         "ss_network_module": "networks.lora" if first["peft_type"] == "LORA" else "lycoris.kohya",
-        "ss_network_dim": str(first["r"]), "ss_network_alpha": str(alpha_in(first)), **about,
-        CONFIGS: json.dumps({component: state.config for component, state in states.items()}),
+        "ss_network_dim": str(first["r"]), "ss_network_alpha": str(alpha_in(first)), **content.about,
+        CONFIGS: json.dumps({component: state.config for component, state in content.states.items()}),
     }  # fmt: skip
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
-    files.write_atomically(folder / FILE, files.sorted_header(data))
+    files.write_atomically(path, files.sorted_header(data))
 
 
 def _kohya_layer(layer: Mapping[str, Tensor], rank: int, scale: float) -> dict[str, Tensor]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
+from dbtrain.adapters.formats.common import Names
 from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.models.families.family import Family
 from dbtrain.runtime.errors import ConfigError
 
 Modules = Mapping[str, Collection[str]]  # by component: the names of the layers that an adapter can be on
-Names = Callable[[str], Sequence[str]]  # component -> the names of all its modules
 Layers = dict[str, dict[str, Tensor]]  # module -> name of the tensor within it -> tensor
 
 # How files call the tensors of a layer -> PEFT's name. `\1` is a module's name within an attention layer.
@@ -57,7 +57,7 @@ OUTSIDE = {
 
 def nested(name: str) -> str:
     """A module's name in files: CLIP layers are below `text_model.`."""
-    return f"text_model.{name}" if name.startswith("encoder.layers.") else name
+    return f"text_model.{name}" if name.startswith(("encoder.layers.", "final_layer_norm")) else name
 
 
 def sgm_names(names: Collection[str]) -> dict[str, str]:

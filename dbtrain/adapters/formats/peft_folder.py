@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 
 from dbtrain.adapters.formats import limits
-from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.formats.names import Names
+from dbtrain.adapters.formats.common import Content
 from dbtrain.adapters.state import AdapterState
-from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -29,12 +26,10 @@ def contents(state: AdapterState) -> dict[str, bytes | str]:
     }
 
 
-def write(
-    folder: Path, family: Family, states: States, names: Names | None, about: Mapping[str, str]
-) -> None:
-    for component, state in states.items():
-        for name, content in contents(state).items():
-            files.write_atomically(folder / component / name, content)
+def write(folder: Path, content: Content) -> None:
+    for component, state in content.states.items():
+        for name, data in contents(state).items():
+            files.write_atomically(folder / component / name, data)
 
 
 def read(folder: Path) -> AdapterState:

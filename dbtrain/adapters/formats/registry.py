@@ -4,7 +4,8 @@
 |---|---|---|
 | diffusers | `load_lora_weights` | one file, `<component>.<module>.lora...`; metadata holds alpha |
 | peft | `PeftModel.from_pretrained` | one folder per component, weights and `adapter_config.json` |
-| kohya | A1111, ComfyUI, Forge | one file, `lora_unet_<module>...`, one alpha per layer; LyCORIS's names |
+| kohya | A1111, ComfyUI, Forge | `<run>.safetensors`, `lora_unet_<module>...`, one alpha per layer |
+| diff | the same | `<run>-diff.safetensors`, the changes of whole weights; is not read |
 """
 
 from __future__ import annotations
@@ -20,14 +21,23 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dbtrain.adapters import inject, targets
-from dbtrain.adapters.formats import diffusers_file, kohya_file, limits, names, peft_folder, reading
-from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.adapters.formats import (
+    diff_file,
+    diffusers_file,
+    kohya_file,
+    limits,
+    names,
+    peft_folder,
+    reading,
+)
+from dbtrain.adapters.formats.common import Content, Names, States, by_module, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.runtime.run_folder import RunFolder, name_of
 
+OLD_NAME = "kohya"  # of every adapter in earlier versions
 KINDS = ("LORA", "LOHA", "LOKR")
 # What Python and torch raise for settings of a wrong type, size or form.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, re.error)
@@ -38,12 +48,17 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class Format:
     """A format of adapter files, and what it can store."""
 
-    main: str  # file name, or "" for a folder per component
-    write: Callable[[Path, Family, States, names.Names | None, Mapping[str, str]], None]
+    file: str  # its name, with `{name}` for the adapter's; "" for a folder per component
+    write: Callable[[Path, Content], None]
     kinds: tuple[str, ...]
     programs: str  # that load it
     biases: bool = False
+    readable: bool = True  # by dbtrain
     components: Callable[[Family], Collection[str]] = lambda family: family.adaptable
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Where the adapter called `name` is in an export: the file, or the folder of its folders."""
+        return folder / self.file.format(name=name)
 
     def lacks(self, family: Family, states: States) -> str | None:
         """The part of an adapter that the format cannot store; None if it can store everything."""
@@ -72,12 +87,18 @@ def check(name: str, family: Family, states: States) -> None:
         )
 
 
-def caveat(name: str, states: States) -> str | None:
-    """What programs that load a format get wrong about an adapter; None if they get it right."""
+def caveat(name: str, states: States, forms: Collection[str]) -> str | None:
+    """What programs that load a format get wrong about an adapter; None if they get it right.
+
+    `forms`: all formats that are written.
+    """
+    cure = "add the format diff to export.formats, or set adapter.dora=false"
+    if "diff" in forms:
+        cure = "use the file of the format diff"
     if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
-            f"of the programs that load {kohya_file.FILE}, only LyCORIS applies DoRA as it was trained; "
-            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, set adapter.dora=false"
+            "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
+            f"ComfyUI, A1111, Forge and InvokeAI give other images; for them, {cure}"
         )
     return None
 
@@ -87,25 +108,27 @@ def write(
     folder: Path,
     family: Family,
     states: States,
-    modules: names.Names | None = None,
+    modules: Names | None = None,
     about: Mapping[str, str] | None = None,
+    name: str = OLD_NAME,
+    load: Callable[[str], nn.Module] | None = None,
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
-    For kohya's file: `modules`, component -> the names of the base's modules, which SDXL needs, and `about`,
-    entries for its header. Raises ConfigError if the disk is full.
+    `name` is the adapter's; for the others see Content. Raises ConfigError if the disk is full.
     """
+    path = FORMATS[form].path(folder, name)
     try:
-        FORMATS[form].write(folder, family, states, modules, about or {})
+        FORMATS[form].write(path, Content(family, states, modules, about or {}, load))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
-    return folder / FORMATS[form].main
+    return path
 
 
 def find(adapter: str | Path) -> Path:
     """The adapter file or folder in a run or export folder, or the path itself if it is an adapter file.
 
-    Raises ConfigError if there is none.
+    Raises ConfigError if there is none, or more than one adapter.
     """
     path = files.expand(adapter)
     if path.name == peft_folder.WEIGHTS and (path.parent / peft_folder.CONFIG).is_file():
@@ -113,15 +136,30 @@ def find(adapter: str | Path) -> Path:
     if path.is_file():
         return path
     for folder in (RunFolder(path).export, path):
-        for main in (form.main for form in FORMATS.values() if form.main):
-            if (folder / main).is_file():
-                return folder / main
-        if (folder / peft_folder.CONFIG).is_file() or any(folder.glob(f"*/{peft_folder.CONFIG}")):
-            return folder
+        if found := _find_in(folder):
+            return found
     raise ConfigError(
         f"adapter '{adapter}' is neither a file nor a run folder with an export "
         f"({diffusers_file.FILE}); run: dbtrain export"
     )
+
+
+def _find_in(folder: Path) -> Path | None:
+    """The adapter file in a folder, or the folder itself if it is PEFT's; None if there is no adapter."""
+    for form in (form for form in FORMATS.values() if form.readable):
+        for name in (name_of(folder), OLD_NAME):
+            if (file := form.path(folder, name)).is_file():
+                return file
+    if (folder / peft_folder.CONFIG).is_file() or any(folder.glob(f"*/{peft_folder.CONFIG}")):
+        return folder
+    # A renamed run, or a converted adapter: its file is the only one.
+    unread = diff_file.FILE.format(name="")
+    found = [file for file in sorted(folder.glob("*.safetensors"))
+             if not file.name.startswith(".") and not file.name.endswith(unread)]  # fmt: skip
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4])
+        raise ConfigError(f"{folder} has {len(found)} adapter files; give one of them, e.g. {names}")
+    return found[0] if found else None
 
 
 def content_of(path: Path) -> str:
@@ -233,6 +271,15 @@ FORMATS = {
         kohya_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI, A1111, Forge, InvokeAI",
+        components=lambda family: family.kohya,
+    ),
+    "diff": Format(
+        diff_file.FILE,
+        diff_file.write,
+        ("lora", "loha", "lokr"),
+        "ComfyUI, A1111, Forge, InvokeAI",
+        biases=True,
+        readable=False,
         components=lambda family: family.kohya,
     ),
 }
