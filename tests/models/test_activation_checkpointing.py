@@ -89,7 +89,10 @@ def test_a_compiled_denoiser_keeps_no_more_than_its_budget(make: Make, prepared:
     kept, losses, norms = [], [], []
     for budget in (None, 0.3):
         torch._dynamo.reset()
-        cfg = make(train__compile=True, train__activation_memory=budget, train__micro_batch=4)
+        cfg = make(
+            model__path=str(bases.sd(slim=True)), train__compile=True, train__activation_memory=budget,
+            train__micro_batch=4,
+        )  # fmt: skip
         model, batches = build(cfg, prepared), stream(cfg, prepared)
         kernels.compile_module(model.denoiser, True, "aot_eager_decomp_partition", budget)
         weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}

@@ -153,14 +153,18 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     assert torch.equal(off, bare)
 
 
-SWITCHES = [  # one that changes how, not what; inductor only once, as it costs half a minute
-    pytest.param("sdxl", {"train__compile": True}, {"adapter__text_encoder": TEXT}, marks=pytest.mark.slow),
+SWITCHES = [  # one that changes how, not what; inductor only once, with the shapes of train/test_modes.py
+    pytest.param(
+        "sdxl-slim", {"train__compile": True},
+        {"adapter__text_encoder": TEXT, "train__micro_batch": 4, "train__global_batch": 4},
+        marks=[pytest.mark.slow, pytest.mark.xdist_group("inductor")],
+    ),
     ("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
     ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
     ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("base", "switch", "settings"), SWITCHES, ids=str)
@@ -172,7 +176,7 @@ def test_compiling_and_checkpointing_give_the_same_adapter(
     switch: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    if base != "sdxl":
+    if base != "sdxl-slim":
         quick = partial(kernels.compile_module, backend="aot_eager")
         monkeypatch.setattr(kernels, "compile_module", quick)
     found = []

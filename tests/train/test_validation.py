@@ -292,7 +292,8 @@ def test_looking_compiles_nothing_anew(
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(kernels, "compile_module", partial(kernels.compile_module, backend="eager"))
-    same = partial(make, data__shards=str(prepared), train__compile=True)
+    slim = str(bases.sd(slim=True))
+    same = partial(make, model__path=slim, data__shards=str(prepared), train__compile=True)
     graphs = []
     for name, more in (("off", {}), ("on", {"validation__prompts": PROMPTS, "validation__every": 1})):
         torch._dynamo.reset()
