@@ -17,6 +17,18 @@ export PATH="$PWD/.venv/bin:$PATH"
 
 ruff check .
 ruff format --check .
-[[ $quick ]] || mypy
+# Types are checked while some tests wait; what mypy says comes last.
+if [[ ! $quick ]]; then
+  said=$(mktemp)
+  mypy >"$said" 2>&1 &
+  types=$!
+  trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
+fi
 cores=$(nproc)
-python -m pytest --numprocesses="${TEST_PROCESSES:-$((cores < 8 ? cores + 1 : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@"
+failed=0
+python -m pytest --numprocesses="${TEST_PROCESSES:-$((cores < 8 ? cores + 1 : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@" || failed=$?
+if [[ ! $quick ]]; then
+  wait "$types" || failed=$?
+  cat "$said"
+fi
+exit "$failed"
