@@ -137,6 +137,7 @@ def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
         assert sheet.height > 4 * 128
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_and_two_ranks_score_alike(ran: Config, tmp_path: Path) -> None:
     config, out = Path(ran.run_dir).parent / "c.yaml", Path(ran.run_dir) / "scores"
     list(evaluate.evaluate(ran))
@@ -150,6 +151,7 @@ def test_a_second_call_does_nothing_and_two_ranks_score_alike(ran: Config, tmp_p
     assert (out / "scores.json").read_bytes() == before, "two ranks, and one picture drawn again"
 
 
+@pytest.mark.slow
 def test_other_models_or_photos_are_scored_anew(ran: Config) -> None:
     run = Path(ran.run_dir)
     assert dino_clip.evaluate(ran, ran.run_dir, run / "scores")
@@ -220,6 +222,7 @@ def test_the_embedded_base_has_its_own_judge_unless_a_dino_is_asked_for(make: Ma
 # Checkpoints.
 
 
+@pytest.mark.slow
 def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
     config, run = Path(ran.run_dir).parent / "c.yaml", Path(ran.run_dir)
     done = dbtrain("evaluate", config, "--checkpoints", ranks=2)

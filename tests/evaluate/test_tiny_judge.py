@@ -69,6 +69,7 @@ def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
         tiny_judge.JudgeScores.load(tmp_path / "s.json")
 
 
+@pytest.mark.slow
 def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) -> None:
     world.main(tmp_path / "photos", "mug")
     cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"),

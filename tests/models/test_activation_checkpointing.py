@@ -17,17 +17,17 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, slow
 from tests.networks import build, stream
 
 MODES = ("none", "transformer", "blocks")
 ADAPTERS: list[dict[str, Any]] = [
     {},
-    {"adapter__dropout": 0.2},
     {"adapter__targets": "mid_block.*to_q"},  # the first blocks' inputs need no gradient
-    {"train__base_linears": "int8"},
-    {"train__precision": "bf16"},
-    {"adapter__kind": "loha"},
+    slow({"adapter__dropout": 0.2}),
+    slow({"train__base_linears": "int8"}),
+    slow({"train__precision": "bf16"}),
+    slow({"adapter__kind": "loha"}),
 ]
 
 

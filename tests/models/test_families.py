@@ -35,7 +35,7 @@ from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.sample.sample import sample_run
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.conftest import Make, at, dbtrain, draw_photo, slow, train
 from tests.networks import first_batch
 
 KINDS = ("lora", "loha", "lokr")
@@ -159,7 +159,7 @@ SWITCHES = [  # one that changes how, not what; inductor only once, with the sha
         {"adapter__text_encoder": TEXT, "train__micro_batch": 4, "train__global_batch": 4},
         marks=[pytest.mark.slow, pytest.mark.xdist_group("inductor")],
     ),
-    ("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
+    slow("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
     ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
     ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
@@ -243,7 +243,9 @@ def test_a_kohya_file_has_the_true_alpha_and_the_names_its_readers_know(make: Ma
 
 
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
-@pytest.mark.parametrize("settings", [{}, {"adapter__dora": True}, {"adapter__rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, slow({"adapter__dora": True}), slow({"adapter__rslora": True})], ids=str
+)
 def test_conversions_between_all_formats_come_back_the_same(
     make: Make, tmp_path: Path, base: str, settings: dict
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_folder_with_nothing_but_a_config_gives_a_page(make: Make, tmp_path: P
     assert "metrics.jsonl is missing or empty" in text and "No step has been logged yet" in text
 
 
+@pytest.mark.slow
 def test_the_report_imports_neither_peft_nor_the_compiler() -> None:
     code = "import sys, dbtrain.report.report; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -243,6 +244,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         report.report([tmp_path])
 
 
+@pytest.mark.slow
 def test_the_command_writes_where_it_is_told(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "page.html"
     done = dbtrain("report", *runs, "--out", out, "--crops", 0)

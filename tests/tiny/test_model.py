@@ -11,6 +11,7 @@ from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import KINDS
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_asked_for() -> None:
     """A short form of `python -m benchmarks.tiny.measure`, with seeds of its own."""
     base = AdapterPipeline.load(Model(path="tiny"))

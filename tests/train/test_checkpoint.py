@@ -49,6 +49,7 @@ def test_train_2n_equals_train_n_then_resume_n_in_a_new_process(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_killed_while_it_trains_and_run_again_gives_the_same_adapter(make: Make, tmp_path: Path) -> None:
     settings = {"train__checkpoint_every": 5, "train__keep": 2, "optim__schedule": "constant"}
     make(train__steps=100_000, **settings)
@@ -157,6 +158,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_its_shards_are_made_anew(
     assert tree(tmp_path / "shards") == before
 
 
+@pytest.mark.slow
 def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_is_made(
     make: Make, tmp_path: Path
 ) -> None:
