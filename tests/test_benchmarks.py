@@ -67,6 +67,7 @@ def test_dreambooth_works(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     words = ["benchmarks.subject_fidelity", "--work", str(tmp_path), "--out", str(tmp_path), "--smoke"]
     words += ["--set", "train.steps=100", "optim.lr=3e-3", "prepare.class_images=16", "validation.prompts=[]"]
+    words += ["prepare.sampling.steps=10", "sample.steps=10"]  # drawing costs more than training
     done = subprocess.run(
         [sys.executable, *torchrun, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.tiny import measure
 from dbtrain import tiny
 from dbtrain.config import Model
