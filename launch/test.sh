@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every check: style, types, tests.
 # Usage: bash launch/test.sh [--quick] [PYTEST ARGUMENT ...]
-#   --quick  five minutes on two cores: no mypy, and no test that is marked as slow
+#   --quick  no mypy, and no test that is marked as slow
 # From the environment: TEST_PROCESSES (how many pytest workers; default: one a core and one more, as some tests wait; at most 8).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

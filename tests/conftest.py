@@ -53,6 +53,11 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def thinned(rows: list[Any], step: int) -> list[Any]:
+    """A table of tuples, of which `launch/test.sh --quick` takes one row in `step`."""
+    return [slow(*row) if number % step else row for number, row in enumerate(rows)]
+
+
 def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:
     """A picture that differs from the others in every part: colours, shape, place."""
     picture = Image.new("RGB", size, (40 * number % 256, 90, 200 - 30 * number % 200))

@@ -96,6 +96,7 @@ def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) ->
     assert values["labels"]["place"] == "share of the subject's images in the requested place"
 
 
+@pytest.mark.slow
 def test_checkpoints_are_compared_by_likeness_and_place(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

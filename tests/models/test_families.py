@@ -35,7 +35,7 @@ from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.sample.sample import sample_run
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo, slow, train
+from tests.conftest import Make, at, dbtrain, draw_photo, slow, thinned, train
 from tests.networks import first_batch
 
 KINDS = ("lora", "loha", "lokr")
@@ -116,7 +116,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "kind", "text", "form"), TABLE)
+@pytest.mark.parametrize(("base", "kind", "text", "form"), thinned(TABLE, 3))
 def test_a_stock_loader_predicts_what_the_trained_module_does(
     make: Make, tmp_path: Path, base: str, kind: str, text: bool, form: str
 ) -> None:
@@ -411,7 +411,7 @@ def test_the_table_of_families_is_complete() -> None:
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
 
 
-@pytest.mark.parametrize("base", ["sdxl", "if-1"])
+@pytest.mark.parametrize("base", ["sdxl", slow("if-1")])
 def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
     """Text encoders and accumulation on two ranks: one process gives the same."""
     changes: dict[str, Any] = {

@@ -16,7 +16,7 @@ from dbtrain.report import run as report
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
-from tests.conftest import Make, Started, dbtrain, train
+from tests.conftest import Make, Started, dbtrain, slow, train
 from tests.runs import tree
 
 
@@ -34,7 +34,7 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", slow("fp16")])
 def test_train_2n_equals_train_n_then_resume_n_in_a_new_process(
     make: Make, tmp_path: Path, precision: str
 ) -> None:

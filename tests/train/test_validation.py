@@ -232,6 +232,7 @@ def test_training_losses_are_told_apart_by_timestep(make: Make, prepared: Path) 
     assert sum(count > 0 for count in found[0]["instance"]["rows"]) > 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_is_looked_at_goes_on_there(
     make: Make, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
