@@ -2,7 +2,8 @@
 # Every check: style, types, tests.
 # Usage: bash launch/test.sh [--quick] [PYTEST ARGUMENT ...]
 #   --quick  no mypy, and no test that is marked as slow
-# From the environment: TEST_PROCESSES (how many pytest workers; default: one a core and one more, as some tests wait; at most 8).
+# From the environment: TEST_PROCESSES (how many pytest workers; default: one a core and two more, as some tests
+# wait; with --quick one more; at most 8).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,9 +25,9 @@ if [[ ! $quick ]]; then
   types=$!
   trap 'kill "$types" 2>/dev/null || true; rm -f "$said"' EXIT
 fi
-cores=$(nproc)
+workers=$(($(nproc) + (${#quick} ? 1 : 2)))
 failed=0
-python -m pytest --numprocesses="${TEST_PROCESSES:-$((cores < 8 ? cores + 1 : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@" || failed=$?
+python -m pytest --numprocesses="${TEST_PROCESSES:-$((workers < 8 ? workers : 8))}" --dist=loadgroup ${quick:+-m "not slow"} "$@" || failed=$?
 if [[ ! $quick ]]; then
   wait "$types" || failed=$?
   cat "$said"
