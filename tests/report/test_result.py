@@ -258,7 +258,7 @@ def made(folder: Path, runs: list[Path], files: tuple[str, ...], **changes: str)
     return read(folder, folder.name)
 
 
-KOHYA, PEFT = formats.FORMATS["kohya"].main, "unet/adapter_config.json"
+KOHYA, PEFT = formats.FORMATS["kohya"].file.format(name="my dog"), "unet/adapter_config.json"
 EACH = ["ComfyUI", "A1111, Forge"]
 
 
@@ -280,7 +280,7 @@ def test_each_program_is_told_its_file(
     found = usage.programs(run)
     assert [program.name for program in found] == programs
     assert all((program.source is None) == (bool(missing) and program.name in EACH) for program in found)
-    assert formats.FORMATS["diffusers"].main == usage.DIFFUSERS
+    assert formats.FORMATS["diffusers"].file == usage.DIFFUSERS
     commands = usage.commands(run)
     assert [what for what in commands if "export" in commands[what]] == (
         ["A file for ComfyUI, A1111 and Forge"] if missing else []
