@@ -85,6 +85,13 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**settings | changes)
 
 
+# Two levels of one width, one attention between them: compiled in half the time, as most kernels repeat.
+SLIM = {
+    "block_out_channels": (32, 32), "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+
+
 def _noise(**changes: Any) -> Any:
     settings = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
@@ -103,24 +110,27 @@ def _save(folder: Path, pipeline: str, components: dict[str, Any], **options: An
 
 
 @cache
-def sd(prediction: str = "epsilon") -> Path:
-    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,)."""
+def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
+    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,).
+
+    A slim one differs in the denoiser only: it takes the same shards.
+    """
 
     def fill(folder: Path) -> None:
         words = _words()
         with rng.seeded("tests", "sd"):
             components = {
                 "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
-                "unet": _unet(), "scheduler": _noise(prediction_type=prediction), "safety_checker": None,
-                "feature_extractor": None,
+                "unet": _unet(**SLIM if slim else {}), "scheduler": _noise(prediction_type=prediction),
+                "safety_checker": None, "feature_extractor": None,
             }  # fmt: skip
         _save(folder, "StableDiffusionPipeline", components, requires_safety_checker=False)
 
-    return once(f"sd-{prediction}", fill)
+    return once(f"sd-{prediction}{'-slim' if slim else ''}", fill)
 
 
 @cache
-def sdxl() -> Path:
+def sdxl(slim: bool = False) -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
 
     def fill(folder: Path) -> None:
@@ -132,12 +142,12 @@ def sdxl() -> Path:
                 "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
                 "unet": _unet(
                     cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-                    projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+                    projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SLIM if slim else {},
                 ),
             }  # fmt: skip
         _save(folder, "StableDiffusionXLPipeline", components)
 
-    return once("sdxl", fill)
+    return once("sdxl-slim" if slim else "sdxl", fill)
 
 
 def _t5() -> dict[str, Any]:
@@ -382,7 +392,8 @@ FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "z-image": z_image,
 }
 ALL: dict[str, Callable[[], Path]] = {
-    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2, **FLOW,
+    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+    "sd-slim": lambda: sd(slim=True), "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
 }  # fmt: skip
 OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}
 # px that these are made for

@@ -176,7 +176,7 @@ def frame_space(base: Pretrained, side: int) -> LatentSpace:
 
 
 def check_frames(base: Pretrained, **needed: int) -> None:
-    """Raise ConfigError unless Qwen-Image's VAE and the transformer fit, and the latter has these settings."""
+    """Raise ConfigError unless Qwen-Image's VAE and the transformer fit, and it has these settings."""
     channels = base.setting("vae", "z_dim", int)
     for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
         found = base.setting("vae", name, list)
