@@ -15,6 +15,7 @@ from dbtrain.runtime.run_folder import RunFolder
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"  # the name that Diffusers looks for
 PEFT = "adapter_config.json"  # in a PEFT folder
+DIFF = "-diff.safetensors"  # how a file with the change of whole weights ends
 SUBJECT = "a photo of the subject"  # where no prompt is known
 PLACE = "in the snow"  # for the example: a prompt that no photo shows
 DORA = "Only LyCORIS applies DoRA as it was trained; here the images will differ."
@@ -73,8 +74,9 @@ def commands(run: Run) -> dict[str, str]:
     prompt = shlex.quote(said.example if said else SUBJECT)
     found = {}
     if any(program.source is None for program in programs(run)):
-        more = ",".join([*formats, "kohya"])
-        found["A file for ComfyUI, A1111 and Forge"] = f'dbtrain export {config} "export.formats=[{more}]"'
+        more = ",".join([*formats, _single_format(run.names)])
+        names = " and ".join(program.name for program in programs(run) if program.source is None)
+        found[f"A file for {names}"] = f'dbtrain export {config} "export.formats=[{more}]"'
     found["Images from the command line"] = (
         f"dbtrain sample {config} --prompt {prompt} --adapter none --adapter {adapter}"
     )
@@ -87,14 +89,23 @@ def _exported(names: RunFolder) -> Iterator[str]:
         yield "diffusers"
     if any(names.export.glob(f"*/{PEFT}")):
         yield "peft"
-    if _kohya(names):
-        yield "kohya"
+    if _single(names):
+        yield _single_format(names)
+    if _single(names, diff=True):
+        yield "diff"
 
 
-def _kohya(names: RunFolder) -> Path | None:
-    """The export in kohya's format: the file that does not have Diffusers' name."""
+def _single_format(names: RunFolder) -> str:
+    """The format of one file for programs with a window: by the component that was trained."""
+    folders = (names.export, *names.checkpoints()[-1:])
+    return "comfyui" if any((folder / "transformer").is_dir() for folder in folders) else "kohya"
+
+
+def _single(names: RunFolder, diff: bool = False) -> Path | None:
+    """The export in that format, or the one with the change of whole weights."""
     found = sorted(names.export.glob("*.safetensors"))
-    return next((path for path in found if path.name != DIFFUSERS and path.name[0] != "."), None)
+    mine = (path for path in found if path.name != DIFFUSERS and path.name[0] != ".")
+    return next((path for path in mine if path.name.endswith(DIFF) == diff), None)
 
 
 def _python(run: Run) -> Iterator[Program]:
@@ -122,13 +133,17 @@ def _python(run: Run) -> Iterator[Program]:
 
 
 def _interfaces(run: Run) -> Iterator[Program]:
-    name, path, said = run.folder.name, _kohya(run.names), words(run.cfg)
+    name, path, said = run.folder.name, _single(run.names), words(run.cfg)
     prompt = said.example if said else SUBJECT
     note = DORA if run.cfg.adapter.dora else ""
+    if note and (whole := _single(run.names, diff=True)):
+        path, note = whole, ""
     yield Program(
         "ComfyUI", path, f"ComfyUI/models/loras/{name}.safetensors",
         "a “Load LoRA” node behind the checkpoint, strength 1", "", note,
     )  # fmt: skip
+    if _single_format(run.names) == "comfyui":
+        return
     yield Program(
         "A1111, Forge", path, f"models/Lora/{name}.safetensors",
         "in the prompt, with the strength after the name", f"{prompt} <lora:{name}:1>", note,

@@ -259,6 +259,7 @@ def made(folder: Path, runs: list[Path], files: tuple[str, ...], **changes: str)
 
 
 KOHYA, PEFT = formats.FORMATS["kohya"].file.format(name="my dog"), "unet/adapter_config.json"
+TRANSFORMER, DIFF = "transformer/adapter_config.json", "my dog-diff.safetensors"
 EACH = ["ComfyUI", "A1111, Forge"]
 
 
@@ -269,6 +270,9 @@ EACH = ["ComfyUI", "A1111, Forge"]
         ((usage.DIFFUSERS, KOHYA), "", ["Diffusers", *EACH], ""),
         ((PEFT, "my dog.safetensors"), "", ["Diffusers with PEFT", *EACH], ""),
         ((PEFT,), "", ["Diffusers with PEFT", *EACH], "peft,kohya"),
+        ((PEFT, DIFF), "", ["Diffusers with PEFT", *EACH], "peft,diff,kohya"),
+        ((TRANSFORMER,), "", ["Diffusers with PEFT", "ComfyUI"], "peft,comfyui"),
+        ((TRANSFORMER, KOHYA), "", ["Diffusers with PEFT", "ComfyUI"], ""),
         ((usage.DIFFUSERS,), "tiny", ["Diffusers"], ""),
         ((), "", [], ""),
     ],
@@ -283,7 +287,7 @@ def test_each_program_is_told_its_file(
     assert formats.FORMATS["diffusers"].file == usage.DIFFUSERS
     commands = usage.commands(run)
     assert [what for what in commands if "export" in commands[what]] == (
-        ["A file for ComfyUI, A1111 and Forge"] if missing else []
+        [f"A file for {' and '.join(name for name in programs if name in EACH)}"] if missing else []
     )
     for command in commands.values():  # each can be pasted into a shell
         name, verb, config, *rest = shlex.split(command)
@@ -298,6 +302,10 @@ def test_dora_in_kohya_s_file_is_warned_of(runs: list[Path], tmp_path: Path) -> 
         for program in usage.programs(made(tmp_path / "dora", runs, (KOHYA,), adapter__dora="true"))
     }
     assert notes == {"ComfyUI": usage.DORA, "A1111, Forge": usage.DORA}
+    both = usage.programs(made(tmp_path / "both", runs, (KOHYA, DIFF), adapter__dora="true"))
+    assert {(str(program.source)[-15:], program.note) for program in both} == {
+        ("dog-diff.safetensors"[-15:], "")
+    }
 
 
 def test_the_code_for_diffusers_loads_the_adapter(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
