@@ -115,17 +115,17 @@ def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
 def _generate(base: Base, cfg: Prepare, work: list[tuple[range, list[int]]], paths: list[Path]) -> None:
     """Generate this rank's (batch, missing indices) and write each image atomically."""
     compiled = compiles(cfg, len(paths), dist.device())
-    generate, save = _sampler(base, cfg, compiled)
+    pipe, generate, save = _sampler(base, cfg, compiled)
     with console.bar(sum(len(todo) for _, todo in work), "class images", "image", share=True) as bar:
         for batch, todo in work:
             preemption.check()
             # Compiled code has a fixed batch size: the last batch is filled up.
             indices = range(batch.start, batch.start + cfg.sampling.batch) if compiled else batch
-            images = generate([rng.generator("class image", index) for index in indices])
+            with sampler.moving(pipe, bar, len(todo), "class image"):
+                images = generate([rng.generator("class image", index) for index in indices])
             for index, image in zip(indices, images, strict=True):
                 if index in todo:
                     save(paths[index], image)
-            bar.update(len(todo))
 
 
 def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
@@ -141,8 +141,8 @@ def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
 
 def _sampler(
     base: Base, cfg: Prepare, compiled: bool
-) -> tuple[Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
-    """Return a function that generates one class image per generator, and one that saves an image."""
+) -> tuple[Any, Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
+    """Return a pipeline, a function that generates a class image per generator, and one that saves it."""
     prompt = cfg.class_prompt or ""
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
     latents = as_latents(base.family, cfg)
@@ -151,7 +151,7 @@ def _sampler(
     if compiled:
         kernels.compile_module(getattr(pipe, base.family.denoiser), True)
     if not latents:
-        return lambda seeds: sampler.generate(pipe, [prompt] * len(seeds), seeds, *how), save_png
+        return pipe, lambda seeds: sampler.generate(pipe, [prompt] * len(seeds), seeds, *how), save_png
 
     # Without a VAE the pipeline would assume a factor of 8.
     pipe.vae_scale_factor = cfg.resolution // base.family.space(base, cfg.resolution).shape[-1]
@@ -159,6 +159,7 @@ def _sampler(
     for name in base.family.text_encoders:
         setattr(pipe, name, None)  # frees its memory
     return (
+        pipe,
         lambda seeds: sampler.generate_encoded(pipe, encoded * len(seeds), seeds, *how, latents=True),
         save_latent,
     )

@@ -17,6 +17,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import DDPM
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
+from dbtrain.runtime import console
 
 
 class DreamBooth(nn.Module):
@@ -63,6 +64,8 @@ class DreamBooth(nn.Module):
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
+        loaded = base.family.adaptable if settings else (base.family.denoiser,)
+        console.say(f"loading {', '.join(loaded)} of {base.name}")
         denoiser = base.load(base.family.denoiser, dtype)
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config
-from dbtrain.runtime import console, dist, files
+from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import TABLES, RunFolder, read_lines
 from dbtrain.train import trackers
@@ -47,6 +46,7 @@ class Metrics:
         self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
     ) -> None:
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
+        self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
         self.step_samples = cfg.train.global_batch * len(roles)
         self.pending: list[tuple[Tensor, int, float]] = []  # per step: losses and norm (3,), seen, lr
@@ -54,8 +54,10 @@ class Metrics:
         self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device())
         self.spread = torch.zeros(2, 2, TENTHS, device=dist.device())
         self.done, self.wait_s = start, 0.0
-        self.since = time.perf_counter()
+        pace.forget("step", *self.breaks)  # of another run in this process
+        self.since = self.lap = pace.clock()  # of the last report, and of the last step
         self.bar = console.bar(cfg.train.steps, "train", "step", initial=start)
+        self.bar.ahead = self.ahead
         self.metrics, self.speed, self.validation, self.timesteps = map(run.table, TABLES)
         self.trackers: list[trackers.Tracker] = []
         if dist.is_main():
@@ -89,9 +91,23 @@ class Metrics:
         self.skipped = skipped
         self.done = done
         self.wait_s += outcome.wait_s
+        self.lap, before = pace.clock(), self.lap
+        pace.add("step", self.lap - before)
         self.bar.update()
         if done % self.train.log_every == 0 or done == self.train.steps:
             self.report()
+
+    def ahead(self) -> tuple[float, float] | None:
+        """Seconds per step, without interruptions, and seconds of the interruptions that are still to come.
+
+        None before the first step. An interruption takes as long as those so far: 0 if there were none.
+        """
+        if (each := pace.each("step")) is None:
+            return None
+        return each, sum(
+            pace.times(every, self.done - 1, self.train.steps) * (pace.each(kind) or 0.0)
+            for kind, every in self.breaks.items()
+        )
 
     def report(self) -> None:
         """Write the steps since the last report, and show their means.
@@ -140,7 +156,7 @@ class Metrics:
         rows = dist.sum_over_ranks(torch.tensor(seen)).tolist()
 
         # One line per step, the speed, and the means of all steps with a finite loss.
-        seconds, steps = time.perf_counter() - self.since, len(seen)
+        seconds, steps = pace.clock() - self.since, len(seen)
         lines = []
         for number, (values, row, lr) in enumerate(zip(table.tolist(), rows, rates, strict=True)):
             instance, prior, norm = values
@@ -175,7 +191,7 @@ class Metrics:
         )
         self.pending, self.wait_s = [], 0.0
         self.spread.zero_()
-        self.since = time.perf_counter()
+        self.since = pace.clock()
 
     def validated(self, step: int, found: dict[str, Any], sheet: Path | None) -> None:
         """Record and show the validation results at `step`; `sheet` is the contact sheet, if any."""
@@ -194,15 +210,20 @@ class Metrics:
                     tracker.show(step, "validation", sheet)
 
     @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Exclude the block from the throughput, after the GPU has finished the steps before it."""
+    def interrupted(self, kind: str) -> Iterator[None]:
+        """Exclude the block, a validation or a checkpoint, from the time of the steps.
+
+        Waits until the GPU has finished the steps before it.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        before = time.perf_counter()
+        before = pace.clock()
         try:
             yield
+            pace.add(kind, pace.clock() - before)
         finally:
-            self.since += time.perf_counter() - before
+            seconds = pace.clock() - before
+            self.since, self.lap = self.since + seconds, self.lap + seconds
 
 
 def _by_role(spread: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:

@@ -20,11 +20,10 @@ def summary(cfg: Config) -> None:
     """Print the summary on rank 0 and append it to log.txt."""
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
-        text = "\n".join(
-            _times(run) + [f"  {name:<14}{path}{_programs(run, path)}" for name, path in _outputs(run)]
-        )
-        console.say(text)
-        files.append(run.log, text + "\n")
+        lines = _times(run) + [f"  {name:<14}{path}{_programs(run, path)}" for name, path in _outputs(run)]
+        for line in lines:
+            console.say(line)
+        files.append(run.log, "\n".join(lines) + "\n")
 
 
 def _times(run: RunFolder) -> list[str]:

@@ -113,7 +113,8 @@ class Validator:
         if not wanted:
             return
         with (
-            metrics.untimed(), console.timed("validation"), dist.patiently(), _eval_mode(self.model, self.cfg)
+            metrics.interrupted("validation"), console.timed("validation"), dist.patiently(),
+            _eval_mode(self.model, self.cfg),
         ):  # fmt: skip
             losses = {}
             if "losses" in wanted:
@@ -204,12 +205,12 @@ class ImageGenerator:
                 offsets = [seed - settings.seed for seed in seeds]
                 inputs = [self.low_res[k % len(self.low_res)] for k in offsets] if self.low_res else []
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                with autocast(dist.device()):
+                moving = sampler.moving(pipe, bar, len(seeds), "validation image")
+                with autocast(dist.device()), moving:
                     generated += sampler.generate_encoded(
                         pipe, [encoded[number]] * len(seeds), generators, settings.steps,
                         settings.guidance, self.side, inputs, latents=self.family.vae is not None,
                     )  # fmt: skip
-                bar.update(len(seeds))
 
         # Then decode them and write the files.
         images = self._decode(generated) if self.family.vae else generated

@@ -76,6 +76,11 @@ class Family:
         return (self.denoiser, *self.text_encoders)
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """The components with weights."""
+        return (self.denoiser, *([self.vae] if self.vae else []), *self.text_encoders)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The components of a base that generated images depend on."""
         optional = [part for part in (self.vae, self.noising) if part]
