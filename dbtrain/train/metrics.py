@@ -46,6 +46,7 @@ class Metrics:
         self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
     ) -> None:
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
+        self.over: set[str] = set()  # interruptions since the last step
         self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
         self.step_samples = cfg.train.global_batch * len(roles)
@@ -90,6 +91,7 @@ class Metrics:
         self.spread += outcome.spread
         self.skipped = skipped
         self.done = done
+        self.over.clear()
         self.wait_s += outcome.wait_s
         self.lap, before = pace.clock(), self.lap
         pace.add("step", self.lap - before)
@@ -105,7 +107,8 @@ class Metrics:
         if (each := pace.each("step")) is None:
             return None
         return each, sum(
-            pace.times(every, self.done - 1, self.train.steps) * (pace.each(kind) or 0.0)
+            pace.times(every, self.done - (kind not in self.over), self.train.steps)
+            * (pace.each(kind) or 0.0)
             for kind, every in self.breaks.items()
         )
 
@@ -221,6 +224,7 @@ class Metrics:
         try:
             yield
             pace.add(kind, pace.clock() - before)
+            self.over.add(kind)
         finally:
             seconds = pace.clock() - before
             self.since, self.lap = self.since + seconds, self.lap + seconds

@@ -112,7 +112,7 @@ def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_com
             step(done, 2)
         with metrics.interrupted("validation"):
             clock.passes(100)
-        assert metrics.ahead() == (2, 3 * 100), "the one at step 4 counts until step 5"
+        assert metrics.ahead() == (2, 2 * 100)
         step(5, 2)
         with metrics.interrupted("checkpoint"):
             clock.passes(7)
@@ -126,6 +126,12 @@ def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_com
             clock.passes(50)
             raise KeyError
         assert metrics.ahead() == (2, 100 + 7), "half a validation tells nothing"
+        step(10, 2)
+        assert metrics.ahead() == (2, 100 + 7), "those of the last step are still to come"
+        for kind in ("checkpoint", "validation"):
+            with metrics.interrupted(kind):
+                pass
+        assert metrics.bar.format_dict["left"] == "00:00"
 
 
 @pytest.mark.parametrize(
