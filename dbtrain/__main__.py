@@ -88,8 +88,10 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Encode photos and class images into shards of VAE latents and a prompt table."""
     cfg = _load("prepare", config, overrides)
     with importing(at_start=True):
+        from dbtrain.prepare import duration
         from dbtrain.prepare import prepare as verb
 
+    duration.announce(cfg, "prepare")
     verb.prepare(cfg)
 
 
@@ -105,9 +107,11 @@ def train(
     cfg = _load("train", config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export, hub
+        from dbtrain.prepare import duration
         from dbtrain.train import loop, summary
 
     hub.check(cfg)
+    duration.announce(cfg, "train")
     loop.train(cfg, until)
     export.finish(cfg)
     hub.push(cfg)
@@ -140,12 +144,13 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     cfg = _load("run", config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export, hub
-        from dbtrain.prepare import prepare
+        from dbtrain.prepare import duration, prepare
         from dbtrain.sample import sample
         from dbtrain.train import loop, setup, summary
 
     hub.check(cfg)
     setup.check_settings(cfg)
+    duration.announce(cfg, *duration.JOB)
     prepare.prepare(cfg)
     loop.train(cfg)
     export.finish(cfg)

@@ -90,6 +90,16 @@ def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -
     return [folder / f"{index:05d}{suffix}" for index in range(count)]
 
 
+def generated(base: Base, cfg: Prepare, count: int) -> list[Path]:
+    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base."""
+    if not count:
+        return []
+    folder = places(base.family, cfg, {}, 1)[0].parent  # <prompt>-<key of the settings>
+    if not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
+        return []
+    return places(base.family, cfg, about_of(base, cfg), count)
+
+
 def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
     """Generate the images of `paths` that do not exist, over all ranks."""
     count = len(paths)

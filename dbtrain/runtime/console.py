@@ -25,6 +25,7 @@ warn = logger.warning  # shown for every rank
 
 started = time.monotonic()
 spent_s: dict[str, float] = {}  # by phase; mostly the lifetime of its progress bar
+INNER = ("validation", "images")  # phases within another one, which is training
 
 
 class _Line(logging.Formatter):

@@ -31,6 +31,12 @@ class Rate:
         return seconds / units
 
     @property
+    def count(self) -> float:
+        """Units that `each` is the mean of."""
+        assert self.first
+        return self.units or self.first[1]
+
+    @property
     def warm_up(self) -> float:
         """Seconds that the first measurement took longer than later ones."""
         assert self.first
@@ -59,3 +65,12 @@ def each(kind: str) -> float | None:
 def times(every: int, after: int, steps: int) -> int:
     """How often something that is due every `every` steps, and after the last, is due after step `after`."""
     return steps // every - after // every + (steps % every != 0 and after < steps)
+
+
+def human(seconds: float, decimals: int = 1) -> str:
+    """A duration in words; `decimals` are those of seconds alone."""
+    if seconds < 100:
+        return f"{seconds:.{decimals}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -16,6 +16,7 @@ from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
+from dbtrain.prepare import duration
 from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -83,6 +84,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
         return sheet
     with dist.agreed():
         request.generate(out, low_res, key)
+    duration.remember(cfg, "sample")
     with dist.agreed():
         if dist.is_main():
             for path in out.glob("??-??-seed*.png"):  # left by an earlier sheet

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config
+from dbtrain.prepare import duration
 from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import TABLES, RunFolder, read_lines
@@ -45,6 +46,7 @@ class Metrics:
     def __init__(
         self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
     ) -> None:
+        self.cfg = cfg
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
         self.over: set[str] = set()  # interruptions since the last step
         self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
@@ -75,6 +77,7 @@ class Metrics:
         if dist.is_main() and isinstance(problem, (ConfigError, Preempted)):  # the terminal shows it later
             self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
         self.bar.close()
+        duration.remember(self.cfg, "train")
         for tracker in self.trackers:
             tracker.close()
         if dist.is_main():

@@ -28,7 +28,7 @@ from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.pretrained import DTYPES
-from dbtrain.runtime import console, dist, preemption
+from dbtrain.runtime import console, dist, pace, preemption
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines, step_of
 from dbtrain.train import held_out_loss
@@ -213,7 +213,9 @@ class ImageGenerator:
                     )  # fmt: skip
 
         # Then decode them and write the files.
+        before = pace.clock()
         images = self._decode(generated) if self.family.vae else generated
+        pace.add("validation image decode", pace.clock() - before, count)
         jobs = [(number, seed) for number, seeds in mine for seed in seeds]
         for (number, seed), image in zip(jobs, images, strict=True):
             note = {"prompt": prompts[number], "seed": seed, "step": step, "model": self.cfg.model.path,
