@@ -21,6 +21,7 @@ from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import TABLES, RunFolder, read_lines
 from dbtrain.train import trackers
 
+FORETOLD_S = 120.0  # time left that is worth a line
 TENTHS = 10  # bins of the timesteps for timesteps.jsonl
 
 
@@ -48,6 +49,7 @@ class Metrics:
     ) -> None:
         self.cfg = cfg
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
+        self.foretold = False
         self.over: set[str] = set()  # interruptions since the last step
         self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
@@ -96,11 +98,22 @@ class Metrics:
         self.done = done
         self.over.clear()
         self.wait_s += outcome.wait_s
+        reports = done % self.train.log_every == 0 or done == self.train.steps
+        if reports:
+            self.report()  # waits for the device
         self.lap, before = pace.clock(), self.lap
         pace.add("step", self.lap - before)
         self.bar.update()
-        if done % self.train.log_every == 0 or done == self.train.steps:
-            self.report()
+        if reports and not self.foretold and pace.measured["step"].units:
+            self._foretell()
+
+    def _foretell(self) -> None:
+        """Say once how long the rest of the training takes, if it is minutes."""
+        self.foretold = True
+        each, rest = self.ahead() or (0.0, 0.0)
+        left = (self.train.steps - self.done) * each + rest
+        if left >= FORETOLD_S:
+            console.say(f"about {pace.human(left, 0)} of training left, with its validations and checkpoints")
 
     def ahead(self) -> tuple[float, float] | None:
         """Seconds per step, without interruptions, and seconds of the interruptions that are still to come.

@@ -134,6 +134,22 @@ def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_com
         assert metrics.bar.format_dict["left"] == "00:00"
 
 
+def test_the_rest_of_a_long_training_is_told_once(
+    make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = make(train__steps=100, train__checkpoint_every=100, train__log_every=2)
+    run = RunFolder(cfg.run_dir)
+    with (
+        caplog.at_level(logging.INFO, "dbtrain"),
+        Metrics(run, cfg, 0, ["instance"], lambda role, at: "") as metrics,
+    ):
+        for done in range(1, 7):
+            clock.passes(40 if done == 1 else 5)
+            metrics.step(done, OUTCOME, torch.zeros((), dtype=torch.int64))
+    told = [line for line in caplog.messages if "left" in line]
+    assert told == ["about 8 min 10 s of training left, with its validations and checkpoints"]
+
+
 @pytest.mark.parametrize(
     "every, after, steps, count", [(4, 0, 10, 3), (4, 3, 10, 3), (4, 4, 10, 2), (5, 5, 10, 1), (4, 10, 10, 0),
                                    (100, 0, 10, 1), (1, 3, 10, 7)]
