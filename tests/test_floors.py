@@ -26,6 +26,7 @@ FLOORS = {
     "safetensors": ("0.8", "diffusers 0.41 needs it"),
     "typer": ("0.16", "0.15 ends in a TypeError at `--help` with click 8.2"),
     "webdataset": ("1.0.2", "the first of 1.0"),
+    "pillow": ("11.3", "the first whose wheels read AVIF"),
     "pyyaml": ("6.0.1", "the first with wheels for Python 3.12"),
 }
 TORCHS = ("peft",)  # they require torch, which stays as it is
