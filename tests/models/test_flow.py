@@ -33,7 +33,7 @@ from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
-from tests.conftest import Make, at
+from tests.conftest import Make, at, draw_photo
 from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
@@ -149,6 +149,36 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
         assert grads[label] is not None and grads[label].abs().max() > 0, f"{label} gets no gradient"
         largest = parameter.grad.abs().max()
         assert (grads[label] - parameter.grad).abs().max() <= 1e-4 * largest, label
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path, name: str) -> None:
+    """Neither on its prompt being shorter than another's: so any number of ranks gives the same."""
+    (tmp_path / "class").mkdir()
+    draw_photo(tmp_path / "class" / "a.png", 0)
+    draw_photo(tmp_path / "class" / "b.png", 1)
+    cfg = prepared(
+        name, prepare__class_prompt="a photo of a dog, with many more words than the other prompt has",
+        prepare__class_dir=str(tmp_path / "class"), prepare__class_images=2,
+    )  # fmt: skip
+    model = awake(build(cfg, Path(cfg.data.shards)))
+    batch = first_batch(cfg, model.family)
+    assert batch.prompts == (0, 0, 1, 1)
+    with torch.no_grad():
+        together = model(batch)
+        alone = torch.cat([model(row_of(batch, number)) for number in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+def row_of(batch: Batch, number: int) -> Batch:
+    """A batch of one of the rows."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(tensor) for key, tensor in value.items()}
+        return value[number : number + 1] if isinstance(value, (Tensor, tuple)) else value
+
+    return Batch(**{key: cut(value) for key, value in vars(batch).items()})
 
 
 def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:

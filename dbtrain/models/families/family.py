@@ -78,7 +78,7 @@ class Family:
     sgm: bool = False  # kohya's files name the denoiser's modules as the original code does
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
-    the same name are one there, with their outputs one after the other."""
+    the same name are one there, with their outputs one after the other; each has a pattern of its own."""
     keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
