@@ -15,6 +15,7 @@ from diffusers import (
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer
@@ -57,10 +58,10 @@ def _clip(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _vae() -> Any:
+def _vae(**changes: Any) -> Any:
     return AutoencoderKL(
         block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **changes,
     )  # fmt: skip
 
 
@@ -129,15 +130,16 @@ def sdxl() -> Path:
     return once("sdxl", fill)
 
 
-def _t5() -> dict[str, Any]:
+def _t5(number: str = "", width: int = WIDTH) -> dict[str, Any]:
+    """A T5 and its tokenizer, as the components of this number: "" or, for example, "_2"."""
     letters = [chr(code) for code in range(33, 127)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters)]
     words = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)
     config = T5Config(
-        vocab_size=128, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        vocab_size=128, d_model=width, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.1,
     )  # fmt: skip
-    return {"tokenizer": words, "text_encoder": T5EncoderModel(config)}
+    return {f"tokenizer{number}": words, f"text_encoder{number}": T5EncoderModel(config)}
 
 
 IF_UNET = {
@@ -249,7 +251,32 @@ def flux2_klein(distilled: bool = False) -> Path:
     return once(f"flux2-klein-{distilled}", fill)
 
 
+FLUX_VAE = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+@cache
+def flux1() -> Path:
+    """A FLUX.1 dev of 64 px: one double and two single blocks, latents (16, 8, 8), CLIP and 512 T5 tokens."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "flux1"):
+            words = _words()
+            components = {
+                "vae": _vae(**FLUX_VAE), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
+                **_t5("_2"), "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                "transformer": FluxTransformer2DModel(
+                    in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                    num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
+                    axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+                ),
+            }  # fmt: skip
+        _save(folder, "FluxPipeline", components)
+
+    return once("flux1", fill)
+
+
 SIDES = {
+    "flux1": 64,
     "flux2-klein": 64,
     "sd": 64,
     "sdxl": 64,
@@ -259,7 +286,9 @@ SIDES = {
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
     "flux2-klein": flux2_klein,
+    "flux1": flux1,
 }  # fmt: skip
 OF_FAMILY = {
     "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
+    "flux1": flux1,
 }  # fmt: skip

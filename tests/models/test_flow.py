@@ -36,7 +36,15 @@ from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
 # How users of a pipeline ask for guidance w, as its documentation has it.
-GUIDANCE = {"flux2-klein": lambda w: {"guidance_scale": w}}
+GUIDANCE = {
+    "flux2-klein": lambda w: {"guidance_scale": w},
+    "flux1": lambda w: {"guidance_scale": w},
+}
+# What tells a base that was distilled to few steps: a file and a setting in it.
+DISTILLED = {
+    "flux2-klein": ("model_index.json", {"is_distilled": True}),
+    "flux1": ("transformer/config.json", {"guidance_embeds": False}),
+}
 PLAIN = {"distribution": "uniform", "shift": 1.0}  # a noise level is its `u`
 SIDE = 64
 
@@ -222,7 +230,6 @@ def test_a_prompt_that_is_too_long_is_refused() -> None:
 
 
 REFUSED = {
-    "distilled": ({}, {"is_distilled": True}, "was distilled to generate images in a few steps"),
     "another scheduler": (
         {}, {"scheduler": ["diffusers", "DDPMScheduler"]}, "made for another training objective"
     ),
@@ -237,15 +244,30 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_distilled_base_is_refused_in_one_line(make: Make, tmp_path: Path, name: str) -> None:
+    file, settings = DISTILLED[name]
+    base = Base.find(make(model__path=str(changed(name, tmp_path, file, settings))).model)
+    with pytest.raises(ConfigError, match="was distilled to generate images in a few steps") as caught:
+        base.check_trains(make().adapter)
+    assert "\n" not in str(caught.value)
+
+
+def changed(name: str, tmp_path: Path, file: str, settings: dict[str, Any]) -> Path:
+    """A copy of a family's base with other settings in one of its files."""
+    folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
+
+
 @pytest.mark.parametrize("case", REFUSED)
 @pytest.mark.parametrize("name", FLOW)
 def test_what_it_cannot_train_is_refused_in_one_line(
     make: Make, tmp_path: Path, name: str, case: str
 ) -> None:
     changes, index, message = REFUSED[case]
-    folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
-    path = folder / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    folder = changed(name, tmp_path, "model_index.json", index)
     cfg = make(
         model__path=str(folder), **{"prepare__resolution": SIDE, "prepare__class_prompt": None} | changes
     )

@@ -1,6 +1,7 @@
-"""ComfyUI's format for transformers: the module names of the model's original code, without alphas.
+"""ComfyUI's format for transformers, without alphas. Diffusers' loaders read it too.
 
-Diffusers' loaders read it too. What the original code has as one layer is joined.
+It has the module names of the model's original code, where what is one layer there is joined; or Diffusers'
+names, for the families of which Diffusers reads no others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 
 def refuses(family: Family, states: States) -> str | None:
     """What of an adapter cannot be joined to the layers of the original code."""
-    for state in states.values():
+    for state in states.values() if family.comfyui_original else ():
         layers = by_module(state)
         joined = [found for found in original_names(family, layers).values() if len(found) > 1]
         if joined and state.config["peft_type"] == "LOKR":
@@ -45,14 +46,15 @@ def write(path: Path, content: Content) -> None:
     layers = {module: _layer(state, module, layer) for module, layer in by_module(state).items()}
     sizes = content.names(family.denoiser)
     tensors: dict[str, Tensor] = {}
-    places = original_names(family, sizes)
+    places = original_names(family, sizes) if family.comfyui_original else {}
+    prefix = PREFIX if family.comfyui_original else family.denoiser
     places |= {module: [module] for module in layers.keys() - {m for every in places.values() for m in every}}
     for place, modules in places.items():
         if found := [layers.get(module, {}) for module in modules if any(m in layers for m in modules)]:
             layer = found[0]
             if len(found) > 1:
                 layer = fused.join(found, [sizes[module] for module in modules])
-            tensors |= {f"{PREFIX}.{place}.{part}": tensor for part, tensor in layer.items()}
+            tensors |= {f"{prefix}.{place}.{part}": tensor for part, tensor in layer.items()}
     header = {**content.about, CONFIGS: json.dumps({family.denoiser: _unscaled(state.config)})}
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))

@@ -78,6 +78,9 @@ class Family:
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
     the same name are one there, with their outputs one after the other."""
+    comfyui_original: bool = True
+    """Whether ComfyUI's files name modules as the original code; else as Diffusers, where its loaders and
+    Diffusers' agree on that, and Diffusers would skip the original names without a word."""
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
         pipe, prompt, guided
@@ -217,6 +220,7 @@ def side_by_side(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[
 
 # The classes of tokenizers, which transformers stores under several names.
 CLIP_WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_WORDS = ("T5Tokenizer", "T5TokenizerFast")
 QWEN_WORDS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dbtrain.models.families.family import QWEN_WORDS, Family, LatentSpace, encode_apart, latent_shape
-from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, positions
+from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, check_inputs, joined_layers, positions
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -40,14 +40,10 @@ def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
 
 def check(base: Pretrained) -> None:
     """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
-    latents = PATCH**2 * base.setting("vae", "latent_channels", int)
-    hidden = len(LAYERS) * base.setting("text_encoder", "hidden_size", int)
-    for name, needed in (("in_channels", latents), ("joint_attention_dim", hidden)):
-        if (found := base.setting("transformer", name, int)) != needed:
-            raise ConfigError(
-                f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
-                f"its VAE and text encoder give {needed}"
-            )
+    check_inputs(base, {
+        "in_channels": PATCH**2 * base.setting("vae", "latent_channels", int),
+        "joint_attention_dim": len(LAYERS) * base.setting("text_encoder", "hidden_size", int),
+    })  # fmt: skip
     if (layers := base.setting("text_encoder", "num_hidden_layers", int)) < max(LAYERS):
         raise ConfigError(
             f"base model {base.name}: its text encoder has {layers} layers, but {max(LAYERS)} are read"

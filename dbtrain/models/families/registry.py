@@ -2,14 +2,21 @@
 
 from dbtrain.config import Model
 from dbtrain.models import safety
-from dbtrain.models.families import deepfloyd, flux2, sd, sdxl
+from dbtrain.models.families import deepfloyd, flux1, flux2, sd, sdxl
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 FAMILIES = {
     family.name: family
-    for family in (sd.FAMILY, sdxl.FAMILY, deepfloyd.STAGE_1, deepfloyd.STAGE_2, flux2.KLEIN)
+    for family in (
+        sd.FAMILY,
+        sdxl.FAMILY,
+        deepfloyd.STAGE_1,
+        deepfloyd.STAGE_2,
+        flux2.KLEIN,
+        flux1.FAMILY,
+    )
 }
 
 for _family in FAMILIES.values():

@@ -11,12 +11,54 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
 from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 # The linear layers of attention over an image's and a text's tokens, as Diffusers names them.
 ATTENDED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
+DOUBLE, SINGLES = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+# The modules of FLUX.1's blocks, which Chroma has too, and their names in the original code. Queries, keys
+# and values are one layer there, in this order; in single blocks, with the input of the MLP after them.
+FLUX_BLOCKS = (
+    *((rf"{DOUBLE}attn\.to_{part}", r"double_blocks.\1.img_attn.qkv") for part in "qkv"),
+    *((rf"{DOUBLE}attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv") for part in "qkv"),
+    (rf"{DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+    (rf"{DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+    (rf"{DOUBLE}ff\.net\.([02])(?:\.proj)?", r"double_blocks.\1.img_mlp.\2"),
+    (rf"{DOUBLE}ff_context\.net\.([02])(?:\.proj)?", r"double_blocks.\1.txt_mlp.\2"),
+    (rf"{DOUBLE}norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+    (rf"{DOUBLE}norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+    *((rf"{SINGLES}attn\.to_{part}", r"single_blocks.\1.linear1") for part in "qkv"),
+    (rf"{SINGLES}proj_mlp", r"single_blocks.\1.linear1"),
+    (rf"{SINGLES}proj_out", r"single_blocks.\1.linear2"),
+    (rf"{SINGLES}norm\.linear", r"single_blocks.\1.modulation.lin"),
+)
+
 PATCH = 2  # latents per token in each direction
+
+
+def check_length(prompt: str, count: int, length: int, where: str) -> None:
+    """Raise ConfigError for a prompt with more tokens than the model reads."""
+    if count > length:
+        raise ConfigError(
+            f"prompt '{prompt[:60]}…' has {count} tokens {where}, but the model reads {length}; shorten it"
+        )
+
+
+def t5_words(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """T5's tokens, with their mask, padded to (prompts, length) int64.
+
+    Raises ConfigError for a prompt that is too long.
+    """
+    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+        check_length(prompt, len(ids), length, "of T5")
+    return tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
+
+
+def t5_states(encoder: Any, ids: Tensor) -> Tensor:
+    """T5's last hidden states, (prompts, L, D), one prompt after the other. Padding is not masked."""
+    return torch.cat([encoder(row[None])[0] for row in ids])
 
 
 def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -> dict[str, Tensor]:
@@ -30,12 +72,7 @@ def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
         )
-        count = len(tokenizer(text).input_ids)
-        if count > length:
-            raise ConfigError(
-                f"prompt '{prompt[:60]}…' has {count} tokens with the model's template, but the model "
-                f"reads {length}; shorten it"
-            )
+        check_length(prompt, len(tokenizer(text).input_ids), length, "with the model's template")
         found.append(tokenizer(text, padding="max_length", max_length=length, return_tensors="pt"))
     return {
         "text_encoder": torch.cat([one.input_ids for one in found]),
@@ -55,6 +92,16 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
         ).hidden_states
         rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
     return torch.cat(rows)
+
+
+def check_inputs(base: Pretrained, needed: Mapping[str, int]) -> None:
+    """Raise ConfigError unless the transformer's settings are those that its VAE and text encoders need."""
+    for name, value in needed.items():
+        if (found := base.setting("transformer", name, int)) != value:
+            raise ConfigError(
+                f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
+                f"its VAE and text encoders give {value}"
+            )
 
 
 def packed(x: Tensor) -> Tensor:
