@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     model = bases.model(args.model, work, weights=True)
     base = Base.find(model)
     batches = args.batches or BATCHES[args.model]
-    side = bases.SIDES[args.model]
+    side = bases.side_of(args.model)
     each = flops.of_picture(base, side, args.steps, guided=True)
     rate = flops.matmul_rate(args.device, precision)
     _seconds(base, model, Sampling(steps=args.steps, precision=precision), 1, side, work)

@@ -71,7 +71,7 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     """
     # The model without weights, and the shapes of its data.
     skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
-    shapes = _Shapes.of(cfg, base)
+    shapes = _Shapes.of(cfg, skeleton)
     table, stored = _prepared(skeleton, shapes)
     model = DreamBooth.build(skeleton, shapes.manifest(), table, cfg)
     vae = skeleton.load(base.family.vae) if base.family.vae else None
@@ -151,6 +151,10 @@ class _Skeleton(Base):
         if not issubclass(self._class(component), nn.Module):
             return super().load(component)
         return self.skeleton(component).to(dtype).requires_grad_(False).eval()
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """Ones in place of a statistic: only its shape matters."""
+        return torch.ones(self.skeleton(component).get_buffer(name).shape)
 
 
 def _materialize(module: Any) -> Any:

@@ -156,7 +156,7 @@ GIVEN = [  # totals counted by another program, on meta tensors: GiB with bf16 u
 def test_real_architectures_take_what_was_counted(
     tmp_path: Path, model: str, changes: list[str], gib: float
 ) -> None:
-    cfg = configured(model, real.outline(model, tmp_path), tmp_path, real.SIDES[model], changes)
+    cfg = configured(model, real.outline(model, tmp_path), tmp_path, real.side_of(model), changes)
     assert memory.predict(cfg, Base.find(cfg.model), "cuda").peak / GIB == pytest.approx(gib, rel=0.03)
 
 
