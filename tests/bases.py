@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer
@@ -275,7 +276,32 @@ def flux1() -> Path:
     return once("flux1", fill)
 
 
+@cache
+def sd3(with_t5: bool = True) -> Path:
+    """An SD 3.5 medium of 64 px: two blocks, one with a second attention, latents (16, 8, 8)."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "sd3"):
+            words = _words()
+            t5 = _t5("_3", 2 * WIDTH) if with_t5 else {"tokenizer_3": None, "text_encoder_3": None}
+            components = {
+                "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
+                "text_encoder": CLIPTextModelWithProjection(_clip(words)), "tokenizer": words,
+                "text_encoder_2": CLIPTextModelWithProjection(_clip(words, layers=3)),
+                "tokenizer_2": _words(), **t5, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+                "transformer": SD3Transformer2DModel(
+                    sample_size=8, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                    joint_attention_dim=2 * WIDTH, caption_projection_dim=32, pos_embed_max_size=8,
+                    pooled_projection_dim=2 * WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
+                ),
+            }  # fmt: skip
+        _save(folder, "StableDiffusion3Pipeline", components)
+
+    return once(f"sd3-{with_t5}", fill)
+
+
 SIDES = {
+    "sd3": 64,
     "flux1": 64,
     "flux2-klein": 64,
     "sd": 64,
@@ -287,8 +313,11 @@ ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
     "flux2-klein": flux2_klein,
     "flux1": flux1,
+    "sd3": sd3,
+    "sd3-without-t5": lambda: sd3(with_t5=False),
 }  # fmt: skip
 OF_FAMILY = {
     "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
     "flux1": flux1,
+    "sd3": sd3,
 }  # fmt: skip

@@ -10,13 +10,17 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils as converters
+from diffusers.loaders import single_file_utils as converters_of_models
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.config import Model
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.runtime.errors import ConfigError
+from tests import bases
 
 RANK, ALPHA, WIDTH = 8, 3.0, 3072  # the width that Diffusers' converter takes FLUX.1 to have
 
@@ -68,9 +72,9 @@ def kohya(joined: bool) -> dict[str, Tensor]:
     return tensors
 
 
-def read(tensors: Mapping[str, Tensor], folder: Path) -> States:
+def read(tensors: Mapping[str, Tensor], folder: Path, family: str = "flux1", base: Any = skeleton) -> States:
     save_file(dict(tensors), folder / "it.safetensors")
-    return formats.read(folder / "it.safetensors", families.get("flux1"), skeleton)
+    return formats.read(folder / "it.safetensors", families.get(family), base)
 
 
 def images(layers: Mapping[str, Mapping[str, Tensor]], scale: Callable[[str], float]) -> dict[str, Tensor]:
@@ -141,3 +145,42 @@ def test_a_layer_that_flux_1_lacks_is_named(tmp_path: Path) -> None:
     layer = "lora_unet_double_blocks_1_img_attn_proj"
     with pytest.raises(ConfigError, match=f"the base has no module for its layer {layer}"):
         read({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}, tmp_path)
+
+
+# The original SD 3.5 of `bases.sd3`: outputs and inputs in its width, and the blocks that have the layer.
+SD_3_WIDTH = 32
+SD_3 = {
+    "x_block.attn.qkv": (3, 1, (0, 1)), "x_block.attn.proj": (1, 1, (0, 1)),
+    "x_block.attn2.qkv": (3, 1, (0,)), "x_block.attn2.proj": (1, 1, (0,)),
+    "x_block.mlp.fc1": (4, 1, (0, 1)), "x_block.mlp.fc2": (1, 4, (0, 1)),
+    "x_block.adaLN_modulation.1": (9, 1, (0,)), "context_block.attn.qkv": (3, 1, (0, 1)),
+    "context_block.attn.proj": (1, 1, (0,)), "context_block.mlp.fc1": (4, 1, (0,)),
+    "context_block.mlp.fc2": (1, 4, (0,)),
+}  # fmt: skip
+
+
+class Checkpoint(dict[str, Tensor]):
+    """Weights in which every other name is there too, as zeros."""
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return super().pop(key, torch.zeros(6, 1))
+
+
+def test_kohya_s_file_for_sd_3_is_read_as_diffusers_splits_a_checkpoint(tmp_path: Path) -> None:
+    """Diffusers' loader of adapters does not know these names, but its converter of whole models does."""
+    torch.manual_seed(0)
+    base = Base.find(Model(path=str(bases.sd3())))
+    weights, tensors = Checkpoint({"context_embedder.weight": torch.zeros(SD_3_WIDTH, 1)}), {}
+    for name, (outputs, inputs, numbers) in SD_3.items():
+        for number in numbers:
+            down, up = lora(outputs * SD_3_WIDTH, inputs * SD_3_WIDTH)
+            layer = f"joint_blocks.{number}.{name}"
+            weights[f"{layer}.weight"] = up @ down
+            flat = f"lora_unet_{layer.replace('.', '_')}"
+            tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+    split = converters_of_models.convert_sd3_transformer_checkpoint_to_diffusers(weights)
+    (state,) = read(tensors, tmp_path, "sd3", base.skeleton).values()
+    found = by_module(state)
+    assert len(found) == 2 * 4 + 4 + 2 * 2 + 1 + 2 * 3 + 1 + 2
+    for module, layer in found.items():
+        torch.testing.assert_close(layer["lora_B.weight"] @ layer["lora_A.weight"], split[f"{module}.weight"])

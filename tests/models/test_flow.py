@@ -39,6 +39,7 @@ FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is Flow
 GUIDANCE = {
     "flux2-klein": lambda w: {"guidance_scale": w},
     "flux1": lambda w: {"guidance_scale": w},
+    "sd3": lambda w: {"guidance_scale": w},
 }
 # What tells a base that was distilled to few steps: a file and a setting in it.
 DISTILLED = {
@@ -55,7 +56,9 @@ def found(name: str) -> Base:
 
 def stock(base: Base) -> Any:
     """The pipeline as its users load it."""
-    pipe = getattr(diffusers, base.family.pipeline).from_pretrained(base.folder, dtype=torch.float32)
+    absent = dict.fromkeys(name for name, entry in base.index.items() if entry == [None, None])
+    kind = getattr(diffusers, base.family.pipeline)
+    pipe = kind.from_pretrained(base.folder, dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -66,10 +69,12 @@ def starting_from(x: Tensor, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "randn_tensor", lambda shape, **options: x.reshape(shape))
 
 
-def run(pipe: Any, base: Base, rows: list[dict[str, Tensor]], **arguments: Any) -> Tensor:
+def run(
+    pipe: Any, base: Base, rows: list[dict[str, Tensor]], guidance: float = 1.0, **arguments: Any
+) -> Tensor:
     """x0 by the pipeline's own call, without its `no_grad`."""
     call: Any = type(pipe).__call__
-    given = base.family.arguments(rows, 1.0)
+    given = base.family.arguments(rows, guidance) if rows else {}
     made = call.__wrapped__(pipe, **given, output_type="latent", height=SIDE, width=SIDE, **arguments).images
     return base.family.generated(made, base.family.space(base, SIDE))
 
@@ -84,14 +89,14 @@ def test_our_steps_are_the_pipeline_s(name: str, monkeypatch: pytest.MonkeyPatch
     starting_from(x, pipe, monkeypatch)
     rows = [family.encode_prompt(pipe, prompt, False) for prompt in prompts]
     with torch.no_grad():
-        theirs = run(pipe, base, rows, num_inference_steps=2)
+        theirs = run(pipe, base, rows, num_inference_steps=3)  # of SD 3, a second of two hardly steps
         ids = family.tokenize({n: getattr(pipe, t) for n, t in family.text_encoders.items()}, prompts)
         condition = family.embed({n: getattr(pipe, n) for n in family.text_encoders}, ids)
         ours, sigmas = x, pipe.scheduler.sigmas.tolist()
         for now, then in pairwise(sigmas):
             t = torch.full((2,), now)
             ours = ours + (then - now) * family.denoise(getattr(pipe, family.denoiser), ours, t, condition)
-    assert 0.1 < sigmas[1] < sigmas[0] <= 1 and sigmas[2] == 0
+    assert 0.1 < sigmas[1] < sigmas[0] <= 1 and sigmas[3] == 0
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -170,8 +175,8 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
         ours = sampler.generate(pipe, base.family, ["a dog", "a dog"], generators, 2, guidance, SIDE)
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         theirs = stock(base)(
-            prompt=["a dog", "a dog"], generator=generators, num_inference_steps=2, height=SIDE, width=SIDE,
-            **GUIDANCE[name](guidance),
+            prompt="a dog", num_images_per_prompt=2, generator=generators, num_inference_steps=2, height=SIDE,
+            width=SIDE, **GUIDANCE[name](guidance),
         ).images  # fmt: skip
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.tobytes() == other.tobytes()
@@ -336,3 +341,26 @@ def test_weightings_are_those_of_diffusers() -> None:
 def test_another_process_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FlowMatching.of(config)
+
+
+# What is special to one family.
+
+
+def test_sd_3_without_its_t5_is_what_the_pipeline_makes_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.find(Model(path=str(bases.sd3(with_t5=False))))
+    family, pipe = base.family, stock(base)
+    assert "text_encoder_3" not in family.text_encoders
+    x = torch.randn(1, *family.space(base, SIDE).shape, generator=torch.Generator().manual_seed(0))
+    starting_from(x, pipe, monkeypatch)
+    with torch.no_grad():
+        theirs = run(pipe, base, [], prompt="a dog", num_inference_steps=3, guidance_scale=3.0)
+        alone = sampler.encode_alone(base, ["a dog"], 3.0, torch.float32)
+        ours = run(sampler.build(base, torch.float32, torch.device("cpu")), base, alone, 3.0,
+                   num_inference_steps=3)  # fmt: skip
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_sd_3_refuses_a_side_beyond_its_positions() -> None:
+    base = found("sd3")
+    with pytest.raises(ConfigError, match=r"resolution is 256, but .* has positions for 128 px; use at most"):
+        base.family.space(base, 256)

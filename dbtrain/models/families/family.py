@@ -100,6 +100,9 @@ class Family:
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
 
+    fitted: Callable[[Family, Pretrained], Family] = lambda family, base: family
+    """(the family, base) -> the family as this base has it, for bases that may lack a component."""
+
     @property
     def adaptable(self) -> tuple[str, ...]:
         """The components that can have an adapter."""
@@ -190,10 +193,13 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
 ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def encode_guided(pipe: Any, prompt: str, guided: bool) -> dict[str, Tensor]:
-    """A prompt and the empty one, encoded by a pipeline that encodes both at once."""
+def encode_guided(pipe: Any, prompt: str, guided: bool, **more: Any) -> dict[str, Tensor]:
+    """A prompt and the empty one, encoded by a pipeline that encodes both at once.
+
+    `more`: further arguments of its `encode_prompt`.
+    """
     tensors = pipe.encode_prompt(
-        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided, **more
     )
     return {name: tensor for name, tensor in zip(ENCODED, tensors, strict=False) if tensor is not None}
 
@@ -209,6 +215,17 @@ def encode_apart(
     for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
         tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1)
         found |= {f"{start}{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
+    return found
+
+
+def encode_by_family(pipe: Any, prompt: str, guided: bool, family: Family) -> dict[str, Tensor]:
+    """A prompt and the empty one, as the prompt table has them, by the family's own functions."""
+    found: dict[str, Tensor] = {}
+    for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
+        ids = family.tokenize({name: getattr(pipe, w) for name, w in family.text_encoders.items()}, [text])
+        on_device = {name: tokens.to(pipe.device) for name, tokens in ids.items()}
+        rows = family.embed({name: getattr(pipe, name) for name in family.text_encoders}, on_device)
+        found |= {f"{start}{name}": values for name, values in rows.items()}
     return found
 
 

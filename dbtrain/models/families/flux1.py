@@ -18,13 +18,13 @@ from dbtrain.models.families.family import (
     T5_WORDS,
     Family,
     encode_apart,
-    encode_moments,
     padded,
-    sample_moments,
     vae_space,
 )
 from dbtrain.models.families.transformer import (
     ATTENDED,
+    COMMON,
+    FEED_FORWARD,
     FLUX_BLOCKS,
     PATCH,
     check_inputs,
@@ -32,6 +32,7 @@ from dbtrain.models.families.transformer import (
     positions,
     t5_states,
     t5_words,
+    text_and_pooled,
     unpacked,
     unpacked_x0,
 )
@@ -56,13 +57,6 @@ def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[
     return {
         "pooled_prompt_embeds": encoders["text_encoder"](ids["text_encoder"]).pooler_output,
         "prompt_embeds": t5_states(encoders["text_encoder_2"], ids["text_encoder_2"]),
-    }
-
-
-def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
-    return {
-        "prompt_embeds": (LENGTH, base.setting("transformer", "joint_attention_dim", int)),
-        "pooled_prompt_embeds": (base.setting("transformer", "pooled_projection_dim", int),),
     }
 
 
@@ -94,13 +88,11 @@ def distilled(base: Pretrained) -> str | None:
 
 
 SINGLE = ("proj_mlp", "single_transformer_blocks.*.proj_out")  # their attention has no output of its own
-FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 ALL = (*ATTENDED, *SINGLE, *FEED_FORWARD)
 FAMILY = Family(
     name="flux1",
     pipeline="FluxPipeline",
-    denoiser="transformer",
     classes={
         "transformer": ("FluxTransformer2DModel",),
         "vae": ("AutoencoderKL",),
@@ -114,15 +106,9 @@ FAMILY = Family(
     tokenize=tokenize,
     embed=embed,
     space=partial(vae_space, patch=PATCH),
-    encode_images=encode_moments,
-    sample_posterior=sample_moments,
-    conditions=conditions,
+    conditions=partial(text_and_pooled, length=LENGTH),
     check=check,
     denoise=denoise,
-    objective=FlowMatching,
-    patch=PATCH,
-    text_dtype=torch.bfloat16,
-    trains_text=False,
     presets={
         "attention": (*ATTENDED, *SINGLE[1:]),
         "diffusers": (*ATTENDED, *FEED_FORWARD),
@@ -145,4 +131,5 @@ FAMILY = Family(
         ),
     ),
     comfyui_original=False,
+    **COMMON,
 )

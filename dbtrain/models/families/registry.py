@@ -2,7 +2,7 @@
 
 from dbtrain.config import Model
 from dbtrain.models import safety
-from dbtrain.models.families import deepfloyd, flux1, flux2, sd, sdxl
+from dbtrain.models.families import deepfloyd, flux1, flux2, sd, sd3, sdxl
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -16,6 +16,7 @@ FAMILIES = {
         deepfloyd.STAGE_2,
         flux2.KLEIN,
         flux1.FAMILY,
+        sd3.FAMILY,
     )
 }
 
@@ -46,6 +47,7 @@ def detect(base: Pretrained, cfg: Model) -> Family:
             f"model.family is '{cfg.family}', but base model {base.name} is a {pipeline}, of the family "
             f"'{found.name}'; use auto"
         )
+    family = family.fitted(family, base)
     for part in family.parts:
         base.check(part, family.classes[part])
     for part in ("scheduler", *([family.noising] if family.noising else [])):

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
-from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.families.family import LatentSpace, encode_moments, sample_moments
+from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 # The linear layers of attention over an image's and a text's tokens, as Diffusers names them.
 ATTENDED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 DOUBLE, SINGLES = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
 # The modules of FLUX.1's blocks, which Chroma has too, and their names in the original code. Queries, keys
@@ -36,6 +38,11 @@ FLUX_BLOCKS = (
 )
 
 PATCH = 2  # latents per token in each direction
+# What the families have in common whose VAE is Stable Diffusion's, with more channels.
+COMMON: dict[str, Any] = {
+    "denoiser": "transformer", "encode_images": encode_moments, "sample_posterior": sample_moments,
+    "objective": FlowMatching, "patch": PATCH, "text_dtype": torch.bfloat16, "trains_text": False,
+}  # fmt: skip
 
 
 def check_length(prompt: str, count: int, length: int, where: str) -> None:
@@ -92,6 +99,14 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
         ).hidden_states
         rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
     return torch.cat(rows)
+
+
+def text_and_pooled(base: Pretrained, length: int | None) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of a prompt's embeddings, for transformers that take `length` of them, and a pooled one."""
+    return {
+        "prompt_embeds": (length, base.setting("transformer", "joint_attention_dim", int)),
+        "pooled_prompt_embeds": (base.setting("transformer", "pooled_projection_dim", int),),
+    }
 
 
 def check_inputs(base: Pretrained, needed: Mapping[str, int]) -> None:
