@@ -28,8 +28,10 @@ from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
 from dbtrain.models.families import registry as families
 from dbtrain.models.flow_matching import FlowMatching, own_shift
+from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
 from tests.conftest import Make, at
 from tests.networks import awake, build, first_batch
@@ -38,6 +40,9 @@ FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is Flow
 # How users of a pipeline ask for guidance w, as its documentation has it.
 GUIDANCE = {
     "flux2-klein": lambda w: {"guidance_scale": w},
+    "flux2-dev": lambda w: {"guidance_scale": w},
+    "qwen-image": lambda w: {"true_cfg_scale": w, "negative_prompt": " "},
+    "z-image": lambda w: {"guidance_scale": w - 1},  # of prediction + g (prediction - unconditional)
     "flux1": lambda w: {"guidance_scale": w},
     "sd3": lambda w: {"guidance_scale": w},
 }
@@ -89,14 +94,14 @@ def test_our_steps_are_the_pipeline_s(name: str, monkeypatch: pytest.MonkeyPatch
     starting_from(x, pipe, monkeypatch)
     rows = [family.encode_prompt(pipe, prompt, False) for prompt in prompts]
     with torch.no_grad():
-        theirs = run(pipe, base, rows, num_inference_steps=3)  # of SD 3, a second of two hardly steps
+        theirs = run(pipe, base, rows, num_inference_steps=3)
         ids = family.tokenize({n: getattr(pipe, t) for n, t in family.text_encoders.items()}, prompts)
         condition = family.embed({n: getattr(pipe, n) for n in family.text_encoders}, ids)
         ours, sigmas = x, pipe.scheduler.sigmas.tolist()
         for now, then in pairwise(sigmas):
             t = torch.full((2,), now)
             ours = ours + (then - now) * family.denoise(getattr(pipe, family.denoiser), ours, t, condition)
-    assert 0.1 < sigmas[1] < sigmas[0] <= 1 and sigmas[3] == 0
+    assert 0.1 < sigmas[1] < sigmas[0] <= 1 and sigmas[-1] == 0
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
@@ -158,12 +163,14 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
 
 
 def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
-    """A row of the prompt table as the pipeline's `encode_prompt` gives it."""
-    return {
-        key.removeprefix("condition."): values[prompt : prompt + 1].float()
+    """A row of the prompt table as the pipeline's `encode_prompt` gives it: its own tokens alone."""
+    row = {
+        key.removeprefix("condition."): values[prompt : prompt + 1]
         for key, values in table.items()
         if key.startswith("condition.")
     }
+    length = row.pop("lengths", None)
+    return {name: values[:, : length and int(length)].float() for name, values in row.items()}
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -249,15 +256,6 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DISTILLED)
-def test_a_distilled_base_is_refused_in_one_line(make: Make, tmp_path: Path, name: str) -> None:
-    file, settings = DISTILLED[name]
-    base = Base.find(make(model__path=str(changed(name, tmp_path, file, settings))).model)
-    with pytest.raises(ConfigError, match="was distilled to generate images in a few steps") as caught:
-        base.check_trains(make().adapter)
-    assert "\n" not in str(caught.value)
-
-
 def changed(name: str, tmp_path: Path, file: str, settings: dict[str, Any]) -> Path:
     """A copy of a family's base with other settings in one of its files."""
     folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
@@ -282,6 +280,39 @@ def test_what_it_cannot_train_is_refused_in_one_line(
         prepare(cfg)
         base.family.objective.of(base.config("scheduler"), cfg.loss, 16)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_distilled_base_is_for_drawing(make: Make, tmp_path: Path, name: str) -> None:
+    folder = changed(name, tmp_path, *DISTILLED[name])
+    cfg = make(model__path=str(folder), prepare__resolution=SIDE)
+    with pytest.raises(ConfigError, match=r"was distilled .*; train on FLUX\.[^\n]*, and load"):
+        prepare(cfg)
+    AdapterPipeline.load(cfg.model).generate("a dog", 0, steps=1, guidance=1.0, side=SIDE)
+
+
+LENGTHS = {
+    "none": lambda table: table.pop("condition.lengths"),
+    "too long": lambda table: table["condition.lengths"].add_(1),
+    "empty": lambda table: table["condition.lengths"].zero_(),
+    "fractions": lambda table: table.update({"condition.lengths": table["condition.lengths"].float()}),
+    "two": lambda table: table.update({"condition.lengths": table["condition.lengths"].repeat(1, 2)}),
+}
+
+
+@pytest.mark.parametrize("harm", LENGTHS)
+def test_lengths_that_a_table_does_not_have_are_refused(harm: str) -> None:
+    for name in FLOW:
+        base = found(name)
+        if "lengths" in (shapes := base.family.conditions(base)):
+            table = {f"condition.{key}": torch.ones(1, *[size or 7 for size in shape])
+                     for key, shape in shapes.items()}  # fmt: skip
+            table |= {f"ids.{encoder}": torch.ones(1, 7).long() for encoder in base.family.text_encoders}
+            table["condition.lengths"] = torch.tensor([7])
+            plan.check_prompts("shards", base, table)
+            LENGTHS[harm](table)
+            with pytest.raises(ConfigError, match=r"lengths .*; rerun: dbtrain prepare"):
+                plan.check_prompts("shards", base, table)
 
 
 # The objective itself.

@@ -1,13 +1,13 @@
 """ComfyUI's format for transformers, without alphas. Diffusers' loaders read it too.
 
-It has the module names of the model's original code, where what is one layer there is joined; or Diffusers'
-names, for the families of which Diffusers reads no others.
+Diffusers' loaders read it too. What the original code has as one layer is joined. Some models' files have
+Diffusers' names, which ComfyUI knows for them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,15 @@ from dbtrain.runtime import files
 
 __all__ = ["FILE", "refuses", "write"]
 
-PREFIX = "diffusion_model"
 # The tensor that a layer's scale is multiplied into: the first of these that it has.
 SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 
 
 def refuses(family: Family, states: States) -> str | None:
     """What of an adapter cannot be joined to the layers of the original code."""
-    for state in states.values() if family.comfyui_original else ():
+    for state in states.values():
         layers = by_module(state)
-        joined = [found for found in original_names(family, layers).values() if len(found) > 1]
+        joined = [found for found in _places(family, layers).values() if len(found) > 1]
         if joined and state.config["peft_type"] == "LOKR":
             return f"a lokr adapter of {joined[0][0]}, which the original code joins with other layers"
     return None
@@ -46,18 +45,22 @@ def write(path: Path, content: Content) -> None:
     layers = {module: _layer(state, module, layer) for module, layer in by_module(state).items()}
     sizes = content.names(family.denoiser)
     tensors: dict[str, Tensor] = {}
-    places = original_names(family, sizes) if family.comfyui_original else {}
-    prefix = PREFIX if family.comfyui_original else family.denoiser
+    places = _places(family, sizes)
     places |= {module: [module] for module in layers.keys() - {m for every in places.values() for m in every}}
     for place, modules in places.items():
         if found := [layers.get(module, {}) for module in modules if any(m in layers for m in modules)]:
             layer = found[0]
             if len(found) > 1:
                 layer = fused.join(found, [sizes[module] for module in modules])
-            tensors |= {f"{prefix}.{place}.{part}": tensor for part, tensor in layer.items()}
+            tensors |= {f"{family.comfyui_prefix}.{place}.{part}": tensor for part, tensor in layer.items()}
     header = {**content.about, CONFIGS: json.dumps({family.denoiser: _unscaled(state.config)})}
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))
+
+
+def _places(family: Family, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Name in the file -> the modules that are one there."""
+    return {} if family.keeps_names else original_names(family, modules)
 
 
 def _layer(state: AdapterState, module: str, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ class Family:
     patch: int = 1  # latent cells per token, in each direction
     text_dtype: torch.dtype = torch.float32  # of the text encoders in `prepare`, and of what they return
     trains_text: bool = True  # whether the text encoders can have an adapter
+    unread: tuple[str, ...] = ()  # modules of the text encoders that prompts do not pass, such as for images
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PRESETS["denoiser"])
     """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
     stored: tuple[str, ...] = ("mean", "std")  # the names of the tensors that `encode_images` returns
@@ -78,9 +79,10 @@ class Family:
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
     the same name are one there, with their outputs one after the other."""
-    comfyui_original: bool = True
-    """Whether ComfyUI's files name modules as the original code; else as Diffusers, where its loaders and
-    Diffusers' agree on that, and Diffusers would skip the original names without a word."""
+    keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
+    comfyui_prefix: str = "diffusion_model"
+    """How names begin in ComfyUI's file. `transformer`, with Diffusers' names, where Diffusers' loader skips
+    the original ones without a word."""
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
         pipe, prompt, guided
@@ -149,6 +151,12 @@ def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int,
     Raises ConfigError if the VAE, with `patch` latents to a token in each direction, cannot divide the side.
     """
     shrinks = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
+    cells = latent_side(base, side, shrinks, patch)
+    return base.setting("vae", "latent_channels", int), cells, cells
+
+
+def latent_side(base: Pretrained, side: int, shrinks: int, patch: int) -> int:
+    """The side of the VAE's latents, `shrinks` px to a latent, for `side` px. Raises as `latent_shape`."""
     cell = shrinks * patch
     if side % cell:
         near = max(1, round(side / cell)) * cell
@@ -156,7 +164,7 @@ def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int,
             f"prepare.resolution is {side}, which the VAE of {base.name} cannot divide; use a multiple of "
             f"{cell}, e.g. {near}"
         )
-    return base.setting("vae", "latent_channels", int), side // shrinks, side // shrinks
+    return side // shrinks
 
 
 def vae_space(base: Pretrained, side: int, patch: int = 1) -> LatentSpace:
@@ -205,14 +213,14 @@ def encode_guided(pipe: Any, prompt: str, guided: bool, **more: Any) -> dict[str
 
 
 def encode_apart(
-    pipe: Any, prompt: str, guided: bool, names: Sequence[str] = ("prompt_embeds",)
+    pipe: Any, prompt: str, guided: bool, names: Sequence[str] = ("prompt_embeds",), negative: str = ""
 ) -> dict[str, Tensor]:
-    """A prompt and the empty one, encoded by a pipeline that encodes them one by one.
+    """A prompt and the negative one, encoded by a pipeline that encodes them one by one.
 
     `names`: the arguments of its call, in the order in which `encode_prompt` returns them.
     """
     found: dict[str, Tensor] = {}
-    for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
+    for start, text in (("", prompt), *([("negative_", negative)] if guided else [])):
         tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1)
         found |= {f"{start}{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
     return found

@@ -130,6 +130,7 @@ FAMILY = Family(
             for number, side in ((1, "in"), (2, "out"))
         ),
     ),
-    comfyui_original=False,
+    keeps_names=True,
+    comfyui_prefix="transformer",
     **COMMON,
 )
