@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
@@ -390,6 +391,25 @@ def flux1() -> Path:
 
 
 @cache
+def chroma() -> Path:
+    """A Chroma of 64 px: one double and two single blocks, latents (16, 8, 8), prompts of any length."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "chroma"):
+            components = {
+                "vae": _vae(**FLUX_VAE), **_t5(), "scheduler": FlowMatchEulerDiscreteScheduler(),
+                "transformer": ChromaTransformer2DModel(
+                    in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                    num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+                    approximator_num_channels=16, approximator_hidden_dim=32, approximator_layers=1,
+                ),
+            }  # fmt: skip
+        _save(folder, "ChromaPipeline", components)
+
+    return once("chroma", fill)
+
+
+@cache
 def sd3(with_t5: bool = True) -> Path:
     """An SD 3.5 medium of 64 px: two blocks, one with a second attention, latents (16, 8, 8)."""
 
@@ -443,6 +463,7 @@ FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "z-image": z_image,
     "flux1": flux1,
     "sd3": sd3,
+    "chroma": chroma,
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
