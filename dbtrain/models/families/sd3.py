@@ -120,7 +120,9 @@ FAMILY = Family(
     tokenize=tokenize,
     embed=embed,
     space=space,
-    conditions=partial(dit.text_and_pooled, length=None),
+    conditions=lambda base: dit.text_and_pooled(
+        base, LENGTH + base.setting("text_encoder", "max_position_embeddings", int)
+    ),
     check=check,
     denoise=denoise,
     presets={  # `attn2` is the second attention of 3.5 medium

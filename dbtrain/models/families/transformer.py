@@ -112,7 +112,7 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
     return torch.cat(rows)
 
 
-def text_and_pooled(base: Pretrained, length: int | None) -> dict[str, tuple[int | None, ...]]:
+def text_and_pooled(base: Pretrained, length: int) -> dict[str, tuple[int | None, ...]]:
     """Shapes of a prompt's embeddings, for transformers that take `length` of them, and a pooled one."""
     return {
         "prompt_embeds": (length, base.setting("transformer", "joint_attention_dim", int)),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.families.family import QWEN_WORDS, Family, encode_moments, matching, vae_space
-from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, padded_rows
+from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, lengths_of, padded_rows
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 
@@ -50,7 +50,7 @@ def check(base: Pretrained) -> None:
 
 def denoise(transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     """The transformer takes lists, (C, 1, h, w) and (L, D) each, and predicts the image minus the noise."""
-    texts = zip(condition["prompt_embeds"].to(x_t.dtype), condition["lengths"].tolist(), strict=True)
+    texts = zip(condition["prompt_embeds"].to(x_t.dtype), lengths_of(condition), strict=True)
     images = transformer(
         list(x_t.unsqueeze(2)), 1 - t, [text[:length] for text, length in texts], return_dict=False
     )[0]
