@@ -42,8 +42,9 @@ def build(
     parts = {part: given[part] if part in given else base.load(part, dtype) for part in base.family.parts}
     with importing():
         kind = getattr(diffusers, base.family.pipeline)
-    # `from_pretrained` loads none of these: the rest of the base's components are optional.
+    # `from_pretrained` loads none of these: the rest of the base's components are optional, or it lacks them.
     unused = dict.fromkeys(kind._optional_components)
+    unused |= dict.fromkeys(name for name, entry in base.index.items() if entry == [None, None])
     pipe = kind.from_pretrained(base.folder, trust_remote_code=False, **unused | parts)
     if base.family.objective.SAMPLER:
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(

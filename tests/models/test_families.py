@@ -445,3 +445,15 @@ def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert ("PeftModel" in card) == (base == "if-1"), "no stock loader reads a T5's LoRA in Diffusers' file"
     assert ("fixed_small" in card) == (base == "if-1")
+
+
+def test_a_base_without_a_text_encoder_that_it_can_lack_goes_the_whole_way(
+    make: Make, tmp_path: Path
+) -> None:
+    cfg = configured(
+        make, tmp_path, "sd3-without-t5", prepare__class_dir=None, prepare__sampling__steps=2, train__steps=1,
+        prepare__sampling__guidance=3.0, sample__prompts=["a dog"], sample__steps=2, sample__images=1,
+    )  # fmt: skip
+    prepare(cfg)
+    train(cfg)
+    assert sample_run(cfg).is_file()

@@ -1,4 +1,4 @@
-"""ComfyUI's format for transformers: the module names of the model's original code, without alphas.
+"""ComfyUI's format for transformers, without alphas. Diffusers' loaders read it too.
 
 Diffusers' loaders read it too. What the original code has as one layer is joined. Some models' files have
 Diffusers' names, which ComfyUI knows for them.
@@ -26,7 +26,6 @@ from dbtrain.runtime import files
 
 __all__ = ["FILE", "refuses", "write"]
 
-PREFIX = "diffusion_model"
 # The tensor that a layer's scale is multiplied into: the first of these that it has.
 SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 
@@ -58,7 +57,7 @@ def write(path: Path, content: Content) -> None:
             layer = found[0]
             if len(found) > 1:
                 layer = fused.join(found, [sizes[module] for module in modules])
-            tensors |= {f"{PREFIX}.{place}.{part}": tensor for part, tensor in layer.items()}
+            tensors |= {f"{family.comfyui_prefix}.{place}.{part}": tensor for part, tensor in layer.items()}
     header = {**content.about, CONFIGS: json.dumps({family.denoiser: _unscaled(state.config)})}
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))

@@ -80,6 +80,9 @@ class Family:
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
     the same name are one there, with their outputs one after the other; each has a pattern of its own."""
     keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
+    comfyui_prefix: str = "diffusion_model"
+    """How names begin in ComfyUI's file. `transformer`, with Diffusers' names, where Diffusers' loader skips
+    the original ones without a word."""
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
         pipe, prompt, guided
@@ -98,6 +101,9 @@ class Family:
     """(base) -> the model to train instead, if it was distilled to few steps."""
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
+
+    fitted: Callable[[Family, Pretrained], Family] = lambda family, base: family
+    """(the family, base) -> the family as this base has it, for bases that may lack a component."""
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -200,10 +206,13 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
 ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def encode_guided(pipe: Any, prompt: str, guided: bool) -> dict[str, Tensor]:
-    """A prompt and the empty one, encoded by a pipeline that encodes both at once."""
+def encode_guided(pipe: Any, prompt: str, guided: bool, **more: Any) -> dict[str, Tensor]:
+    """A prompt and the empty one, encoded by a pipeline that encodes both at once.
+
+    `more`: further arguments of its `encode_prompt`.
+    """
     tensors = pipe.encode_prompt(
-        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided, **more
     )
     return {name: tensor for name, tensor in zip(ENCODED, tensors, strict=False) if tensor is not None}
 
@@ -222,6 +231,17 @@ def encode_apart(
     return found
 
 
+def encode_by_family(pipe: Any, prompt: str, guided: bool, family: Family) -> dict[str, Tensor]:
+    """A prompt and the empty one, as the prompt table has them, by the family's own functions."""
+    found: dict[str, Tensor] = {}
+    for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
+        ids = family.tokenize({name: getattr(pipe, w) for name, w in family.text_encoders.items()}, [text])
+        on_device = {name: tokens.to(pipe.device) for name, tokens in ids.items()}
+        rows = family.embed({name: getattr(pipe, name) for name in family.text_encoders}, on_device)
+        found |= {f"{start}{name}": values for name, values in rows.items()}
+    return found
+
+
 def side_by_side(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str, Any]:
     """Encoded prompts stacked, (rows, ...) each, and the guidance scale."""
     stacked = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -230,6 +250,7 @@ def side_by_side(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[
 
 # The classes of tokenizers, which transformers stores under several names.
 CLIP_WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_WORDS = ("T5Tokenizer", "T5TokenizerFast")
 QWEN_WORDS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 

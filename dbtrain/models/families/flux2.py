@@ -20,6 +20,7 @@ from dbtrain.models.families.transformer import (
     ATTENDED,
     PATCH,
     chat,
+    check_inputs,
     joined_layers,
     positions,
     stacked,
@@ -65,17 +66,13 @@ def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
 
 def check(base: Pretrained, layers: Sequence[int] = LAYERS) -> None:
     """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
-    latents = PATCH**2 * base.setting("vae", "latent_channels", int)
     text = base.config("text_encoder").get("text_config") or base.config("text_encoder")
     if not all(isinstance(text.get(name), int) for name in ("hidden_size", "num_hidden_layers")):
         raise ConfigError(f"base model {base.name}: the config of its text encoder lacks its sizes")
-    hidden = len(layers) * text["hidden_size"]
-    for name, needed in (("in_channels", latents), ("joint_attention_dim", hidden)):
-        if (found := base.setting("transformer", name, int)) != needed:
-            raise ConfigError(
-                f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
-                f"its VAE and text encoder give {needed}"
-            )
+    check_inputs(base, {
+        "in_channels": PATCH**2 * base.setting("vae", "latent_channels", int),
+        "joint_attention_dim": len(layers) * text["hidden_size"],
+    })  # fmt: skip
     if (there := text["num_hidden_layers"]) < max(layers):
         raise ConfigError(
             f"base model {base.name}: its text encoder has {there} layers, but {max(layers)} are read"
