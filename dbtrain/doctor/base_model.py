@@ -25,7 +25,7 @@ from dbtrain.train import training_adapter
 
 TOY_SIDE = 64  # px of the images that the embedded base was trained on
 # Words of the names of models that were distilled to a few steps.
-FEW_STEPS = re.compile(r"(?<!de-)\b(turbo|lightning|schnell|distill(ed)?|lcm)\b", re.IGNORECASE)
+FEW_STEPS = re.compile(r"(?<!de-)(?<![a-z])(turbo|lightning|schnell|distill(ed)?|lcm)(?![a-z])", re.IGNORECASE)
 PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
