@@ -14,87 +14,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import diffusers
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from benchmarks.architectures import published, tokenizer
 from dbtrain import tiny
 from dbtrain.config import Model
 from dbtrain.data import shards
 from dbtrain.models.base import Base
-from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.models.locate import hush
+from dbtrain.models.safety import library
 from dbtrain.runtime import console, dist, files, rng
 
-SIDES = {"tiny": 64, "sd15": 512, "sdxl": 1024}  # px
-TOKENS = 77
-VOCABULARY = 49408
 SHARD_ROWS = 16
 
 
-def unets() -> dict[str, dict[str, Any]]:
-    """Settings of the denoisers, as published; what is not said is Diffusers' default, which is SD-1's."""
-    xl = {
-        "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10),
-        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
-    return {"sd15": {"sample_size": 64, "cross_attention_dim": 768}, "sdxl": xl}
-
-
-def _text_encoder(kind: str) -> Callable[[], Any]:
-    """CLIP-L, or the larger one of SDXL."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    large = kind == "bigG"
-    settings: dict[str, Any] = {
-        "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
-        "projection_dim": 1280, "hidden_act": "gelu",
-    } if large else {
-        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "projection_dim": 768, "hidden_act": "quick_gelu",
-    }  # fmt: skip
-    config = CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=TOKENS, **settings)
-    return lambda: (CLIPTextModelWithProjection if large else CLIPTextModel)(config)
-
-
-def _models(model: str) -> dict[str, Callable[[], Any]]:
-    """How to make each component with weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    wide: Any = {
-        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "sample_size": SIDES[model], "scaling_factor": 0.13025 if model == "sdxl" else 0.18215,
-        "force_upcast": model == "sdxl",
-    }  # fmt: skip
-    made = {
-        "unet": lambda: UNet2DConditionModel(**unets()[model]), "vae": lambda: AutoencoderKL(**wide),
-        "text_encoder": _text_encoder("L"),
-    }  # fmt: skip
-    return made | ({"text_encoder_2": _text_encoder("bigG")} if model == "sdxl" else {})
-
-
-def _words() -> Any:
-    """CLIP's tokenizer with a small vocabulary, padded to CLIP's length."""
-    from benchmarks.tiny import parts
-    from dbtrain.tiny import world
-
-    words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
-    words.model_max_length = TOKENS
-    return words
-
-
-def _scheduler() -> Any:
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-    )
+def side_of(model: str) -> int:
+    """The side of a model's images, px."""
+    return 64 if model == "tiny" else published()[model].side
 
 
 def model(name: str, work: Path, weights: bool = False) -> Model:
@@ -125,42 +65,31 @@ def _made(model: str, work: Path, weights: bool, dtype: torch.dtype = torch.bflo
 
 def _fill(model: str, place: Path, weights: bool, dtype: torch.dtype) -> None:
     hush()
-    makers = _models(model)
-    tokenizers = {name.replace("text_encoder", "tokenizer"): _words for name in makers if "text" in name}
+    kind = published()[model]
+    classes, makers, encoders = kind.classes(), kind.makers(), kind.the_family.text_encoders
     index: dict[str, Any] = {
-        "_class_name": families.get("sdxl" if model == "sdxl" else "sd").pipeline,
-        "_diffusers_version": "0.38.0",
-        **({"force_zeros_for_empty_prompt": True} if model == "sdxl" else {
-            "safety_checker": [None, None], "feature_extractor": [None, None],
-            "requires_safety_checker": False}),
+        "_class_name": kind.the_family.pipeline, "_diffusers_version": "0.38.0", **kind.index,
+        **{name: [library(name), found] for name, found in classes.items()},
     }  # fmt: skip
     with console.bar(len(makers), f"random {model}", "component") as bar:
-        for name, make in (makers | tokenizers | {"scheduler": _scheduler}).items():
-            if name in makers and weights:
+        for name, make in makers.items():
+            if weights:
                 part: Any = randomized(make, name, dtype)
                 part.save_pretrained(place / name)
                 del part
-            elif name in makers:
+            else:
                 with torch.device("meta"):
                     part = make()
                 (place / name).mkdir()
                 part.config.architectures = None
                 _save_config(part, place / name)
-            else:
-                part = make()
-                part.save_pretrained(place / name)
-            index[name] = _index_entry(model, name)
-            bar.update(name in makers)
+            bar.update()
+    for encoder in makers.keys() & encoders.keys():
+        words = encoders[encoder]
+        tokenizer(classes[words], kind.tokens).save_pretrained(place / words)
+    name, settings = kind.scheduler
+    getattr(diffusers, name)(**settings).save_pretrained(place / "scheduler")
     files.write(place / "model_index.json", json.dumps(index, indent=1) + "\n")
-
-
-def _index_entry(model: str, name: str) -> list[str]:
-    known = {
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDPMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    }  # fmt: skip
-    return known.get(name, ["transformers", "CLIPTokenizer"])
 
 
 def _save_config(part: Any, place: Path) -> None:
@@ -196,11 +125,19 @@ def randomized(make: Callable[[], Any], name: str, dtype: torch.dtype) -> nn.Mod
 class Random(Base):
     """A base whose weights are drawn when they are asked for, on the device: only its configs are read."""
 
+    @classmethod
+    def of_base(cls, base: Base) -> Random:
+        return cls(base.name, base.folder, base.variant, base.family)
+
     def load(self, component: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         kind = self._class(component)
         if not issubclass(kind, nn.Module):
             return super().load(component, dtype, **options)
         return randomized(lambda: self._empty(component), component, dtype)
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """Ones, in place of a statistic in the weights."""
+        return torch.ones(self.skeleton(component).get_buffer(name).shape)
 
     def _empty(self, component: str) -> nn.Module:
         return self.skeleton(component)
@@ -229,11 +166,13 @@ def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[st
         return place
     place.mkdir(parents=True, exist_ok=True)
     family = base.family
-    space = family.space(base, SIDES[model])
+    space = family.space(base, side_of(model))
+    tokens = 77 if model == "tiny" else published()[model].tokens
     draw = torch.Generator().manual_seed(0)
-    made = {role: tuple(_shard(place, role, n, min(SHARD_ROWS, rows - n), space.shape, SIDES[model], draw)
+    made = {role: tuple(_shard(place, role, n, min(SHARD_ROWS, rows - n), space.shape, side_of(model),
+                        family.stored, draw)
                         for n in range(0, rows, SHARD_ROWS)) for role in roles}  # fmt: skip
-    data = safetensors.torch.save(_prompts(base, family, draw))
+    data = safetensors.torch.save(_prompts(base, family, draw, tokens))
     (place / "prompts-000000000000.safetensors").write_bytes(data)
     prompts = shards.Prompts(
         file="prompts-000000000000.safetensors", sha256=hashlib.sha256(data).hexdigest(),
@@ -241,7 +180,7 @@ def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[st
     )  # fmt: skip
     manifest = shards.Manifest(
         version=shards.VERSION, family=family.name, base=base.name, components={},
-        request={"resolution": SIDES[model]}, latent_shape=space.shape, latent_scale=space.scale,
+        request={"resolution": side_of(model)}, latent_shape=space.shape, latent_scale=space.scale,
         latent_shift=space.shift, prompts=prompts, roles=made,
     )  # fmt: skip
     files.write_atomically(place / shards.MANIFEST, manifest.text())
@@ -249,14 +188,21 @@ def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[st
 
 
 def _shard(
-    place: Path, role: str, first: int, rows: int, shape: tuple[int, ...], side: int, draw: torch.Generator
+    place: Path,
+    role: str,
+    first: int,
+    rows: int,
+    shape: tuple[int, ...],
+    side: int,
+    stored: tuple[str, ...],
+    draw: torch.Generator,
 ) -> shards.Shard:
     metas = [
         {"source": f"{role}{first + n}.png", "original_size": [side, side], "crop": [0, 0], "flip": False,
          "prompt": int(role == "class"), "key": f"{role}{first + n:08d}"} for n in range(rows)
     ]  # fmt: skip
-    tensors = [{"mean": torch.randn(shape, generator=draw), "std": torch.rand(shape, generator=draw)}
-               for _ in metas]  # fmt: skip
+    sampled = {"mean": torch.randn, "std": torch.rand}
+    tensors = [{name: sampled[name](shape, generator=draw) for name in stored} for _ in metas]
     data = shards.pack([shards.Row(t, m) for t, m in zip(tensors, metas, strict=True)])
     file = f"{role}-{first // SHARD_ROWS:05d}-000000000000.tar"
     (place / file).write_bytes(data)
@@ -264,13 +210,16 @@ def _shard(
     return shards.Shard(file=file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), keys=keys)
 
 
-def _prompts(base: Base, family: Family, draw: torch.Generator) -> dict[str, Tensor]:
+def _prompts(base: Base, family: Family, draw: torch.Generator, tokens: int) -> dict[str, Tensor]:
     """A table of two prompts, with what the family's `embed` would give."""
-    wide = base.setting("unet", "cross_attention_dim", int)
-    length = base.setting("text_encoder", "max_position_embeddings", int)
-    table = {"condition.prompt_embeds": torch.randn(2, length, wide, generator=draw)}
-    if "text_encoder_2" in family.text_encoders:
-        pooled = base.setting("text_encoder_2", "projection_dim", int)
-        table["condition.pooled"] = torch.randn(2, pooled, generator=draw)
-    ids = {f"ids.{encoder}": torch.zeros(2, length, dtype=torch.int64) for encoder in family.text_encoders}
+    shapes = family.conditions(base)
+    table = {
+        f"condition.{name}": torch.randn(2, *(size or tokens for size in shape), generator=draw).to(
+            family.text_dtype
+        )
+        for name, shape in shapes.items()
+    }
+    if "lengths" in shapes:
+        table["condition.lengths"] = torch.full((2,), tokens)
+    ids = {f"ids.{encoder}": torch.zeros(2, tokens, dtype=torch.int64) for encoder in family.text_encoders}
     return table | ids

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 
+from benchmarks.architectures import published
 from dbtrain.config.base import Names, Section
 from dbtrain.runtime import console, dist, files
 
@@ -197,7 +198,7 @@ def _cell(value: Measure | float | int | str | None) -> str:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "model": {"choices": ("tiny", "sd15", "sdxl"), "default": "tiny"},
+    "model": {"choices": ("tiny", *published()), "default": "tiny"},
     "set": {"nargs": "*", "default": [], "metavar": "KEY=VALUE", "help": "put over the config's settings"},
     "windows": {"type": int, "default": 3, "help": "timed windows of each run"},
     "window": {"type": int, "help": "steps of a window"},

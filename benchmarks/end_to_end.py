@@ -65,7 +65,7 @@ def _once(
 ) -> dict[str, dict[str, float]]:
     """One run in a process of its own: seconds of each phase."""
     place.mkdir(parents=True)
-    side = bases.SIDES[args.model]
+    side = bases.side_of(args.model)
     with_class = [f"prepare.class_images={args.class_images}", f"prepare.class_dir={classes}"]
     overrides = [
         f"run_dir={place / 'run'}", f"data.shards={place / 'shards'}", f"prepare.photos={photos}",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import common
+from benchmarks.bases import Random
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter
 from dbtrain.models.base import Base
@@ -16,22 +18,25 @@ SOURCE = (
 )
 
 
-def of_step(base: Base, side: int, adapter: Adapter) -> tuple[float, float]:
+def of_step(base: Base, side: int, adapter: Adapter, tokens: int = 77) -> tuple[float, float]:
     """FLOPs of one sample's (forward, forward and backward) through the denoiser with its adapter."""
     family = base.family
-    unet = base.skeleton(family.denoiser).requires_grad_(False)
-    adapters.attach(unet, adapter, "denoiser", 0)
-    space = family.space(base, side)
-    wide = base.setting("unet", "cross_attention_dim", int)
-    length = base.setting("text_encoder", "max_position_embeddings", int)
-    with torch.device("meta"):
-        condition = {"prompt_embeds": torch.empty(1, length, wide)}
-        if "text_encoder_2" in family.text_encoders:
-            pooled = base.setting("text_encoder_2", "projection_dim", int)
-            condition |= {"pooled": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)}
-        x_t, t = torch.empty(1, *space.shape), torch.empty(1, dtype=torch.int64)
+    base = Random.of_base(base)
+    denoiser = base.skeleton(family.denoiser).requires_grad_(False)
+    adapters.attach(denoiser, adapter, "denoiser", 0, presets=family.presets)
+    x_t, condition = torch.empty(1, *family.space(base, side).shape), dict[str, Tensor]()
+    for name, shape in family.conditions(base).items():
+        condition[name] = torch.empty(1, *(tokens if size is None else size for size in shape))
+    condition |= {
+        k: t[None] for k, t in family.row({"original_size": (side, side), "crop": (0, 0)}, side).items()
+    }
+    t = family.objective.of(base.config("scheduler")).timesteps(torch.tensor([0.5])).to("meta")
+    condition = {name: tensor.to("meta") for name, tensor in condition.items()}
+    if "lengths" in condition:
+        condition["lengths"] = torch.tensor([tokens])
+    x_t = x_t.to("meta")
     with FlopCounterMode(display=False) as forward:
-        prediction = family.denoise(unet, x_t, t, condition)
+        prediction = family.denoise(denoiser, x_t, t, condition)
     with FlopCounterMode(display=False) as backward:
         prediction.sum().backward()
     return float(forward.get_total_flops()), float(forward.get_total_flops() + backward.get_total_flops())
@@ -43,9 +48,9 @@ def of_picture(base: Base, side: int, steps: int, guided: bool) -> float:
     forward, _ = of_step(base, side, Adapter(rank=1))
     vae = base.skeleton("vae")
     with torch.device("meta"):
-        latents = torch.empty(1, *family.space(base, side).shape)
+        latents = torch.empty(1, *family.space(Random.of_base(base), side).shape)
     with FlopCounterMode(display=False) as decoder, torch.no_grad():
-        vae.decode(latents)  # type: ignore[operator]
+        family.decode(vae, latents)
     return steps * (2 if guided else 1) * forward + float(decoder.get_total_flops())
 
 

@@ -79,7 +79,8 @@ def measured(cfg: Config) -> int:
 def _held(steps: trainer.Steps) -> int:
     """Bytes of the model and of the optimizer's moments."""
     moments = [v for state in steps.progress.optimizer.state.values() for v in state.values()]
-    tensors: list[Tensor] = [*steps.model.parameters(), *steps.model.buffers(), *moments]
+    plain = [v for module in steps.model.modules() for v in vars(module).values() if isinstance(v, Tensor)]
+    tensors: list[Tensor] = [*steps.model.parameters(), *steps.model.buffers(), *plain, *moments]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

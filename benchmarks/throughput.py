@@ -65,7 +65,7 @@ def flops_of_sample(args: argparse.Namespace, work: Path) -> float:
     """FLOPs of one sample, forward and backward, with the adapter that is trained."""
     ranks = [int(item.partition("=")[2]) for item in args.set if item.startswith("adapter.rank=")]
     base = Base.find(bases.model(args.model, work))
-    return flops.of_step(base, bases.SIDES[args.model], Adapter(rank=(ranks or [8])[-1]))[1]
+    return flops.of_step(base, bases.side_of(args.model), Adapter(rank=(ranks or [8])[-1]))[1]
 
 
 def row(label: str, spec: job.Spec, reports: Sequence[job.Report], device: str, each: float) -> Row:

@@ -93,7 +93,7 @@ def configured(args: argparse.Namespace, work: Path) -> Config:
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
         args.model, args.windows, args.window = "tiny", 1, 2
-    cfg, clock, side = configured(args, work), common.clock(args.device), bases.SIDES[args.model]
+    cfg, clock, side = configured(args, work), common.clock(args.device), bases.side_of(args.model)
     spent: dict[str, list[float]] = {"dbtrain": [], "reference": [], "encoding": []}
     losses: list[tuple[float, float]] = []  # (dbtrain's, the reference's) of each step
     weights = torch.tensor([1.0, cfg.loss.prior_weight], device=dist.device())

@@ -53,7 +53,9 @@ def _load(config: Path, overrides: list[str] | None) -> Config:
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run, and the shards")],
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos of the subject")],
-    base: Annotated[str, typer.Option(help="base model: sd15, sd21, sdxl, deepfloyd, deepfloyd-2, tiny")],
+    base: Annotated[
+        str, typer.Option(help="base model, by its file in configs/, e.g. sd15, sdxl, flux2-klein")
+    ],
     word: Annotated[
         str | None, typer.Option(help="what the photos show, e.g. dog (default: the name of the folder)")
     ] = None,

@@ -12,12 +12,15 @@ import diffusers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -27,6 +30,11 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -36,6 +44,7 @@ from transformers import (
 )
 
 from benchmarks.tiny import parts
+from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.runtime import rng
 from dbtrain.tiny import world
 from tests.session import once
@@ -76,6 +85,13 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**settings | changes)
 
 
+# Two levels of one width, one attention between them: compiled in half the time, as most kernels repeat.
+SLIM = {
+    "block_out_channels": (32, 32), "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+
+
 def _noise(**changes: Any) -> Any:
     settings = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
@@ -94,24 +110,27 @@ def _save(folder: Path, pipeline: str, components: dict[str, Any], **options: An
 
 
 @cache
-def sd(prediction: str = "epsilon") -> Path:
-    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,)."""
+def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
+    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,).
+
+    A slim one differs in the denoiser only: it takes the same shards.
+    """
 
     def fill(folder: Path) -> None:
         words = _words()
         with rng.seeded("tests", "sd"):
             components = {
                 "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
-                "unet": _unet(), "scheduler": _noise(prediction_type=prediction), "safety_checker": None,
-                "feature_extractor": None,
+                "unet": _unet(**SLIM if slim else {}), "scheduler": _noise(prediction_type=prediction),
+                "safety_checker": None, "feature_extractor": None,
             }  # fmt: skip
         _save(folder, "StableDiffusionPipeline", components, requires_safety_checker=False)
 
-    return once(f"sd-{prediction}", fill)
+    return once(f"sd-{prediction}{'-slim' if slim else ''}", fill)
 
 
 @cache
-def sdxl() -> Path:
+def sdxl(slim: bool = False) -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
 
     def fill(folder: Path) -> None:
@@ -123,12 +142,12 @@ def sdxl() -> Path:
                 "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
                 "unet": _unet(
                     cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-                    projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+                    projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SLIM if slim else {},
                 ),
             }  # fmt: skip
         _save(folder, "StableDiffusionXLPipeline", components)
 
-    return once("sdxl", fill)
+    return once("sdxl-slim" if slim else "sdxl", fill)
 
 
 def _t5() -> dict[str, Any]:
@@ -188,15 +207,15 @@ def if_2() -> Path:
     return once("if-2", fill)
 
 
-def _qwen_words(**options: Any) -> Qwen2Tokenizer:
-    """Byte-level words of a chat template, each one token, as in Qwen's own tokenizer."""
+def _qwen_words(text: str = "", size: int = 380, **options: Any) -> Qwen2Tokenizer:
+    """Byte-level words of a chat template and `text`, each one token, as in Qwen's own tokenizer."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     words = Tokenizer(BPE())
     words.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
-        vocab_size=380, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        vocab_size=size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
-    words.train_from_iterator([f"{CHAT} a photo of sks mug dog"] * 10, trainer)
+    words.train_from_iterator([f"{CHAT} a photo of sks mug dog{text}"] * 10, trainer)
     learnt = json.loads(words.to_str())["model"]
     merges = [tuple(pair) for pair in learnt["merges"]]
     return Qwen2Tokenizer(
@@ -223,32 +242,124 @@ def _qwen3(words: Any, layers: int) -> Any:
     )  # fmt: skip
 
 
-@cache
-def flux2_klein(distilled: bool = False) -> Path:
-    """A FLUX.2 klein of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+def _flux2(words: Any, text_encoder: Any, guidance: bool) -> dict[str, Any]:
+    """FLUX.2 of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=32,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
+    )  # fmt: skip
+    return {
+        "vae": vae, "text_encoder": text_encoder, "tokenizer": words, "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }  # fmt: skip
 
+
+@cache
+def flux2_klein() -> Path:
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "flux2 klein"):
             words = _qwen_words()
-            vae = AutoencoderKLFlux2(
-                block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                latent_channels=32,
-            )  # fmt: skip
-            vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
-            vae.bn.running_var.uniform_(0.5, 2.0)
+            components = _flux2(words, _qwen3(words, layers=28), guidance=False)
+        _save(folder, "Flux2KleinPipeline", components, is_distilled=False)
+
+    return once("flux2-klein", fill)
+
+
+MISTRAL = (
+    "{{- bos_token }}{%- for message in messages %}{%- for part in message.content %}"
+    "{%- if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
+    "{%- else %}[INST]{{ part.text }}[/INST]{%- endif %}{%- endfor %}{%- endfor %}"
+)
+
+
+@cache
+def flux2_dev() -> Path:
+    """With a plain tokenizer in place of Pixtral's processor, which needs torchvision."""
+
+    def fill(folder: Path) -> None:
+        special = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            "<pad>",
+            "[INST]",
+            "[/INST]",
+            "[SYSTEM_PROMPT]",
+            "[/SYSTEM_PROMPT]",
+        ]
+        model = Tokenizer(BPE())
+        model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        alphabet = ByteLevel.alphabet()
+        trainer = BpeTrainer(
+            vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        model.train_from_iterator(["a photo of sks mug dog " + SYSTEM_MESSAGE] * 10, trainer)
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+            chat_template=MISTRAL, model_max_length=4096,
+        )  # fmt: skip
+        text = {
+            "model_type": "mistral", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 31, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "max_position_embeddings": 1024,
+        }  # fmt: skip
+        seen = {
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        }  # fmt: skip
+        with rng.seeded("tests", "flux2 dev"):
+            encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=seen))
+            components = _flux2(words, encoder, guidance=True)
+        _save(folder, "Flux2Pipeline", components)
+
+    return once("flux2-dev", fill)
+
+
+def _qwen_vae() -> Any:
+    return AutoencoderKLQwenImage(base_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+
+
+QWEN_TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+}  # fmt: skip
+
+
+@cache
+def qwen_image() -> Path:
+    """A Qwen-Image of 64 px: two blocks, latents (16, 8, 8), 16 tokens."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "qwen image"):
+            words = _qwen_words(MESSAGE, size=600)
+            text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 2}
+            vision = {
+                "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                "fullatt_block_indexes": [0],
+            }  # fmt: skip
+            config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
             components = {
-                "vae": vae, "text_encoder": _qwen3(words, layers=28), "tokenizer": words,
-                "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-                "transformer": Flux2Transformer2DModel(
-                    in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
-                    num_attention_heads=2, joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4),
-                    guidance_embeds=False,
+                "vae": _qwen_vae(), "text_encoder": Qwen2_5_VLForConditionalGeneration(config),
+                "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(
+                    use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+                    shift_terminal=0.02,
+                ),
+                "transformer": QwenImageTransformer2DModel(
+                    num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+                    axes_dims_rope=(4, 6, 6),
                 ),
             }  # fmt: skip
-        _save(folder, "Flux2KleinPipeline", components, is_distilled=distilled)
+        _save(folder, "QwenImagePipeline", components)
 
-    return once(f"flux2-klein-{distilled}", fill)
+    return once("qwen-image", fill)
 
 
 @cache
@@ -274,24 +385,16 @@ def z_image() -> Path:
     return once("z-image", fill)
 
 
-SIDES = {
-    "z-image": 64,
-    "flux2-klein": 64,
-    "sd": 64,
-    "sdxl": 64,
-    "deepfloyd": 16,
-    "deepfloyd-2": 32,
-}  # px that these are made for
-ALL: dict[str, Callable[[], Path]] = {
-    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "flux2-klein": flux2_klein,
-    "z-image": z_image,
-}  # fmt: skip
-OF_FAMILY = {
-    "sd": sd,
-    "sdxl": sdxl,
-    "deepfloyd": if_1,
-    "deepfloyd-2": if_2,
-    "flux2-klein": flux2_klein,
+    "flux2-dev": flux2_dev,
+    "qwen-image": qwen_image,
     "z-image": z_image,
 }
+ALL: dict[str, Callable[[], Path]] = {
+    "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
+    "sd-slim": lambda: sd(slim=True), "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
+}  # fmt: skip
+OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}
+# px that these are made for
+SIDES = {"sd": 64, "sdxl": 64, "deepfloyd": 16, "deepfloyd-2": 32, **dict.fromkeys(FLOW, 64)}

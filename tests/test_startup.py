@@ -62,6 +62,7 @@ def test_shards_that_are_up_to_date_take_no_model_library(make: Make, prepared: 
     assert among(found["modules"], "diffusers", "transformers", "peft", "tensorboard") == []
 
 
+@pytest.mark.slow
 def test_training_needs_no_weights_but_the_denoisers(make: Make, prepared: Path, tmp_path: Path) -> None:
     base = as_in_the_hubs_cache(tmp_path, bases.sd())
     for part in ("vae", "text_encoder"):

@@ -25,7 +25,7 @@ from dbtrain.train import training_adapter
 
 TOY_SIDE = 64  # px of the images that the embedded base was trained on
 # Words of the names of models that were distilled to a few steps.
-FEW_STEPS = re.compile(r"(?<!de-)(?<![a-z])(turbo|lightning|schnell|distill(ed)?|lcm)(?![a-z])", re.IGNORECASE)
+FEW_STEPS = re.compile(r"(?i)(?<!de-)(?<![a-z])(turbo|lightning|schnell|distill(ed)?|lcm)(?![a-z])")
 PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
@@ -195,16 +195,26 @@ def _parts(case: Case) -> list[tuple[str, AdapterSettings, str, Mapping[str, Seq
 
 def adapter_bytes(case: Case) -> int:
     """Approximate size of the adapter in fp32, bytes; 0 if its targets select nothing."""
-    count = 0
+    return sum(
+        4 * cfg.rank * (shape[0] + math.prod(shape[1:])) * (2 if cfg.kind == "loha" else 1)
+        for cfg, shape in _chosen(case)
+    )
+
+
+def diff_bytes(case: Case) -> int:
+    """Size of the layers that the adapter is on, in fp32, bytes."""
+    return sum(4 * math.prod(shape) for _, shape in _chosen(case))
+
+
+def _chosen(case: Case) -> Iterator[tuple[AdapterSettings, list[int]]]:
+    """The settings of every layer that gets an adapter, and the shape of its weight."""
     for component, cfg, part, presets in _parts(case):
         modules, shapes = _layers(case.base, component)
         try:
-            chosen = targets.selected(modules, targets.select(modules, cfg.targets, part, presets))
+            names = targets.selected(modules, targets.select(modules, cfg.targets, part, presets))
         except ConfigError:  # `adapter` reports it
             continue
-        sizes = [shapes[name][0] + math.prod(shapes[name][1:]) for name in chosen]
-        count += cfg.rank * sum(sizes) * (2 if cfg.kind == "loha" else 1)
-    return 4 * count
+        yield from ((cfg, shapes[name]) for name in names)
 
 
 def _layers(base: Base, component: str) -> tuple[targets.Modules, dict[str, list[int]]]:

@@ -37,6 +37,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("adapter", base_model.adapter),
         ("photos", photos.photos),
         ("captions", captions.captions),
+        ("prompt length", captions.prompts),
         ("passes", photos.passes),
         ("class images", photos.of_class),
         ("images", photos.generated_images),

@@ -71,7 +71,7 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     """
     # The model without weights, and the shapes of its data.
     skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
-    shapes = _Shapes.of(cfg, base)
+    shapes = _Shapes.of(cfg, skeleton)
     table, stored = _prepared(skeleton, shapes)
     model = DreamBooth.build(skeleton, shapes.manifest(), table, cfg)
     vae = skeleton.load(base.family.vae) if base.family.vae else None
@@ -124,42 +124,61 @@ def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
 
 
 def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(prompt table, one stored image) as `prepare` makes them, on the meta device."""
-    tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-    ids = base.family.tokenize(tokenizers, [""] * shapes.prompts)
-    encoders = {name: base.load(name, base.family.text_dtype) for name in base.family.text_encoders}
-    vae = base.load(base.family.vae) if base.family.vae else None
-    with FakeTensorMode() as fake, torch.no_grad():
-        stored = base.family.encode_images(
-            vae and _materialize(vae), torch.empty(1, 3, shapes.side, shapes.side)
+    """(prompt table, one stored image) as `prepare` makes them, on the meta device.
+
+    The table has no `lengths`: all prompts count as long as the longest.
+    """
+    family = base.family
+    tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
+    ids = family.tokenize(tokenizers, shapes.texts)
+    longest = (
+        int(ids["lengths"].max()) if "lengths" in ids else ids[next(iter(family.text_encoders))].shape[1]
+    )
+    table = {
+        f"condition.{name}": torch.empty(
+            shapes.prompts, *(size or longest for size in shape), dtype=family.text_dtype, device="meta"
         )
-        given = {name: fake.from_tensor(tensor) for name, tensor in ids.items()}
-        condition = base.family.embed({n: _materialize(part) for n, part in encoders.items()}, given)
-    table = {f"condition.{name}": tensor for name, tensor in condition.items()}
-    table |= {f"ids.{name}": tensor for name, tensor in ids.items()}
-    return _on_meta(table), _on_meta(stored)
-
-
-def _on_meta(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+        for name, shape in family.conditions(base).items()
+        if name != "lengths"
+    }
+    table |= {
+        f"ids.{name}": torch.empty(shapes.prompts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+        for name, tensor in ids.items()
+    }
+    vae = base.load(family.vae) if family.vae else None
+    with FakeTensorMode(), torch.no_grad():
+        stored = family.encode_images(vae and _materialize(vae), torch.empty(1, 3, shapes.side, shapes.side))
+    return table, {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.items()
+    }
 
 
 class _Skeleton(Base):
     """A base that loads its components without weights."""
 
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
-        if not issubclass(self._class(component), nn.Module):
+        kind = self._class(component)
+        if not issubclass(kind, nn.Module):
             return super().load(component)
-        return self.skeleton(component).to(dtype).requires_grad_(False).eval()
+        module = self.skeleton(component)
+        kept = set(kind._keep_in_fp32_modules or ()) if kind.__module__.startswith("diffusers") else set()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.is_floating_point() and not kept & set(name.split(".")):
+                tensor.data = tensor.data.to(dtype)
+        return module.requires_grad_(False).eval()
+
+    def tensor(self, component: str, name: str) -> Tensor:
+        """Ones in place of a statistic: only its shape matters."""
+        return torch.ones(self.skeleton(component).get_buffer(name).shape)
 
 
 def _materialize(module: Any) -> Any:
     """Replace every tensor of a module by a new one, which the active modes make fake and count."""
     new: dict[Tensor, Tensor] = {}  # T5 has one weight under two names
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        for tensors in (part._parameters, part._buffers, vars(part)):  # some are attributes only
             for name, tensor in tensors.items():
-                if tensor is None:
+                if not isinstance(tensor, Tensor):
                     continue
                 if tensor not in new:
                     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -177,6 +196,7 @@ class _Shapes:
     space: LatentSpace
     roles: int  # 1: instance images; 2: class images too
     prompts: int
+    texts: tuple[str, ...]  # some of them
 
     @classmethod
     def of(cls, cfg: Config, base: Base) -> _Shapes:
@@ -185,13 +205,15 @@ class _Shapes:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
             side = manifest.request["resolution"]
             roles = len(manifest.roles.keys() & HELD_OUT.keys())
-            prompts = len(manifest.prompts.texts)
+            texts = manifest.prompts.texts
+            prompts = len(texts)
         else:
             side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
+            texts = (cfg.prepare.instance_prompt, *filter(None, [cfg.prepare.class_prompt]))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
             prompts = 1000 if cfg.prepare.captions else roles
         roles = roles if cfg.loss.prior_weight else 1
-        return cls(side, base.family.space(base, side), roles, prompts)
+        return cls(side, base.family.space(base, side), roles, prompts, texts)
 
     def manifest(self) -> Manifest:
         """A manifest with what the model needs to know about the shards."""

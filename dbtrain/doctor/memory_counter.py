@@ -95,10 +95,8 @@ def _attention(
 ) -> Tensor:  # fmt: skip
     """Attention with the kernel that CUDA chooses: flash in half precision, else memory-efficient.
 
-    Raises NotImplementedError for grouped queries, which no model here has.
+    The latter has no grouped queries: they are computed step by step.
     """
-    if enable_gqa:
-        raise NotImplementedError("grouped queries")
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(half), key.to(half), value.to(half)
@@ -106,6 +104,10 @@ def _attention(
     if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] % 8 == 0:
         flash = kernels._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        steps = kernels._scaled_dot_product_attention_math
+        mask = attn_mask
+        return steps(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=True)[0]
     if attn_mask is not None:
         attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
     keep = any(tensor.requires_grad for tensor in (query, key, value))

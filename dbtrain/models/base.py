@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
 
 from dbtrain.config import Model
 from dbtrain.config.adapter import Adapter
@@ -34,6 +38,14 @@ class Base(Pretrained):
         pretrained = Pretrained.find(cfg)
         with dist.agreed():
             return cls.of(pretrained, cfg)
+
+    def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
+        """Like `Pretrained.load`, without the modules of a text encoder that prompts do not pass."""
+        loaded = super().load(component, dtype)
+        if component in self.family.text_encoders:
+            for name in self.family.unread:
+                loaded.set_submodule(name, nn.Identity())
+        return loaded
 
     def check_trains(self, adapter: Adapter, training_adapter: str | None = None) -> None:
         """Raise ConfigError unless an adapter with these settings can be trained on this base.

@@ -168,9 +168,15 @@ class Pretrained:
             found[name] = len(weight) if weight is not None and weight.dim() > 1 else 0
         return found
 
+    def settings(self, component: str) -> dict[str, Any]:
+        """A component's config; for a model of text and images with its language model's settings."""
+        config = self.config(component)
+        text = config.get("text_config")
+        return config | text if isinstance(text, dict) else config
+
     def setting(self, component: str, name: str, kind: type | tuple[type, ...]) -> Any:
         """A value in a component's config. Raises ConfigError if it is missing or not of type `kind`."""
-        value = self.config(component).get(name)
+        value = self.settings(component).get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ConfigError(f"base model {self.name}: {component}/config.json has {name} = {value!r}")
         return value

@@ -252,7 +252,7 @@ def check_prompts(shards_dir: str, base: Base, table: Mapping[str, Tensor]) -> N
             )
     for encoder in base.family.text_encoders:
         ids, words = table[f"ids.{encoder}"], base.setting(encoder, "vocab_size", int)
-        longest = base.config(encoder).get("max_position_embeddings", ids.shape[1])
+        longest = base.settings(encoder).get("max_position_embeddings", ids.shape[1])
         if ids.dtype != torch.int64 or ids.shape[1] > longest or ids.min() < 0 or ids.max() >= words:
             raise ConfigError(
                 f"the prompt table in {shards_dir} has ids.{encoder} that its {words} words and "

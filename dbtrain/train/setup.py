@@ -185,7 +185,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             )
         for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, states := model.states())
-            if caveat := formats.caveat(name, states):
+            if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
     progress = Progress.begin(model.to(dist.device()), cfg)

@@ -20,11 +20,12 @@ import yaml
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from dbtrain.doctor import doctor
-from dbtrain.doctor.case import Finding
+from dbtrain.doctor import disk, doctor
+from dbtrain.doctor.case import Case, Finding
+from dbtrain.models.base import Base
 from dbtrain.runtime import lock
 from tests import bases
-from tests.conftest import config_in, dbtrain, draw_photo, train
+from tests.conftest import Make, config_in, dbtrain, draw_photo, train
 
 Rows = list[tuple[str, Finding]]
 
@@ -392,6 +393,16 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (a_missing_caption, "captions", "error", "has no caption 0.txt"),
     (captions("a dog"), "captions", "warning", "5 of 5 captions do not name the subject ('sks')"),
     (captions("sks dog, " + "very " * 40), "captions", "warning", "tokens of 32)"),
+    (config(prepare__instance_prompt="a photo of sks dog " + "very " * 40), "prompt length", "warning",
+     "no effect: prepare.instance_prompt ("),
+    (config(prepare__class_prompt="a photo of a dog " + "very " * 40), "prompt length", "warning",
+     "prepare.class_prompt ("),
+    (config(sample__prompts=["a sks dog", "a sks dog " + "very " * 40]), "prompt length", "warning",
+     "no effect: sample.prompts, no. 2 ("),
+    (config(validation__prompts=["a sks dog " + "very " * 40]), "prompt length", "warning",
+     "validation.prompts, no. 1 ("),
+    (config(evaluation__prompts=["a {} " + "very " * 40]), "prompt length", "warning",
+     "evaluation.prompts, no. 1 ("),
     (captions_unread, "photos", "warning", "captions are not read: 0.txt"),
     (photos_in_subfolder, "photos", "error", "but 5 in its folder '10_sks dog'"),
     (more_photos_in_subfolder, "photos", "warning", "the folder 'more' with 5 photos is not read"),
@@ -528,8 +539,8 @@ def checks(rows: Rows) -> set[str]:
 
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
-    "photos", "captions", "passes", "class images", "images", "shards", "batch", "run folder",
-    "write access", "disk", "GPU", "compiler", "Hub", "memory",
+    "photos", "captions", "prompt length", "passes", "class images", "images", "shards", "batch",
+    "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory",
 }  # fmt: skip
 
 
@@ -625,3 +636,16 @@ def test_a_dry_run_tells_the_run_s_own_error(site: Site, look: Callable[[], Rows
     told = [found for name, found in look() if name == "dry run"]
     assert [found.level for found in told] == ["ok", "error"]
     assert "train ended with exit code 2" in told[1].what and told[1].cure
+
+
+def test_the_disk_check_counts_a_diff_in_full(make: Make) -> None:
+    cases = []
+    for formats in (["peft"], ["peft", "diff"]):
+        cases.append(Case(make(export__formats=formats, adapter__targets="attention")))
+        cases[-1].base, cases[-1].manifest = Base.find(cases[-1].cfg.model), None
+    unet = cases[0].base.load("unet")
+    whole = sum(4 * layer.weight.numel() for name, layer in unet.named_modules()
+                if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")))  # fmt: skip
+    sizes = [{what: size for what, _, size in disk._needs(case)} for case in cases]
+    (name,) = (what for what in sizes[0] if "export" in what)
+    assert sizes[1][name] - sizes[0][name] == whole

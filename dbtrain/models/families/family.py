@@ -60,6 +60,7 @@ class Family:
     patch: int = 1  # latent cells per token, in each direction
     text_dtype: torch.dtype = torch.float32  # of the text encoders in `prepare`, and of what they return
     trains_text: bool = True  # whether the text encoders can have an adapter
+    unread: tuple[str, ...] = ()  # modules of the text encoders that prompts do not pass, such as for images
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PRESETS["denoiser"])
     """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
     stored: tuple[str, ...] = ("mean", "std")  # the names of the tensors that `encode_images` returns
@@ -144,6 +145,12 @@ def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int,
     Raises ConfigError if the VAE, with `patch` latents to a token in each direction, cannot divide the side.
     """
     shrinks = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
+    cells = latent_side(base, side, shrinks, patch)
+    return base.setting("vae", "latent_channels", int), cells, cells
+
+
+def latent_side(base: Pretrained, side: int, shrinks: int, patch: int) -> int:
+    """The side of the VAE's latents, `shrinks` px to a latent, for `side` px. Raises as `latent_shape`."""
     cell = shrinks * patch
     if side % cell:
         near = max(1, round(side / cell)) * cell
@@ -151,7 +158,7 @@ def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int,
             f"prepare.resolution is {side}, which the VAE of {base.name} cannot divide; use a multiple of "
             f"{cell}, e.g. {near}"
         )
-    return base.setting("vae", "latent_channels", int), side // shrinks, side // shrinks
+    return side // shrinks
 
 
 def vae_space(base: Pretrained, side: int, patch: int = 1) -> LatentSpace:
@@ -197,14 +204,14 @@ def encode_guided(pipe: Any, prompt: str, guided: bool) -> dict[str, Tensor]:
 
 
 def encode_apart(
-    pipe: Any, prompt: str, guided: bool, names: Sequence[str] = ("prompt_embeds",)
+    pipe: Any, prompt: str, guided: bool, names: Sequence[str] = ("prompt_embeds",), negative: str = ""
 ) -> dict[str, Tensor]:
-    """A prompt and the empty one, encoded by a pipeline that encodes them one by one.
+    """A prompt and the negative one, encoded by a pipeline that encodes them one by one.
 
     `names`: the arguments of its call, in the order in which `encode_prompt` returns them.
     """
     found: dict[str, Tensor] = {}
-    for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
+    for start, text in (("", prompt), *([("negative_", negative)] if guided else [])):
         tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1)
         found |= {f"{start}{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
     return found

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
-from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.families.family import LatentSpace, encode_moments, latent_side
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 # The linear layers of attention over an image's and a text's tokens, as Diffusers names them.
@@ -25,22 +27,36 @@ def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -
     (prompts, length) int64 each, padded on the right. Raises ConfigError for a prompt that is too long:
     cutting it would cut off the end of the template too.
     """
-    found = []
-    for prompt in prompts:
-        text = tokenizer.apply_chat_template(
+    texts = [
+        tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
         )
-        count = len(tokenizer(text).input_ids)
-        if count > length:
-            raise ConfigError(
-                f"prompt '{prompt[:60]}…' has {count} tokens with the model's template, but the model "
-                f"reads {length}; shorten it"
-            )
-        found.append(tokenizer(text, padding="max_length", max_length=length, return_tensors="pt"))
+        for prompt in prompts
+    ]
+    found = [tokenizer(text, padding="max_length", max_length=length, return_tensors="pt") for text in texts]
+    return stacked(found, prompts, length)
+
+
+def stacked(found: Sequence[Any], prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Token ids and mask of prompts, (prompts, length) int64 each, from a tokenizer's output for each one.
+
+    Raises ConfigError for a prompt that is longer.
+    """
+    for prompt, one in zip(prompts, found, strict=True):
+        check_length(prompt, one["input_ids"].shape[1], length)
     return {
-        "text_encoder": torch.cat([one.input_ids for one in found]),
-        "mask": torch.cat([one.attention_mask for one in found]),
+        "text_encoder": torch.cat([one["input_ids"] for one in found]),
+        "mask": torch.cat([one["attention_mask"] for one in found]),
     }
+
+
+def check_length(prompt: str, count: int, length: int) -> None:
+    """Raise ConfigError if a prompt has more tokens than the model reads."""
+    if count > length:
+        raise ConfigError(
+            f"prompt '{prompt[:60]}…' has {count} tokens with the model's template, but the model "
+            f"reads {length}; shorten it"
+        )
 
 
 def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]) -> Tensor:
@@ -72,29 +88,116 @@ def unpacked_x0(tokens: Tensor, space: LatentSpace) -> Tensor:
     return unpacked(tokens, *space.shape[1:])
 
 
-def padded_rows(rows: Sequence[Tensor]) -> dict[str, Tensor]:
+def padded_rows(rows: Sequence[Tensor], name: str = "prompt_embeds") -> dict[str, Tensor]:
     """Embeddings of prompts, (L, ...) each, padded with zeros to the longest, and their lengths.
 
-    -> `prompt_embeds`, (prompts, longest, ...), and `lengths`, (prompts,) int64.
+    -> `name`, (prompts, longest, ...), and `lengths`, (prompts,) int64.
     """
     lengths = torch.tensor([len(row) for row in rows])
-    return {"prompt_embeds": pad_sequence(list(rows), batch_first=True), "lengths": lengths}
+    return {name: pad_sequence(list(rows), batch_first=True), "lengths": lengths}
+
+
+def lengths_of(condition: Mapping[str, Tensor]) -> list[int]:
+    """How many rows of each prompt are text; all without `lengths`.
+
+    They are on the CPU, so that nothing waits for the device.
+    """
+    rows, longest = condition["prompt_embeds"].shape[:2]
+    return condition["lengths"].tolist() if "lengths" in condition else [longest] * rows
 
 
 def shared_text(condition: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A batch's text, (rows, longest, ...) in `dtype`, and its mask, (rows, longest) bool, if any.
-
-    The lengths are on the CPU, so that nothing waits for the device.
-    """
-    lengths = condition["lengths"]
-    longest = int(lengths.max())
+    """A batch's text, (rows, longest, ...) in `dtype`, and its mask, (rows, longest) bool, if any."""
+    lengths = lengths_of(condition)
+    longest = max(lengths)
     text = condition["prompt_embeds"][:, :longest].to(dtype)
-    if bool((lengths == longest).all()):
-        return text, None
-    mask = torch.arange(longest)[None] < lengths[:, None]
-    return text, mask.to(text.device, non_blocking=True)
+    return text, None if min(lengths) == longest else mask_of(lengths, text.device)
+
+
+def mask_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Which tokens are text, (rows, longest) bool, for rows of these lengths."""
+    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    return mask.to(device, non_blocking=True)
 
 
 def positions(*sizes: int, device: torch.device) -> Tensor:
     """The points of a grid, for rotary embeddings, (points, len(sizes)) int64; the last runs fastest."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
+# What Qwen-Image shares with other models: its VAE, which sees images as videos of one frame, and the message
+# in which its text encoder reads a prompt. The transformer does not see the message's beginning.
+
+MESSAGE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+BEGINNING = 34  # tokens
+READ = 512  # tokens at most, without the beginning
+
+
+def in_message(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Token ids of prompts in Qwen-Image's message, (prompts, longest) int64.
+
+    `lengths`, (prompts,) int64, is without the message's beginning. Raises ConfigError for a prompt that is
+    too long.
+    """
+    tokenizer = tokenizers["text_encoder"]
+    rows = [torch.tensor(tokenizer(MESSAGE.format(prompt)).input_ids) for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        check_length(prompt, len(row), BEGINNING + READ)
+    found = padded_rows(rows, "text_encoder")
+    return found | {"lengths": found["lengths"] - BEGINNING}
+
+
+def in_message_states(
+    model: nn.Module, ids: Mapping[str, Tensor], chosen: Callable[[Sequence[Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """What is `chosen` of a language model's hidden states, without the message's beginning.
+
+    Prompts are encoded one by one and without padding, so that none depends on another.
+    """
+    rows = []
+    for tokens, length in zip(ids["text_encoder"], ids["lengths"].tolist(), strict=True):
+        states = model(
+            input_ids=tokens[None, : BEGINNING + length], output_hidden_states=True, use_cache=False
+        )
+        rows.append(chosen(states.hidden_states)[0, BEGINNING:])
+    return padded_rows(rows)
+
+
+def frame_space(base: Pretrained, side: int) -> LatentSpace:
+    """The space of Qwen-Image's VAE, which has a mean and a standard deviation per channel."""
+    cells = latent_side(base, side, 2 ** len(base.setting("vae", "temperal_downsample", list)), PATCH)
+    mean, std = (base.setting("vae", f"latents_{name}", list) for name in ("mean", "std"))
+    shape = (base.setting("vae", "z_dim", int), cells, cells)
+    return LatentSpace(shape, tuple(1 / value for value in std), tuple(map(float, mean)))
+
+
+def check_frames(base: Pretrained, **needed: int) -> None:
+    """Raise ConfigError unless Qwen-Image's VAE and the transformer fit, and it has these settings."""
+    channels = base.setting("vae", "z_dim", int)
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
+        found = base.setting("vae", name, list)
+        fine = all(type(value) in (int, float) and least < value < math.inf for value in found)
+        if not fine or len(found) != channels:
+            raise ConfigError(
+                f"base model {base.name}: {name} of its vae is {str(found)[:60]}; use {channels} numbers"
+                f"{' above 0' if least == 0 else ''}, one per channel"
+            )
+    for name, value in {"in_channels": PATCH**2 * channels, **needed}.items():
+        if (there := base.setting("transformer", name, int)) != value:
+            raise ConfigError(
+                f"base model {base.name} does not fit together: {name} of its transformer is {there}, but "
+                f"its VAE and text encoder give {value}"
+            )
+
+
+def encode_frames(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
+    """The moments of images as frames, (B, C, h, w) fp32 each, unscaled."""
+    return {name: moment.squeeze(2) for name, moment in encode_moments(vae, images.unsqueeze(2)).items()}
+
+
+def decode_frames(vae: Any, latents: Tensor) -> Tensor:
+    return vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)

@@ -1,0 +1,180 @@
+"""Published architectures: the classes of a base's components, and settings that are no defaults."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+from torch import nn
+
+from dbtrain.models.families import registry as families
+from dbtrain.models.families.family import Family
+from dbtrain.models.safety import library
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A base without weights: what its configs say."""
+
+    family: str
+    side: int  # px
+    tokens: int  # of a prompt
+    models: Mapping[str, tuple[str, Mapping[str, Any]]]  # component -> (class, settings)
+    scheduler: tuple[str, Mapping[str, Any]]
+    index: Mapping[str, Any] = field(default_factory=dict)  # further entries of model_index.json
+
+    @property
+    def the_family(self) -> Family:
+        return families.get(self.family)
+
+    def makers(self) -> dict[str, Callable[[], nn.Module]]:
+        """How to make each component with weights."""
+        return {name: partial(_made, name, *one) for name, one in self.models.items()}
+
+    def classes(self) -> dict[str, str]:
+        """The class of each component, as in model_index.json."""
+        found = {name: kind for name, (kind, _) in self.models.items()}
+        for encoder, words in self.the_family.text_encoders.items():
+            if encoder in found:
+                found[words] = self.the_family.classes[words][0]
+        return found | {"scheduler": self.scheduler[0]}
+
+
+def _made(component: str, kind: str, settings: Mapping[str, Any]) -> nn.Module:
+    found = getattr(importlib.import_module(library(component)), kind)
+    if library(component) == "transformers":
+        return found(found.config_class(**settings))
+    return found(**settings)
+
+
+def tokenizer(kind: str, tokens: int) -> Any:
+    """A tokenizer of this class with a small vocabulary, which the embeddings of any published model hold."""
+    if kind.startswith("CLIP"):
+        from benchmarks.tiny import parts
+        from dbtrain.tiny import world
+
+        words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
+        words.model_max_length = tokens
+        return words
+    return qwen_words(tokens)
+
+
+CHAT = (  # Qwen3's template, for one message without tools
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + "
+    "'<|im_end|>' + '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}{%- endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+
+
+def qwen_words(tokens: int, texts: tuple[str, ...] = ("user assistant a photo of sks mug dog",)) -> Any:
+    """Qwen's kind of tokenizer, byte-level, in which each word of `texts` is one token."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import Qwen2Tokenizer
+
+    words = Tokenizer(BPE())
+    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=380, special_tokens=list(SPECIAL), initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    words.train_from_iterator([text for text in texts for _ in range(10)], trainer)
+    learnt = json.loads(words.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]],
+        extra_special_tokens=list(SPECIAL[1:]), chat_template=CHAT, model_max_length=max(tokens, 4096),
+        pad_token=SPECIAL[0], eos_token=SPECIAL[2],
+    )  # fmt: skip
+
+
+def _clip(kind: str) -> tuple[str, Mapping[str, Any]]:
+    """CLIP-L, or OpenCLIP bigG."""
+    shared = {"vocab_size": 49408, "max_position_embeddings": 77}
+    if kind == "bigG":
+        return "CLIPTextModelWithProjection", shared | {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+            "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu",
+        }  # fmt: skip
+    return "CLIPTextModel", shared | {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "projection_dim": 768, "hidden_act": "quick_gelu",
+    }  # fmt: skip
+
+
+def _vae(**settings: Any) -> tuple[str, Mapping[str, Any]]:
+    """Latent diffusion's VAE, which shrinks by 8."""
+    return "AutoencoderKL", {
+        "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        **settings,
+    }  # fmt: skip
+
+
+def _qwen3(width: int, inner: int) -> tuple[str, Mapping[str, Any]]:
+    """Qwen3, 4B or 8B by its width."""
+    return "Qwen3ForCausalLM", {
+        "vocab_size": 151936, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 40960,
+    }  # fmt: skip
+
+
+DDPM = ("DDPMScheduler", {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                          "steps_offset": 1, "clip_sample": False})  # fmt: skip
+
+
+def _flow(**settings: Any) -> tuple[str, Mapping[str, Any]]:
+    return "FlowMatchEulerDiscreteScheduler", settings
+
+
+def _klein(double: int, single: int, heads: int, text: int, inner: int) -> Architecture:
+    return Architecture(
+        "flux2-klein", 1024, 512,
+        {
+            "transformer": ("Flux2Transformer2DModel", {
+                "num_layers": double, "num_single_layers": single, "num_attention_heads": heads,
+                "joint_attention_dim": 3 * text, "guidance_embeds": False,
+            }),
+            "vae": ("AutoencoderKLFlux2", {}), "text_encoder": _qwen3(text, inner),
+        },
+        _flow(use_dynamic_shifting=True), {"is_distilled": False},
+    )  # fmt: skip
+
+
+@cache
+def published() -> dict[str, Architecture]:
+    """The architectures by the names that benchmarks have for them."""
+    xl = {
+        "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return {
+        "sd15": Architecture(
+            "sd", 512, 77,
+            {"unet": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768}),
+             "vae": _vae(sample_size=512, scaling_factor=0.18215), "text_encoder": _clip("L")},
+            DDPM, {"safety_checker": [None, None], "feature_extractor": [None, None],
+                   "requires_safety_checker": False},
+        ),
+        "sdxl": Architecture(
+            "sdxl", 1024, 77,
+            {"unet": ("UNet2DConditionModel", xl),
+             "vae": _vae(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+             "text_encoder": _clip("L"), "text_encoder_2": _clip("bigG")},
+            DDPM, {"force_zeros_for_empty_prompt": True},
+        ),
+        "klein-4b": _klein(5, 20, 24, 2560, 9728),
+        "klein-9b": _klein(8, 24, 32, 4096, 12288),
+    }  # fmt: skip

@@ -1,0 +1,111 @@
+"""Qwen-Image: a flow-matching transformer of double blocks, with Qwen2.5-VL as its text encoder.
+
+Wu et al. 2025, "Qwen-Image Technical Report", arXiv:2508.02324.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from dbtrain.models.families import transformer as shared
+from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart, sample_moments
+from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.pretrained import Pretrained
+
+NEGATIVE = " "  # of the model's own examples; without a negative prompt the pipeline ignores guidance
+
+
+def embed(encoders: Mapping[str, Any], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The last hidden state, (prompts, L, D), and its lengths."""
+    model = encoders["text_encoder"].model
+    return shared.in_message_states(model, ids, lambda states: states[-1])
+
+
+def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
+    width = base.setting("transformer", "joint_attention_dim", int)
+    return {"prompt_embeds": (None, width), "lengths": ()}
+
+
+def check(base: Pretrained) -> None:
+    """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
+    width = base.setting("text_encoder", "hidden_size", int)
+    shared.check_frames(base, joint_attention_dim=width)
+
+
+def denoise(transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    text, mask = shared.shared_text(condition, x_t.dtype)
+    height, width = x_t.shape[2:]
+    velocity = transformer(
+        hidden_states=shared.packed(x_t), timestep=t, encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask, return_dict=False,
+        img_shapes=[[(1, height // shared.PATCH, width // shared.PATCH)]] * len(x_t),
+    )[0]  # fmt: skip
+    return shared.unpacked(velocity, height, width)
+
+
+def arguments(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str, Any]:
+    """Encoded prompts, padded to the longest, with their masks."""
+    found: dict[str, Any] = {"true_cfg_scale": guidance}
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        if name in rows[0]:
+            texts = [row[name][0] for row in rows]
+            found[name] = pad_sequence(texts, batch_first=True)
+            found[f"{name}_mask"] = shared.mask_of([len(text) for text in texts], texts[0].device)
+    return found
+
+
+def idle(name: str, component: nn.Module) -> tuple[str, ...]:
+    """What the last block computes of the text, which nothing reads."""
+    blocks: Any = component.get_submodule("transformer_blocks")
+    last = f"transformer_blocks.{len(blocks) - 1}"
+    return (f"{last}.attn.add_q_proj", f"{last}.attn.to_add_out", f"{last}.txt_mlp")
+
+
+MLP = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+MODULATION = ("img_mod.1", "txt_mod.1")
+FAMILY = Family(
+    name="qwen-image",
+    pipeline="QwenImagePipeline",
+    denoiser="transformer",
+    classes={
+        "transformer": ("QwenImageTransformer2DModel",),
+        "vae": ("AutoencoderKLQwenImage",),
+        "scheduler": FlowMatching.SCHEDULERS,
+        "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
+        "tokenizer": QWEN_WORDS,
+    },
+    text_encoders={"text_encoder": "tokenizer"},
+    tokenize=shared.in_message,
+    embed=embed,
+    space=shared.frame_space,
+    encode_images=shared.encode_frames,
+    sample_posterior=sample_moments,
+    conditions=conditions,
+    check=check,
+    denoise=denoise,
+    objective=FlowMatching,
+    patch=shared.PATCH,
+    text_dtype=torch.bfloat16,
+    trains_text=False,
+    unread=("model.visual", "lm_head"),
+    presets={
+        "attention": shared.ATTENDED,
+        "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),
+        "minimal": ("to_q", "to_v"),
+        "all": (*shared.ATTENDED, *MLP, *MODULATION),
+    },
+    encode_prompt=partial(encode_apart, negative=NEGATIVE),
+    arguments=arguments,
+    generated=shared.unpacked_x0,
+    decode=shared.decode_frames,
+    distilled=lambda base: "Qwen/Qwen-Image" if base.index.get("is_distilled") else None,
+    idle=idle,
+    lora_mixin="QwenImageLoraLoaderMixin",
+    original=((r".+", r"\g<0>"),),  # the original code has Diffusers' names
+)
