@@ -177,4 +177,12 @@ def published() -> dict[str, Architecture]:
         ),
         "klein-4b": _klein(5, 20, 24, 2560, 9728),
         "klein-9b": _klein(8, 24, 32, 4096, 12288),
+        "z-image": Architecture(
+            "z-image", 1024, 64,
+            {"transformer": ("ZImageTransformer2DModel", {}),
+             "vae": _vae(sample_size=1024, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159,
+                         use_quant_conv=False, use_post_quant_conv=False),
+             "text_encoder": _qwen3(2560, 9728)},
+            _flow(shift=6.0),
+        ),
     }  # fmt: skip

@@ -251,8 +251,11 @@ def test_a_hub_id_is_downloaded_once_and_then_found(
     assert calls == [(*asked, False), (*asked, True)]
 
 
-def test_a_distilled_base_trains_with_one() -> None:
-    base = Base.find(Model(path=str(bases.flux2_klein(distilled=True))))
+def test_a_distilled_base_trains_with_one(tmp_path: Path) -> None:
+    folder = shutil.copytree(bases.flux2_klein(), tmp_path / "base")
+    index = json.loads((folder / "model_index.json").read_text()) | {"is_distilled": True}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    base = Base.find(Model(path=str(folder)))
     with pytest.raises(ConfigError, match=r"or set model\.training_adapter$"):
         base.check_trains(Adapter())
     base.check_trains(Adapter(), "someone/adapter")
