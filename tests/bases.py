@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -35,14 +34,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
+from benchmarks.architectures import qwen_words, t5_words
 from benchmarks.tiny import parts
 from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.runtime import rng
@@ -151,9 +149,7 @@ def sdxl(slim: bool = False) -> Path:
 
 
 def _t5() -> dict[str, Any]:
-    letters = [chr(code) for code in range(33, 127)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters)]
-    words = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)
+    words = t5_words(77)
     config = T5Config(
         vocab_size=128, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.1,
@@ -207,32 +203,6 @@ def if_2() -> Path:
     return once("if-2", fill)
 
 
-def _qwen_words(text: str = "", size: int = 380, **options: Any) -> Qwen2Tokenizer:
-    """Byte-level words of a chat template and `text`, each one token, as in Qwen's own tokenizer."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    words = Tokenizer(BPE())
-    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    trainer = BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
-    words.train_from_iterator([f"{CHAT} a photo of sks mug dog{text}"] * 10, trainer)
-    learnt = json.loads(words.to_str())["model"]
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    return Qwen2Tokenizer(
-        vocab=learnt["vocab"], merges=merges, extra_special_tokens=special[1:], chat_template=TEMPLATE,
-        model_max_length=4096, pad_token=special[0], eos_token=special[2], **options,
-    )  # fmt: skip
-
-
-CHAT = "user assistant system"
-TEMPLATE = (  # Qwen3's, for one message without tools
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + "
-    "'<|im_end|>' + '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
-    "{%- endif %}{%- endif %}"
-)
-
-
 def _qwen3(words: Any, layers: int) -> Any:
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -265,7 +235,7 @@ def _flux2(words: Any, text_encoder: Any, guidance: bool) -> dict[str, Any]:
 def flux2_klein() -> Path:
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "flux2 klein"):
-            words = _qwen_words()
+            words = qwen_words()
             components = _flux2(words, _qwen3(words, layers=28), guidance=False)
         _save(folder, "Flux2KleinPipeline", components, is_distilled=False)
 
@@ -338,7 +308,7 @@ def qwen_image() -> Path:
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "qwen image"):
-            words = _qwen_words(MESSAGE, size=600)
+            words = qwen_words(MESSAGE, size=600)
             text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 2}
             vision = {
                 "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
@@ -368,7 +338,7 @@ def z_image() -> Path:
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "z image"):
-            words = _qwen_words()
+            words = qwen_words()
             transformer = ZImageTransformer2DModel(
                 dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
                 axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],

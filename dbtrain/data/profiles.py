@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,10 +87,17 @@ def profile_of(photo: Image.Image, tell: Callable[[str], object]) -> bytes:
         return embedded
     if photo.format == "PNG" and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
         return _of_numbers(info.get("chromaticity", SRGB), info.get("gamma"), tell)
-    exif = photo.getexif()
-    if exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex) == "R03":
+    if _interop(photo).get(ExifTags.Interop.InteropIndex) == "R03":
         return made(ADOBE, power(563 / 256))
     return b""
+
+
+def _interop(photo: Image.Image) -> dict[int, Any]:
+    """The part of the EXIF data that names a color space; {} if there is none."""
+    try:
+        return photo.getexif().get_ifd(ExifTags.IFD.Interop)
+    except KeyError:  # Pillow before 13
+        return {}
 
 
 def _code_of(photo: Image.Image) -> bytes:

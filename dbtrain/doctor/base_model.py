@@ -16,7 +16,6 @@ from dbtrain.config import Model
 from dbtrain.config.adapter import AdapterSettings
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.models.base import Base
-from dbtrain.models.families.family import Family
 from dbtrain.models.locate import EMBEDDED
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import files
@@ -43,7 +42,7 @@ def model(case: Case) -> Iterator[Finding]:
         yield from findings_of(problem, "use a complete Diffusers folder, a Hub id, or tiny")
         return
     # Weights, vocabularies, and whether the resolution fits.
-    found = [line for name in models_of(base.family) for line in _weights(base, name)]
+    found = [line for name in base.family.models for line in _weights(base, name)]
     few_steps = case.cfg.model.training_adapter
     found += problems_of(lambda: base.check_trains(case.cfg.adapter, few_steps), "use another base")
     found += _training_adapter(base, case.cfg.model)
@@ -59,7 +58,7 @@ def model(case: Case) -> Iterator[Finding]:
                                  "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5"))  # fmt: skip
     yield from found
     case.base = base
-    total = sum(file.stat().st_size for name in models_of(base.family) for file in weight_files(base, name))
+    total = sum(file.stat().st_size for name in base.family.models for file in weight_files(base, name))
     if not any(line.level == "error" for line in found):
         yield ok(f"{path}: {base.family.name}, {files.size_text(total)} of weights in {base.folder}")
 
@@ -81,11 +80,6 @@ def _training_adapter(base: Base, cfg: Model) -> Iterator[Finding]:
         )
     else:
         yield from problems_of(lambda: training_adapter.read(base, cfg), "use an adapter of this base")
-
-
-def models_of(family: Family) -> list[str]:
-    """The components with weights."""
-    return [family.denoiser, *([family.vae] if family.vae else []), *family.text_encoders]
 
 
 def _absent(path: str) -> Iterator[Finding]:

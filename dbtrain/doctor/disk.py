@@ -12,7 +12,6 @@ from pathlib import Path
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.base_model import adapter_bytes, diff_bytes
 from dbtrain.doctor.case import Case, Finding, error, ok
-from dbtrain.doctor.photos import generated
 from dbtrain.prepare import class_images
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import os_problem
@@ -98,7 +97,7 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     # Class images.
     if prepare.class_prompt and case.base.family.enlarges == 1:
         count -= len(class_images.find_own(prepare))
-        missing = count - sum(path.exists() for path in generated(case, count))
+        missing = count - sum(path.exists() for path in class_images.generated(case.base, prepare, count))
         png = prepare.resolution**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
         yield "class images", class_images.root(prepare), missing * each

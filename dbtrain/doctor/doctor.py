@@ -88,6 +88,10 @@ def check(
             from dbtrain.doctor import dry_run as trial
 
         yield from _each((("dry run", trial.dry_run),), case)
+    # What it measured is used here.
+    from dbtrain.doctor import time
+
+    yield from _each((("time", time.time),), case)
 
 
 def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Finding]]:

@@ -18,6 +18,7 @@ from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
+from dbtrain.runtime import console
 from dbtrain.train.training_adapter import LeftOut, merge
 
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
@@ -79,6 +80,8 @@ class DreamBooth(nn.Module):
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
+        loaded = base.family.adaptable if settings else (base.family.denoiser,)
+        console.say(f"loading {', '.join(loaded)} of {base.name}")
         denoiser = base.load(base.family.denoiser, dtype)
         plain = merge(denoiser, training) if training else {}
         if cfg.train.channels_last:

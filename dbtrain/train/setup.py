@@ -151,7 +151,7 @@ class Job:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`, after its log lines, so that a kill cannot lose them."""
         self.metrics.report()
-        with self.metrics.untimed():
+        with self.metrics.interrupted("checkpoint"):
             checkpoint.save(self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep)
 
     def validate(self, step: int, saved: bool) -> None:

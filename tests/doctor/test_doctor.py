@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,11 @@ import yaml
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
+from dbtrain.config import Config
 from dbtrain.doctor import disk, doctor
 from dbtrain.doctor.case import Case, Finding
 from dbtrain.models.base import Base
+from dbtrain.prepare import duration
 from dbtrain.runtime import lock
 from tests import bases
 from tests.conftest import Make, config_in, dbtrain, draw_photo, train
@@ -540,7 +543,7 @@ def checks(rows: Rows) -> set[str]:
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
     "photos", "captions", "prompt length", "passes", "class images", "images", "shards", "batch",
-    "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory",
+    "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory", "time",
 }  # fmt: skip
 
 
@@ -621,12 +624,51 @@ def test_a_dry_run_runs_and_leaves_nothing(site: Site, look: Callable[[], Rows],
     site.env(TMPDIR=str(scratch))
     site.patch.setattr("tempfile.tempdir", None)
     site.options["dry_run"] = True
-    told = [found for name, found in look() if name == "dry run"]
-    assert [found.level for found in told] == ["ok", "ok"]
+    site.env(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    site.changes |= {"sample__prompts": ["a {}", "b {}"], "validation__prompts": ["a {}"]}
+    rows = look()
+    told = [found for name, found in rows if name == "dry run"]
+    assert [found.level for found in told] == ["ok", "ok", "ok"]
     assert "2 steps, " in told[1].what and "export/pytorch_lora_weights.safetensors" in told[1].what
     assert (
         not list(scratch.iterdir()) and not (tmp_path / "run").exists() and not (tmp_path / "shards").exists()
     )
+    total, *caveat = (found for name, found in rows if name == "time")
+    assert not re.search("unknown|not measured", total.what) and total.what.startswith("about ")
+    assert f"measured on {duration.device()}, 1 process" in total.what
+    assert re.fullmatch(r"on SLURM: sbatch --time=\d\d:\d\d:00 launch/train.sbatch CONFIG", total.cure)
+    assert torch.cuda.is_available() or "not the time on a cluster's GPU" in caveat[0].what
+
+
+def test_the_time_is_told_for_each_device_that_was_measured(site: Site, look: Callable[[], Rows]) -> None:
+    site.env(XDG_CACHE_HOME=str(site.folder / "cache"))
+    assert [found.what for name, found in look() if name == "time"] == [
+        "unknown: nothing was measured yet with these settings and number of processes"
+    ]
+    folder = duration._folder(Config.load(site.folder / "c.yaml"))
+    assert folder
+    folder.mkdir(parents=True)
+    for name, step_s in (("H100", 9.0), ("A100", 18.0)):
+        rates = {"step": (step_s, 0, 50), "checkpoint": (0.0, 0, 50), "loading for train": (9.0, 0, 1)}
+        (folder / f"{name}.json").write_text(json.dumps({"device": name, "ranks": 1, "rates": rates}))
+    site.shards()
+    found = [found for name, found in look() if name == "time"]
+    assert [one.what for one in found] == [
+        "about 1 h 00 min: training 1 h 00 min, loading 9 s; measured on A100, 1 process",
+        "about 30 min 09 s: training 30 min 00 s, loading 9 s; measured on H100, 1 process",
+    ]
+    assert [one.cure.split()[3] for one in found] == ["--time=01:30:00", "--time=00:45:00"]
+
+
+def test_no_time_is_told_of_a_job_that_cannot_start(site: Site, look: Callable[[], Rows]) -> None:
+    no_photos(site)
+    (found,) = (found for name, found in look() if name == "time")
+    assert found.level == "skipped"
+
+
+def test_a_job_that_is_done_takes_no_time(site: Site, look: Callable[[], Rows]) -> None:
+    site.run()
+    assert [found.what for name, found in look() if name == "time"] == ["nothing is left to do"]
 
 
 @pytest.mark.usefixtures("forks")

@@ -109,6 +109,11 @@ class Family:
         return (shape[1] // self.patch) * (shape[2] // self.patch)
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """The components with weights."""
+        return (self.denoiser, *([self.vae] if self.vae else []), *self.text_encoders)
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The components of a base that generated images depend on."""
         optional = [part for part in (self.vae, self.noising) if part]

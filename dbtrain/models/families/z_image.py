@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.families.family import QWEN_WORDS, Family, encode_moments, matching, vae_space
-from dbtrain.models.families.transformer import (
-    ATTENDED,
-    PATCH,
-    chat,
-    joined_layers,
-    lengths_of,
-    padded_rows,
-)
+from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, lengths_of, padded_rows
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 
