@@ -177,4 +177,16 @@ def published() -> dict[str, Architecture]:
         ),
         "klein-4b": _klein(5, 20, 24, 2560, 9728),
         "klein-9b": _klein(8, 24, 32, 4096, 12288),
+        "qwen-image": Architecture(
+            "qwen-image", 1024, 64,
+            {"transformer": ("QwenImageTransformer2DModel", {}), "vae": ("AutoencoderKLQwenImage", {}),
+             "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {
+                "text_config": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+                                "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+                                "max_position_embeddings": 128000,
+                                "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+                "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
+             })},
+            _flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        ),
     }  # fmt: skip

@@ -262,6 +262,41 @@ def test_what_it_cannot_train_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+UNFIT: list[tuple[str, str, dict[str, Any], str]] = [  # family, component, settings, message
+    (
+        "qwen-image",
+        "transformer",
+        {"joint_attention_dim": 48},
+        "joint_attention_dim .* is 48, but .* 32$",
+    ),
+    (
+        "qwen-image",
+        "transformer",
+        {"in_channels": 16},
+        "in_channels .* is 16, but .* give 64",
+    ),
+    ("qwen-image", "vae", {"latents_std": [0.0] * 16}, r"latents_std of its vae is \[0.* 16 numbers above 0"),
+    (
+        "qwen-image",
+        "vae",
+        {"latents_mean": [1.0]},
+        r"latents_mean of its vae is \[1.0\]; use 16 numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "component", "settings", "message"), UNFIT)
+def test_a_base_that_does_not_fit_together_is_refused(
+    tmp_path: Path, name: str, component: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
+    path = folder / component / "config.json" if component else folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ConfigError, match=message) as caught:
+        Base.find(Model(path=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
 # The objective itself.
 
 
