@@ -189,4 +189,16 @@ def published() -> dict[str, Architecture]:
              })},
             _flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
         ),
+        "krea2": Architecture(
+            "krea2", 1024, 64,
+            {"transformer": ("Krea2Transformer2DModel", {}), "vae": ("AutoencoderKLQwenImage", {}),
+             "text_encoder": ("Qwen3VLModel", {
+                "text_config": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+                                "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                                "rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]}},
+                "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096,
+                                  "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
+             })},
+            _flow(use_dynamic_shifting=True, max_image_seq_len=6400),
+        ),
     }  # fmt: skip

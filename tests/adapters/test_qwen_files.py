@@ -41,6 +41,10 @@ NAMINGS = {
     ("qwen-image", "ComfyUI"): (dotted("diffusion_model"), True, False, True),
     ("qwen-image", "ComfyUI with alphas"): (dotted("diffusion_model"), True, True, True),
     ("qwen-image", "kohya"): (underscored, True, True, True),
+    ("krea2", "Diffusers"): (dotted("transformer"), False, False, True),
+    ("krea2", "ComfyUI"): (dotted("diffusion_model"), True, False, True),
+    ("krea2", "ai-toolkit"): (dotted("base_model.model"), True, False, True),
+    ("krea2", "kohya"): (underscored, True, True, False),
 }
 
 

@@ -66,6 +66,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("if_2", {"prepare__resolution": 32, "adapter__kind": "lokr"}),
     ("flux2_klein", {"train__precision": "bf16"}),
     ("qwen_image", {"train__precision": "bf16"}),
+    ("krea2", {"train__precision": "pure-bf16"}),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from dbtrain.config import Model
 from dbtrain.models import safety
-from dbtrain.models.families import deepfloyd, flux2, qwen_image, sd, sdxl
+from dbtrain.models.families import deepfloyd, flux2, krea2, qwen_image, sd, sdxl
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -16,6 +16,7 @@ FAMILIES = {
         deepfloyd.STAGE_2,
         flux2.KLEIN,
         qwen_image.FAMILY,
+        krea2.FAMILY,
     )
 }
 
