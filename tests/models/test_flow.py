@@ -216,7 +216,6 @@ def row_of(batch: Batch, number: int) -> Batch:
     return Batch(**{key: cut(value) for key, value in vars(batch).items()})
 
 
-def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
 def as_encoded(pipe: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
     """A row of the prompt table as the pipeline's `encode_prompt` gives it: its own tokens alone."""
     row = {
@@ -373,6 +372,8 @@ def test_lengths_that_a_table_does_not_have_are_refused(harm: str) -> None:
             LENGTHS[harm](table)
             with pytest.raises(ConfigError, match=r"lengths .*; rerun: dbtrain prepare"):
                 plan.check_prompts("shards", base, table)
+
+
 UNFIT: list[tuple[str, str, dict[str, Any], str]] = [  # family, component, settings, message
     (
         "qwen-image",
