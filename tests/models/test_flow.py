@@ -82,8 +82,6 @@ def stock(base: Base) -> Any:
     absent = dict.fromkeys(name for name, entry in base.index.items() if entry == [None, None])
     kind = getattr(diffusers, base.family.pipeline)
     pipe = kind.from_pretrained(base.folder, dtype=torch.float32, **absent)
-    """The pipeline as its users load it, but frozen: torch multiplies in another order without gradients."""
-    pipe = getattr(diffusers, base.family.pipeline).from_pretrained(base.folder, dtype=torch.float32)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
