@@ -49,7 +49,7 @@ class Base(Pretrained):
 
     def check_trains(self, adapter: Adapter) -> None:
         """Raise ConfigError unless an adapter with these settings can be trained on this base."""
-        if adapter.text_encoder and not self.family.trains_text:
+        if adapter.text_encoder and not self.family.adaptable_text:
             raise ConfigError(
                 f"adapter.text_encoder: the text encoders of {self.family.name} models are too large "
                 "to train along; remove it"
