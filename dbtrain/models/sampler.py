@@ -187,6 +187,26 @@ def encode_once(
     return encoded
 
 
+@torch.no_grad()
+def reencoded(
+    family: Family,
+    encoders: Mapping[str, nn.Module],
+    tokenizers: Mapping[str, Any],
+    prompt: str,
+    row: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A prompt as `encode` returned it, `row`, with what these encoders make of it now."""
+    found = dict(row)
+    device = next(next(iter(encoders.values())).parameters()).device
+    for start, text in (("", prompt), ("negative_", "")):
+        old = {name.removeprefix(start): value.to(device) for name, value in row.items()
+               if name.startswith("negative_") == bool(start)}  # fmt: skip
+        if old:
+            ids = {name: tokens.to(device) for name, tokens in family.tokenize(tokenizers, [text]).items()}
+            found |= {f"{start}{name}": new for name, new in family.embed(encoders, old | ids).items()}
+    return found
+
+
 def generate(
     pipe: Any,
     family: Family,

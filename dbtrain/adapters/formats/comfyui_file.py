@@ -19,15 +19,22 @@ from torch import Tensor
 from dbtrain.adapters.formats import fused
 from dbtrain.adapters.formats.common import Content, States, alpha_key, by_module, strength
 from dbtrain.adapters.formats.kohya_file import CONFIGS, FILE
-from dbtrain.adapters.formats.names import original_names
+from dbtrain.adapters.formats.names import nested, original_names
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 
-__all__ = ["FILE", "refuses", "write"]
+__all__ = ["FILE", "components", "refuses", "write"]
 
 # The tensor that a layer's scale is multiplied into: the first of these that it has.
 SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
+
+
+def components(family: Family) -> tuple[str, ...]:
+    """What a file can hold: the denoiser; beside Diffusers' names, text encoders too."""
+    if family.comfyui_prefix == family.denoiser:
+        return family.adaptable
+    return (family.denoiser,) if family.original or family.keeps_names else ()
 
 
 def refuses(family: Family, states: States) -> str | None:
@@ -58,7 +65,15 @@ def write(path: Path, content: Content) -> None:
             if len(found) > 1:
                 layer = fused.join(found, [sizes[module] for module in modules])
             tensors |= {f"{family.comfyui_prefix}.{place}.{part}": tensor for part, tensor in layer.items()}
-    header = {**content.about, CONFIGS: json.dumps({family.denoiser: _unscaled(state.config)})}
+    for encoder in content.states.keys() - {family.denoiser}:
+        text = content.states[encoder]
+        tensors |= {
+            f"{encoder}.{nested(module)}.{part}": tensor
+            for module, layer in by_module(text).items()
+            for part, tensor in _layer(text, module, layer).items()
+        }
+    configs = {component: _unscaled(one.config) for component, one in sorted(content.states.items())}
+    header = {**content.about, CONFIGS: json.dumps(configs)}
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))
 

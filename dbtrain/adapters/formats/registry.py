@@ -293,7 +293,7 @@ FORMATS = {
         comfyui_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI",
-        components=lambda family: (family.denoiser,) if family.original or family.keeps_names else (),
+        components=comfyui_file.components,
         refuses=comfyui_file.refuses,
     ),
     "diff": Format(

@@ -99,6 +99,7 @@ FAMILY = Family(
         "tokenizer": T5_WORDS,
     },
     text_encoders={"text_encoder": "tokenizer"},
+    trained_text=(),
     tokenize=tokenize,
     embed=embed,
     space=partial(vae_space, patch=dit.PATCH),

@@ -42,6 +42,9 @@ class Family:
     embed: Callable[[Mapping[str, nn.Module], Mapping[str, Tensor]], dict[str, Tensor]]
     """(text encoders, ids) -> condition: tensors, (prompts, ...) each.
 
+    Where only some encoders are trained, they get those alone, and with their ids the condition of all
+    encoders as it was before training, of which they return what they change.
+
     Where prompts have lengths of their own, `lengths`, (prompts,) int64, says how many rows of the others are
     text. It stays on the CPU."""
     space: Callable[[Pretrained, int], LatentSpace]
@@ -59,7 +62,7 @@ class Family:
     objective: type[Objective] = DDPM
     patch: int = 1  # latent cells per token, in each direction
     text_dtype: torch.dtype = torch.float32  # of the text encoders in `prepare`, and of what they return
-    trains_text: bool = True  # whether the text encoders can have an adapter
+    trained_text: tuple[str, ...] | None = None  # text encoders that can have an adapter; None: all of them
     unread: tuple[str, ...] = ()  # modules of the text encoders that prompts do not pass, such as for images
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PRESETS["denoiser"])
     """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
@@ -108,7 +111,12 @@ class Family:
     @property
     def adaptable(self) -> tuple[str, ...]:
         """The components that can have an adapter."""
-        return (self.denoiser, *(self.text_encoders if self.trains_text else ()))
+        return (self.denoiser, *self.adaptable_text)
+
+    @property
+    def adaptable_text(self) -> tuple[str, ...]:
+        """The text encoders that can have an adapter. They are trained together."""
+        return tuple(self.text_encoders) if self.trained_text is None else self.trained_text
 
     def tokens(self, shape: Sequence[int]) -> int:
         """How many tokens the denoiser has for x0 of this shape, (C, H, W)."""

@@ -18,7 +18,7 @@ from dbtrain.models.families.family import (
     T5_WORDS,
     Family,
     encode_apart,
-    padded,
+    tokenize_clip,
     vae_space,
 )
 from dbtrain.models.families.transformer import (
@@ -45,19 +45,18 @@ NAMES = ("prompt_embeds", "pooled_prompt_embeds")
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
     """Token ids, (prompts, LENGTH) int64 for T5 and CLIP's length for CLIP, which may read only a start."""
-    clip = tokenizers["text_encoder"]
-    return {
-        "text_encoder": padded(clip, prompts, clip.model_max_length).input_ids,
-        "text_encoder_2": t5_words(tokenizers["text_encoder_2"], prompts, LENGTH).input_ids,
-    }
+    ids = tokenize_clip({"text_encoder": tokenizers["text_encoder"]}, prompts)
+    if "text_encoder_2" in tokenizers:
+        ids["text_encoder_2"] = t5_words(tokenizers["text_encoder_2"], prompts, LENGTH).input_ids
+    return ids
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """T5's last hidden states, (prompts, L, D), and CLIP's pooled output, (prompts, D). No mask anywhere."""
-    return {
-        "pooled_prompt_embeds": encoders["text_encoder"](ids["text_encoder"]).pooler_output,
-        "prompt_embeds": t5_states(encoders["text_encoder_2"], ids["text_encoder_2"]),
-    }
+    found = {"pooled_prompt_embeds": encoders["text_encoder"](ids["text_encoder"]).pooler_output}
+    if "text_encoder_2" in ids:
+        found["prompt_embeds"] = t5_states(encoders["text_encoder_2"], ids["text_encoder_2"])
+    return found
 
 
 def check(base: Pretrained) -> None:
@@ -103,6 +102,7 @@ FAMILY = Family(
         "tokenizer_2": T5_WORDS,
     },
     text_encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
+    trained_text=("text_encoder",),
     tokenize=tokenize,
     embed=embed,
     space=partial(vae_space, patch=PATCH),

@@ -144,7 +144,7 @@ KLEIN = Family(
     denoise=denoise,
     objective=FlowMatching,
     text_dtype=torch.bfloat16,
-    trains_text=False,
+    trained_text=(),
     presets={
         "attention": ATTENTION,
         "diffusers": ("to_q", "to_k", "to_v", "to_out.0", *SINGLE),

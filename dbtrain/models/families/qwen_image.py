@@ -80,7 +80,7 @@ FAMILY = Family(
     objective=FlowMatching,
     patch=shared.PATCH,
     text_dtype=torch.bfloat16,
-    trains_text=False,
+    trained_text=(),
     unread=("model.visual", "lm_head"),
     presets={
         "attention": shared.ATTENDED,

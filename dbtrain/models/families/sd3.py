@@ -44,15 +44,13 @@ def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str,
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor], width: int = 0) -> dict[str, Tensor]:
     """Both CLIPs side by side, then T5 or zeros of `width`, (prompts, L, D); the CLIPs' pooled outputs."""
-    states, pooled = [], []
-    for name in CLIPS:
-        found = encoders[name](ids[name], output_hidden_states=True)
-        states.append(found.hidden_states[-2])
-        pooled.append(found.text_embeds)
-    clip = torch.cat(states, dim=-1)
-    t5 = dit.t5_states(encoders[T5], ids[T5]) if T5 in ids else clip.new_zeros(len(clip), LENGTH, width)
+    found = [encoders[name](ids[name], output_hidden_states=True) for name in CLIPS]
+    clip = torch.cat([one.hidden_states[-2] for one in found], dim=-1)
+    pooled = torch.cat([one.text_embeds for one in found], dim=-1)
+    frozen = ids.get("prompt_embeds", clip.new_zeros(len(clip), LENGTH, width))[:, -LENGTH:].to(clip.dtype)
+    t5 = dit.t5_states(encoders[T5], ids[T5]) if T5 in ids else frozen
     clip = pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-    return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)}
+    return {"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": pooled}
 
 
 def check(base: Pretrained) -> None:
@@ -71,9 +69,9 @@ def space(base: Pretrained, side: int) -> LatentSpace:
     found = vae_space(base, side, dit.PATCH)
     most, tokens = base.setting("transformer", "pos_embed_max_size", int), found.shape[1] // dit.PATCH
     if tokens > most:
+        known = most * side // tokens
         raise ConfigError(
-            f"prepare.resolution is {side}, but {base.name} has positions for {most * side // tokens} px; "
-            "use at most that"
+            f"prepare.resolution is {side}; use at most {known}, where {base.name} has positions"
         )
     return found
 
@@ -100,6 +98,8 @@ def fitted(family: Family, base: Pretrained) -> Family:
 
 def idle(name: str, component: Any) -> tuple[str, ...]:
     """The last block drops its text, and with it the text's queries."""
+    if name in CLIPS:
+        return ()
     return (f"transformer_blocks.{len(component.transformer_blocks) - 1}.attn.add_q_proj",)
 
 
@@ -117,6 +117,7 @@ FAMILY = Family(
         "tokenizer_3": T5_WORDS,
     },
     text_encoders={**CLIPS, T5: "tokenizer_3"},
+    trained_text=tuple(CLIPS),
     tokenize=tokenize,
     embed=embed,
     space=space,

@@ -42,7 +42,7 @@ PATCH = 2  # latents per token in each direction
 # What the families have in common whose VAE is Stable Diffusion's, with more channels.
 COMMON: dict[str, Any] = {
     "denoiser": "transformer", "encode_images": encode_moments, "sample_posterior": sample_moments,
-    "objective": FlowMatching, "patch": PATCH, "text_dtype": torch.bfloat16, "trains_text": False,
+    "objective": FlowMatching, "patch": PATCH, "text_dtype": torch.bfloat16,
 }  # fmt: skip
 
 
