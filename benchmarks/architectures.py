@@ -13,6 +13,7 @@ from torch import nn
 
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
+from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.models.safety import library
 
 
@@ -60,7 +61,16 @@ def tokenizer(kind: str, tokens: int) -> Any:
         words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
         words.model_max_length = tokens
         return words
-    return qwen_words(tokens)
+    return t5_words(tokens) if kind.startswith("T5") else qwen_words(MESSAGE, 600)
+
+
+def t5_words(tokens: int) -> Any:
+    """T5's kind of tokenizer, in which each printable letter is one token."""
+    from transformers import T5Tokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=tokens)
 
 
 CHAT = (  # Qwen3's template, for one message without tools
@@ -72,8 +82,8 @@ CHAT = (  # Qwen3's template, for one message without tools
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
 
-def qwen_words(tokens: int, texts: tuple[str, ...] = ("user assistant a photo of sks mug dog",)) -> Any:
-    """Qwen's kind of tokenizer, byte-level, in which each word of `texts` is one token."""
+def qwen_words(text: str = "", size: int = 380) -> Any:
+    """Qwen's kind of tokenizer: byte-level; the words of its chat and of `text` are one token each."""
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel
@@ -83,14 +93,14 @@ def qwen_words(tokens: int, texts: tuple[str, ...] = ("user assistant a photo of
     words = Tokenizer(BPE())
     words.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = BpeTrainer(
-        vocab_size=380, special_tokens=list(SPECIAL), initial_alphabet=ByteLevel.alphabet(),
+        vocab_size=size, special_tokens=list(SPECIAL), initial_alphabet=ByteLevel.alphabet(),
         show_progress=False,
     )  # fmt: skip
-    words.train_from_iterator([text for text in texts for _ in range(10)], trainer)
+    words.train_from_iterator([f"user assistant system a photo of sks mug dog{text}"] * 10, trainer)
     learnt = json.loads(words.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]],
-        extra_special_tokens=list(SPECIAL[1:]), chat_template=CHAT, model_max_length=max(tokens, 4096),
+        extra_special_tokens=list(SPECIAL[1:]), chat_template=CHAT, model_max_length=4096,
         pad_token=SPECIAL[0], eos_token=SPECIAL[2],
     )  # fmt: skip
 
@@ -118,9 +128,9 @@ def _vae(**settings: Any) -> tuple[str, Mapping[str, Any]]:
     }  # fmt: skip
 
 
-def _qwen3(width: int, inner: int) -> tuple[str, Mapping[str, Any]]:
+def _qwen3(kind: str, width: int, inner: int) -> tuple[str, Mapping[str, Any]]:
     """Qwen3, 4B or 8B by its width."""
-    return "Qwen3ForCausalLM", {
+    return kind, {
         "vocab_size": 151936, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 36,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
         "max_position_embeddings": 40960,
@@ -135,18 +145,62 @@ def _flow(**settings: Any) -> tuple[str, Mapping[str, Any]]:
     return "FlowMatchEulerDiscreteScheduler", settings
 
 
+def _flux_vae() -> tuple[str, Mapping[str, Any]]:
+    """FLUX.1's VAE, which others use too."""
+    return _vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, sample_size=1024)
+
+
+FRAMES = ("AutoencoderKLQwenImage", dict[str, Any]())  # Qwen-Image's VAE, which others use too
+T5 = ("T5EncoderModel", {
+    "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+})  # fmt: skip  # T5-XXL
+
+
 def _klein(double: int, single: int, heads: int, text: int, inner: int) -> Architecture:
-    return Architecture(
-        "flux2-klein", 1024, 512,
-        {
-            "transformer": ("Flux2Transformer2DModel", {
-                "num_layers": double, "num_single_layers": single, "num_attention_heads": heads,
-                "joint_attention_dim": 3 * text, "guidance_embeds": False,
-            }),
-            "vae": ("AutoencoderKLFlux2", {}), "text_encoder": _qwen3(text, inner),
-        },
-        _flow(use_dynamic_shifting=True), {"is_distilled": False},
-    )  # fmt: skip
+    transformer = {
+        "num_layers": double, "num_single_layers": single, "num_attention_heads": heads,
+        "joint_attention_dim": 3 * text, "guidance_embeds": False,
+    }  # fmt: skip
+    models = {
+        "transformer": ("Flux2Transformer2DModel", transformer), "vae": ("AutoencoderKLFlux2", {}),
+        "text_encoder": _qwen3("Qwen3ForCausalLM", text, inner),
+    }  # fmt: skip
+    index = {"is_distilled": False}
+    return Architecture("flux2-klein", 1024, 512, models, _flow(use_dynamic_shifting=True), index)
+
+
+def _z_image() -> Architecture:
+    models = {
+        "transformer": ("ZImageTransformer2DModel", {}), "vae": _flux_vae(),
+        "text_encoder": _qwen3("Qwen3Model", 2560, 9728),
+    }  # fmt: skip
+    return Architecture("z-image", 1024, 64, models, _flow(shift=6.0))
+
+
+def _qwen_image() -> Architecture:
+    text = {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000,
+    }  # fmt: skip
+    models = {
+        "transformer": ("QwenImageTransformer2DModel", {}), "vae": FRAMES,
+        "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {"text_config": text}),
+    }  # fmt: skip
+    scheduler = _flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    return Architecture("qwen-image", 1024, 64, models, scheduler)
+
+
+def _krea2() -> Architecture:
+    text = {
+        "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
+    }  # fmt: skip
+    models = {
+        "transformer": ("Krea2Transformer2DModel", dict[str, Any]()), "vae": FRAMES,
+        "text_encoder": ("Qwen3VLModel", {"text_config": text}),
+    }  # fmt: skip
+    return Architecture("krea2", 1024, 64, models, _flow(use_dynamic_shifting=True, max_image_seq_len=6400))
 
 
 @cache
@@ -177,28 +231,7 @@ def published() -> dict[str, Architecture]:
         ),
         "klein-4b": _klein(5, 20, 24, 2560, 9728),
         "klein-9b": _klein(8, 24, 32, 4096, 12288),
-        "qwen-image": Architecture(
-            "qwen-image", 1024, 64,
-            {"transformer": ("QwenImageTransformer2DModel", {}), "vae": ("AutoencoderKLQwenImage", {}),
-             "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {
-                "text_config": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
-                                "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                                "max_position_embeddings": 128000,
-                                "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
-                "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
-             })},
-            _flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
-        ),
-        "krea2": Architecture(
-            "krea2", 1024, 64,
-            {"transformer": ("Krea2Transformer2DModel", {}), "vae": ("AutoencoderKLQwenImage", {}),
-             "text_encoder": ("Qwen3VLModel", {
-                "text_config": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
-                                "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-                                "rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]}},
-                "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096,
-                                  "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
-             })},
-            _flow(use_dynamic_shifting=True, max_image_seq_len=6400),
-        ),
+        "z-image": _z_image(),
+        "qwen-image": _qwen_image(),
+        "krea2": _krea2(),
     }  # fmt: skip

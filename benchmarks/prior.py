@@ -27,7 +27,7 @@ BATCHES = {"tiny": (1, 4, 8), "sd15": (1, 4, 8, 16, 32), "sdxl": (1, 4, 8)}
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
-        args.model, args.batches, args.repeats, args.steps, args.more = "tiny", [1], 1, 2, 4
+        args.model, args.batches, args.repeats, args.steps, args.more = "tiny", [1], 1, 2, 12
     precision: Any = "bf16" if args.device == "cuda" else "fp32"
     model = bases.model(args.model, work, weights=True)
     base = Base.find(model)

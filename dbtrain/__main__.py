@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import dbtrain
-from dbtrain.runtime import exit_codes, files, preemption
+from dbtrain.runtime import exit_codes, files, preemption, start
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
@@ -33,11 +33,12 @@ Overrides = Annotated[
 # Commands import what they need when they run: help needs no pydantic, config errors need no torch.
 
 
-def _load(config: Path, overrides: list[str] | None) -> Config:
+def _load(verb: str, config: Path, overrides: list[str] | None) -> Config:
     """Load and check the config, then start signal handling and terminal output."""
     from dbtrain.config import Config
 
     cfg = Config.load(config, overrides or ())
+    start.say(verb, f"{config}, run folder {cfg.run_dir}")
     preemption.listen(cfg.run_dir, cfg.faults.stop_before_s)
     with importing(at_start=True):
         from dbtrain.runtime import console, dist
@@ -74,7 +75,7 @@ def fetch(
     scoring: Annotated[bool, typer.Option("--scoring", help="the models that `evaluate` uses too")] = False,
 ) -> None:
     """Download the base model into the Hub's cache, as for a cluster whose nodes have no network."""
-    cfg = _load(config, overrides)
+    cfg = _load("fetch", config, overrides)
     with importing(at_start=True):
         from dbtrain.evaluate import encoders
         from dbtrain.models.base import Base
@@ -87,10 +88,12 @@ def fetch(
 @app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
     """Encode photos and class images into shards of VAE latents and a prompt table."""
-    cfg = _load(config, overrides)
+    cfg = _load("prepare", config, overrides)
     with importing(at_start=True):
+        from dbtrain.prepare import duration
         from dbtrain.prepare import prepare as verb
 
+    duration.announce(cfg, "prepare")
     verb.prepare(cfg)
 
 
@@ -103,12 +106,14 @@ def train(
     ] = None,
 ) -> None:
     """Train an adapter on the shards, from the newest checkpoint if there is one."""
-    cfg = _load(config, overrides)
+    cfg = _load("train", config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export, hub
+        from dbtrain.prepare import duration
         from dbtrain.train import loop, summary
 
     hub.check(cfg)
+    duration.announce(cfg, "train")
     loop.train(cfg, until)
     export.finish(cfg)
     hub.push(cfg)
@@ -126,7 +131,7 @@ def export(
     ] = None,
 ) -> None:
     """Export a checkpoint, or convert an adapter, for Diffusers, PEFT, A1111, or ComfyUI."""
-    cfg = _load(config, overrides)
+    cfg = _load("export", config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export as verb
         from dbtrain.export import hub
@@ -138,15 +143,16 @@ def export(
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Prepare, train, export, sample, and push to the Hub; finished stages are skipped."""
-    cfg = _load(config, overrides)
+    cfg = _load("run", config, overrides)
     with importing(at_start=True):
         from dbtrain.export import export, hub
-        from dbtrain.prepare import prepare
+        from dbtrain.prepare import duration, prepare
         from dbtrain.sample import sample
         from dbtrain.train import loop, setup, summary
 
     hub.check(cfg)
     setup.check_settings(cfg)
+    duration.announce(cfg, *duration.JOB)
     prepare.prepare(cfg)
     loop.train(cfg)
     export.finish(cfg)
@@ -177,7 +183,7 @@ def sample(
     """Generate images with one or more adapters, and a contact sheet."""
     extra = [f"sample.seed={seed}"] if seed is not None else []
     extra += [f"sample.images={images}"] if images is not None else []
-    cfg = _load(config, [*(overrides or ()), *extra])
+    cfg = _load("sample", config, [*(overrides or ()), *extra])
     with importing(at_start=True):
         from dbtrain.sample import sample as verb
 
@@ -200,7 +206,7 @@ def evaluate(
     """Score how well a run learned its subject and what it forgot, with a contact sheet."""
     if beside and checkpoints:
         raise ConfigError("--beside compares the scores of one adapter; drop it, or drop --checkpoints")
-    cfg = _load(config, overrides)
+    cfg = _load("evaluate", config, overrides)
     with importing(at_start=True):
         from dbtrain.evaluate import evaluate as verb
 
@@ -219,6 +225,7 @@ def report(
     ] = 64,
 ) -> None:
     """Write one HTML page about one or more runs: curves, images, scores, data, settings."""
+    start.say("report", ", ".join(map(str, runs)))
     with importing(at_start=True):
         from dbtrain.report import report as verb
         from dbtrain.runtime import console
@@ -247,7 +254,7 @@ def doctor(
 ) -> None:
     """Find everything that would make a run of this config fail, before it is queued."""
     if exact:
-        cfg = _load(config, overrides)
+        cfg = _load("doctor", config, overrides)
         with importing(at_start=True):
             from dbtrain.doctor import reproducibility
 
@@ -255,7 +262,7 @@ def doctor(
             print(row, flush=True)
         return
     ranks_here = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if ranks_here != "1" and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")) != "0":
+    if ranks_here != "1" and not start.is_main():
         return  # one process reports
     from dbtrain.doctor import doctor as verb
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,9 @@ from diffusers import (
     Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -29,18 +30,20 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLModel,
     T5Config,
     T5EncoderModel,
-    T5Tokenizer,
 )
 
+from benchmarks.architectures import qwen_words, t5_words
 from benchmarks.tiny import parts
 from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.runtime import rng
@@ -65,10 +68,11 @@ def _clip(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
     )  # fmt: skip
 
 
-def _vae() -> Any:
+def _vae(**changes: Any) -> Any:
     return AutoencoderKL(
         block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        **changes,
     )  # fmt: skip
 
 
@@ -80,6 +84,13 @@ def _unet(**changes: Any) -> Any:
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }  # fmt: skip
     return UNet2DConditionModel(**settings | changes)
+
+
+# Two levels of one width, one attention between them: compiled in half the time, as most kernels repeat.
+SLIM = {
+    "block_out_channels": (32, 32), "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}  # fmt: skip
 
 
 def _noise(**changes: Any) -> Any:
@@ -100,24 +111,27 @@ def _save(folder: Path, pipeline: str, components: dict[str, Any], **options: An
 
 
 @cache
-def sd(prediction: str = "epsilon") -> Path:
-    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,)."""
+def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
+    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,).
+
+    A slim one differs in the denoiser only: it takes the same shards.
+    """
 
     def fill(folder: Path) -> None:
         words = _words()
         with rng.seeded("tests", "sd"):
             components = {
                 "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
-                "unet": _unet(), "scheduler": _noise(prediction_type=prediction), "safety_checker": None,
-                "feature_extractor": None,
+                "unet": _unet(**SLIM if slim else {}), "scheduler": _noise(prediction_type=prediction),
+                "safety_checker": None, "feature_extractor": None,
             }  # fmt: skip
         _save(folder, "StableDiffusionPipeline", components, requires_safety_checker=False)
 
-    return once(f"sd-{prediction}", fill)
+    return once(f"sd-{prediction}{'-slim' if slim else ''}", fill)
 
 
 @cache
-def sdxl() -> Path:
+def sdxl(slim: bool = False) -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
 
     def fill(folder: Path) -> None:
@@ -129,18 +143,16 @@ def sdxl() -> Path:
                 "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
                 "unet": _unet(
                     cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-                    projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+                    projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SLIM if slim else {},
                 ),
             }  # fmt: skip
         _save(folder, "StableDiffusionXLPipeline", components)
 
-    return once("sdxl", fill)
+    return once("sdxl-slim" if slim else "sdxl", fill)
 
 
 def _t5() -> dict[str, Any]:
-    letters = [chr(code) for code in range(33, 127)]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters)]
-    words = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)
+    words = t5_words(77)
     config = T5Config(
         vocab_size=128, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.1,
@@ -194,32 +206,6 @@ def if_2() -> Path:
     return once("if-2", fill)
 
 
-def _qwen_words(text: str = "", size: int = 380, **options: Any) -> Qwen2Tokenizer:
-    """Byte-level words of a chat template and `text`, each one token, as in Qwen's own tokenizer."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    words = Tokenizer(BPE())
-    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    trainer = BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-    )
-    words.train_from_iterator([f"{CHAT} a photo of sks mug dog{text}"] * 10, trainer)
-    learnt = json.loads(words.to_str())["model"]
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    return Qwen2Tokenizer(
-        vocab=learnt["vocab"], merges=merges, extra_special_tokens=special[1:], chat_template=TEMPLATE,
-        model_max_length=4096, pad_token=special[0], eos_token=special[2], **options,
-    )  # fmt: skip
-
-
-CHAT = "user assistant system"
-TEMPLATE = (  # Qwen3's, for one message without tools
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + "
-    "'<|im_end|>' + '\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}"
-    "{%- endif %}{%- endif %}"
-)
-
-
 def _qwen3(words: Any, layers: int) -> Any:
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -229,32 +215,84 @@ def _qwen3(words: Any, layers: int) -> Any:
     )  # fmt: skip
 
 
-@cache
-def flux2_klein(distilled: bool = False) -> Path:
-    """A FLUX.2 klein of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+def _flux2(words: Any, text_encoder: Any, guidance: bool) -> dict[str, Any]:
+    """FLUX.2 of 64 px: one double and two single blocks, latents (128, 4, 4), 512 tokens."""
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=32,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance,
+    )  # fmt: skip
+    return {
+        "vae": vae, "text_encoder": text_encoder, "tokenizer": words, "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }  # fmt: skip
 
+
+@cache
+def flux2_klein() -> Path:
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "flux2 klein"):
-            words = _qwen_words()
-            vae = AutoencoderKLFlux2(
-                block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8, sample_size=64,
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                latent_channels=32,
-            )  # fmt: skip
-            vae.bn.running_mean.normal_()  # 0 and 1 would hide a missing normalization
-            vae.bn.running_var.uniform_(0.5, 2.0)
-            components = {
-                "vae": vae, "text_encoder": _qwen3(words, layers=28), "tokenizer": words,
-                "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-                "transformer": Flux2Transformer2DModel(
-                    in_channels=128, num_layers=1, num_single_layers=2, attention_head_dim=16,
-                    num_attention_heads=2, joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4),
-                    guidance_embeds=False,
-                ),
-            }  # fmt: skip
-        _save(folder, "Flux2KleinPipeline", components, is_distilled=distilled)
+            words = qwen_words()
+            components = _flux2(words, _qwen3(words, layers=28), guidance=False)
+        _save(folder, "Flux2KleinPipeline", components, is_distilled=False)
 
-    return once(f"flux2-klein-{distilled}", fill)
+    return once("flux2-klein", fill)
+
+
+MISTRAL = (
+    "{{- bos_token }}{%- for message in messages %}{%- for part in message.content %}"
+    "{%- if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
+    "{%- else %}[INST]{{ part.text }}[/INST]{%- endif %}{%- endfor %}{%- endfor %}"
+)
+
+
+@cache
+def flux2_dev() -> Path:
+    """With a plain tokenizer in place of Pixtral's processor, which needs torchvision."""
+
+    def fill(folder: Path) -> None:
+        special = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            "<pad>",
+            "[INST]",
+            "[/INST]",
+            "[SYSTEM_PROMPT]",
+            "[/SYSTEM_PROMPT]",
+        ]
+        model = Tokenizer(BPE())
+        model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        alphabet = ByteLevel.alphabet()
+        trainer = BpeTrainer(
+            vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        model.train_from_iterator(["a photo of sks mug dog " + SYSTEM_MESSAGE] * 10, trainer)
+        words = PreTrainedTokenizerFast(
+            tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+            chat_template=MISTRAL, model_max_length=4096,
+        )  # fmt: skip
+        text = {
+            "model_type": "mistral", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 31, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "max_position_embeddings": 1024,
+        }  # fmt: skip
+        seen = {
+            "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        }  # fmt: skip
+        with rng.seeded("tests", "flux2 dev"):
+            encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=seen))
+            components = _flux2(words, encoder, guidance=True)
+        _save(folder, "Flux2Pipeline", components)
+
+    return once("flux2-dev", fill)
 
 
 def _qwen_vae() -> Any:
@@ -273,7 +311,7 @@ def qwen_image() -> Path:
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "qwen image"):
-            words = _qwen_words(MESSAGE, size=600)
+            words = qwen_words(MESSAGE, size=600)
             text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 2}
             vision = {
                 "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
@@ -303,7 +341,7 @@ def krea2() -> Path:
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "krea 2"):
-            words = _qwen_words(MESSAGE, size=600)
+            words = qwen_words(MESSAGE, size=600)
             text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 36, "head_dim": 8}
             vision = {
                 "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
@@ -330,23 +368,40 @@ def krea2() -> Path:
     return once("krea2", fill)
 
 
-SIDES = {
-    "krea2": 64,
-    "qwen-image": 64,
-    "flux2-klein": 64,
-    "sd": 64,
-    "sdxl": 64,
-    "deepfloyd": 16,
-    "deepfloyd-2": 32,
-}  # px that these are made for
+@cache
+def z_image() -> Path:
+    """A Z-Image of 64 px: one block of each of its three kinds, latents (16, 8, 8), prompts of any length."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "z image"):
+            words = qwen_words()
+            transformer = ZImageTransformer2DModel(
+                dim=64, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4, cap_feat_dim=32,
+                axes_dims=[4, 6, 6], axes_lens=[1024, 64, 64],
+            )  # fmt: skip
+            transformer.x_pad_token.data.normal_()  # 0 would hide a missing one
+            transformer.cap_pad_token.data.normal_()
+            components = {
+                "vae": _vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+                "text_encoder": _qwen3(words, layers=3).model, "tokenizer": words,
+                "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer": transformer,
+            }  # fmt: skip
+        _save(folder, "ZImagePipeline", components)
+
+    return once("z-image", fill)
+
+
+FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
+    "flux2-klein": flux2_klein,
+    "flux2-dev": flux2_dev,
+    "qwen-image": qwen_image,
+    "z-image": z_image,
+    "krea2": krea2,
+}
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
-    "flux2-klein": flux2_klein,
-    "qwen-image": qwen_image,
-    "krea2": krea2,
+    "sd-slim": lambda: sd(slim=True), "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
 }  # fmt: skip
-OF_FAMILY = {
-    "sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, "flux2-klein": flux2_klein,
-    "qwen-image": qwen_image,
-    "krea2": krea2,
-}  # fmt: skip
+OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}
+# px that these are made for
+SIDES = {"sd": 64, "sdxl": 64, "deepfloyd": 16, "deepfloyd-2": 32, **dict.fromkeys(FLOW, 64)}

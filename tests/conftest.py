@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         assert all("@" in item.nodeid for item in grouped), "pytest-xdist does not keep groups together"
 
 
+def slow(*values: Any) -> Any:
+    """A row of a table that `launch/test.sh --quick` leaves out."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def thinned(rows: list[Any], step: int) -> list[Any]:
+    """A table of tuples, of which `launch/test.sh --quick` takes one row in `step`."""
+    return [slow(*row) if number % step else row for number, row in enumerate(rows)]
+
+
 def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:
     """A picture that differs from the others in every part: colours, shape, place."""
     picture = Image.new("RGB", size, (40 * number % 256, 90, 200 - 30 * number % 200))

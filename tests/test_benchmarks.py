@@ -39,7 +39,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.families import sd
 from dbtrain.runtime import console
 from tests import bases
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 
 FEW = ["prepare.class_images=2", "prepare.sampling.steps=2", "sample.steps=1", "validation.prompts=[]"]
 
@@ -67,6 +67,7 @@ def test_dreambooth_works(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     words = ["benchmarks.subject_fidelity", "--work", str(tmp_path), "--out", str(tmp_path), "--smoke"]
     words += ["--set", "train.steps=100", "optim.lr=3e-3", "prepare.class_images=16", "validation.prompts=[]"]
+    words += ["prepare.sampling.steps=10", "sample.steps=10"]  # drawing costs more than training
     done = subprocess.run(
         [sys.executable, *torchrun, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
@@ -83,6 +84,7 @@ def test_dreambooth_that_does_not_work_is_noticed(tmp_path: Path, monkeypatch: p
     assert ended.value.code == 1
 
 
+@pytest.mark.slow
 def test_changes_are_compared_and_a_second_call_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,7 +142,10 @@ SMOKE = {
 
 @pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
-@pytest.mark.parametrize("script", SMOKE, ids=lambda script: script.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "script", [prior, memory, *map(slow, (throughput, ladder, data, end_to_end))],
+    ids=lambda script: script.__name__.rpartition(".")[2],
+)  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, measure = SMOKE[script]
     monkeypatch.setattr(ladder, "LADDER", (ladder.LADDER[0], ladder.LADDER[8]))

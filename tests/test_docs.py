@@ -135,6 +135,7 @@ def test_the_readme_is_short_and_links_every_page() -> None:
     assert not {f"docs/{page.name}" for page in DOCS.glob("*.md")} - set(LINK.findall(text))
 
 
+@pytest.mark.slow
 def test_the_python_page_runs_as_one_script(tmp_path: Path) -> None:
     """Its blocks in order, with fewer steps and class images."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL))

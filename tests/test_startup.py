@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dbtrain.models import sampler
+from dbtrain.models.base import Base
+from dbtrain.runtime import hashing
 from dbtrain.runtime.imports import importing
+from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
 from tests.conftest import Make, finished
 
@@ -55,6 +60,44 @@ def test_help_imports_none_of_the_big_libraries(tmp_path: Path) -> None:
     assert among(found["modules"], *big) == []
 
 
+def test_a_verb_says_what_begins_before_it_imports_torch(make: Make, tmp_path: Path) -> None:
+    cfg, path = make(), tmp_path / "c.yaml"
+    code = "import sys; sys.modules['torch'] = None; from dbtrain.__main__ import app; app()"
+    for rank, lines in (
+        ("0", [f"dbtrain train: {path}, run folder {cfg.run_dir}; loading libraries"]),
+        ("1", []),
+    ):
+        done = finished([sys.executable, "-c", code, "train", str(path)], cold=True, RANK=rank)
+        assert "import of torch halted" in done.stderr
+        assert done.stderr.partition("Traceback")[0].splitlines() == lines
+
+
+def test_loading_is_announced_before_it_begins(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = make(prepare__class_images=1, adapter__text_encoder={"rank": 2})
+    monkeypatch.setattr(Base, "load", lambda base, *_: pytest.fail(caplog.messages[-1]))
+    with caplog.at_level("INFO", "dbtrain"):
+        base = Base.find(cfg.model)
+        with pytest.raises(pytest.fail.Exception, match=r"^loading unet, vae, text_encoder of "):
+            sampler.build(base, torch.float32, torch.device("cpu"))
+        with pytest.raises(pytest.fail.Exception, match=r"^loading unet, text_encoder of "):
+            DreamBooth.build(base, None, {}, cfg)
+
+
+def test_a_checksum_that_takes_long_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hashing, "SMALL", 10)
+    monkeypatch.setattr(hashing, "LARGE", 100)
+    for size in (100, 101):
+        (tmp_path / str(size)).write_bytes(bytes(size))
+    with caplog.at_level("INFO", "dbtrain"):
+        for size in (100, 101):
+            hashing.cached_sha256_of(tmp_path / str(size))
+    assert caplog.messages == [f"reading {tmp_path / '101'} (101 bytes) for its checksum"]
+
+
 def test_shards_that_are_up_to_date_take_no_model_library(make: Make, prepared: Path, tmp_path: Path) -> None:
     make(data__shards=str(prepared))
     found = watched(tmp_path, "prepare", tmp_path / "c.yaml", cold=True)
@@ -62,6 +105,7 @@ def test_shards_that_are_up_to_date_take_no_model_library(make: Make, prepared: 
     assert among(found["modules"], "diffusers", "transformers", "peft", "tensorboard") == []
 
 
+@pytest.mark.slow
 def test_training_needs_no_weights_but_the_denoisers(make: Make, prepared: Path, tmp_path: Path) -> None:
     base = as_in_the_hubs_cache(tmp_path, bases.sd())
     for part in ("vae", "text_encoder"):

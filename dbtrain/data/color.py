@@ -1,6 +1,6 @@
 """Colors: any picture that Pillow reads, as 8-bit sRGB over white.
 
-The embedded profile of a photo says what its numbers mean: read as sRGB, a photo in Display P3 loses some
+The profile of a photo says what its numbers mean: read as sRGB, a photo in Display P3 loses some
 15% of its chroma, one in ProPhoto RGB 29%.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+from dbtrain.data.profiles import profile_of
 from dbtrain.runtime.errors import reason
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # color space of a profile: Pillow's mode
@@ -26,10 +27,10 @@ STRIP = 256  # rows
 def to_srgb(photo: Image.Image, tell: Callable[[str], object]) -> Image.Image:
     """A loaded picture of any mode and depth as 8-bit sRGB, transparency over white.
 
-    Its embedded profile is applied with relative colorimetric intent. If that cannot be, `tell` is called
+    Its profile is applied with relative colorimetric intent. If that cannot be, `tell` is called
     with the reason, and the numbers count as sRGB.
     """
-    profile = photo.info.get("icc_profile") or b""
+    profile = profile_of(photo, tell)
     alpha = _alpha(photo)
     if _is_deep(photo) or photo.mode in GRAYS:
         colors = _shades(photo, profile, tell)

@@ -25,7 +25,8 @@ from dbtrain.data.storage import Storage
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
 
-VERSION: Literal[2] = 2  # 1: the colors of photos were read as sRGB, whatever their profile
+# 1: the colors of photos were read as sRGB, whatever their profile. 2: unless the profile was embedded.
+VERSION: Literal[3] = 3
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
@@ -70,7 +71,7 @@ class Source(Section):
 class Manifest(Section):
     """The content of a shard folder and what it was made from. Written last, atomically."""
 
-    version: Literal[2]
+    version: Literal[3]
     family: str
     base: str
     components: dict[str, str]  # sha256 of each component of the base that the content depends on

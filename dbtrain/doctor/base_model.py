@@ -14,7 +14,6 @@ from dbtrain.adapters import targets
 from dbtrain.config.adapter import AdapterSettings
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.models.base import Base
-from dbtrain.models.families.family import Family
 from dbtrain.models.locate import EMBEDDED
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import files
@@ -38,7 +37,7 @@ def model(case: Case) -> Iterator[Finding]:
         yield from findings_of(problem, "use a complete Diffusers folder, a Hub id, or tiny")
         return
     # Weights, vocabularies, and whether the resolution fits.
-    found = [line for name in models_of(base.family) for line in _weights(base, name)]
+    found = [line for name in base.family.models for line in _weights(base, name)]
     found += problems_of(lambda: base.check_trains(case.cfg.adapter), "use another base")
     for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
@@ -52,14 +51,9 @@ def model(case: Case) -> Iterator[Finding]:
                                  "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5"))  # fmt: skip
     yield from found
     case.base = base
-    total = sum(file.stat().st_size for name in models_of(base.family) for file in weight_files(base, name))
+    total = sum(file.stat().st_size for name in base.family.models for file in weight_files(base, name))
     if not any(line.level == "error" for line in found):
         yield ok(f"{path}: {base.family.name}, {files.size_text(total)} of weights in {base.folder}")
-
-
-def models_of(family: Family) -> list[str]:
-    """The components with weights."""
-    return [family.denoiser, *([family.vae] if family.vae else []), *family.text_encoders]
 
 
 def _absent(path: str) -> Iterator[Finding]:
@@ -169,16 +163,26 @@ def _parts(case: Case) -> list[tuple[str, AdapterSettings, str, Mapping[str, Seq
 
 def adapter_bytes(case: Case) -> int:
     """Approximate size of the adapter in fp32, bytes; 0 if its targets select nothing."""
-    count = 0
+    return sum(
+        4 * cfg.rank * (shape[0] + math.prod(shape[1:])) * (2 if cfg.kind == "loha" else 1)
+        for cfg, shape in _chosen(case)
+    )
+
+
+def diff_bytes(case: Case) -> int:
+    """Size of the layers that the adapter is on, in fp32, bytes."""
+    return sum(4 * math.prod(shape) for _, shape in _chosen(case))
+
+
+def _chosen(case: Case) -> Iterator[tuple[AdapterSettings, list[int]]]:
+    """The settings of every layer that gets an adapter, and the shape of its weight."""
     for component, cfg, part, presets in _parts(case):
         modules, shapes = _layers(case.base, component)
         try:
-            chosen = targets.selected(modules, targets.select(modules, cfg.targets, part, presets))
+            names = targets.selected(modules, targets.select(modules, cfg.targets, part, presets))
         except ConfigError:  # `adapter` reports it
             continue
-        sizes = [shapes[name][0] + math.prod(shapes[name][1:]) for name in chosen]
-        count += cfg.rank * sum(sizes) * (2 if cfg.kind == "loha" else 1)
-    return 4 * count
+        yield from ((cfg, shapes[name]) for name in names)
 
 
 def _layers(base: Base, component: str) -> tuple[targets.Modules, dict[str, list[int]]]:

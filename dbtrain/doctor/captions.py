@@ -1,4 +1,4 @@
-"""The captions: whether they can be read, name the subject, and fit into the text encoders."""
+"""Captions and prompts: whether they can be read, name the subject, and fit into the text encoders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
-SHORT = 30  # bytes; a text of so few fits into any text encoder
+TOKENS = 77  # that a text encoder reads if its config does not say it
 
 
 def captions(case: Case) -> Iterator[Finding]:
@@ -37,10 +37,22 @@ def captions(case: Case) -> Iterator[Finding]:
             f"{len(lacking)} of {len(texts)} captions do not name the subject ('{word}'): {listed(lacking)}",
             f"write '{word}' into each, as in prepare.instance_prompt '{cfg.instance_prompt}'",
         )
-    if case.knows("base") and (long := too_long(texts, case.base)):
-        yield warning(f"longer than the text encoder reads, so their ends are cut off: {listed(long)}",
-                      "shorten them")  # fmt: skip
+    if case.knows("base"):
+        yield from too_long({path.name: text for path, text in texts.items()}, case.base)
     yield ok(f"{len(texts)} of {len(found)} photos have a caption")
+
+
+def prompts(case: Case) -> Iterator[Finding]:
+    """Whether the text encoders read every prompt to its end."""
+    cfg, texts = case.cfg, {}
+    if cfg.prepare:
+        texts["prepare.instance_prompt"] = cfg.prepare.instance_prompt
+        texts["prepare.class_prompt"] = cfg.prepare.class_prompt or ""
+    for section in ("validation", "sample", "evaluation"):
+        for number, text in enumerate(getattr(cfg, section).prompts, 1):
+            texts[f"{section}.prompts, no. {number}"] = text
+    yield from too_long(texts, case.base)
+    yield ok("the model reads every prompt to its end")
 
 
 def without_token(texts: dict[Path, str], token: set[str]) -> list[str]:
@@ -48,17 +60,22 @@ def without_token(texts: dict[Path, str], token: set[str]) -> list[str]:
     return [path.name for path, text in texts.items() if not token <= settings.words(text)]
 
 
-def too_long(texts: dict[Path, str], base: Base) -> list[str]:
-    """Names of the photos with a caption that has more tokens than a text encoder reads, and how many."""
-    long = {path: text for path, text in texts.items() if len(text.encode()) > SHORT}
+def too_long(texts: dict[str, str], base: Base) -> Iterator[Finding]:
+    """A warning that names the texts with more tokens than a text encoder reads, and how many they have."""
+    sizes = [base.config(name).get("max_position_embeddings") for name in base.family.text_encoders]
+    least = min((size for size in sizes if type(size) is int), default=TOKENS)
+    # A token has a byte or more, and two mark the ends; loading the tokenizers takes seconds.
+    long = {name: text for name, text in texts.items() if len(text.encode()) + 2 > least}
     if not long:
-        return []
+        return
     tokenizers = {name: base.load(tokenizer) for name, tokenizer in base.family.text_encoders.items()}
-    most = {name: ids.shape[1] for name, ids in base.family.tokenize(tokenizers, [""]).items()}
-    counts = {
-        path: max((len(tokenizers[name](text).input_ids), limit) for name, limit in most.items())
-        for path, text in long.items()
-    }
-    return [
-        f"{path.name} ({count} tokens of {limit})" for path, (count, limit) in counts.items() if count > limit
-    ]
+    ids = base.family.tokenize(tokenizers, [""])
+    most = {name: ids[name].shape[1] for name in tokenizers}
+    found = []
+    for label, text in long.items():
+        counts = {name: len(tokenizers[name](text).input_ids) for name in most}
+        found += [f"{label} ({counts[name]} tokens of {most[name]})" for name in most
+                  if counts[name] > most[name]][:1]  # fmt: skip
+    if found:
+        yield warning(f"longer than the model reads, so their ends have no effect: {listed(found)}",
+                      "shorten them; a word takes one or two tokens")  # fmt: skip

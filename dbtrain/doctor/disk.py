@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dbtrain.data.storage import Storage
-from dbtrain.doctor.base_model import adapter_bytes
+from dbtrain.doctor.base_model import adapter_bytes, diff_bytes
 from dbtrain.doctor.case import Case, Finding, error, ok
-from dbtrain.doctor.photos import generated
 from dbtrain.prepare import class_images
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import os_problem
@@ -80,9 +79,10 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     if not case.knows("base"):
         return
     adapter = adapter_bytes(case)
-    # One checkpoint more than are kept, as a new one is written before an old one is removed; and the export.
-    checkpoints = (cfg.train.keep + 1) * (1 + MOMENTS) * adapter + adapter
-    yield f"{cfg.train.keep} checkpoints and the export", files.expand(cfg.run_dir), checkpoints
+    # One checkpoint more than are kept, as a new one is written before an old one is removed.
+    checkpoints = (cfg.train.keep + 1) * (1 + MOMENTS) * adapter
+    export = sum(diff_bytes(case) if form == "diff" else adapter for form in cfg.export.formats or ("",))
+    yield f"{cfg.train.keep} checkpoints and the export", files.expand(cfg.run_dir), checkpoints + export
     prepare, shards = cfg.prepare, Storage(cfg.data.shards).folder
     if prepare is None or shards is None:
         return
@@ -97,7 +97,7 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     # Class images.
     if prepare.class_prompt and case.base.family.enlarges == 1:
         count -= len(class_images.find_own(prepare))
-        missing = count - sum(path.exists() for path in generated(case, count))
+        missing = count - sum(path.exists() for path in class_images.generated(case.base, prepare, count))
         png = prepare.resolution**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
         yield "class images", class_images.root(prepare), missing * each

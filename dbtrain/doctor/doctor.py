@@ -37,6 +37,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("adapter", base_model.adapter),
         ("photos", photos.photos),
         ("captions", captions.captions),
+        ("prompt length", captions.prompts),
         ("passes", photos.passes),
         ("class images", photos.of_class),
         ("images", photos.generated_images),
@@ -87,6 +88,10 @@ def check(
             from dbtrain.doctor import dry_run as trial
 
         yield from _each((("dry run", trial.dry_run),), case)
+    # What it measured is used here.
+    from dbtrain.doctor import time
+
+    yield from _each((("time", time.time),), case)
 
 
 def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tuple[str, Finding]]:

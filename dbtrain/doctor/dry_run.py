@@ -28,24 +28,32 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "S
 
 
 def dry_run(case: Case) -> Iterator[Finding]:
-    """Prepare a few images, train two steps and export: one finding each, or the command's own error."""
+    """Prepare a few images, train two steps and sample: one finding each, or the command's own error.
+
+    The commands remember their speed as those of a run do.
+    """
     _ = case.base  # raises Unknown instead of downloading it
     ranks = _possible_ranks(case)
     with tempfile.TemporaryDirectory(prefix="dbtrain-dry-run-") as scratch:
         folder = Path(scratch)
         cfg = shortened(case.cfg, folder)
         (folder / "config.yaml").write_text(cfg.dump())
-        for verb in ("prepare", "train") if cfg.prepare else ("train",):
+        for verb in _verbs(cfg):
             since = time.perf_counter()
             done = run_command([verb, str(folder / "config.yaml")], ranks)
             if done.returncode:
                 yield from _problems(verb, done)
                 return
-            result = "a few photos and class images"
+            result = {"prepare": "a few photos and class images", "sample": "one prompt"}.get(verb)
             if verb == "train":
                 result = _result(RunFolder(folder / "run"), cfg.train.steps)
             processes = f"{ranks} process" + "es" * (ranks > 1)
             yield ok(f"{verb}: {result}; {time.perf_counter() - since:.0f} s with startup, {processes}")
+
+
+def _verbs(cfg: Config) -> list[str]:
+    asked = {"prepare": cfg.prepare, "train": True, "sample": cfg.sample.prompts}
+    return [verb for verb, wanted in asked.items() if wanted]
 
 
 def _possible_ranks(case: Case) -> int:
@@ -65,7 +73,9 @@ def shortened(cfg: Config, folder: Path) -> Config:
             update={"steps": steps, "log_every": 1, "checkpoint_every": steps, "wandb": None}
         ),
         "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, steps)}),
-        "sample": cfg.sample.model_copy(update={"prompts": (), "steps": min(cfg.sample.steps, STEPS)}),
+        "sample": cfg.sample.model_copy(
+            update={"prompts": cfg.sample.prompts[:1], "images": 1, "steps": min(cfg.sample.steps, STEPS)}
+        ),
         "validation": cfg.validation.model_copy(update={"images": 1}),
     }  # fmt: skip
     if cfg.prepare:

@@ -182,7 +182,7 @@ def of_class(case: Case) -> Iterator[Finding]:
         yield from found
         return
     plan.left(cfg, "class", cfg.class_images)
-    kept = sum(path.exists() for path in generated(case, count))
+    kept = sum(path.exists() for path in class_images.generated(case.base, cfg, count))
     yield ok(f"{cfg.class_images}: {len(own)} of your own, {kept} already generated, "
              f"{count - kept} to generate, in {class_images.root(cfg)}")  # fmt: skip
 
@@ -201,16 +201,3 @@ def generated_images(case: Case) -> Iterator[Finding]:
         )
     else:
         yield ok("none; set validation.prompts to see whether it learns")
-
-
-def generated(case: Case, count: int) -> list[Path]:
-    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base."""
-    cfg = case.cfg.prepare
-    assert cfg is not None
-    if not count:
-        return []
-    folder = class_images.places(case.base.family, cfg, {}, 1)[0].parent  # <prompt>-<key of the settings>
-    if not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
-        return []
-    about = class_images.about_of(case.base, cfg)
-    return class_images.places(case.base.family, cfg, about, count)

@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 
 from dbtrain.adapters.formats import registry as formats
-from dbtrain.config import Config
+from dbtrain.config import Config, subject_words
+from dbtrain.config.subject_words import SubjectWords
 from dbtrain.data import photos as images
 from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
 from dbtrain.evaluate import encoders
@@ -37,7 +38,7 @@ class Scenario:
     """Everything to score: the image files by what they show, and the encoders."""
 
     cfg: Config
-    about: subject.SubjectWords
+    about: SubjectWords
     prompts: Sequence[tuple[str, str]]  # (generated, the same without the token)
     photos: Sequence[Path]
     dino: Encoder
@@ -101,7 +102,7 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
 def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Scenario:
     """Find or download everything that is needed. One rank per node downloads."""
     with dist.agreed():
-        about = subject.of(cfg.prepare, cfg.subject)
+        about = subject_words.of(cfg.prepare, cfg.subject)
         prompts = subject.prompts(about, cfg.evaluation)
         photos = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",)) if cfg.prepare else []
         if not photos:

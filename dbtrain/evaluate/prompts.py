@@ -1,13 +1,9 @@
-"""The words for a subject (its token and its class), and prompts that use them."""
+"""Prompts about a subject, and how they are sampled."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from dbtrain.config import Config, Evaluation, Prepare, Subject
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.config import Config, Evaluation
+from dbtrain.config.subject_words import SubjectWords
 
 # Settings that suit subjects of any kind; `{}` is the subject.
 CONTEXTS = (
@@ -22,76 +18,6 @@ CONTEXTS = (
     "a {} beside a swimming pool",
     "an oil painting of a {}",
 )
-
-
-@dataclass(frozen=True)
-class SubjectWords:
-    token: str  # "sks"
-    kind: str  # "dog"
-    class_prompt: str  # "a photo of a dog"
-
-    def put(self, prompt: str) -> tuple[str, str]:
-        """(prompt to generate, the same without the token) for a prompt that contains `{}` or the token.
-
-        Raises ConfigError if it contains neither.
-        """
-        if "{}" in prompt:
-            return prompt.replace("{}", f"{self.token} {self.kind}"), prompt.replace("{}", self.kind)
-        without = re.sub(rf"(?<!\w){re.escape(self.token)}(?!\w)\s*", "", prompt).strip()
-        if without == prompt.strip():
-            raise ConfigError(
-                f"evaluation.prompts: '{prompt}' is not about the subject; put {{}} or "
-                f"'{self.token} {self.kind}' into it"
-            )
-        return prompt, without
-
-
-def of(prepare: Prepare | None, subject: Subject) -> SubjectWords:
-    """The subject of a config, from `subject` or else from the instance and class prompts.
-
-    The token is the words that only the instance prompt has; the class follows the token. Raises ConfigError
-    with the setting to add if the prompts do not tell.
-    """
-    if prepare is None:
-        raise ConfigError("evaluate needs the photos: the config has no prepare section")
-    instance, of_class = prepare.instance_prompt.split(), (prepare.class_prompt or "").split()
-    token = (subject.token or _token(prepare, instance, of_class)).split()
-    starts = [k for k in range(len(instance)) if instance[k : k + len(token)] == token]
-    if not starts:
-        raise ConfigError(
-            f"subject.token is '{' '.join(token)}', which is not in prepare.instance_prompt "
-            f"('{prepare.instance_prompt}')"
-        )
-    after = instance[starts[0] + len(token) :]
-    kind = subject.class_word or " ".join(_shared(after, of_class) if of_class else after)
-    if not kind:
-        raise ConfigError(
-            f"cannot find the class of '{' '.join(token)}' in prepare.instance_prompt "
-            f"('{prepare.instance_prompt}'); set subject.class_word, e.g. to dog"
-        )
-    article = "an" if kind[0].lower() in "aeiou" else "a"
-    return SubjectWords(" ".join(token), kind, prepare.class_prompt or f"a photo of {article} {kind}")
-
-
-def _token(prepare: Prepare, instance: Sequence[str], of_class: Sequence[str]) -> str:
-    """The words that only the instance prompt has. Raises ConfigError if there are none, or not in a row."""
-    known = {word.lower() for word in of_class}
-    own = [k for k, word in enumerate(instance) if word.lower() not in known]
-    if not of_class or not own or own[-1] - own[0] >= len(own):
-        raise ConfigError(
-            f"cannot find the word that names the subject in prepare.instance_prompt "
-            f"('{prepare.instance_prompt}') and prepare.class_prompt ('{prepare.class_prompt or ''}'); "
-            "set subject.token, e.g. to sks"
-        )
-    return " ".join(instance[own[0] : own[-1] + 1])
-
-
-def _shared(after: Sequence[str], of_class: Sequence[str]) -> Sequence[str]:
-    """The longest prefix of `after` that is also in the class prompt."""
-    for length in range(len(after), 0, -1):
-        if any(of_class[k : k + length] == after[:length] for k in range(len(of_class))):
-            return after[:length]
-    return ()
 
 
 def prompts(subject: SubjectWords, evaluation: Evaluation) -> list[tuple[str, str]]:

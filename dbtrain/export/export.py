@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of, read_state, step_of
 from dbtrain.train import checkpoint
+
+DATE = "SOURCE_DATE_EPOCH"  # environment variable
 
 
 def export(
@@ -36,14 +40,19 @@ def export(
         with dist.agreed():
             states = formats.read(formats.find(adapter), base.family, base.skeleton)
         return save(cfg, base, states, {}, out, name_of(adapter))
+    states, state = _trained(run, base, step)
+    return save(cfg, base, states, state, out or run.export, name_of(run.path))
+
+
+def _trained(run: RunFolder, base: Base, step: int | None) -> tuple[States, dict[str, Any]]:
+    """The adapter in the newest checkpoint, or that of `step`, and the checkpoint's state, on every rank."""
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         state = read_state(path)
         components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
-        states = {name: peft_folder.read(path / name) for name in components}
-    return save(cfg, base, states, state, out or run.export, name_of(run.path))
+        return {name: peft_folder.read(path / name) for name in components}, state
 
 
 def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str) -> Path:
@@ -63,12 +72,18 @@ def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], fold
                 )
                 what = f"exported step {state['step']}" if state else "converted"
                 console.say(f"{what} to {path} ({form}, for {formats.FORMATS[form].programs})")
-                if caveat := formats.caveat(form, states):
+                if caveat := formats.caveat(form, states, forms):
                     console.say(f"warning: {caveat}")
-            images = [SAMPLES] if (folder / SAMPLES).is_file() else []
-            text = card(cfg, base, states, state, name, forms, images)
-            files.write_atomically(folder / "README.md", text)
+            _write_card(cfg, base, states, state, folder, name)
     return formats.FORMATS[forms[0]].path(folder, name)
+
+
+def _write_card(
+    cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str
+) -> None:
+    forms = cfg.export.formats or formats.natural(base.family, states)
+    images = [SAMPLES] if (folder / SAMPLES).is_file() else []
+    files.write_atomically(folder / "README.md", card(cfg, base, states, state, name, forms, images))
 
 
 def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, str]:
@@ -89,7 +104,18 @@ def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, st
             "modelspec.trigger_phrase": prompt,
             "ss_tag_frequency": json.dumps({name: {prompt: 1}}, ensure_ascii=False),
         }
-    return found
+    return found | _date()
+
+
+def _date() -> dict[str, str]:
+    """The date that the user gives the file. The clock's would make the exports of equal runs differ.
+
+    https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    seconds = os.environ.get(DATE)
+    if seconds and not re.fullmatch(r"[0-9]{1,12}", seconds):
+        raise ConfigError(f"{DATE} is '{seconds}', not seconds since 1970; unset it, or use e.g. 1767225600")
+    return {"ss_training_started_at": seconds} if seconds else {}
 
 
 def finish(cfg: Config) -> None:
@@ -108,15 +134,19 @@ def finish(cfg: Config) -> None:
 
 def show(cfg: Config, sheet: Path | None) -> None:
     """Copy a contact sheet into the run's export and show it in the model card."""
-    changed = False
+    changed, run = False, RunFolder(cfg.run_dir)
     with dist.agreed():
-        copy = RunFolder(cfg.run_dir).export / SAMPLES
+        copy = run.export / SAMPLES
         if dist.is_main() and sheet is not None:
             changed = not copy.is_file() or copy.read_bytes() != sheet.read_bytes()
             if changed:
                 files.write_atomically(copy, sheet.read_bytes())
     if dist.from_main(changed):
-        export(cfg)
+        base = Base.find(cfg.model)
+        states, state = _trained(run, base, None)
+        with dist.agreed():
+            if dist.is_main():
+                _write_card(cfg, base, states, state, run.export, name_of(run.path))
 
 
 def _done(cfg: Config) -> str:

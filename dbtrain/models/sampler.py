@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from dbtrain.data import photos
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family, LatentSpace
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.runtime import dist, files
+from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.imports import importing
@@ -35,6 +37,8 @@ def build(
     with importing():  # not at the top, because most calls of `prepare` generate nothing
         import diffusers
 
+    if loaded := [part for part in base.family.models if part not in given]:
+        console.say(f"loading {', '.join(loaded)} of {base.name}")
     parts = {part: given[part] if part in given else base.load(part, dtype) for part in base.family.parts}
     with importing():
         kind = getattr(diffusers, base.family.pipeline)
@@ -66,6 +70,67 @@ def without_vae(base: Base, side: int, dtype: torch.dtype, given: Mapping[str, A
     # Without a VAE the pipeline would assume a factor of 8.
     pipe.vae_scale_factor = side // family.space(base, side).shape[-1]
     return pipe
+
+
+@contextmanager
+def moving(pipe: Any, bar: console.Bar, images: int, kind: str) -> Iterator[None]:
+    """While the block generates `images` images with `pipe`, `bar` moves at each denoising step.
+
+    Adds the time of these steps to the pace of `kind`, as "`kind` step", and that of decoding as `kind`.
+    """
+    moments: list[_Moment] = []
+    end = bar.n + images
+
+    def stepped(steps: int) -> None:
+        moments.append(_Moment.now(pipe.device))
+        bar.update(images / (steps + 1))  # decoding counts as one more
+
+    pipe.progress_bar = lambda total: _Steps(total, stepped)
+    yield
+    bar.update(end - bar.n)
+    if len(moments) > 1:
+        pace.add(f"{kind} step", moments[-1].since(moments[0]), images * (len(moments) - 1))
+        pace.add(kind, _Moment.now(pipe.device).since(moments[-1]), images)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Takes the place of the pipeline's own progress bar."""
+
+    total: int
+    stepped: Callable[[int], None]  # called with `total` after each denoising step
+
+    def __enter__(self) -> _Steps:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        pass
+
+    def update(self) -> None:
+        self.stepped(self.total)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A moment on the device, whose kernels run later than they are launched."""
+
+    seconds: float
+    event: torch.cuda.Event | None = None
+
+    @classmethod
+    def now(cls, device: torch.device) -> _Moment:
+        if device.type != "cuda":
+            return cls(pace.clock())
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return cls(0.0, event)
+
+    def since(self, earlier: _Moment) -> float:
+        """Seconds. Waits for the device."""
+        if self.event is None or earlier.event is None:
+            return self.seconds - earlier.seconds
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
 
 
 @torch.no_grad()

@@ -90,6 +90,16 @@ def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -
     return [folder / f"{index:05d}{suffix}" for index in range(count)]
 
 
+def generated(base: Base, cfg: Prepare, count: int) -> list[Path]:
+    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base."""
+    if not count:
+        return []
+    folder = places(base.family, cfg, {}, 1)[0].parent  # <prompt>-<key of the settings>
+    if not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
+        return []
+    return places(base.family, cfg, about_of(base, cfg), count)
+
+
 def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
     """Generate the images of `paths` that do not exist, over all ranks."""
     count = len(paths)
@@ -115,17 +125,17 @@ def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
 def _generate(base: Base, cfg: Prepare, work: list[tuple[range, list[int]]], paths: list[Path]) -> None:
     """Generate this rank's (batch, missing indices) and write each image atomically."""
     compiled = compiles(cfg, len(paths), dist.device())
-    generate, save = _sampler(base, cfg, compiled)
+    pipe, generate, save = _sampler(base, cfg, compiled)
     with console.bar(sum(len(todo) for _, todo in work), "class images", "image", share=True) as bar:
         for batch, todo in work:
             preemption.check()
             # Compiled code has a fixed batch size: the last batch is filled up.
             indices = range(batch.start, batch.start + cfg.sampling.batch) if compiled else batch
-            images = generate([rng.generator("class image", index) for index in indices])
+            with sampler.moving(pipe, bar, len(todo), "class image"):
+                images = generate([rng.generator("class image", index) for index in indices])
             for index, image in zip(indices, images, strict=True):
                 if index in todo:
                     save(paths[index], image)
-            bar.update(len(todo))
 
 
 def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
@@ -141,8 +151,8 @@ def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
 
 def _sampler(
     base: Base, cfg: Prepare, compiled: bool
-) -> tuple[Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
-    """Return a function that generates one class image per generator, and one that saves an image."""
+) -> tuple[Any, Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
+    """Return a pipeline, a function that generates a class image per generator, and one that saves it."""
     prompt = cfg.class_prompt or ""
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
     latents = as_latents(base.family, cfg)
@@ -157,6 +167,7 @@ def _sampler(
         kernels.compile_module(getattr(pipe, family.denoiser), True)
     space = family.space(base, cfg.resolution) if latents else None
     return (
+        pipe,
         lambda seeds: sampler.generate_encoded(pipe, family, encoded * len(seeds), seeds, *how, space=space),
         save_latent if latents else save_png,
     )

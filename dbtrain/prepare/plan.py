@@ -235,12 +235,20 @@ def check_prompts(shards_dir: str, base: Base, table: Mapping[str, Tensor]) -> N
     wanted = {f"condition.{name}": shape for name, shape in base.family.conditions(base).items()}
     wanted |= {f"ids.{name}": (None,) for name in base.family.text_encoders}
     for name, shape in wanted.items():
-        there = tuple(table[name].shape[1:]) if name in table else ()
-        fitting = tuple(found if size is None else size for size, found in zip(shape, there, strict=False))
-        if len(there) != len(shape) or there != fitting:
+        there = tuple(table[name].shape[1:]) if name in table else None
+        pairs = zip(shape, there or (), strict=False)
+        fitting = tuple(found if size is None else size for size, found in pairs)
+        if there is None or len(there) != len(shape) or there != fitting:
             raise ConfigError(
                 f"the prompt table in {shards_dir} has {name} of {there or 'no shape'} per prompt, "
                 f"which the base cannot read; {shards.CURE}"
+            )
+    if "condition.lengths" in wanted:
+        lengths, rows = table["condition.lengths"], table["condition.prompt_embeds"].shape[1]
+        if lengths.dtype != torch.int64 or lengths.min() < 1 or lengths.max() > rows:
+            raise ConfigError(
+                f"the prompt table in {shards_dir} has lengths {lengths.tolist()[:4]} of prompts that have "
+                f"{rows} rows; {shards.CURE}"
             )
     for encoder in base.family.text_encoders:
         ids, words = table[f"ids.{encoder}"], base.setting(encoder, "vocab_size", int)

@@ -15,9 +15,9 @@ from dbtrain.config import Config, Prepare
 from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, encode
+from dbtrain.prepare import class_images, duration, encode
 from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request, sources_of
-from dbtrain.runtime import console, dist, files, lock, preemption
+from dbtrain.runtime import console, dist, files, lock, pace, preemption
 from dbtrain.runtime.errors import ConfigError
 
 OURS = re.compile(
@@ -65,10 +65,12 @@ def prepare(cfg: Config) -> Path:
         images["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
-        return _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), images)
+        _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), images)
+    duration.remember(cfg, "prepare")
+    return folder
 
 
-def _fill(task: Task, images: dict[str, list[Path]]) -> Path:
+def _fill(task: Task, images: dict[str, list[Path]]) -> None:
     """Encode the planned shards that the folder lacks, and publish the manifest."""
     # Rank 0 plans, and finds the shards that are already valid.
     with dist.agreed():
@@ -90,7 +92,6 @@ def _fill(task: Task, images: dict[str, list[Path]]) -> Path:
     with dist.agreed():
         if dist.is_main():
             _publish(task, _manifest(task, texts, components, planned, entries, sources))
-    return task.folder
 
 
 def _old_manifest(storage: Storage) -> shards.Manifest | None:
@@ -159,9 +160,11 @@ def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
             rows = []
             for source, meta in zip(plan.sources, plan.metas, strict=True):
                 preemption.check()
-                tensors = old_rows.get(meta["key"])
+                tensors, before = old_rows.get(meta["key"]), pace.clock()
                 rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
-                encoded += tensors is None and not source.endswith(class_images.SUFFIX)
+                if tensors is None and not source.endswith(class_images.SUFFIX):
+                    encoded += 1
+                    pace.add("encode", pace.clock() - before)
                 bar.update()
             data = shards.pack(rows, f"{plan.file.removesuffix('.tar')}-")
             files.write_atomically(task.folder / plan.file, data)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from dbtrain.config import Config
+from dbtrain.config import Config, Model
 from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.families import registry as families
@@ -24,7 +25,9 @@ DECODED = (
     "What training sees: the mean of each stored posterior, decoded by the base's VAE. Crop positions are in "
     "pixels of the resized photo."
 )
-PHOTOS = 64  # most photos shown
+PHOTOS = 64  # most photos shown, shared among the data sets
+LEAST_PHOTOS = 6  # that each data set shows of its own
+LEAST_SIDE = 128  # px, of images if there are many data sets
 FEW = 4  # crops of the subject per class image shown
 TITLES = {
     "instance": "Crops as trained", "class": "Class images as trained",
@@ -53,25 +56,28 @@ class DataSheet:
 
 
 def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
-    """One sheet for each data set of the runs. `crops`: how many to decode of each at most."""
+    """One sheet for each data set of the runs. `crops`: how many to decode, shared among them."""
     shared: dict[tuple, list[Run]] = {}
     for run in runs:
         key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.model)
         shared.setdefault(key, []).append(run)
+    sets = [(same[0].cfg, [run.label for run in same]) for same in shared.values()]
+    most, each = max(LEAST_PHOTOS, PHOTOS // len(sets)), -(-crops // len(sets))
+    side = max(LEAST_SIDE, THUMB // len(sets))
     return [
-        DataSheet([run.label for run in same], [_photos(same[0].cfg), *_stored(same[0].cfg, crops)])
-        for same in shared.values()
+        DataSheet(labels, [photos_of(cfg, most, side), *_stored(cfg, each, side)]) for cfg, labels in sets
     ]
 
 
-def _photos(cfg: Config) -> Part:
+def photos_of(cfg: Config, most: int, side: int = THUMB) -> Part:
+    """The first `most` photos of the subject; `side`: their longest, in px."""
     part = Part("The photos")
     with _reporting(part):
         if cfg.prepare is None:
             raise ConfigError("the config has no 'prepare' section, and so no photos")
         found = photos.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
         part.total = len(found)
-        part.pictures = [_photo(path) for path in found[:PHOTOS]]
+        part.pictures = [_photo(path, side) for path in found[:most]]
     return part
 
 
@@ -88,16 +94,16 @@ def _reporting(part: Part) -> Iterator[None]:
         part.problem = "not enough GPU memory to decode them; try again when the GPU is idle"
 
 
-def _photo(path: Path) -> Picture:
+def _photo(path: Path, side: int) -> Picture:
     try:
         photo = photos.load(path)
     except ConfigError as problem:
         return Picture(path.name, captions=[path.name], problem=str(problem))
     captions = [path.name, f"{photo.width} × {photo.height} px"]
-    return embed(photo, f"photo {path.name}", (THUMB, THUMB), captions)
+    return embed(photo, f"photo {path.name}", (side, side), captions)
 
 
-def _stored(cfg: Config, crops: int) -> list[Part]:
+def _stored(cfg: Config, crops: int, side: int) -> list[Part]:
     """For each role of the shards, its first rows as images, or why they cannot be shown."""
     storage = Storage(cfg.data.shards, retries=1)
     unread = Part(TITLES["instance"])
@@ -112,10 +118,10 @@ def _stored(cfg: Config, crops: int) -> list[Part]:
         with _reporting(part):
             rows = _rows(storage, manifest, role, crops if role == "instance" else -(-crops // FEW))
             if rows:
-                decode = decode or _decoder(cfg)
+                decode = decode or _decoder(cfg.model)
                 with console.bar(len(rows), f"decode {role}", "image") as bar:
                     for row in rows:
-                        part.pictures.append(_crop(row, decode(row), manifest.prompts.texts))
+                        part.pictures.append(_crop(row, decode(row), manifest.prompts.texts, side))
                         bar.update()
         parts.append(part)
     return parts
@@ -130,12 +136,13 @@ def _rows(storage: Storage, manifest: shards.Manifest, role: str, most: int) -> 
     return sorted(rows[:most], key=lambda row: (row.meta["source"], row.meta["crop"], row.meta["flip"]))
 
 
-def _decoder(cfg: Config) -> Decode:
+@lru_cache(maxsize=1)
+def _decoder(model: Model) -> Decode:
     """A function that decodes the mean of a stored row to an image. Loads the base's VAE."""
-    base = Pretrained.here(cfg.model)
+    base = Pretrained.here(model)
     if base is None:
-        raise ConfigError(f"model.path is '{cfg.model.path}', which is not on this machine")
-    family = families.detect(base, cfg.model)
+        raise ConfigError(f"model.path is '{model.path}', which is not on this machine")
+    family = families.detect(base, model)
     vae = base.load(family.vae, DTYPES["fp32"]).to(dist.device()) if family.vae else None
 
     @torch.no_grad()
@@ -149,7 +156,7 @@ def _decoder(cfg: Config) -> Decode:
     return decode
 
 
-def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str]) -> Picture:
+def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str], side: int) -> Picture:
     meta = row.meta
     (tall, wide), (top, left) = meta["original_size"], meta["crop"]
     captions = [
@@ -158,4 +165,4 @@ def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str]) -> Pict
         f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
         f"“{prompts[meta['prompt']]}”",
     ]
-    return embed(picture, f"{meta['source']} as trained", (THUMB, THUMB), captions)
+    return embed(picture, f"{meta['source']} as trained", (side, side), captions)

@@ -10,6 +10,8 @@ from dbtrain.report.run import METRICS, SPEED, TIMESTEPS, VALIDATION, Line, Run,
 from dbtrain.train.metrics import TENTHS
 
 POINTS = 1500  # most points of a curve; neighbors are averaged if there are more
+LEAST_POINTS = 200  # of those, if there are many runs
+RUNS = 4  # with more runs, curves have fewer points
 WINDOWS = 60  # most points of a curve by timestep, each a mean over many images
 ROLES = {"instance": "instance images", "prior": "class images"}
 Values = list[float | None]
@@ -66,6 +68,11 @@ class Column:
     smooth: bool = False
 
 
+BY_TIMESTEP = "Loss by timestep"
+TIMES_NOTE = (
+    "From 0%, almost no noise, where details are learned, to 100%, almost pure noise, where shape and layout "
+    "are learned."
+)
 NOISY = {"log": True}
 LOSSES = (
     Column(METRICS, "loss_instance", "Training loss, instance images", NOISY, smooth=True),
@@ -86,22 +93,23 @@ SPEEDS = (
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:
-    """All charts that have data, grouped by subject."""
+    """All charts that have data, grouped by subject; for several runs, those that compare them."""
     found = [
         Group(
             "Loss", _charts(runs, LOSSES),
             "The training loss is a mean over all ranks and micro-batches, but at random timesteps, so it is "
             "noisy. Held-out losses use the same timesteps and noise every time, so compare those.",
         ),
-        Group(
-            "Loss by timestep", [*_by_tenth(runs), *_profiles(runs)],
-            "From 0%, almost no noise, where details are learned, to 100%, almost pure noise, where shape "
-            "and layout are learned.",
-        ),
+        Group(BY_TIMESTEP, [*(_by_tenth(runs[0]) if len(runs) == 1 else ()), *_profiles(runs)], TIMES_NOTE),
         Group("Optimizer", _charts(runs, OPTIMIZER)),
         Group("Speed and memory", _charts(runs, SPEEDS)),
     ]  # fmt: skip
     return [group for group in found if group.charts]
+
+
+def of_one(run: Run) -> Group:
+    """The charts that show one run of several."""
+    return Group(BY_TIMESTEP, list(_by_tenth(run)), TIMES_NOTE)
 
 
 def scores(runs: Sequence[Run]) -> Group:
@@ -123,12 +131,13 @@ def scores(runs: Sequence[Run]) -> Group:
 def _charts(runs: Sequence[Run], columns: Sequence[Column]) -> list[Chart]:
     """One chart for each column that any run has values for."""
     charts = []
+    most = max(LEAST_POINTS, min(POINTS, POINTS * RUNS // len(runs)))
     for column in columns:
         lines, longest = [], 0
         for at, run in enumerate(runs):
             steps, values = run.values(column.table, column.key)
-            xs, ys = thinned(steps, values)
-            longest = max(longest, group_size(len(steps)))
+            xs, ys = thinned(steps, values, most)
+            longest = max(longest, group_size(len(steps), most))
             if any(y is not None for y in ys):
                 lines.append(Series(run.label, xs, ys, at, smooth=column.smooth))
         faint = "each step" if longest == 1 else f"means of up to {longest} steps"
@@ -138,12 +147,12 @@ def _charts(runs: Sequence[Run], columns: Sequence[Column]) -> list[Chart]:
     return charts
 
 
-def group_size(count: int, most: int = POINTS) -> int:
+def group_size(count: int, most: int) -> int:
     """How many neighbors to average so that at most `most` of `count` points are left."""
     return max(1, -(-count // most))
 
 
-def thinned(xs: list[int], ys: Values, most: int = POINTS) -> tuple[list[int], Values]:
+def thinned(xs: list[int], ys: Values, most: int) -> tuple[list[int], Values]:
     """At most `most` points: means of groups of neighbors, each at its last step."""
     size = group_size(len(xs), most)
     if size == 1:
@@ -158,22 +167,20 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _by_tenth(runs: Sequence[Run]) -> Iterator[Chart]:
-    """For each run and role, a chart of the training loss by tenth of the timesteps, over steps."""
-    for run in runs:
-        for role in ROLES:
-            lines = [line for line in run.tables[TIMESTEPS] if _tenths(line.get(role))]
-            size = group_size(len(lines), WINDOWS)
-            windows = [lines[start : start + size] for start in range(0, len(lines), size)]
-            if not windows:
-                continue
-            series = [
-                Series(f"{10 * k}–{10 * (k + 1)}%", *_tenth(windows, role, k), f"{k}/{TENTHS}", smooth=True)
-                for k in range(TENTHS)
-            ]
-            owner = f", {run.label}" if len(runs) > 1 else ""
-            title = f"Training loss by timestep, {ROLES[role]}{owner}"
-            yield Chart(title, series, "one line per tenth of the timesteps, smoothed", log=True)
+def _by_tenth(run: Run) -> Iterator[Chart]:
+    """For each role, a chart of the training loss by tenth of the timesteps, over steps."""
+    for role, images in ROLES.items():
+        lines = [line for line in run.tables[TIMESTEPS] if _tenths(line.get(role))]
+        size = group_size(len(lines), WINDOWS)
+        windows = [lines[start : start + size] for start in range(0, len(lines), size)]
+        if not windows:
+            continue
+        series = [
+            Series(f"{10 * k}–{10 * (k + 1)}%", *_tenth(windows, role, k), f"{k}/{TENTHS}", smooth=True)
+            for k in range(TENTHS)
+        ]
+        title = f"Training loss by timestep, {images}"
+        yield Chart(title, series, "one line per tenth of the timesteps, smoothed", log=True)
 
 
 def _tenths(part: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +15,7 @@ from dbtrain.runtime.run_folder import SHEET, TABLES
 
 @dataclass(frozen=True)
 class Link:
-    """A file or folder. Outside the page's folder, `href` is empty and `text` is the whole path."""
+    """A file or folder. Outside the page's reach, `href` is empty and `text` is the whole path."""
 
     what: str
     text: str
@@ -23,9 +23,32 @@ class Link:
     size: str
 
 
-def of_run(run: Run, page: Path) -> list[Link]:
+@dataclass(frozen=True)
+class Reach:
+    """What a page can link to: files below `root`, which is moved together with the page."""
+
+    page: Path
+    root: Path
+
+    @classmethod
+    def of(cls, page: Path, runs: Sequence[Run]) -> Reach:
+        """The page's folder; if that is one of several runs' folders, the folder that it lies in."""
+        beside = len(runs) > 1 and page.parent in [run.folder for run in runs]
+        return cls(page, page.parent.parent if beside else page.parent)
+
+    def path_to(self, path: Path) -> str:
+        """Relative path from the page to a file; empty for a file that it cannot link to."""
+        return os.path.relpath(path, self.page.parent) if path.is_relative_to(self.root) else ""
+
+    def href(self, path: Path) -> str:
+        """Relative URL from the page to a file or folder; empty for one that it cannot link to."""
+        found = self.path_to(path)
+        return f"./{quote(os.fsencode(found))}{'/' if path.is_dir() else ''}" if found else ""
+
+
+def of_run(run: Run, reach: Reach) -> list[Link]:
     """Links to adapter files, images, scores, checkpoints and logs, in this order."""
-    return [_link(what, path, page) for what, path in _files(run)]
+    return [_link(what, path, reach) for what, path in _files(run)]
 
 
 def _files(run: Run) -> Iterator[tuple[str, Path]]:
@@ -41,18 +64,7 @@ def _files(run: Run) -> Iterator[tuple[str, Path]]:
     yield from (("log", path) for path in logs if path.is_file())
 
 
-def _link(what: str, path: Path, page: Path) -> Link:
-    href = href_of(path, page)
-    text = str(path.relative_to(page.parent)) if href else str(path)
+def _link(what: str, path: Path, reach: Reach) -> Link:
     parts = path.rglob("*") if path.is_dir() else [path]
     size = sum(part.stat().st_size for part in parts if part.is_file())
-    return Link(what, text, href, files.size_text(size))
-
-
-def href_of(path: Path, page: Path) -> str:
-    """Relative URL from the page to a file below its folder; empty for other files."""
-    if not path.is_relative_to(page.parent):
-        return ""
-    return (
-        "./" + quote(os.fsencode(path.relative_to(page.parent).as_posix())) + ("/" if path.is_dir() else "")
-    )
+    return Link(what, reach.path_to(path) or str(path), reach.href(path), files.size_text(size))

@@ -8,7 +8,7 @@
 
   // "3": the colour of run 3; "3/10": the third of ten shades, from violet to orange.
   function colourOf(spec) {
-    if (typeof spec === "number") return css(`--run-${spec % 8}`);
+    if (typeof spec === "number") return css(`--run-${spec}`);
     const [k, count] = spec.split("/").map(Number);
     return `hsl(${270 - (240 * k) / (count - 1)} 75% ${css("--shade")})`;
   }
@@ -109,8 +109,8 @@
           });
           this.mine[number].push(lines.length);
         };
-        // Not for series of many shades, whose faint lines would be unreadable.
-        if (faint && chart.series.every((one) => typeof one.colour === "number")) {
+        // Not for many series, whose faint lines would be unreadable.
+        if (faint && chart.series.length <= 6) {
           add(series.ys, { width: 1, alpha: 0.3, points: { show: false } });
         }
         add(faint ? smoothed(series.ys, share) : series.ys, {});
@@ -186,8 +186,14 @@
     }
   }
 
-  for (const place of document.querySelectorAll("[data-charts]")) {
+  // Charts in a folded part are drawn when it is opened.
+  function drawIn(place) {
     for (const chart of JSON.parse(place.querySelector("script").textContent)) plots.push(new Plot(chart, place));
+  }
+  for (const place of document.querySelectorAll("[data-charts]")) {
+    const folded = place.closest("details:not([open])");
+    if (folded) folded.addEventListener("toggle", () => drawIn(place), { once: true });
+    else drawIn(place);
   }
   const redraw = () => plots.forEach((plot) => plot.draw());
   dark.addEventListener("change", redraw);
@@ -199,6 +205,34 @@
     });
     tools.elements.reset.addEventListener("click", () => plots.forEach((plot) => plot.reset()));
   }
+
+  // Unfold what a link leads to.
+  function unfold() {
+    const target = document.getElementById(location.hash.slice(1));
+    if (target instanceof HTMLDetailsElement) {
+      target.open = true;
+      target.scrollIntoView();
+    }
+  }
+  addEventListener("hashchange", unfold);
+  unfold();
+
+  // Sort a table by the column of a heading: again, and in reverse. Rows without a value come last.
+  function sort(button) {
+    const head = button.closest("th"), body = head.closest("table").tBodies[0];
+    const was = head.getAttribute("aria-sort"), first = button.dataset.sort === "down" ? "descending" : "ascending";
+    const order = was ? (was === "ascending" ? "descending" : "ascending") : first;
+    const sign = order === "ascending" ? 1 : -1;
+    const key = (row) => parseFloat(row.cells[head.cellIndex].dataset.value);
+    const rows = [...body.rows].sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      return isNaN(x) || isNaN(y) ? isNaN(x) - isNaN(y) : sign * (x - y);
+    });
+    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", order);
+    body.append(...rows);
+  }
+  for (const button of document.querySelectorAll("[data-sort]")) button.addEventListener("click", () => sort(button));
 
   // Enlarge an image. The arrow keys go through its row, or its part of the page.
   const viewer = document.getElementById("viewer");

@@ -13,6 +13,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,18 @@ from typing import Any
 import jinja2
 
 import dbtrain
-from dbtrain.report import crops, curves, figures, links, thumbs
+from dbtrain.report import crops, curves, figures, links, palette, thumbs, usage, verdict
 from dbtrain.report.figures import Figure, short
-from dbtrain.report.links import href_of
 from dbtrain.report.run import Run, number, read_all
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import printable
 
 HERE = Path(__file__).parent
-COLOURS = 8  # of runs, in page.css; more runs repeat them
+FEW = 4  # more runs than this have smaller pictures, and folded sections
+SUBJECTS = 3  # most in the title
+PHOTOS, PREVIEW = 4, 3  # most photos beside a run's images; most images in the table of runs
+# For one run, few, and many: most images of a run, their longest side, and that in the table of runs, in px.
+SIZES = ((8, 320, 0), (6, 256, 192), (4, 128, 96))
 LOG_TAIL = 40  # last lines of log.txt on the page
 SECRETS = (  # in URLs: user and password, a signed query
     (re.compile(r"(\w://)[^/@\s'\"]+@"), r"\1…@"),
@@ -36,10 +40,27 @@ SECRETS = (  # in URLs: user and password, a signed query
 )
 
 
+@dataclass(frozen=True)
+class View:
+    """What the page says and shows of one run first, and its files."""
+
+    run: Run
+    verdict: verdict.Verdict
+    words: usage.Words | None
+    programs: list[usage.Program]
+    commands: dict[str, str]
+    photos: crops.Part
+    samples: list[thumbs.Sample]
+    preview: list[thumbs.Picture]  # in the table of all runs
+    sheets: list[thumbs.Picture]
+    own: curves.Group  # charts that do not compare runs
+    links: list[links.Link]
+
+
 def report(folders: Sequence[Path], out: Path | None = None, most_crops: int = 64) -> Path:
     """Write the page about the runs in these folders, and return its path.
 
-    `out`: by default `report.html` in the first folder. `most_crops`: stored crops to decode per data set.
+    `out`: by default `report.html` in the first folder. `most_crops`: stored crops to decode.
     Raises ConfigError if a folder is not a run. The page itself says what a run is missing.
     """
     runs = read_all(folders)
@@ -54,26 +75,47 @@ def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
         "dbtrain": dbtrain.__version__, "torch": version("torch"), "diffusers": version("diffusers"),
         "Python": platform.python_version(),
     }  # fmt: skip
-    score_names = dict.fromkeys(name for run in runs for name in run.scores)
     script = "".join(_part(name) for name in ("uPlot.iife.min.js", "page.js"))
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-        finalize=without_secrets,
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, finalize=without_secrets,
     )  # fmt: skip
     environment.filters["short"] = short
-    return environment.from_string(_part("page.html.jinja")).render(
-        runs=runs, title=" · ".join(dict.fromkeys(run.subject for run in runs)), colours=COLOURS,
+    reach, many = links.Reach.of(page, runs), len(runs) > FEW
+    views = [view(run, reach, len(runs)) for run in runs]
+    return environment.get_template("page.html.jinja").render(
+        runs=runs, views=views, several=len(runs) > 1, many=many, title=title(runs),
         now=f"{datetime.datetime.now():%Y-%m-%d %H:%M}", versions=versions,
         style=_part("uPlot.min.css") + _part("page.css"), script=script, licence=_part("uPlot.LICENSE"),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        colours={theme: palette.colours(len(runs), theme) for theme in palette.LIGHTNESS},
+        questions=dict.fromkeys(rating.measure.question for one in views for rating in one.verdict.ratings),
         figures=table([figures.of_run(run) for run in runs]), groups=curves.groups(runs),
-        scores={name: [run.scores.get(name) for run in runs] for name in score_names},
+        score_names=dict.fromkeys(name for run in runs for name in run.scores),
         meanings={k: text for run in runs for k, text in run.score_labels.items()},
-        score_curves=curves.scores(runs), timelines=thumbs.timelines(runs),
-        sheets=[thumbs.sheets(run) for run in runs], data=crops.data_sheets(runs, most_crops),
-        differences=differences(runs), links=[links.of_run(run, page) for run in runs],
-        href=lambda path: href_of(path, page), number=number, log_tail=LOG_TAIL,
+        score_curves=curves.scores(runs), timelines=thumbs.timelines(runs, by_seed=many),
+        data=crops.data_sheets(runs, most_crops), differences=differences(runs), href=reach.href,
+        number=number, log_tail=LOG_TAIL,
     )  # fmt: skip
+
+
+def view(run: Run, reach: links.Reach, count: int) -> View:
+    """What to show of one of `count` runs; the more there are, the smaller its pictures."""
+    most, side, small = SIZES[0 if count == 1 else 1 if count <= FEW else 2]
+    preview = thumbs.samples(run, PREVIEW, small, 1) if small else []
+    return View(
+        run, verdict.verdict(run), usage.words(run.cfg), usage.programs(run), usage.commands(run),
+        crops.photos_of(run.cfg, PHOTOS if count <= FEW else 0), thumbs.samples(run, most, side),
+        [picture for shown in preview for picture in shown.pictures],
+        thumbs.sheets(run) if count <= FEW else [],
+        curves.of_one(run) if count > 1 else curves.Group("", []), links.of_run(run, reach),
+    )  # fmt: skip
+
+
+def title(runs: Sequence[Run]) -> str:
+    """The subjects of the runs, or how many there are."""
+    subjects = list(dict.fromkeys(run.subject for run in runs))
+    return " · ".join(subjects) if len(subjects) <= SUBJECTS else f"{len(subjects)} subjects"
 
 
 def table(columns: Sequence[Sequence[Figure]]) -> dict[str, list[Figure | None]]:

@@ -1,4 +1,4 @@
-"""Images in the page: thumbnails as data URIs, and the timelines of validation images."""
+"""Images in the page: thumbnails as data URIs, samples, and the timelines of validation images."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from pathlib import Path
 
 from PIL import Image
 
-from dbtrain.data.pictures import BROKEN, note_in
+from dbtrain.data.pictures import BROKEN, TEXT_KEY
 from dbtrain.report.run import Run
 from dbtrain.runtime.errors import reason
-from dbtrain.runtime.run_folder import SHEET, step_of
+from dbtrain.runtime.run_folder import SHEET, step_of, steps_in
 
 THUMB = 256  # px, longest side
-SHOWN = (192, 512)  # px, bounds of the longest side of a validation image: smaller if there are many
-PIXELS = 60 * SHOWN[1] ** 2  # of all validation images: about 3 MB
-MOST_SHEET = (1600, 12000)  # px, most width and height of a contact sheet; WebP allows 16383
+SHOWN = (96, 384)  # px, bounds of the longest side of a validation image: smaller if there are many
+PIXELS = 24 * SHOWN[1] ** 2  # of all validation images: about 1 MB
+MOST_SHEET = (1200, 12000)  # px, most width and height of a contact sheet; WebP allows 16383
 MOST_STEPS = 24  # most validations on the timeline
-QUALITY = 88
+MOST_SHOWN = 320  # most validation images, as far as each row keeps LEAST_STEPS
+LEAST_STEPS = 3
+PROMPTS = 2  # of the generated images that are shown first
+WITH_ADAPTER = "01"  # how files of a run's samples begin; 00: those without
+QUALITY = 76
+NAMED = re.compile(r"\d+-seed\d+\.png")  # a validation image: prompt and seed
 Rows = dict[tuple[int, int], dict[int, Path]]  # (seed, run) -> step -> file
 
 
@@ -49,11 +54,20 @@ class TimelineRow:
     pictures: list[Picture | None]
 
 
-@dataclass
-class Timeline:
-    """All images of one prompt: one column per step, one row per run and seed."""
+@dataclass(frozen=True)
+class Sample:
+    """What a run makes of one prompt."""
 
     prompt: str
+    pictures: list[Picture]
+
+
+@dataclass
+class Timeline:
+    """Images of one prompt: one column per step, one row per run and seed."""
+
+    prompt: str
+    seed: int | None  # of all its images; None: of several
     steps: list[int]  # shown
     all_steps: int  # how many there are
     rows: list[TimelineRow] = field(default_factory=list)
@@ -80,32 +94,80 @@ def embed_file(path: Path, alt: str, most: tuple[int, int], captions: Sequence[s
     return replace(shown, path=path)
 
 
-def timelines(runs: Sequence[Run]) -> list[Timeline]:
-    """For each prompt of the runs' validations, the images of all runs and seeds by step."""
-    # Find the files.
-    found: dict[str, Rows] = {}  # by prompt
-    for at, run in enumerate(runs):
-        for folder in run.names.validations():
-            for path in sorted(folder.glob("*-seed*.png")):
-                if name := re.fullmatch(r"(\d+)-seed(\d+)\.png", path.name):
-                    prompt = _prompt(path) or _asked(run, int(name[1]))
-                    found.setdefault(prompt, {}).setdefault((int(name[2]), at), {})[step_of(folder)] = path
+def samples(run: Run, most: int, side: int, first: int = PROMPTS) -> list[Sample]:
+    """The first images of each of the `first` prompts with the adapter, `most` in all.
+
+    They are the newest of `sample`, or else of validation; `side` is their longest, in px.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in _generated(run):
+        found.setdefault(_prompt(path), []).append(path)
+    prompts = list(found.items())[:first]
+    each = most // max(1, len(prompts))
+    shown = []
+    for prompt, paths in prompts:
+        alts = [f"{prompt}: {run.label}, seed {_by_number(path)[-1]}" for path in paths[:each]]
+        images = [embed_file(path, alt, (side, side)) for path, alt in zip(paths, alts, strict=False)]
+        shown.append(Sample(prompt, images))
+    return shown
+
+
+def _generated(run: Run) -> list[Path]:
+    """The newest images of a run, by prompt and seed."""
+    for folder in reversed(steps_in(run.names.samples)):
+        if paths := sorted(folder.glob(f"{WITH_ADAPTER}-*-seed*.png"), key=_by_number):
+            return paths
+    return [path for folder in run.names.validations()[-1:] for path in _validation_images(folder)]
+
+
+def _validation_images(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*.png") if NAMED.fullmatch(path.name)), key=_by_number)
+
+
+def _by_number(path: Path) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", path.name)]
+
+
+def timelines(runs: Sequence[Run], by_seed: bool = False) -> list[Timeline]:
+    """The images of the runs' validations by step, for each prompt.
+
+    `by_seed`: several timelines of a prompt, one per seed, if several runs have it.
+    """
     # Choose the steps to show, and from their number the size of the images.
+    found = _found(runs, by_seed)
+    most = min(MOST_STEPS, max(LEAST_STEPS, MOST_SHOWN // max(1, sum(map(len, found.values())))))
     lines = []
-    for prompt, rows in found.items():
+    for (prompt, shared), rows in found.items():
         every = sorted({step for files in rows.values() for step in files})
-        lines.append(Timeline(prompt, spread(every, MOST_STEPS), len(every)))
-    most = side(sum(len(line.steps) * len(found[line.prompt]) for line in lines))
+        lines.append(Timeline(prompt, shared, spread(every, most), len(every)))
+    size = side(sum(len(line.steps) * len(found[line.prompt, line.seed]) for line in lines))
     # Embed the images.
     for line in lines:
-        for (seed, at), files in sorted(found[line.prompt].items()):
+        for (seed, at), files in found[line.prompt, line.seed].items():
             alts = {step: f"{line.prompt}: {runs[at].label}, step {step}, seed {seed}" for step in files}
             pictures = [
-                embed_file(files[step], alts[step], (most, most)) if step in files else None
+                embed_file(files[step], alts[step], (size, size)) if step in files else None
                 for step in line.steps
             ]
             line.rows.append(TimelineRow(at, f"seed {seed}", pictures))
     return lines
+
+
+def _found(runs: Sequence[Run], by_seed: bool) -> dict[tuple[str, int | None], Rows]:
+    """The files of each timeline, by its prompt and seed, as `timelines` splits them."""
+    by_prompt: dict[str, Rows] = {}
+    for at, run in enumerate(runs):
+        for folder in run.names.validations():
+            for path in _validation_images(folder):
+                number, seed = _by_number(path)
+                prompt = _prompt(path) or _asked(run, number)
+                by_prompt.setdefault(prompt, {}).setdefault((seed, at), {})[step_of(folder)] = path
+    found: dict[tuple[str, int | None], Rows] = {}
+    for prompt, rows in by_prompt.items():
+        shared = by_seed and len({at for _, at in rows}) > 1
+        for (seed, at), files in sorted(rows.items()):
+            found.setdefault((prompt, seed if shared else None), {})[seed, at] = files
+    return found
 
 
 def side(count: int) -> int:
@@ -133,10 +195,11 @@ def sheets(run: Run) -> list[Picture]:
 
 
 def _prompt(path: Path) -> str:
-    """The prompt in an image's metadata; empty if there is none."""
+    """The prompt in an image's metadata, read without its pixels; empty if there is none."""
     try:
-        note = json.loads(note_in(path) or "{}")
-    except ValueError:
+        with Image.open(path, formats=("PNG",)) as picture:
+            note = json.loads(picture.info.get(TEXT_KEY) or "{}")
+    except BROKEN:
         return ""
     prompt = note.get("prompt") if isinstance(note, dict) else None
     return prompt if isinstance(prompt, str) else ""

@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -24,6 +25,7 @@ warn = logger.warning  # shown for every rank
 
 started = time.monotonic()
 spent_s: dict[str, float] = {}  # by phase; mostly the lifetime of its progress bar
+INNER = ("validation", "images")  # phases within another one, which is training
 
 
 class _Line(logging.Formatter):
@@ -79,8 +81,24 @@ def timed(phase: str) -> Iterator[None]:
         spent_s[phase] = spent_s.get(phase, 0.0) + time.monotonic() - before
 
 
-class _Bar(tqdm):
-    """A progress bar that adds its duration to the time of its phase."""
+class Bar(tqdm):
+    """A progress bar that adds its duration to the time of its phase. Units can be done in parts."""
+
+    # Returns (seconds per unit, seconds of other work until the end), or None if unknown; None: an average.
+    ahead: Callable[[], tuple[float, float] | None] | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        found = dict(super().format_dict)
+        pace = self.ahead() if self.ahead else None
+        if pace:
+            found["rate"] = 1 / pace[0]
+        elif found["elapsed"] and not self.ahead:
+            found["rate"] = found["rate"] or (found["n"] - found["initial"]) / found["elapsed"]
+        left = "?"
+        if rate := found["rate"]:
+            left = self.format_interval((found["total"] - found["n"]) / rate + (pace[1] if pace else 0.0))
+        return found | {"whole": int(found["n"] + 1e-6), "left": left}
 
     def close(self) -> None:
         if not self.disable:  # tqdm disables a bar when it closes it
@@ -100,7 +118,7 @@ class _Lines:
         sys.stderr.flush()
 
 
-def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False, leave: bool = True) -> tqdm:
+def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False, leave: bool = True) -> Bar:
     """A progress bar on rank 0; in a batch log, a line every 30 seconds.
 
     `share`: `total` is this rank's share of work that is split over ranks. `leave`: a full bar stays on
@@ -109,8 +127,9 @@ def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False,
     if share and dist.world() > 1:
         what = f"{what} (rank 0 of {dist.world()})"
     terminal = sys.stderr.isatty()
-    return _Bar(
+    return Bar(
         total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=terminal,
         file=sys.stderr if terminal else _Lines(), mininterval=0.1 if terminal else 30.0,
-        disable=not dist.is_main(), leave=leave, delay=0 if leave or terminal else 30,
+        disable=not dist.is_main(), leave=leave, delay=0 if leave or terminal else 30, miniters=0,
+        bar_format="{l_bar}{bar}| {whole}/{total_fmt} [{elapsed}<{left}, {rate_fmt}]",
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -18,10 +19,13 @@ from pathlib import Path
 
 from dbtrain.runtime import files
 
+logger = logging.getLogger("dbtrain")  # not `console`, which needs torch
+
 # A file that changes twice within one tick of its file system's clock keeps its times. So a hash is cached
 # only if the file has not changed for this long, which also allows for a file server whose clock is slow.
 REST_S = 10.0
 SMALL = 1 << 20  # bytes; hashing a smaller file is faster than looking up its hash
+LARGE = 1 << 28  # bytes; hashing a larger file can take long enough to say so
 
 
 def digest(*parts: str | int) -> bytes:
@@ -68,6 +72,8 @@ def cached_sha256_of(file: Path) -> str:
     path, state = _entry_path(real), _state(real, stat)
     if known := _cached(path, state):
         return known
+    if stat.st_size > LARGE:
+        logger.info("reading %s (%s) for its checksum", file, files.size_text(stat.st_size))
     sha256 = sha256_of(real)
     at_rest = time.time() - max(stat.st_mtime, stat.st_ctime) > REST_S
     if path and at_rest and _state(real, real.stat()) == state:

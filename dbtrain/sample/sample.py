@@ -16,6 +16,7 @@ from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
+from dbtrain.prepare import duration
 from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -83,6 +84,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
         return sheet
     with dist.agreed():
         request.generate(out, low_res, key)
+    duration.remember(cfg, "sample")
     with dist.agreed():
         if dist.is_main():
             for path in out.glob("??-??-seed*.png"):  # left by an earlier sheet
@@ -170,13 +172,13 @@ class _Request:
                 seeds = [seed for _, _, seed in batch]
                 texts = [self.prompts[p] for _, p, _ in batch]
                 inputs = [low_res[(seed - settings.seed) % len(low_res)] for seed in seeds] if low_res else []
-                images = pipe.generate(texts, seeds, settings.steps, settings.guidance, self.side, inputs)
+                with sampler.moving(pipe.pipe, bar, len(batch), "sample"):
+                    images = pipe.generate(texts, seeds, settings.steps, settings.guidance, self.side, inputs)
                 for (m, p, seed), image in zip(batch, images, strict=True):
                     note = {"prompt": self.prompts[p], "seed": seed, "adapters": mix.label,
                             "model": self.cfg.model.path, "steps": settings.steps,
                             "guidance": settings.guidance, "key": key}  # fmt: skip
                     save_png(out / _name(m, p, seed), image, json.dumps(note))
-                bar.update(len(batch))
 
     def rows(self, out: Path) -> list[SheetRow]:
         """The contact sheet's rows: one per prompt and mix, with one column per seed."""

@@ -18,6 +18,7 @@ from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
+from dbtrain.runtime import console
 
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
 
@@ -69,6 +70,8 @@ class DreamBooth(nn.Module):
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
+        loaded = base.family.adaptable if settings else (base.family.denoiser,)
+        console.say(f"loading {', '.join(loaded)} of {base.name}")
         denoiser = base.load(base.family.denoiser, dtype)
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)

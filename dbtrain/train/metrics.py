@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import resource
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +15,13 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config
-from dbtrain.runtime import console, dist, files
+from dbtrain.prepare import duration
+from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import TABLES, RunFolder, read_lines
 from dbtrain.train import trackers
 
+FORETOLD_S = 120.0  # time left that is worth a line
 TENTHS = 10  # bins of the timesteps for timesteps.jsonl
 
 
@@ -46,7 +47,11 @@ class Metrics:
     def __init__(
         self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
     ) -> None:
+        self.cfg = cfg
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
+        self.foretold = False
+        self.over: set[str] = set()  # interruptions since the last step
+        self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
         self.step_samples = cfg.train.global_batch * len(roles)
         self.pending: list[tuple[Tensor, int, float]] = []  # per step: losses and norm (3,), seen, lr
@@ -54,8 +59,10 @@ class Metrics:
         self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device())
         self.spread = torch.zeros(2, 2, TENTHS, device=dist.device())
         self.done, self.wait_s = start, 0.0
-        self.since = time.perf_counter()
+        pace.forget("step", *self.breaks)  # of another run in this process
+        self.since = self.lap = pace.clock()  # of the last report, and of the last step
         self.bar = console.bar(cfg.train.steps, "train", "step", initial=start)
+        self.bar.ahead = self.ahead
         self.metrics, self.speed, self.validation, self.timesteps = map(run.table, TABLES)
         self.trackers: list[trackers.Tracker] = []
         if dist.is_main():
@@ -72,6 +79,7 @@ class Metrics:
         if dist.is_main() and isinstance(problem, (ConfigError, Preempted)):  # the terminal shows it later
             self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
         self.bar.close()
+        duration.remember(self.cfg, "train")
         for tracker in self.trackers:
             tracker.close()
         if dist.is_main():
@@ -88,10 +96,37 @@ class Metrics:
         self.spread += outcome.spread
         self.skipped = skipped
         self.done = done
+        self.over.clear()
         self.wait_s += outcome.wait_s
+        reports = done % self.train.log_every == 0 or done == self.train.steps
+        if reports:
+            self.report()  # waits for the device
+        self.lap, before = pace.clock(), self.lap
+        pace.add("step", self.lap - before)
         self.bar.update()
-        if done % self.train.log_every == 0 or done == self.train.steps:
-            self.report()
+        if reports and not self.foretold and pace.measured["step"].units:
+            self._foretell()
+
+    def _foretell(self) -> None:
+        """Say once how long the rest of the training takes, if it is minutes."""
+        self.foretold = True
+        each, rest = self.ahead() or (0.0, 0.0)
+        left = (self.train.steps - self.done) * each + rest
+        if left >= FORETOLD_S:
+            console.say(f"about {pace.human(left, 0)} of training left, with its validations and checkpoints")
+
+    def ahead(self) -> tuple[float, float] | None:
+        """Seconds per step, without interruptions, and seconds of the interruptions that are still to come.
+
+        None before the first step. An interruption takes as long as those so far: 0 if there were none.
+        """
+        if (each := pace.each("step")) is None:
+            return None
+        return each, sum(
+            pace.times(every, self.done - (kind not in self.over), self.train.steps)
+            * (pace.each(kind) or 0.0)
+            for kind, every in self.breaks.items()
+        )
 
     def report(self) -> None:
         """Write the steps since the last report, and show their means.
@@ -140,7 +175,7 @@ class Metrics:
         rows = dist.sum_over_ranks(torch.tensor(seen)).tolist()
 
         # One line per step, the speed, and the means of all steps with a finite loss.
-        seconds, steps = time.perf_counter() - self.since, len(seen)
+        seconds, steps = pace.clock() - self.since, len(seen)
         lines = []
         for number, (values, row, lr) in enumerate(zip(table.tolist(), rows, rates, strict=True)):
             instance, prior, norm = values
@@ -175,7 +210,7 @@ class Metrics:
         )
         self.pending, self.wait_s = [], 0.0
         self.spread.zero_()
-        self.since = time.perf_counter()
+        self.since = pace.clock()
 
     def validated(self, step: int, found: dict[str, Any], sheet: Path | None) -> None:
         """Record and show the validation results at `step`; `sheet` is the contact sheet, if any."""
@@ -194,15 +229,21 @@ class Metrics:
                     tracker.show(step, "validation", sheet)
 
     @contextmanager
-    def untimed(self) -> Iterator[None]:
-        """Exclude the block from the throughput, after the GPU has finished the steps before it."""
+    def interrupted(self, kind: str) -> Iterator[None]:
+        """Exclude the block, a validation or a checkpoint, from the time of the steps.
+
+        Waits until the GPU has finished the steps before it.
+        """
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        before = time.perf_counter()
+        before = pace.clock()
         try:
             yield
+            pace.add(kind, pace.clock() - before)
+            self.over.add(kind)
         finally:
-            self.since += time.perf_counter() - before
+            seconds = pace.clock() - before
+            self.since, self.lap = self.since + seconds, self.lap + seconds
 
 
 def _by_role(spread: Sequence[Sequence[Sequence[float]]]) -> dict[str, Any]:

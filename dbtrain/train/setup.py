@@ -141,7 +141,7 @@ class Job:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`, after its log lines, so that a kill cannot lose them."""
         self.metrics.report()
-        with self.metrics.untimed():
+        with self.metrics.interrupted("checkpoint"):
             checkpoint.save(self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep)
 
     def validate(self, step: int, saved: bool) -> None:
@@ -174,7 +174,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             )
         for name in cfg.export.formats:  # fail now, not after the last step
             formats.check(name, inputs.base.family, states := model.states())
-            if caveat := formats.caveat(name, states):
+            if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
     progress = Progress.begin(model.to(dist.device()), cfg)

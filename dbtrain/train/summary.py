@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from dbtrain.config import Config
-from dbtrain.runtime import console, dist, files
+from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.run_folder import SHEET, RunFolder, name_of, read_lines
 
 # name of a phase's progress bar -> its name in the summary
@@ -20,11 +20,10 @@ def summary(cfg: Config) -> None:
     """Print the summary on rank 0 and append it to log.txt."""
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
-        text = "\n".join(
-            _times(run) + [f"  {name:<14}{path}{_programs(run, path)}" for name, path in _outputs(run)]
-        )
-        console.say(text)
-        files.append(run.log, text + "\n")
+        lines = _times(run) + [f"  {name:<14}{path}{_programs(run, path)}" for name, path in _outputs(run)]
+        for line in lines:
+            console.say(line)
+        files.append(run.log, "\n".join(lines) + "\n")
 
 
 def _times(run: RunFolder) -> list[str]:
@@ -32,12 +31,12 @@ def _times(run: RunFolder) -> list[str]:
     spent = {phase: console.spent_s.get(phase, 0.0) for phase in PHASES}
     spent["train"] -= min(spent["train"], spent["validation"])  # it is part of training
     all_s = time.monotonic() - console.started
-    lines = [f"done in {_human(all_s)}"]
+    lines = [f"done in {pace.human(all_s)}"]
     for phase, name in PHASES.items():
         if spent[phase] > 0.05:
             rate = _rate(run) if phase == "train" else ""
-            lines.append(f"  {name:<14}{_human(spent[phase]):>10}{rate}")
-    return [*lines, f"  {'other':<14}{_human(all_s - sum(spent.values())):>10}  (loading, saving)"]
+            lines.append(f"  {name:<14}{pace.human(spent[phase]):>10}{rate}")
+    return [*lines, f"  {'other':<14}{pace.human(all_s - sum(spent.values())):>10}  (loading, saving)"]
 
 
 def _rate(run: RunFolder) -> str:
@@ -63,11 +62,3 @@ def _programs(run: RunFolder, path: Path) -> str:
     forms = registry.FORMATS.values()
     known = {form.file.format(name=name) or peft_folder.WEIGHTS: form.programs for form in forms}
     return f" (for {known[path.name]})" if path.name in known else ""
-
-
-def _human(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -28,7 +28,7 @@ from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.pretrained import DTYPES
-from dbtrain.runtime import console, dist, preemption
+from dbtrain.runtime import console, dist, pace, preemption
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines, step_of
 from dbtrain.train import held_out_loss
@@ -113,7 +113,8 @@ class Validator:
         if not wanted:
             return
         with (
-            metrics.untimed(), console.timed("validation"), dist.patiently(), _eval_mode(self.model, self.cfg)
+            metrics.interrupted("validation"), console.timed("validation"), dist.patiently(),
+            _eval_mode(self.model, self.cfg),
         ):  # fmt: skip
             losses = {}
             if "losses" in wanted:
@@ -202,15 +203,17 @@ class ImageGenerator:
                 offsets = [seed - settings.seed for seed in seeds]
                 inputs = [self.low_res[k % len(self.low_res)] for k in offsets] if self.low_res else []
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                with autocast(dist.device()):
+                moving = sampler.moving(pipe, bar, len(seeds), "validation image")
+                with autocast(dist.device()), moving:
                     generated += sampler.generate_encoded(
                         pipe, self.family, [encoded[number]] * len(seeds), generators, settings.steps,
                         settings.guidance, self.side, inputs, space,
                     )  # fmt: skip
-                bar.update(len(seeds))
 
         # Then decode them and write the files.
+        before = pace.clock()
         images = self._decode(generated) if self.family.vae else generated
+        pace.add("validation image decode", pace.clock() - before, count)
         jobs = [(number, seed) for number, seeds in mine for seed in seeds]
         for (number, seed), image in zip(jobs, images, strict=True):
             note = {"prompt": prompts[number], "seed": seed, "step": step, "model": self.cfg.model.path,

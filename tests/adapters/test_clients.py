@@ -218,6 +218,7 @@ def test_every_client_finds_every_layer(name: str, targets: str, tmp_path: Path)
             assert up == base(name)[component].get_submodule(module).weight.shape[0], (client, layer)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_every_layer_of_sdxl(tmp_path: Path) -> None:
     modules = adapted("sdxl", targets="all", alpha=3)
     exported("sdxl", tmp_path, modules)

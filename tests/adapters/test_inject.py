@@ -230,6 +230,7 @@ def test_adapters_of_different_kinds_and_formats_mix_merge_swap_and_leave(make: 
     torch.testing.assert_close(seen(lora=1.0), alone["lokr"], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_swap_compiles_nothing_anew(make: Make, tmp_path: Path) -> None:
     from torch._dynamo.utils import counters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dbtrain.runtime.errors import Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
-from tests.conftest import Make, train
+from tests.conftest import Make, slow, train
 from tests.networks import build
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lokr-whole": {"kind": "lokr", "rank": 64},
 }  # fmt: skip
 FAMILIES = {"sd": bases.sd, "sdxl": bases.sdxl, "if-1": bases.if_1}
+QUICK = [("sd", "lora"), ("sd", "dora"), ("sd", "lokr-both"), ("sdxl", "loha-cp"), ("if-1", "own-biases")]
+ROWS = [row if row in QUICK else slow(*row) for row in product(FAMILIES, OPTIONS)]
 # A layer of every type: attention, feed-forward, convolutions.
 LAYERS = r"mid_block\..*(to_q|to_out\.0|proj_in|ff\.net\.2|conv1|time_emb_proj|to_k)"
 
@@ -78,8 +81,7 @@ def predicted(components: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("family", "option"), ROWS)
 def test_every_kind_resumes_samples_and_converts(
     make: Make, tmp_path: Path, shards: Path, family: str, option: str
 ) -> None:

@@ -64,7 +64,14 @@ def encoded(linear: Array) -> Array:
     return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def shown(values: Array, primaries: Array, gamma: float) -> Array:
-    """(..., 3) in [0, 255] of a profile as sRGB. At D50 both have the same white, so nothing is adapted."""
-    light = (values / 255) ** gamma
+def shown(values: Array, primaries: Array, gamma: float | None) -> Array:
+    """(..., 3) in [0, 255] of a profile as sRGB. At D50 both have the same white, so nothing is adapted.
+
+    No `gamma`: sRGB's curve.
+    """
+    light = values / 255
+    if gamma is None:
+        light = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
+    else:
+        light = light**gamma
     return encoded(light @ (np.linalg.inv(SRGB) @ primaries).T)

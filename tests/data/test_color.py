@@ -101,6 +101,22 @@ TURNED = Image.fromarray(np.ascontiguousarray(np.rot90(SCENE)))
 EXIF = Image.Exif()
 EXIF[0x0112] = 6
 
+ADOBE_PLAIN = profiles.shown(np.asarray(PLAIN), ADOBE, 563 / 256)
+
+
+def marked(index: str, orientation: int = 1) -> Image.Exif:
+    """EXIF as cameras write it: R03 is for Adobe RGB, R98 for sRGB."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x8769] = {0xA001: 1 if index == "R98" else 65535, 0xA005: {1: index, 2: b"0100"}}
+    return exif
+
+
+def numbers(*values: float) -> bytes:
+    """The content of gAMA and cHRM."""
+    return struct.pack(f">{len(values)}I", *(round(value * 100_000) for value in values))
+
+
 PICTURES: dict[str, Picture] = {
     # Profiles.
     "displayp3.png": managed(P3, 2.2, "PNG"),
@@ -126,6 +142,36 @@ PICTURES: dict[str, Picture] = {
     "inks.jpg": (saved(Image.fromarray(INKS, "CMYK"), "JPEG", icc_profile=profiles.ink_profile(25), **JPEG),
                  INKS_SHOWN),
     "lab.tif": (saved(lab(PLAIN), "TIFF"), np.asarray(PLAIN)),
+    # Declared without a profile.
+    "adobergb-r03.jpg": (saved(PLAIN, "JPEG", exif=marked("R03"), **JPEG), ADOBE_PLAIN),
+    "srgb-r98.jpg": (saved(PLAIN, "JPEG", exif=marked("R98"), **JPEG), np.asarray(PLAIN)),
+    "turned-r03.jpg": (saved(PLAIN.resize((32, 48)), "JPEG", exif=marked("R03", 6), **JPEG), ADOBE_PLAIN),
+    "r03-and-profile.jpg": (saved(PLAIN, "JPEG", exif=marked("R03"), icc_profile=SWAP, **JPEG),
+                            profiles.shown(np.asarray(PLAIN), SWAPPED, 2.2)),
+    "gama-linear.png": (png(SCENE, 8, 2, gAMA=numbers(1.0)), profiles.shown(SCENE, profiles.SRGB, 1.0)),
+    "gama-gray.png": (png(GRAY, 8, 0, gAMA=numbers(1.0)), profiles.encoded(GRAYS / 255)),
+    "gama-usual.png": (png(SCENE, 8, 2, gAMA=numbers(0.45455)), SCENE),
+    "gama-and-srgb.png": (png(SCENE, 8, 2, gAMA=numbers(1.0), sRGB=b"\0"), SCENE),
+    "gama-and-profile.png": (
+        png(SCENE, 8, 2, gAMA=numbers(1.0), iCCP=b"x\0\0" + zlib.compress(SWAP)), SWAPPED_SCENE
+    ),
+    "chrm-adobergb.png": (
+        png(SCENE, 8, 2, gAMA=numbers(1 / 2.2),
+            cHRM=numbers(0.3127, 0.329, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)),
+        profiles.shown(SCENE, ADOBE, 2.2),
+    ),
+    "chrm-prophoto.png": (  # of another white, D50
+        png(SCENE, 8, 2, gAMA=numbers(1 / 1.8),
+            cHRM=numbers(0.3457, 0.3585, 0.7347, 0.2653, 0.1596, 0.8404, 0.0366, 0.0001)),
+        profiles.shown(SCENE, PROPHOTO, 1.8),
+    ),
+    "cicp-displayp3.png": (png(SCENE, 8, 2, cICP=bytes([12, 13, 0, 1])), profiles.shown(SCENE, P3, None)),
+    "cicp-p3-linear16.png": (
+        png(SCENE.astype(int) * 257, 16, 2, cICP=bytes([12, 8, 0, 1])), profiles.shown(SCENE, P3, 1.0)
+    ),
+    "cicp-srgb-and-profile.png": (
+        png(SCENE, 8, 2, cICP=bytes([1, 13, 0, 1]), iCCP=b"x\0\0" + zlib.compress(SWAP)), SCENE
+    ),
     # Depths and transparency.
     "rgb16.png": (png(SCENE.astype(int) * 257, 16, 2), SCENE),
     "gray16.png": (png(GRAY.astype(int) * 257, 16, 0), GRAYS),
@@ -172,6 +218,29 @@ def test_a_broken_profile_is_reported_and_left_out(tmp_path: Path, profile: byte
     IMAGE.save(tmp_path / "a.png", icc_profile=profile)
     assert (np.asarray(photos.load(tmp_path / "a.png", told.append)) == SCENE).all()
     assert len(told) == 1 and "a.png: its color profile cannot be used" in told[0] and why in told[0]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "told", "shown"),
+    [
+        ({"cICP": bytes([9, 16, 0, 1])}, "its color code (cICP) 9/16/0/1 is not known", SCENE),
+        ({"cICP": bytes([12, 13, 0, 0])}, "12/13/0/0 is not known", SCENE),
+        ({"cICP": bytes([9, 18, 0, 1]), "iCCP": b"x\0\0" + zlib.compress(SWAP)}, "9/18/0/1", SWAPPED_SCENE),
+        ({"gAMA": numbers(0)}, "its primaries or gamma cannot be used", SCENE),
+        ({"cHRM": numbers(*[0.3] * 8)}, "its primaries or gamma cannot be used", SCENE),
+        ({"cHRM": numbers(*[0] * 8)}, "its primaries or gamma cannot be used", SCENE),
+        ({"cHRM": b"\xff" * 32}, "its primaries or gamma cannot be used", SCENE),
+    ],
+    ids=["PQ", "narrow range", "HLG with a profile", "no gamma", "one point", "zeros", "beyond"],
+)
+def test_colors_that_cannot_be_told_are_reported(
+    tmp_path: Path, chunks: dict[str, bytes], told: str, shown: Array
+) -> None:
+    said: list[str] = []
+    png(SCENE, 8, 2, **chunks)(tmp_path / "a.png")
+    got = np.asarray(photos.load(tmp_path / "a.png", said.append))
+    assert np.abs(got - np.asarray(shown, float)).max() <= 3
+    assert len(said) == 1 and told in said[0]
 
 
 def header(*brands: bytes) -> bytes:

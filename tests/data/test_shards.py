@@ -73,7 +73,7 @@ def test_harm_is_named_with_its_cure(tmp_path: Path, harm: str) -> None:
         shards.read(at(tmp_path), shard)
 
 
-@pytest.mark.parametrize("change", [{"flavour": "new"}, {"version": 1}], ids=str)
+@pytest.mark.parametrize("change", [{"flavour": "new"}, {"version": 2}], ids=str)
 def test_a_manifest_of_another_version_is_refused(
     prepared: Path, tmp_path: Path, change: dict[str, object]
 ) -> None:

@@ -18,7 +18,7 @@ from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import MANIFEST
 from dbtrain.prepare.prepare import prepare
-from dbtrain.runtime import files
+from dbtrain.runtime import files, lock
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, config_in, train
 from tests.runs import EXPORT
@@ -196,6 +196,8 @@ def copied(make: Make, tmp_path: Path, trained: Path, monkeypatch: pytest.Monkey
     for name in ("run", "shards"):
         shutil.copytree(trained / name, tmp_path / name)
     monkeypatch.setenv("BOOM", str(tmp_path / "boom"))
+    for name, seconds in (("DEAD_S", 0.1), ("POLL_S", 0.02)):  # no owner of a lock is alive here
+        monkeypatch.setattr(lock, name, seconds)
     return make(train__steps=STEPS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,14 @@ import yaml
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from dbtrain.doctor import doctor
-from dbtrain.doctor.case import Finding
+from dbtrain.config import Config
+from dbtrain.doctor import disk, doctor
+from dbtrain.doctor.case import Case, Finding
+from dbtrain.models.base import Base
+from dbtrain.prepare import duration
 from dbtrain.runtime import lock
 from tests import bases
-from tests.conftest import config_in, dbtrain, draw_photo, train
+from tests.conftest import Make, config_in, dbtrain, draw_photo, train
 
 Rows = list[tuple[str, Finding]]
 
@@ -380,6 +384,16 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (a_missing_caption, "captions", "error", "has no caption 0.txt"),
     (captions("a dog"), "captions", "warning", "5 of 5 captions do not name the subject ('sks')"),
     (captions("sks dog, " + "very " * 40), "captions", "warning", "tokens of 32)"),
+    (config(prepare__instance_prompt="a photo of sks dog " + "very " * 40), "prompt length", "warning",
+     "no effect: prepare.instance_prompt ("),
+    (config(prepare__class_prompt="a photo of a dog " + "very " * 40), "prompt length", "warning",
+     "prepare.class_prompt ("),
+    (config(sample__prompts=["a sks dog", "a sks dog " + "very " * 40]), "prompt length", "warning",
+     "no effect: sample.prompts, no. 2 ("),
+    (config(validation__prompts=["a sks dog " + "very " * 40]), "prompt length", "warning",
+     "validation.prompts, no. 1 ("),
+    (config(evaluation__prompts=["a {} " + "very " * 40]), "prompt length", "warning",
+     "evaluation.prompts, no. 1 ("),
     (captions_unread, "photos", "warning", "captions are not read: 0.txt"),
     (photos_in_subfolder, "photos", "error", "but 5 in its folder '10_sks dog'"),
     (more_photos_in_subfolder, "photos", "warning", "the folder 'more' with 5 photos is not read"),
@@ -513,8 +527,8 @@ def checks(rows: Rows) -> set[str]:
 
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
-    "photos", "captions", "passes", "class images", "images", "shards", "batch", "run folder",
-    "write access", "disk", "GPU", "compiler", "Hub", "memory",
+    "photos", "captions", "prompt length", "passes", "class images", "images", "shards", "batch",
+    "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory", "time",
 }  # fmt: skip
 
 
@@ -595,12 +609,51 @@ def test_a_dry_run_runs_and_leaves_nothing(site: Site, look: Callable[[], Rows],
     site.env(TMPDIR=str(scratch))
     site.patch.setattr("tempfile.tempdir", None)
     site.options["dry_run"] = True
-    told = [found for name, found in look() if name == "dry run"]
-    assert [found.level for found in told] == ["ok", "ok"]
+    site.env(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    site.changes |= {"sample__prompts": ["a {}", "b {}"], "validation__prompts": ["a {}"]}
+    rows = look()
+    told = [found for name, found in rows if name == "dry run"]
+    assert [found.level for found in told] == ["ok", "ok", "ok"]
     assert "2 steps, " in told[1].what and "export/pytorch_lora_weights.safetensors" in told[1].what
     assert (
         not list(scratch.iterdir()) and not (tmp_path / "run").exists() and not (tmp_path / "shards").exists()
     )
+    total, *caveat = (found for name, found in rows if name == "time")
+    assert not re.search("unknown|not measured", total.what) and total.what.startswith("about ")
+    assert f"measured on {duration.device()}, 1 process" in total.what
+    assert re.fullmatch(r"on SLURM: sbatch --time=\d\d:\d\d:00 launch/train.sbatch CONFIG", total.cure)
+    assert torch.cuda.is_available() or "not the time on a cluster's GPU" in caveat[0].what
+
+
+def test_the_time_is_told_for_each_device_that_was_measured(site: Site, look: Callable[[], Rows]) -> None:
+    site.env(XDG_CACHE_HOME=str(site.folder / "cache"))
+    assert [found.what for name, found in look() if name == "time"] == [
+        "unknown: nothing was measured yet with these settings and number of processes"
+    ]
+    folder = duration._folder(Config.load(site.folder / "c.yaml"))
+    assert folder
+    folder.mkdir(parents=True)
+    for name, step_s in (("H100", 9.0), ("A100", 18.0)):
+        rates = {"step": (step_s, 0, 50), "checkpoint": (0.0, 0, 50), "loading for train": (9.0, 0, 1)}
+        (folder / f"{name}.json").write_text(json.dumps({"device": name, "ranks": 1, "rates": rates}))
+    site.shards()
+    found = [found for name, found in look() if name == "time"]
+    assert [one.what for one in found] == [
+        "about 1 h 00 min: training 1 h 00 min, loading 9 s; measured on A100, 1 process",
+        "about 30 min 09 s: training 30 min 00 s, loading 9 s; measured on H100, 1 process",
+    ]
+    assert [one.cure.split()[3] for one in found] == ["--time=01:30:00", "--time=00:45:00"]
+
+
+def test_no_time_is_told_of_a_job_that_cannot_start(site: Site, look: Callable[[], Rows]) -> None:
+    no_photos(site)
+    (found,) = (found for name, found in look() if name == "time")
+    assert found.level == "skipped"
+
+
+def test_a_job_that_is_done_takes_no_time(site: Site, look: Callable[[], Rows]) -> None:
+    site.run()
+    assert [found.what for name, found in look() if name == "time"] == ["nothing is left to do"]
 
 
 @pytest.mark.usefixtures("forks")
@@ -610,3 +663,16 @@ def test_a_dry_run_tells_the_run_s_own_error(site: Site, look: Callable[[], Rows
     told = [found for name, found in look() if name == "dry run"]
     assert [found.level for found in told] == ["ok", "error"]
     assert "train ended with exit code 2" in told[1].what and told[1].cure
+
+
+def test_the_disk_check_counts_a_diff_in_full(make: Make) -> None:
+    cases = []
+    for formats in (["peft"], ["peft", "diff"]):
+        cases.append(Case(make(export__formats=formats, adapter__targets="attention")))
+        cases[-1].base, cases[-1].manifest = Base.find(cases[-1].cfg.model), None
+    unet = cases[0].base.load("unet")
+    whole = sum(4 * layer.weight.numel() for name, layer in unet.named_modules()
+                if name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")))  # fmt: skip
+    sizes = [{what: size for what, _, size in disk._needs(case)} for case in cases]
+    (name,) = (what for what in sizes[0] if "export" in what)
+    assert sizes[1][name] - sizes[0][name] == whole

@@ -21,7 +21,7 @@ from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
-from tests.conftest import Make, dbtrain
+from tests.conftest import Make, dbtrain, thinned
 
 
 def test_a_tally_counts_each_storage_while_it_lives() -> None:
@@ -70,7 +70,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("base", "settings"), CASES, ids=str)
+@pytest.mark.parametrize(("base", "settings"), thinned(CASES, 3), ids=str)
 def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str, Any]) -> None:
     """Of all families; rows are 64 px small, yet activations are most of the sum."""
     path = getattr(bases, base)()
@@ -80,6 +80,7 @@ def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str,
     assert found.peak == pytest.approx(measured(cfg), rel=BOUND)
 
 
+@pytest.mark.slow
 def test_class_images_and_ranks_take_more(make: Make) -> None:
     cfg = make(train__global_batch=1)
     base = Base.find(cfg.model)

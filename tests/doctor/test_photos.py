@@ -1,16 +1,19 @@
-"""What doctor takes for the subject's word, and how it bounds its memory."""
+"""What doctor takes for the subject's word, how long texts may be, and how it bounds its memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from dbtrain.config import Prepare, Subject
-from dbtrain.doctor.captions import without_token
+from dbtrain.config import Model, Prepare, Subject
+from dbtrain.doctor.captions import too_long, without_token
 from dbtrain.doctor.photos import _workers
 from dbtrain.doctor.settings import token_of
+from dbtrain.models.base import Base
+from tests import bases
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,11 @@ def test_the_largest_photos_are_opened_one_at_a_time(tmp_path: Path) -> None:
     small, broken, huge = (tmp_path / f"{name}.png" for name in ("small", "broken", "huge"))
     assert _workers([small, broken, huge]) == 1
     assert _workers([broken]) == _workers([small, broken]) >= 1
+
+
+@pytest.mark.parametrize("base", [bases.sd, bases.sdxl, bases.if_1])
+def test_every_family_s_text_encoders_say_what_they_read(base: Callable[[], Path]) -> None:
+    model = Base.find(Model(path=str(base())))
+    texts = {"short": "a photo of sks dog on a table", "long": "a photo of sks dog " + "and a cat " * 40}
+    (found,) = too_long(texts, model)
+    assert "long (" in found.what and "short" not in found.what

@@ -11,6 +11,7 @@ from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, dbtrain
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forks")
 def test_all_ways_are_the_same_run(make: Make, tmp_path: Path, prepared: Path) -> None:
     cfg = make(data__shards=str(prepared))
@@ -21,6 +22,7 @@ def test_all_ways_are_the_same_run(make: Make, tmp_path: Path, prepared: Path) -
     assert not (tmp_path / "run").exists(), "it writes to a temporary folder"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forks")
 def test_another_run_is_noticed(
     make: Make, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.config import Config
+from dbtrain.config import Config, subject_words
 from dbtrain.evaluate import dreambench
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate.dreambench import Dataset
@@ -64,7 +64,7 @@ def test_settings_make_a_config_of_each_subject(dataset: Path, tmp_path: Path) -
         cfg = Config.load(base, done.stdout.splitlines())
         assert cfg.run_dir == f"runs/dreambench/{name}" and cfg.prepare
         assert cfg.prepare.photos == str(dataset / name)
-        about = subject.of(cfg.prepare, cfg.subject)
+        about = subject_words.of(cfg.prepare, cfg.subject)
         assert (about.token, about.kind, about.class_prompt) == ("sks", kind, f"a {kind}")
         drawn = subject.prompts(about, cfg.evaluation)
         assert drawn == [(f"a sks {kind} {words}", f"a {kind} {words}") for words in prompts]

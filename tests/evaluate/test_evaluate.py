@@ -19,7 +19,8 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPModel, ViTModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from dbtrain.config import Config, Evaluation, Prepare, Subject
+from dbtrain.config import Config, Evaluation, Prepare, Subject, subject_words
+from dbtrain.config.subject_words import SubjectWords
 from dbtrain.evaluate import dino_clip, encoders, evaluate, tiny_judge
 from dbtrain.evaluate import prompts as subject
 from dbtrain.evaluate import scores as fidelity
@@ -136,6 +137,7 @@ def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
         assert sheet.height > 4 * 128
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_and_two_ranks_score_alike(ran: Config, tmp_path: Path) -> None:
     config, out = Path(ran.run_dir).parent / "c.yaml", Path(ran.run_dir) / "scores"
     list(evaluate.evaluate(ran))
@@ -149,6 +151,7 @@ def test_a_second_call_does_nothing_and_two_ranks_score_alike(ran: Config, tmp_p
     assert (out / "scores.json").read_bytes() == before, "two ranks, and one picture drawn again"
 
 
+@pytest.mark.slow
 def test_other_models_or_photos_are_scored_anew(ran: Config) -> None:
     run = Path(ran.run_dir)
     assert dino_clip.evaluate(ran, ran.run_dir, run / "scores")
@@ -219,6 +222,7 @@ def test_the_embedded_base_has_its_own_judge_unless_a_dino_is_asked_for(make: Ma
 # Checkpoints.
 
 
+@pytest.mark.slow
 def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
     config, run = Path(ran.run_dir).parent / "c.yaml", Path(ran.run_dir)
     done = dbtrain("evaluate", config, "--checkpoints", ranks=2)
@@ -276,9 +280,9 @@ def test_without_matplotlib_there_is_a_message_and_no_plot(
 # Words.
 
 
-def words(instance: str, of_class: str | None = None, **settings: str) -> subject.SubjectWords:
+def words(instance: str, of_class: str | None = None, **settings: str) -> SubjectWords:
     prompts = Prepare(photos="p", instance_prompt=instance, class_prompt=of_class)
-    return subject.of(prompts, Subject(**settings))
+    return subject_words.of(prompts, Subject(**settings))
 
 
 @pytest.mark.parametrize(
@@ -294,7 +298,7 @@ def words(instance: str, of_class: str | None = None, **settings: str) -> subjec
     ],
 )
 def test_the_words_for_a_subject_are_read_from_the_prompts(
-    about: subject.SubjectWords, token: str, kind: str, of_class: str
+    about: SubjectWords, token: str, kind: str, of_class: str
 ) -> None:
     assert (about.token, about.kind, about.class_prompt) == (token, kind, of_class)
 

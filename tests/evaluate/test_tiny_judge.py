@@ -69,6 +69,7 @@ def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
         tiny_judge.JudgeScores.load(tmp_path / "s.json")
 
 
+@pytest.mark.slow
 def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) -> None:
     world.main(tmp_path / "photos", "mug")
     cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"),
@@ -95,6 +96,7 @@ def test_evaluate_draws_judges_and_leaves_a_sheet(make: Make, tmp_path: Path) ->
     assert values["labels"]["place"] == "share of the subject's images in the requested place"
 
 
+@pytest.mark.slow
 def test_checkpoints_are_compared_by_likeness_and_place(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

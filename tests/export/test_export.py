@@ -13,6 +13,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.adapters.formats.registry import find, write
 from dbtrain.config import Adapter
 from dbtrain.export import hub
-from dbtrain.export.export import export
+from dbtrain.export.export import export, show
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
@@ -148,6 +149,26 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     assert "ss_output_name" not in header, "a converted file may be anyone's"
 
 
+def test_a_kohya_file_is_dated_by_its_user_alone(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock would make the exports of equal runs differ."""
+    cfg = make(export__formats=["kohya"], train__steps=1)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
+    plain = train(cfg) / "export" / "run.safetensors"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    dated = export(cfg, out=tmp_path / "dated")
+    headers = []
+    for path in (plain, dated):
+        with safe_open(path, "pt") as file:
+            headers.append(file.metadata())
+    assert headers[1] == headers[0] | {"ss_training_started_at": "1767225600"}
+    assert export(cfg, out=tmp_path / "again").read_bytes() == dated.read_bytes()
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
+    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'today', not seconds since 1970; unset it"):
+        export(cfg, out=tmp_path / "wrong")
+
+
 def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -155,12 +176,14 @@ def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
     caplog.set_level("INFO", logger="dbtrain")
     settings = {"targets": r"mid_block.*(to_q|conv1)", "dora": True, "rank": 4}
     text = settings | {"targets": "attention"}
-    cfg = make(adapter=settings | {"text_encoder": text}, export__formats=["diffusers", "diff"],
+    cfg = make(adapter=settings | {"text_encoder": text}, export__formats=["diffusers", "kohya", "diff"],
                optim__lr=1e-2, train__steps=2)  # fmt: skip
     path = train(cfg) / "export" / "run-diff.safetensors"
-    assert "for them, add the format diff" not in caplog.text, "only kohya's file is wrong"
+    assert "Forge and InvokeAI give other images; for them, use the file of the format diff" in caplog.text
     assert "`run-diff.safetensors` is for" in (path.parent / "README.md").read_text()
-    assert hub.uploaded(path.parent, "run") == [Path(name) for name in ("README.md", FILE, path.name)]
+    assert hub.uploaded(path.parent, "run") == [
+        Path(name) for name in ("README.md", FILE, path.name, "run.safetensors")
+    ]
     changed, trained = stock(), stock()
     bare = picture(changed)
     trained.load_lora_weights(path.parent, weight_name=FILE)
@@ -179,7 +202,8 @@ def test_a_diff_makes_of_stock_weights_what_dora_was_trained_to(
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(converted).items())
     with pytest.raises(ConfigError, match="changes of whole weights"):
         export(cfg, adapter=path, out=tmp_path / "back")
-    (converted.parent / FILE).unlink()
+    for name in (FILE, "run.safetensors"):
+        (converted.parent / name).unlink()
     with pytest.raises(ConfigError, match="neither a file nor a run folder"):
         find(converted.parent)
 
@@ -280,6 +304,19 @@ def test_the_card_is_valid_yaml_for_any_prompt(make: Make) -> None:
     card = (train(cfg) / "export" / "README.md").read_text()
     assert yaml.safe_load(card.split("---\n")[1])["instance_prompt"] == prompt
     compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_a_contact_sheet_changes_the_card_alone(make: Make, tmp_path: Path) -> None:
+    """A diff would take minutes to write again."""
+    cfg = make(train__steps=1)
+    folder = train(cfg) / "export"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")
+    show(cfg, tmp_path / "sheet.png")
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert after.keys() - before.keys() == {"samples.png"}
+    assert {name for name in before if before[name] != after[name]} == {"README.md"}
+    assert "![](samples.png)" in (folder / "README.md").read_text()
 
 
 def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:

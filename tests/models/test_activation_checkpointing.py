@@ -17,17 +17,17 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, slow
 from tests.networks import build, stream
 
 MODES = ("none", "transformer", "blocks")
 ADAPTERS: list[dict[str, Any]] = [
     {},
-    {"adapter__dropout": 0.2},
     {"adapter__targets": "mid_block.*to_q"},  # the first blocks' inputs need no gradient
-    {"train__base_linears": "int8"},
-    {"train__precision": "bf16"},
-    {"adapter__kind": "loha"},
+    slow({"adapter__dropout": 0.2}),
+    slow({"train__base_linears": "int8"}),
+    slow({"train__precision": "bf16"}),
+    slow({"adapter__kind": "loha"}),
 ]
 
 
@@ -89,7 +89,10 @@ def test_a_compiled_denoiser_keeps_no_more_than_its_budget(make: Make, prepared:
     kept, losses, norms = [], [], []
     for budget in (None, 0.3):
         torch._dynamo.reset()
-        cfg = make(train__compile=True, train__activation_memory=budget, train__micro_batch=4)
+        cfg = make(
+            model__path=str(bases.sd(slim=True)), train__compile=True, train__activation_memory=budget,
+            train__micro_batch=4,
+        )  # fmt: skip
         model, batches = build(cfg, prepared), stream(cfg, prepared)
         kernels.compile_module(model.denoiser, True, "aot_eager_decomp_partition", budget)
         weights = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}

@@ -36,7 +36,7 @@ from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.sample.sample import sample_run
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.conftest import Make, at, dbtrain, draw_photo, slow, thinned, train
 from tests.networks import first_batch
 
 KINDS = ("lora", "loha", "lokr")
@@ -82,10 +82,11 @@ def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module
     family, x0 = model.family, model.x0(batch)
     t = model.objective.timesteps(batch.u)
     x_t = model.objective.corrupt(x0, batch.noise, t)
-    table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names} | model.on_host
+    condition = model.condition(batch)
     if model.text_encoders:
-        table = family.embed(encoders, table)
-    condition = {name: values[batch.prompt] for name, values in table.items()} | batch.extra
+        table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names}
+        condition = {name: rows[batch.prompt] for name, rows in family.embed(encoders, table).items()}
+    condition |= batch.extra
     if model.sees:
         condition |= model.sees(x0, x_t, t, batch, model.noising)
     return family.denoise(unet, x_t, t, condition)
@@ -120,7 +121,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "kind", "text", "form"), TABLE)
+@pytest.mark.parametrize(("base", "kind", "text", "form"), thinned(TABLE, 3))
 def test_a_stock_loader_predicts_what_the_trained_module_does(
     make: Make, tmp_path: Path, base: str, kind: str, text: bool, form: str
 ) -> None:
@@ -157,16 +158,20 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
     assert torch.equal(off, bare)
 
 
-SWITCHES = [  # one that changes how, not what; inductor only once, as it costs half a minute
-    pytest.param("sdxl", {"train__compile": True}, {"adapter__text_encoder": TEXT}, marks=pytest.mark.slow),
-    ("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
+SWITCHES = [  # one that changes how, not what; inductor only once, with the shapes of train/test_modes.py
+    pytest.param(
+        "sdxl-slim", {"train__compile": True},
+        {"adapter__text_encoder": TEXT, "train__micro_batch": 4, "train__global_batch": 4},
+        marks=[pytest.mark.slow, pytest.mark.xdist_group("inductor")],
+    ),
+    slow("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
     ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
     ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
     *((name, {"train__gradient_checkpointing": "transformer"}, {}) for name in FLOW),
     *((name, {"train__compile": "regional"}, {"adapter__targets": "all"}) for name in FLOW),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("base", "switch", "settings"), SWITCHES, ids=str)
@@ -178,7 +183,7 @@ def test_compiling_and_checkpointing_give_the_same_adapter(
     switch: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    if base != "sdxl":
+    if base != "sdxl-slim":
         quick = partial(kernels.compile_module, backend="aot_eager")
         monkeypatch.setattr(kernels, "compile_module", quick)
     found = []
@@ -245,7 +250,9 @@ def test_a_kohya_file_has_the_true_alpha_and_the_names_its_readers_know(make: Ma
 
 
 @pytest.mark.parametrize("base", ["sd", "sdxl"])
-@pytest.mark.parametrize("settings", [{}, {"adapter__dora": True}, {"adapter__rslora": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, slow({"adapter__dora": True}), slow({"adapter__rslora": True})], ids=str
+)
 def test_conversions_between_all_formats_come_back_the_same(
     make: Make, tmp_path: Path, base: str, settings: dict
 ) -> None:
@@ -267,8 +274,8 @@ def test_conversions_between_all_formats_come_back_the_same(
         if source == "peft":
             path = tmp_path / "peft-only"
             formats.write("peft", path, family, truth)
+        states = formats.read(path, family, original.skeleton)
         for form in (name for name, able in formats.FORMATS.items() if able.readable):
-            states = formats.read(path, family, original.skeleton)
             out = formats.write(form, tmp_path / f"{source}-{form}", family, states, original.module_names)
             back = formats.read(out, family, original.skeleton)
             for component, state in truth.items():
@@ -411,7 +418,7 @@ def test_the_table_of_families_is_complete() -> None:
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
 
 
-@pytest.mark.parametrize("base", ["sdxl", "if-1", *FLOW])
+@pytest.mark.parametrize("base", ["sdxl", slow("if-1"), *map(slow, FLOW)])
 def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
     """Text encoders and accumulation on two ranks: one process gives the same."""
     changes: dict[str, Any] = {

@@ -30,8 +30,10 @@ from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
 from dbtrain.models.families import registry as families
 from dbtrain.models.flow_matching import FlowMatching, own_shift
+from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
 from tests.conftest import Make, at
 from tests.networks import awake, build, first_batch
@@ -40,7 +42,9 @@ FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is Flow
 # How users of a pipeline ask for guidance w, as its documentation has it.
 GUIDANCE = {
     "flux2-klein": lambda w: {"guidance_scale": w},
+    "flux2-dev": lambda w: {"guidance_scale": w},
     "qwen-image": lambda w: {"true_cfg_scale": w, "negative_prompt": [" ", " "]},
+    "z-image": lambda w: {"guidance_scale": w - 1},  # of prediction + g (prediction - unconditional)
     "krea2": lambda w: {"guidance_scale": w - 1},
 }
 PLAIN = {"distribution": "uniform", "shift": 1.0}  # a noise level is its `u`
@@ -238,7 +242,6 @@ def test_a_prompt_that_is_too_long_is_refused() -> None:
 
 
 REFUSED = {
-    "distilled": ({}, {"is_distilled": True}, "was distilled to generate images in a few steps"),
     "another scheduler": (
         {}, {"scheduler": ["diffusers", "DDPMScheduler"]}, "made for another training objective"
     ),
@@ -253,8 +256,14 @@ REFUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("name", FLOW)
+# Families whose folders do not say whether they were distilled.
+UNTOLD = ("z-image",)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [(name, case) for name in FLOW for case in REFUSED if (name in UNTOLD) <= (case != "distilled")],
+)
 def test_what_it_cannot_train_is_refused_in_one_line(
     make: Make, tmp_path: Path, name: str, case: str
 ) -> None:
@@ -273,27 +282,54 @@ def test_what_it_cannot_train_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("flux2-klein", r"FLUX\.2-klein-base of the same"), ("krea2", "krea/Krea-2-Raw")],
+)
+def test_a_distilled_model_is_for_drawing(make: Make, tmp_path: Path, name: str, instead: str) -> None:
+    folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"is_distilled": True}))
+    cfg = make(model__path=str(folder), prepare__resolution=SIDE)
+    with pytest.raises(ConfigError, match=f"was distilled .*; train on {instead}"):
+        prepare(cfg)
+    AdapterPipeline.load(cfg.model).generate("a dog", 0, steps=1, guidance=1.0, side=SIDE)
+
+
+LENGTHS = {
+    "none": lambda table: table.pop("condition.lengths"),
+    "too long": lambda table: table["condition.lengths"].add_(1),
+    "empty": lambda table: table["condition.lengths"].zero_(),
+    "fractions": lambda table: table.update({"condition.lengths": table["condition.lengths"].float()}),
+    "two": lambda table: table.update({"condition.lengths": table["condition.lengths"].repeat(1, 2)}),
+}
+
+
+@pytest.mark.parametrize("harm", LENGTHS)
+def test_lengths_that_a_table_does_not_have_are_refused(harm: str) -> None:
+    for name in FLOW:
+        base = found(name)
+        if "lengths" in (shapes := base.family.conditions(base)):
+            table = {f"condition.{key}": torch.ones(1, *[size or 7 for size in shape])
+                     for key, shape in shapes.items()}  # fmt: skip
+            table |= {f"ids.{encoder}": torch.ones(1, 7).long() for encoder in base.family.text_encoders}
+            table["condition.lengths"] = torch.tensor([7])
+            plan.check_prompts("shards", base, table)
+            LENGTHS[harm](table)
+            with pytest.raises(ConfigError, match=r"lengths .*; rerun: dbtrain prepare"):
+                plan.check_prompts("shards", base, table)
+
+
 UNFIT: list[tuple[str, str, dict[str, Any], str]] = [  # family, component, settings, message
-    (
-        "qwen-image",
-        "transformer",
-        {"joint_attention_dim": 48},
-        "joint_attention_dim .* is 48, but .* 32$",
-    ),
-    (
-        "qwen-image",
-        "transformer",
-        {"in_channels": 16},
-        "in_channels .* is 16, but .* give 64",
-    ),
+    ("qwen-image", "transformer", {"joint_attention_dim": 48}, "joint_attention_dim .* is 48, but .* 32$"),
+    ("qwen-image", "transformer", {"in_channels": 16}, "in_channels .* is 16, but .* give 64"),
     ("qwen-image", "vae", {"latents_std": [0.0] * 16}, r"latents_std of its vae is \[0.* 16 numbers above 0"),
-    (
-        "qwen-image",
-        "vae",
-        {"latents_mean": [1.0]},
-        r"latents_mean of its vae is \[1.0\]; use 16 numbers",
-    ),
-]
+    ("qwen-image", "vae", {"latents_mean": [1.0]}, r"latents_mean of its vae is \[1.0\]; use 16 numbers"),
+    ("krea2", "transformer", {"text_hidden_dim": 48}, "text_hidden_dim .* is 48, but .* give 32"),
+    ("krea2", "transformer", {"num_text_layers": 3}, "num_text_layers .* is 3, but .* give 12"),
+    ("krea2", "", {"patch_size": 4}, "patch_size in model_index.json is 4; dbtrain trains Krea 2 with 2"),
+    ("krea2", "", {"text_encoder_select_layers": [1, 2]}, r"select_layers .* is \[1, 2\]; dbtrain trains"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "component", "settings", "message"), UNFIT)

@@ -20,7 +20,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
-from tests.conftest import Make, train
+from tests.conftest import Make, slow, train
 from tests.networks import build, stream
 
 ERROR = {"int8": 0.01, "fp8": 0.03}  # largest relative error of a product, weights normal
@@ -136,7 +136,7 @@ def test_every_adapter_learns_on_it(settings: dict[str, Any], storage: str) -> N
     assert all((g is None) == (grads[1][name] is None) for name, g in grads[0].items())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [slow(name) if name == "bf16" else name for name in PRECISIONS])
 @pytest.mark.parametrize("storage", ERROR)
 def test_training_losses_stay_close(make: Make, prepared: Path, precision: str, storage: str) -> None:
     losses = []

@@ -89,6 +89,7 @@ def test_torchrun_starts_lost_ranks_again_from_the_last_checkpoint(
     assert not (tmp_path / "run" / "PREEMPTED").exists()
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_and_a_run_moved_between_them(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:

@@ -38,6 +38,7 @@ def test_two_ranks_equal_one_rank_with_larger_micro_batches(
         )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(make: Make, tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(prepared, tmp_path / "shards")
     make(train__steps=8)
@@ -70,6 +71,7 @@ def test_prepare_gives_the_same_files_on_one_and_two_ranks(
     assert len(tree(tmp_path / "class2")) == 8 + 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL_PHOTOS.is_dir(), reason="needs the real photos")
 def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
     """The README's promise: photos in, on two processes, a file out that a stock pipeline loads."""
@@ -99,6 +101,7 @@ def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
     assert again.stderr.count("nothing to do") == 3
 
 
+@pytest.mark.slow
 def test_an_error_on_all_ranks_is_told_once(make: Make, tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(prepared, tmp_path / "shards")
     make()
@@ -111,6 +114,7 @@ def test_an_error_on_all_ranks_is_told_once(make: Make, tmp_path: Path, prepared
     assert 'File "' not in done.stderr.split(told)[0]
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_both_and_has_the_rank_s_name(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:

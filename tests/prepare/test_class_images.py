@@ -263,6 +263,7 @@ def test_how_fast_they_are_drawn_is_not_what_shards_were_asked_for(make: Make) -
     assert plain and fast and request(plain, families.get("sd")) == request(fast, families.get("sd"))
 
 
+@pytest.mark.slow
 def test_a_compiled_denoiser_draws_the_same(drawn: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Compiled once, for full batches: the last one here is not."""
     quick = partial(class_images.kernels.compile_module, backend="aot_eager")

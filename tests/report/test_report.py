@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,146 +14,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from dbtrain.data import photos as images
 from dbtrain.data import shards
-from dbtrain.data.pictures import save_png
 from dbtrain.prepare.prepare import prepare
 from dbtrain.report import crops, curves, figures, report, run, thumbs
 from dbtrain.runtime import lock
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.sample.sample import sample_run
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
 from tests import bases
-from tests.conftest import ROOT, Make, at, config_in, dbtrain, train
+from tests.conftest import ROOT, Make, at, dbtrain
+from tests.report.conftest import HOSTILE, VALIDATIONS, Page
 
 pytestmark = pytest.mark.xdist_group("report")  # they share what takes long to make
-
-HOSTILE = '<script>window.ran = true</script><img src=x onerror="window.ran = true"> "dog" & \'sks\''
-VALIDATIONS = (0, 2, 4)
-TIMES = [100, 300, 500, 700]
-
-
-def plant(folder: Path, prompts: tuple[str, ...]) -> None:
-    """What validation and evaluation leave in a run folder."""
-    for step in VALIDATIONS:
-        place = folder / "validation" / f"step-{step:06d}"
-        for number, prompt in enumerate(prompts):
-            for seed in (0, 1):
-                picture = Image.new("RGB", (64, 64), (60 * step, 80 * seed, 200))
-                note = json.dumps({"prompt": prompt, "seed": seed})
-                save_png(place / f"{number:02d}-seed{seed}.png", picture, note)
-        save_png(place / "sheet.png", Image.new("RGB", (300, 200), "white"))
-    lines = [
-        {"step": step, "held_out_instance": 0.2 - 0.02 * step, "held_out_prior": 0.1 + 0.01 * step,
-         "timesteps": TIMES,
-         "by_timestep": {"instance": [0.3, 0.2, 0.1, 0.05], "prior": [0.2, 0.1, 0.1, 0.1]}}
-        for step in VALIDATIONS
-    ]  # fmt: skip
-    (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    tenths = {"rows": [2] * 9 + [0], "loss": [0.5 - 0.05 * k for k in range(9)] + [0.0]}
-    rows = [{"step": step, "instance": tenths, "prior": tenths} for step in (2, 4)]
-    (folder / "timesteps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "scores").mkdir()
-    labels = {"likeness": "likeness of the adapter's images of the subject"}
-    (folder / "scores" / "scores.json").write_text(
-        json.dumps({"likeness": 0.75, "place": 1.0, "labels": labels})
-    )
-    of_checkpoints = [
-        {"step": 2, "likeness": 0.5, "suggested": False}, {"step": 4, "likeness": 0.75, "suggested": True}
-    ]  # fmt: skip
-    (folder / "scores" / "checkpoints.json").write_text(json.dumps(of_checkpoints))
-
-
-@pytest.fixture(scope="module")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, photos: Path, class_dir: Path, prepared: Path
-) -> list[Path]:
-    """Two finished runs with all that a folder may hold; the second has a prompt that is an attack."""
-    folders = []
-    for name, changes in (
-        ("plain", {}),
-        ("other", {"optim__lr": 5e-4, "prepare__instance_prompt": HOSTILE, "prepare__flip": True}),
-    ):
-        home = tmp_path_factory.mktemp(name)
-        cfg = config_in(home, photos, class_dir, sample__prompts=["a photo of sks dog"],
-                        run_dir=str(home / f"run-{name}"), **changes)  # fmt: skip
-        if changes:
-            prepare(cfg)
-        else:
-            shutil.copytree(prepared, home / "shards")
-        folder = train(cfg)
-        sample_run(cfg)
-        plant(folder, ("a photo of sks dog", HOSTILE))
-        folders.append(folder)
-    return folders
-
-
-class Page:
-    """A browser with a page in it."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def open(self, path: Path, width: int = 1440, theme: str = "light") -> Page:
-        self.driver.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        )
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        for kind in ("browser", "performance"):  # of the page before
-            self.driver.get_log(kind)
-        self.driver.get(path.as_uri())
-        return self
-
-    def __call__(self, script: str) -> Any:
-        """The value of a JavaScript expression."""
-        return self.driver.execute_script(f"return {script}")
-
-    def texts(self, selector: str) -> list[str]:
-        return self(
-            f"[...document.querySelectorAll({json.dumps(selector)})].map(node => node.textContent.trim())"
-        )
-
-    def find(self, selector: str, number: int = 0) -> Any:
-        return self.driver.find_elements("css selector", selector)[number]
-
-    def requests(self) -> list[str]:
-        """Every address that the page asked for."""
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [event["params"]["request"]["url"] for event in events
-                if event["method"] == "Network.requestWillBeSent"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    """A headless Chromium that cannot reach a network."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        yield Page(opened)
-    finally:
-        opened.quit()
-
-
-@pytest.fixture(scope="module")
-def one(runs: list[Path]) -> Path:
-    return report.report(runs[:1])
-
-
-@pytest.fixture(scope="module")
-def both(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return report.report(runs, tmp_path_factory.mktemp("page") / "both.html")
 
 
 def test_the_page_opens_without_an_error_and_asks_for_nothing_but_itself(browser: Page, one: Path) -> None:
@@ -172,6 +45,7 @@ def test_every_picture_is_shown_and_has_words(browser: Page, one: Path, photos: 
     assert page("document.querySelectorAll('.timeline img').length") == 2 * 2 * len(VALIDATIONS)
     count = len(images.find(str(photos), "photos"))
     assert page("document.querySelectorAll('#data img').length") == count + count + 8  # and class images
+    assert page("document.querySelectorAll('.photos img').length") == min(4, count)
     assert any("as trained" in alt for _, alt in shown)
     assert page.texts(".timeline thead th")[:3] == ["before", "step 2", "step 4"]
 
@@ -198,7 +72,7 @@ def test_curves_are_drawn_and_tell_their_values(browser: Page, one: Path) -> Non
         "t.dispatchEvent(new Event('input'))"
     )
     assert float(page.texts(".chart .live")[0]) == pytest.approx(last["loss_instance"], rel=1e-3)
-    page.find("[name=log]").click()
+    page.click("[name=log]")
     assert page.driver.get_log("browser") == []
 
 
@@ -229,7 +103,7 @@ def test_dragging_zooms_every_chart_to_the_same_steps(browser: Page, both: Path)
         for number in (0, 1):
             page.find(".plot", number).send_keys("\ue012" * 9)
             assert page.texts(".chart .at")[number] == leftmost, where
-        page.find("[name=reset]").click()
+        page.click("[name=reset]")
 
 
 def test_a_picture_is_enlarged_and_the_arrows_go_through_the_steps(browser: Page, one: Path) -> None:
@@ -273,7 +147,18 @@ def test_the_theme_is_the_reader_s_and_text_has_contrast(browser: Page, one: Pat
     page = browser.open(one, theme=theme)
     paper = luminance(page, "section", "backgroundColor")
     assert (paper < 0.1) == (theme == "dark")
-    for selector in ("section", "dt", "section .note", ".files a", ".legend button", ".state"):
+    for selector in (
+        "section",
+        "dt",
+        "section .note",
+        ".files a",
+        ".legend button",
+        ".state",
+        ".level[data-level=good]",
+        ".level[data-level=fair]",
+        ".cure",
+        ".rating + .bar + .what",
+    ):
         ink = luminance(page, selector, "color")
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5, selector
 
@@ -288,16 +173,16 @@ def test_prompts_are_text_whatever_they_say(browser: Page, both: Path) -> None:
 
 def test_two_runs_stand_side_by_side(browser: Page, both: Path, runs: list[Path]) -> None:
     page = browser.open(both)
-    assert page.texts(".runs strong") == ["run-plain", "run-other"]
+    assert page.texts(".index tbody th a") == ["run-plain", "run-other"]
     legend = page.texts(".chart:nth-of-type(1) .legend button")
     assert [text.split("run-")[1][:5] for text in legend[:2]] == ["plain", "other"]
     strokes = [page.find(".legend .stroke", k).value_of_css_property("border-top-color") for k in (0, 1)]
     assert strokes[0] != strokes[1]
-    differing = page.texts("#differences tbody th")
+    differing = page.texts("#differences thead th")
     assert {"optim.lr", "prepare.instance_prompt", "prepare.flip", "data.shards"} == set(differing)
     rows = [f"seed {seed}run-{name}" for seed in (0, 1) for name in ("plain", "other")]
     assert page.texts(".timeline tbody th") == rows * 2
-    assert page.texts("#summary thead th") == ["run-plain", "run-other"]
+    assert page.texts("#summary tbody th") == ["run-plain", "run-other"]
     assert len(page.texts("#data .note")) >= 2, "each has data of its own"
     assert page.texts(".suggested th") == ["4", "4"]
     assert not page.texts(".files a"), "the page lies outside both folders: paths, no links"
@@ -319,12 +204,14 @@ def test_a_folder_with_nothing_but_a_config_gives_a_page(make: Make, tmp_path: P
     page = browser.open(report.report([folder]))
     assert page.driver.get_log("browser") == []
     assert page.texts(".state") == ["not trained yet"]
+    assert page.texts(".command") == [f"dbtrain run {cfg.run_dir}/config.yaml"]
     text = page.texts("main")[0]
     assert f"prepare.photos: '{tmp_path / 'gone'}' is not a directory" in text
     assert "has no manifest.json; rerun: dbtrain prepare" in text
     assert "metrics.jsonl is missing or empty" in text and "No step has been logged yet" in text
 
 
+@pytest.mark.slow
 def test_the_report_imports_neither_peft_nor_the_compiler() -> None:
     code = "import sys, dbtrain.report.report; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -357,6 +244,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         report.report([tmp_path])
 
 
+@pytest.mark.slow
 def test_the_command_writes_where_it_is_told(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "page.html"
     done = dbtrain("report", *runs, "--out", out, "--crops", 0)
@@ -417,10 +305,10 @@ def test_figures_say_where_the_held_out_loss_was_lowest(runs: list[Path], tmp_pa
 def test_long_runs_are_averaged_to_few_points_and_keep_their_mean() -> None:
     xs = list(range(1, 100_001))
     ys: curves.Values = [float(x % 7) for x in xs]
-    few_xs, few_ys = curves.thinned(xs, ys)
+    few_xs, few_ys = curves.thinned(xs, ys, curves.POINTS)
     assert len(few_xs) <= curves.POINTS and few_xs[-1] == xs[-1]
     assert curves.mean(few_ys) == pytest.approx(curves.mean(ys), rel=1e-3)
-    assert curves.thinned([1, 2], [None, 2.0]) == ([1, 2], [None, 2.0])
+    assert curves.thinned([1, 2], [None, 2.0], curves.POINTS) == ([1, 2], [None, 2.0])
 
 
 def test_losses_by_timestep_are_means_over_rows(runs: list[Path], tmp_path: Path) -> None:
@@ -442,9 +330,9 @@ def test_many_validations_are_thinned_out_evenly() -> None:
 
 
 def test_the_more_pictures_the_smaller() -> None:
-    assert thumbs.side(1) == thumbs.side(60) == 512
-    assert thumbs.side(240) == 256
-    assert thumbs.side(10_000) == 192
+    assert thumbs.side(1) == thumbs.side(24) == 384
+    assert thumbs.side(96) == 192
+    assert thumbs.side(10_000) == 96
 
 
 def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> None:
@@ -456,7 +344,7 @@ def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> No
                prepare__flip=True)  # fmt: skip
     prepare(cfg)
     manifest = shards.Manifest.read(at(tmp_path / "shards"))
-    decode = crops._decoder(cfg)
+    decode = crops._decoder(cfg.model)
     seen = 0
     for row in shards.read(at(tmp_path / "shards"), manifest.roles["instance"][0]):
         crop = images.Crop(*row.meta["crop"], row.meta["flip"])
@@ -470,7 +358,7 @@ def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> No
 def test_models_of_pixels_show_the_very_pixels(make: Make) -> None:
     cfg = make(model__path=str(bases.if_1()), prepare__resolution=16)
     pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    shown = crops._decoder(cfg)(shards.Row({"pixels": pixels}, {}))
+    shown = crops._decoder(cfg.model)(shards.Row({"pixels": pixels}, {}))
     assert np.array_equal(np.array(shown), pixels.permute(1, 2, 0).numpy())
 
 

@@ -44,6 +44,7 @@ def test_the_build_makes_an_ordinary_diffusers_folder(whole: Path) -> None:
     assert sum(p.stat().st_size for p in whole.rglob("*") if p.is_file()) <= 16 * 2**20
 
 
+@pytest.mark.slow
 def test_a_stage_that_was_stopped_ends_like_one_that_was_not(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

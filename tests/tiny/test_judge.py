@@ -19,6 +19,7 @@ def judge() -> Judge:
     return Judge.load()
 
 
+@pytest.mark.slow
 def test_it_reads_class_and_place_of_fresh_renders(judge: Judge) -> None:
     figures = measure(judge, count=400)
     assert figures["kind"] >= 0.97

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.tiny import measure
 from dbtrain import tiny
 from dbtrain.config import Model
@@ -11,6 +13,7 @@ from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import KINDS
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_asked_for() -> None:
     """A short form of `python -m benchmarks.tiny.measure`, with seeds of its own."""
     base = AdapterPipeline.load(Model(path="tiny"))

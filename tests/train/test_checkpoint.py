@@ -16,7 +16,7 @@ from dbtrain.report import run as report
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
-from tests.conftest import Make, Started, dbtrain, train
+from tests.conftest import Make, Started, dbtrain, slow, train
 from tests.runs import tree
 
 
@@ -34,7 +34,7 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", slow("fp16")])
 def test_train_2n_equals_train_n_then_resume_n_in_a_new_process(
     make: Make, tmp_path: Path, precision: str
 ) -> None:
@@ -49,6 +49,7 @@ def test_train_2n_equals_train_n_then_resume_n_in_a_new_process(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_killed_while_it_trains_and_run_again_gives_the_same_adapter(make: Make, tmp_path: Path) -> None:
     settings = {"train__checkpoint_every": 5, "train__keep": 2, "optim__schedule": "constant"}
     make(train__steps=100_000, **settings)
@@ -157,6 +158,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_its_shards_are_made_anew(
     assert tree(tmp_path / "shards") == before
 
 
+@pytest.mark.slow
 def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_is_made(
     make: Make, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from dbtrain.runtime.rng import RowNoise
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step
+from tests import bases
 from tests.conftest import ROOT, Make, finished
 from tests.networks import Dispatched
 
@@ -109,8 +110,8 @@ def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: 
     """Two real ranks: DDP, LoRA, accumulation, gradient checkpointing, compiled."""
     shutil.copytree(prepared, tmp_path / "shards")
     make(
-        train__global_batch=8, train__micro_batch=2, train__gradient_checkpointing="blocks",
-        train__precision="bf16", adapter__rank=128,
+        model__path=str(bases.sd(slim=True)), train__global_batch=8, train__micro_batch=2,
+        train__gradient_checkpointing="blocks", train__precision="bf16", adapter__rank=512,
     )  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     counting = ROOT / "tests" / "multi" / "counted.py"

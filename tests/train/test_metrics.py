@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from dbtrain.runtime import console
+from dbtrain.runtime import console, pace
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import summary
+from dbtrain.train.metrics import TENTHS, Metrics, Outcome
 from tests.conftest import Make, finished, train
 
 LINES = """
@@ -57,11 +60,112 @@ def test_a_run_ends_with_where_the_time_went_and_where_things_are(
     with caplog.at_level(logging.INFO, "dbtrain"):
         train(cfg)
         summary.summary(cfg)
-    lines = caplog.messages
-    names = [line.split()[0] for line in lines[-1].splitlines()]
+    assert not any("\n" in line for line in caplog.messages), "it would be shown as \\x0a"
+    lines = caplog.messages[-7:]
+    names = [line.split()[0] for line in lines]
     assert names == ["done", "training", "validation", "other", "adapter", "validation", "log"]
-    assert "samples/s" in lines[-1]
-    for line in lines[-1].splitlines()[-3:]:
+    assert "samples/s" in lines[1]
+    for line in lines[-3:]:
         assert Path(line.split()[1]).exists()
-    assert lines[-1] in (Path(cfg.run_dir) / "log.txt").read_text()
+    assert "\n".join(lines) in (Path(cfg.run_dir) / "log.txt").read_text()
     assert 0 < console.spent_s["validation"] < console.spent_s["train"]
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(pace, "clock", clock := Clock())
+    monkeypatch.setattr(pace, "measured", {})
+    return clock
+
+
+OUTCOME = Outcome(torch.ones(2), torch.ones(()), torch.full((2,), torch.inf), torch.zeros(2, 2, TENTHS), 0)
+
+
+def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_come(
+    make: Make, clock: Clock
+) -> None:
+    cfg = make(train__steps=10, train__checkpoint_every=5, train__log_every=100, validation__every=4)
+    with Metrics(RunFolder(cfg.run_dir), cfg, 0, ["instance"], lambda role, at: "") as metrics:
+        assert metrics.ahead() is None, "nothing was measured yet"
+
+        def step(done: int, seconds: float) -> None:
+            clock.passes(seconds)
+            metrics.step(done, OUTCOME, torch.zeros((), dtype=torch.int64))
+
+        with metrics.interrupted("validation"):
+            clock.passes(900)  # the first one loads what it needs
+        step(1, 60)  # compiles
+        assert metrics.ahead() == (60, 3 * 900)
+        for done in (2, 3, 4):
+            step(done, 2)
+        with metrics.interrupted("validation"):
+            clock.passes(100)
+        assert metrics.ahead() == (2, 2 * 100)
+        step(5, 2)
+        with metrics.interrupted("checkpoint"):
+            clock.passes(7)
+        step(6, 2)
+        assert metrics.ahead() == (2, 2 * 100 + 7)
+        shown = metrics.bar.format_dict
+        assert (shown["rate"], shown["whole"], shown["left"]) == (0.5, 6, "03:35")
+        for done in (7, 8, 9):
+            step(done, 2)
+        with pytest.raises(KeyError), metrics.interrupted("validation"):
+            clock.passes(50)
+            raise KeyError
+        assert metrics.ahead() == (2, 100 + 7), "half a validation tells nothing"
+        step(10, 2)
+        assert metrics.ahead() == (2, 100 + 7), "those of the last step are still to come"
+        for kind in ("checkpoint", "validation"):
+            with metrics.interrupted(kind):
+                pass
+        assert metrics.bar.format_dict["left"] == "00:00"
+
+
+def test_the_rest_of_a_long_training_is_told_once(
+    make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = make(train__steps=100, train__checkpoint_every=100, train__log_every=2)
+    run = RunFolder(cfg.run_dir)
+    with (
+        caplog.at_level(logging.INFO, "dbtrain"),
+        Metrics(run, cfg, 0, ["instance"], lambda role, at: "") as metrics,
+    ):
+        for done in range(1, 7):
+            clock.passes(40 if done == 1 else 5)
+            metrics.step(done, OUTCOME, torch.zeros((), dtype=torch.int64))
+    told = [line for line in caplog.messages if "left" in line]
+    assert told == ["about 8 min 10 s of training left, with its validations and checkpoints"]
+
+
+@pytest.mark.parametrize(
+    "every, after, steps, count", [(4, 0, 10, 3), (4, 3, 10, 3), (4, 4, 10, 2), (5, 5, 10, 1), (4, 10, 10, 0),
+                                   (100, 0, 10, 1), (1, 3, 10, 7)]
+)  # fmt: skip
+def test_what_is_due_is_counted(every: int, after: int, steps: int, count: int) -> None:
+    assert pace.times(every, after, steps) == count
+    due = [step for step in range(after + 1, steps + 1) if step % every == 0 or step == steps]
+    assert len(due) == count
+
+
+def test_a_bar_moves_by_parts_and_shows_whole_units(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.bar(4, "pictures", "picture") as bar:
+        for _ in range(100):
+            bar.update(0.03)
+        assert bar.format_dict["whole"] == 3
+        bar.update(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2, "a log has its first and its last state"
+    assert "| 0/4 [" in lines[0] and "| 4/4 [" in lines[1]

@@ -92,14 +92,22 @@ def small(path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("base", ["sd with text encoder", "sdxl", "if_1", "if_2"])
+SHOWN = {"sd with text encoder": "sd", "sdxl": "sdxl", "if_1": "deepfloyd", "if_2": "deepfloyd-2"}
+
+
+@pytest.mark.parametrize("base", SHOWN)
 def test_every_family_is_shown(make: Make, tmp_path: Path, base: str) -> None:
-    changes: dict[str, Any] = {"prepare__class_prompt": None, "validation__prompts": PROMPTS}
+    changes: dict[str, Any] = {
+        "prepare__class_prompt": None, "prepare__resolution": bases.SIDES[SHOWN[base]],
+        "validation__prompts": PROMPTS,
+    }  # fmt: skip
     if base.startswith("sd "):
         changes["adapter__text_encoder"] = {"rank": 4}
     if base == "if_2":
         changes["sample__low_res"] = [small(tmp_path / "small.png")]
-    cfg = make(model__path=str(getattr(bases, base.split()[0])()), train__steps=2, optim__lr=1e-2, **changes)
+    cfg = make(
+        model__path=str(bases.OF_FAMILY[SHOWN[base]]()), train__steps=2, optim__lr=1e-2, **changes
+    )  # fmt: skip
     prepare(cfg)
     loop.train(cfg)
     before, after = (pixels(RunFolder(cfg.run_dir).validation_sheet(step)) for step in (0, 2))
@@ -224,6 +232,7 @@ def test_training_losses_are_told_apart_by_timestep(make: Make, prepared: Path) 
     assert sum(count > 0 for count in found[0]["instance"]["rows"]) > 1
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_it_is_looked_at_goes_on_there(
     make: Make, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +274,7 @@ def test_a_last_look_that_a_kill_left_out_is_made_up_for(make: Make, prepared: P
     assert sheet.read_bytes() == shown
 
 
+@pytest.mark.slow
 def test_steps_between_two_looks_launch_no_more(
     make: Make, tmp_path: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +302,8 @@ def test_looking_compiles_nothing_anew(
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(kernels, "compile_module", partial(kernels.compile_module, backend="eager"))
-    same = partial(make, data__shards=str(prepared), train__compile=True)
+    slim = str(bases.sd(slim=True))
+    same = partial(make, model__path=slim, data__shards=str(prepared), train__compile=True)
     graphs = []
     for name, more in (("off", {}), ("on", {"validation__prompts": PROMPTS, "validation__every": 1})):
         torch._dynamo.reset()
@@ -303,6 +314,7 @@ def test_looking_compiles_nothing_anew(
     assert len({sha256_of(tmp_path / name / "metrics.jsonl") for name in ("off", "on")}) == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_see_what_one_sees(make: Make, tmp_path: Path) -> None:
     cfg = make(train__steps=2, validation__prompts=PROMPTS, validation__every=1, sample__batch=1, **HELD)
     prepare(cfg)

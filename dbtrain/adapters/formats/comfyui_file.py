@@ -1,12 +1,13 @@
 """ComfyUI's format for transformers: the module names of the model's original code, without alphas.
 
-Diffusers' loaders read it too. What the original code has as one layer is joined.
+Diffusers' loaders read it too. What the original code has as one layer is joined. Some models' files have
+Diffusers' names, which ComfyUI knows for them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def refuses(family: Family, states: States) -> str | None:
     """What of an adapter cannot be joined to the layers of the original code."""
     for state in states.values():
         layers = by_module(state)
-        joined = [found for found in original_names(family, layers).values() if len(found) > 1]
+        joined = [found for found in _places(family, layers).values() if len(found) > 1]
         if joined and state.config["peft_type"] == "LOKR":
             return f"a lokr adapter of {joined[0][0]}, which the original code joins with other layers"
     return None
@@ -45,7 +46,7 @@ def write(path: Path, content: Content) -> None:
     layers = {module: _layer(state, module, layer) for module, layer in by_module(state).items()}
     sizes = content.names(family.denoiser)
     tensors: dict[str, Tensor] = {}
-    places = original_names(family, sizes)
+    places = _places(family, sizes)
     places |= {module: [module] for module in layers.keys() - {m for every in places.values() for m in every}}
     for place, modules in places.items():
         if found := [layers.get(module, {}) for module in modules if any(m in layers for m in modules)]:
@@ -56,6 +57,11 @@ def write(path: Path, content: Content) -> None:
     header = {**content.about, CONFIGS: json.dumps({family.denoiser: _unscaled(state.config)})}
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))
+
+
+def _places(family: Family, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Name in the file -> the modules that are one there."""
+    return {} if family.keeps_names else original_names(family, modules)
 
 
 def _layer(state: AdapterState, module: str, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:

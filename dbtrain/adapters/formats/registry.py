@@ -91,16 +91,20 @@ def check(name: str, family: Family, states: States) -> None:
         )
 
 
-def caveat(name: str, states: States) -> str | None:
-    """What programs that load a format get wrong about an adapter; None if they get it right."""
-    dora = any(state.config.get("use_dora") for state in states.values())
-    if name == "comfyui" and dora:
-        return "ComfyUI computes DoRA in another way than it was trained; use adapter.dora=false for it"
+def caveat(name: str, states: States, forms: Collection[str]) -> str | None:
+    """What programs that load a format get wrong about an adapter; None if they get it right.
+
+    `forms`: all formats that are written.
+    """
+    if name == "comfyui" and any(state.config.get("use_dora") for state in states.values()):
+        return "ComfyUI computes DoRA in another way than it was trained; for it, set adapter.dora=false"
+    cure = "add the format diff to export.formats, or set adapter.dora=false"
+    if "diff" in forms:
+        cure = "use the file of the format diff"
     if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
             "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
-            "ComfyUI, A1111, Forge and InvokeAI give other images; for them, add the format diff to "
-            "export.formats, or set adapter.dora=false"
+            f"ComfyUI, A1111, Forge and InvokeAI give other images; for them, {cure}"
         )
     return None
 
@@ -289,7 +293,7 @@ FORMATS = {
         comfyui_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI",
-        components=lambda family: (family.denoiser,) if family.original else (),
+        components=lambda family: (family.denoiser,) if family.original or family.keeps_names else (),
         refuses=comfyui_file.refuses,
     ),
     "diff": Format(

@@ -79,6 +79,7 @@ class Family:
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
     the same name are one there, with their outputs one after the other."""
+    keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
         pipe, prompt, guided
@@ -106,6 +107,11 @@ class Family:
     def tokens(self, shape: Sequence[int]) -> int:
         """How many tokens the denoiser has for x0 of this shape, (C, H, W)."""
         return (shape[1] // self.patch) * (shape[2] // self.patch)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The components with weights."""
+        return (self.denoiser, *([self.vae] if self.vae else []), *self.text_encoders)
 
     @property
     def parts(self) -> tuple[str, ...]:

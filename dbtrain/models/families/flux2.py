@@ -1,12 +1,13 @@
-"""FLUX.2 klein: a flow-matching transformer of double and single blocks, with Qwen3 as its text encoder.
+"""FLUX.2: a flow-matching transformer of double and single blocks. klein reads with Qwen3, dev with Mistral.
 
-Black Forest Labs 2026, bfl.ai/blog/flux2-klein-towards-interactive-visual-intelligence. Its VAE's latents are
-cut into 2 x 2 patches and normalized by the statistics of a batch norm.
+Black Forest Labs 2025, bfl.ai/blog/flux-2, and 2026, bfl.ai/blog/flux2-klein-towards-interactive-visual-
+intelligence. The VAE's latents are cut into 2 x 2 patches and normalized by the statistics of a batch norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,21 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dbtrain.models.families.family import QWEN_WORDS, Family, LatentSpace, encode_apart, latent_shape
-from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, positions
+from dbtrain.models.families.transformer import (
+    ATTENDED,
+    PATCH,
+    chat,
+    joined_layers,
+    positions,
+    stacked,
+)
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
+GUIDANCE = 1.0  # embedded in training, which is for no guidance: github.com/black-forest-labs/flux/issues/79
 LENGTH = 512  # tokens; padding is part of what the model was trained on
-LAYERS = (9, 18, 27)  # of Qwen3, whose hidden states it reads
+LAYERS, DEV_LAYERS = (9, 18, 27), (10, 20, 30)  # of Qwen3 and of Mistral, whose hidden states are read
 
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -29,28 +38,47 @@ def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str,
     return chat(tokenizers["text_encoder"], prompts, LENGTH, enable_thinking=False)
 
 
-def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tokenize_dev(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Token ids of Mistral's chat with the pipeline's system message, and their mask."""
+    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+    found = [
+        tokenizers["text_encoder"].apply_chat_template(
+            [message], add_generation_prompt=False, tokenize=True, return_dict=True, return_tensors="pt",
+            padding="max_length", max_length=LENGTH,
+        )
+        for message in format_input(list(prompts))
+    ]  # fmt: skip
+    return stacked(found, prompts, LENGTH)
+
+
+def embed(
+    encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor], layers: Sequence[int] = LAYERS
+) -> dict[str, Tensor]:
     """Three hidden states side by side, (prompts, L, 3 D). The transformer attends to padding too."""
-    return {"prompt_embeds": joined_layers(encoders["text_encoder"], ids, LAYERS)}
+    return {"prompt_embeds": joined_layers(encoders["text_encoder"], ids, layers)}
 
 
 def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
     return {"prompt_embeds": (LENGTH, base.setting("transformer", "joint_attention_dim", int))}
 
 
-def check(base: Pretrained) -> None:
+def check(base: Pretrained, layers: Sequence[int] = LAYERS) -> None:
     """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
     latents = PATCH**2 * base.setting("vae", "latent_channels", int)
-    hidden = len(LAYERS) * base.setting("text_encoder", "hidden_size", int)
+    text = base.config("text_encoder").get("text_config") or base.config("text_encoder")
+    if not all(isinstance(text.get(name), int) for name in ("hidden_size", "num_hidden_layers")):
+        raise ConfigError(f"base model {base.name}: the config of its text encoder lacks its sizes")
+    hidden = len(layers) * text["hidden_size"]
     for name, needed in (("in_channels", latents), ("joint_attention_dim", hidden)):
         if (found := base.setting("transformer", name, int)) != needed:
             raise ConfigError(
                 f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
                 f"its VAE and text encoder give {needed}"
             )
-    if (layers := base.setting("text_encoder", "num_hidden_layers", int)) < max(LAYERS):
+    if (there := text["num_hidden_layers"]) < max(layers):
         raise ConfigError(
-            f"base model {base.name}: its text encoder has {layers} layers, but {max(LAYERS)} are read"
+            f"base model {base.name}: its text encoder has {there} layers, but {max(layers)} are read"
         )
 
 
@@ -79,10 +107,11 @@ def generated(latents: Tensor, space: LatentSpace) -> Tensor:
     return space.scaled(pixel_unshuffle(latents.float(), PATCH))
 
 
-def denoise(transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+def denoise(transformer: Any, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     text = condition["prompt_embeds"].to(x_t.dtype)
     velocity = transformer(
-        hidden_states=x_t.flatten(2).transpose(1, 2), timestep=t, guidance=None, encoder_hidden_states=text,
+        hidden_states=x_t.flatten(2).transpose(1, 2), timestep=t, encoder_hidden_states=text,
+        guidance=t.new_full(t.shape, GUIDANCE) if transformer.config.guidance_embeds else None,
         txt_ids=positions(1, 1, 1, text.shape[1], device=x_t.device),
         img_ids=positions(1, *x_t.shape[2:], 1, device=x_t.device), return_dict=False,
     )[0]  # fmt: skip
@@ -146,10 +175,28 @@ KLEIN = Family(
         (r"context_embedder", "txt_in"),
         (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
         (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+        (r"time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
+        (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
         (
             r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear",
             r"\1.lin",
         ),
         (r"proj_out", "final_layer.linear"),
     ),
+)
+DEV = replace(
+    KLEIN,
+    name="flux2-dev",
+    pipeline="Flux2Pipeline",
+    classes={
+        **KLEIN.classes,
+        "text_encoder": ("Mistral3ForConditionalGeneration",),
+        "tokenizer": ("PixtralProcessor", "TokenizersBackend"),
+    },
+    tokenize=tokenize_dev,
+    embed=partial(embed, layers=DEV_LAYERS),
+    check=partial(check, layers=DEV_LAYERS),
+    encode_prompt=lambda pipe, prompt, guided: encode_apart(pipe, prompt, False),  # guidance is embedded
+    generated=lambda tokens, space: tokens.transpose(1, 2).reshape(-1, *space.shape).float(),
+    distilled=lambda base: None,
 )

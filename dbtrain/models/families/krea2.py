@@ -122,8 +122,7 @@ FAMILY = Family(
     presets={
         "attention": ATTENTION,
         "diffusers": (
-            *ATTENTION,
-            *MLP,
+            *(*ATTENTION, "ff.up", "ff.down"),
             *("img_in", "final_layer.linear", "text_fusion.projector", "time_mod_proj"),
             *("txt_in.linear_1", "txt_in.linear_2", "time_embed.linear_1", "time_embed.linear_2"),
         ),

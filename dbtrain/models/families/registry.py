@@ -2,7 +2,7 @@
 
 from dbtrain.config import Model
 from dbtrain.models import safety
-from dbtrain.models.families import deepfloyd, flux2, krea2, qwen_image, sd, sdxl
+from dbtrain.models.families import deepfloyd, flux2, krea2, qwen_image, sd, sdxl, z_image
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -15,7 +15,9 @@ FAMILIES = {
         deepfloyd.STAGE_1,
         deepfloyd.STAGE_2,
         flux2.KLEIN,
+        flux2.DEV,
         qwen_image.FAMILY,
+        z_image.FAMILY,
         krea2.FAMILY,
     )
 }

@@ -27,16 +27,26 @@ def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -
     (prompts, length) int64 each, padded on the right. Raises ConfigError for a prompt that is too long:
     cutting it would cut off the end of the template too.
     """
-    found = []
-    for prompt in prompts:
-        text = tokenizer.apply_chat_template(
+    texts = [
+        tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **template
         )
-        check_length(prompt, len(tokenizer(text).input_ids), length)
-        found.append(tokenizer(text, padding="max_length", max_length=length, return_tensors="pt"))
+        for prompt in prompts
+    ]
+    found = [tokenizer(text, padding="max_length", max_length=length, return_tensors="pt") for text in texts]
+    return stacked(found, prompts, length)
+
+
+def stacked(found: Sequence[Any], prompts: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Token ids and mask of prompts, (prompts, length) int64 each, from a tokenizer's output for each one.
+
+    Raises ConfigError for a prompt that is longer.
+    """
+    for prompt, one in zip(prompts, found, strict=True):
+        check_length(prompt, one["input_ids"].shape[1], length)
     return {
-        "text_encoder": torch.cat([one.input_ids for one in found]),
-        "mask": torch.cat([one.attention_mask for one in found]),
+        "text_encoder": torch.cat([one["input_ids"] for one in found]),
+        "mask": torch.cat([one["attention_mask"] for one in found]),
     }
 
 
@@ -56,7 +66,7 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
     """
     rows = []
     for tokens, mask in zip(ids["text_encoder"], ids["mask"], strict=True):
-        states = encoder.model(
+        states = getattr(encoder, "model", encoder)(
             input_ids=tokens[None], attention_mask=mask[None], output_hidden_states=True, use_cache=False
         ).hidden_states
         rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
@@ -150,9 +160,10 @@ def in_message_states(
     """
     rows = []
     for tokens, length in zip(ids["text_encoder"], ids["lengths"].tolist(), strict=True):
-        own = tokens[None, : BEGINNING + length]
-        states = model(input_ids=own, output_hidden_states=True, use_cache=False).hidden_states
-        rows.append(chosen(states)[0, BEGINNING:])
+        states = model(
+            input_ids=tokens[None, : BEGINNING + length], output_hidden_states=True, use_cache=False
+        )
+        rows.append(chosen(states.hidden_states)[0, BEGINNING:])
     return padded_rows(rows)
 
 
@@ -165,7 +176,7 @@ def frame_space(base: Pretrained, side: int) -> LatentSpace:
 
 
 def check_frames(base: Pretrained, **needed: int) -> None:
-    """Raise ConfigError unless Qwen-Image's VAE and the settings `needed` fit the transformer."""
+    """Raise ConfigError unless Qwen-Image's VAE and the transformer fit, and it has these settings."""
     channels = base.setting("vae", "z_dim", int)
     for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
         found = base.setting("vae", name, list)
