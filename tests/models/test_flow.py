@@ -54,6 +54,7 @@ GUIDANCE = {
 DISTILLED = {
     "flux2-klein": ("model_index.json", {"is_distilled": True}),
     "flux1": ("transformer/config.json", {"guidance_embeds": False}),
+    "krea2": ("model_index.json", {"is_distilled": True}),
 }
 # What a stock pipeline gets wrong, put right in place.
 MENDED: dict[str, Callable[[Any], None]] = {"chroma": lambda pipe: cut_to_their_masks(pipe)}
@@ -346,7 +347,7 @@ def test_what_it_cannot_train_is_refused_in_one_line(
 def test_a_distilled_base_is_for_drawing(make: Make, tmp_path: Path, name: str) -> None:
     folder = changed(name, tmp_path, *DISTILLED[name])
     cfg = make(model__path=str(folder), prepare__resolution=SIDE)
-    with pytest.raises(ConfigError, match=r"was distilled .*; train on FLUX\.[^\n]*, and load"):
+    with pytest.raises(ConfigError, match=r"was distilled .*; train on (FLUX\.|krea/)[^\n]*, and load"):
         prepare(cfg)
     AdapterPipeline.load(cfg.model).generate("a dog", 0, steps=1, guidance=1.0, side=SIDE)
 
@@ -376,26 +377,15 @@ def test_lengths_that_a_table_does_not_have_are_refused(harm: str) -> None:
 
 
 UNFIT: list[tuple[str, str, dict[str, Any], str]] = [  # family, component, settings, message
-    (
-        "qwen-image",
-        "transformer",
-        {"joint_attention_dim": 48},
-        "joint_attention_dim .* is 48, but .* 32$",
-    ),
-    (
-        "qwen-image",
-        "transformer",
-        {"in_channels": 16},
-        "in_channels .* is 16, but .* give 64",
-    ),
+    ("qwen-image", "transformer", {"joint_attention_dim": 48}, "joint_attention_dim .* is 48, but .* 32$"),
+    ("qwen-image", "transformer", {"in_channels": 16}, "in_channels .* is 16, but .* give 64"),
     ("qwen-image", "vae", {"latents_std": [0.0] * 16}, r"latents_std of its vae is \[0.* 16 numbers above 0"),
-    (
-        "qwen-image",
-        "vae",
-        {"latents_mean": [1.0]},
-        r"latents_mean of its vae is \[1.0\]; use 16 numbers",
-    ),
-]
+    ("qwen-image", "vae", {"latents_mean": [1.0]}, r"latents_mean of its vae is \[1.0\]; use 16 numbers"),
+    ("krea2", "transformer", {"text_hidden_dim": 48}, "text_hidden_dim .* is 48, but .* give 32"),
+    ("krea2", "transformer", {"num_text_layers": 3}, "num_text_layers .* is 3, but .* give 12"),
+    ("krea2", "", {"patch_size": 4}, "patch_size in model_index.json is 4; dbtrain trains Krea 2 with 2"),
+    ("krea2", "", {"text_encoder_select_layers": [1, 2]}, r"select_layers .* is \[1, 2\]; dbtrain trains"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "component", "settings", "message"), UNFIT)

@@ -117,13 +117,12 @@ FAMILY = Family(
     objective=FlowMatching,
     patch=shared.PATCH,
     text_dtype=torch.bfloat16,
-    trains_text=False,
+    trained_text=(),
     unread=("visual",),
     presets={
         "attention": ATTENTION,
         "diffusers": (
-            *ATTENTION,
-            *MLP,
+            *(*ATTENTION, "ff.up", "ff.down"),
             *("img_in", "final_layer.linear", "text_fusion.projector", "time_mod_proj"),
             *("txt_in.linear_1", "txt_in.linear_2", "time_embed.linear_1", "time_embed.linear_2"),
         ),
