@@ -35,6 +35,7 @@ from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
+from dbtrain.train import dreambooth
 from tests import bases
 from tests.conftest import Make, at, draw_photo
 from tests.networks import awake, build, first_batch
@@ -197,12 +198,29 @@ def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path
         prepare__class_dir=str(tmp_path / "class"), prepare__class_images=2,
     )  # fmt: skip
     model = awake(build(cfg, Path(cfg.data.shards)))
+    assert model.follows_the_host == ("lengths" in model.on_host)
     batch = first_batch(cfg, model.family)
     assert batch.prompts == (0, 0, 1, 1)
     with torch.no_grad():
         together = model(batch)
         alone = torch.cat([model(row_of(batch, number)) for number in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_large_prompt_table_stays_on_the_host(
+    prepared: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = prepared(name)
+    model = build(cfg, Path(cfg.data.shards))
+    batch = first_batch(cfg, model.family, ("instance",))
+    assert not model.follows_the_host, "all prompts are of one length"
+    monkeypatch.setattr(dreambooth, "RESIDENT", 0)
+    large = build(cfg, Path(cfg.data.shards))
+    assert large.follows_the_host and not large.prompt_names
+    assert not any(name.startswith("prompts_") for name, _ in large.named_buffers())
+    with torch.no_grad():
+        assert torch.equal(model(batch), large(batch))
 
 
 def row_of(batch: Batch, number: int) -> Batch:
