@@ -21,14 +21,15 @@ SETTING = "model.training_adapter"
 ON_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+(?<!\.safetensors))(?:/([\w./-]+\.safetensors))?(?:@(\S+))?")
 
 
-def fetch(cfg: Model) -> None:
-    """Download the training adapter if it is a Hub id. Call this on every rank.
+def fetch(cfg: Model) -> Path | None:
+    """The training adapter's file or folder; None without the setting. Call this on every rank.
 
-    Raises ConfigError if there is none at that place.
+    A Hub id is downloaded first. Raises ConfigError if there is none at that place.
     """
     with dist.agreed():
         if cfg.training_adapter and dist.local_rank() == 0:
             _located(cfg.training_adapter, offline=False)
+    return here(cfg)
 
 
 def is_on_hub(name: str) -> bool:

@@ -255,10 +255,9 @@ def test_a_hub_id_is_downloaded_once_and_then_found(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     cfg = Model(path="tiny", training_adapter=name)
-    training_adapter.fetch(cfg)
-    path = training_adapter.here(cfg)
-    assert path and path.is_file()
-    assert calls == [(*asked, False), (*asked, True)]
+    path = training_adapter.fetch(cfg)
+    assert path and path.is_file() and path == training_adapter.here(cfg)
+    assert calls == [(*asked, False), (*asked, True), (*asked, True)]
 
 
 def test_a_distilled_base_trains_with_one(tmp_path: Path) -> None:
