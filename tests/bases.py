@@ -12,10 +12,14 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -36,6 +40,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -148,13 +154,14 @@ def sdxl(slim: bool = False) -> Path:
     return once("sdxl-slim" if slim else "sdxl", fill)
 
 
-def _t5() -> dict[str, Any]:
+def _t5(number: str = "", width: int = WIDTH) -> dict[str, Any]:
+    """A T5 and its tokenizer, as the components of this number: "" or, for example, "_2"."""
     words = t5_words(77)
     config = T5Config(
-        vocab_size=128, d_model=WIDTH, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        vocab_size=128, d_model=width, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.1,
     )  # fmt: skip
-    return {"tokenizer": words, "text_encoder": T5EncoderModel(config)}
+    return {f"tokenizer{number}": words, f"text_encoder{number}": T5EncoderModel(config)}
 
 
 IF_UNET = {
@@ -332,6 +339,73 @@ def qwen_image() -> Path:
     return once("qwen-image", fill)
 
 
+FLUX_VAE = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+@cache
+def flux1() -> Path:
+    """A FLUX.1 dev of 64 px: one double and two single blocks, latents (16, 8, 8), CLIP and 512 T5 tokens."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "flux1"):
+            words = _words()
+            components = {
+                "vae": _vae(**FLUX_VAE), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
+                **_t5("_2"), "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                "transformer": FluxTransformer2DModel(
+                    in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                    num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
+                    axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+                ),
+            }  # fmt: skip
+        _save(folder, "FluxPipeline", components)
+
+    return once("flux1", fill)
+
+
+@cache
+def chroma() -> Path:
+    """A Chroma of 64 px: one double and two single blocks, latents (16, 8, 8), prompts of any length."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "chroma"):
+            components = {
+                "vae": _vae(**FLUX_VAE), **_t5(), "scheduler": FlowMatchEulerDiscreteScheduler(),
+                "transformer": ChromaTransformer2DModel(
+                    in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                    num_attention_heads=2, joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+                    approximator_num_channels=16, approximator_hidden_dim=32, approximator_layers=1,
+                ),
+            }  # fmt: skip
+        _save(folder, "ChromaPipeline", components)
+
+    return once("chroma", fill)
+
+
+@cache
+def sd3(with_t5: bool = True) -> Path:
+    """An SD 3.5 medium of 64 px: two blocks, one with a second attention, latents (16, 8, 8)."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "sd3"):
+            words = _words()
+            t5 = _t5("_3", 2 * WIDTH) if with_t5 else {"tokenizer_3": None, "text_encoder_3": None}
+            components = {
+                "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
+                "text_encoder": CLIPTextModelWithProjection(_clip(words)), "tokenizer": words,
+                "text_encoder_2": CLIPTextModelWithProjection(_clip(words, layers=3)),
+                "tokenizer_2": _words(), **t5, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+                "transformer": SD3Transformer2DModel(
+                    sample_size=8, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+                    joint_attention_dim=2 * WIDTH, caption_projection_dim=32, pos_embed_max_size=8,
+                    pooled_projection_dim=2 * WIDTH, dual_attention_layers=(0,), qk_norm="rms_norm",
+                ),
+            }  # fmt: skip
+        _save(folder, "StableDiffusion3Pipeline", components)
+
+    return once(f"sd3-{with_t5}", fill)
+
+
 @cache
 def z_image() -> Path:
     """A Z-Image of 64 px: one block of each of its three kinds, latents (16, 8, 8), prompts of any length."""
@@ -346,7 +420,7 @@ def z_image() -> Path:
             transformer.x_pad_token.data.normal_()  # 0 would hide a missing one
             transformer.cap_pad_token.data.normal_()
             components = {
-                "vae": _vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159),
+                "vae": _vae(**FLUX_VAE),
                 "text_encoder": _qwen3(words, layers=3).model, "tokenizer": words,
                 "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "transformer": transformer,
             }  # fmt: skip
@@ -355,15 +429,53 @@ def z_image() -> Path:
     return once("z-image", fill)
 
 
+@cache
+def krea2() -> Path:
+    """A Krea 2 of 64 px: two blocks, latents (16, 8, 8), 16 tokens, hidden states of twelve layers."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "krea 2"):
+            words = qwen_words(MESSAGE, size=600)
+            text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 36, "head_dim": 8}
+            vision = {
+                "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            }  # fmt: skip
+            transformer = Krea2Transformer2DModel(
+                num_layers=2, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=64, timestep_embed_dim=32, text_hidden_dim=32, text_num_attention_heads=4,
+                text_num_key_value_heads=2, text_intermediate_size=64, num_layerwise_text_blocks=1,
+                num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+            )  # fmt: skip
+            for name, parameter in transformer.named_parameters():
+                if "norm" in name or "table" in name:  # 0 would hide a missing one
+                    parameter.data.normal_(std=0.2)
+            components = {
+                "vae": _qwen_vae(), "tokenizer": words, "transformer": transformer,
+                "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+                "scheduler": FlowMatchEulerDiscreteScheduler(
+                    use_dynamic_shifting=True, max_image_seq_len=6400
+                ),
+            }  # fmt: skip
+        _save(folder, "Krea2Pipeline", components)
+
+    return once("krea2", fill)
+
+
 FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "flux2-klein": flux2_klein,
     "flux2-dev": flux2_dev,
     "qwen-image": qwen_image,
     "z-image": z_image,
+    "flux1": flux1,
+    "sd3": sd3,
+    "chroma": chroma,
+    "krea2": krea2,
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
     "sd-slim": lambda: sd(slim=True), "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
+    "sd3-without-t5": lambda: sd3(with_t5=False),
 }  # fmt: skip
 OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}
 # px that these are made for

@@ -199,8 +199,12 @@ def put_on(module: nn.Module, state: AdapterState, name: str) -> dict[str, nn.Pa
     kind = KINDS[state.config["peft_type"].lower()]
     known = {field.name for field in fields(kind.config)} & set(SHAPING)
     options = {key: value for key, value in state.config.items() if key in known}
-    options["target_modules"] = sorted({re.split(r"\.(?:lora|hada|lokr)_", key)[0] for key in state.tensors
-                                        if not key.endswith(".bias") or ".lora_" in key})  # fmt: skip
+    wanted = sorted({re.split(r"\.(?:lora|hada|lokr)_", key)[0] for key in state.tensors
+                      if not key.endswith(".bias") or ".lora_" in key})  # fmt: skip
+    options["target_modules"] = wanted
+    ends = tuple(f".{target}" for target in wanted)
+    if any(other.endswith(ends) and other not in wanted for other, _ in module.named_modules()):
+        options["target_modules"] = "|".join(map(re.escape, wanted))  # only these, and none that end so
     options["init_lora_weights" if kind.config is LoraConfig else "init_weights"] = False
     for layer in module.modules():  # PEFT's LoRA reads this from the layer that it wraps
         if isinstance(layer, (LoHaLayer, LoKrLayer)) and isinstance(layer.get_base_layer(), nn.Conv2d):

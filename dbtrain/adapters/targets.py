@@ -1,5 +1,7 @@
 """The modules that an adapter is on: a preset, suffixes of their names, or a regular expression.
 
+In a suffix, `*` stands for one part of a name, such as the number of a block.
+
 Works on names alone, which come from a loaded component or from the headers of its weight files.
 """
 
@@ -65,7 +67,8 @@ def select(
             raise ConfigError(f"{section}.targets is '{wanted}', which matches no module of {modules.kind}")
         hit = {name for hits in found.values() for name in hits}
         # Full names if a suffix also matches an excluded module or one that cannot have an adapter.
-        return list(found) if hit <= modules.layers and modules.whole else sorted(hit & modules.layers)
+        plain = hit <= modules.layers and modules.whole and not any("*" in want for want in found)
+        return list(found) if plain else sorted(hit & modules.layers)
     if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+", wanted):
         return _matching(modules, wanted, section)
     listed = (wanted,) if isinstance(wanted, str) else wanted
@@ -76,7 +79,8 @@ def select(
             f"{section}.targets: no module of {modules.kind} is called {', '.join(map(repr, unmatched))}; "
             f"use one of {', '.join(map(repr, presets))}, or names such as {', '.join(map(repr, usual))}"
         )
-    return list(found) if modules.whole else sorted({name for hits in found.values() for name in hits})
+    plain = modules.whole and not any("*" in want for want in found)
+    return list(found) if plain else sorted({name for hits in found.values() for name in hits})
 
 
 def selected(modules: Modules, chosen: Sequence[str]) -> list[str]:
@@ -87,7 +91,11 @@ def selected(modules: Modules, chosen: Sequence[str]) -> list[str]:
 
 def _ending(names: Sequence[str], wanted: Sequence[str]) -> dict[str, list[str]]:
     """Suffix -> the names that end with it, for each wanted suffix that matches."""
-    found = {want: [name for name in names if f".{name}".endswith(f".{want}")] for want in wanted}
+    patterns = {want: re.escape(want).replace(r"\*", r"[^.]+") for want in wanted}
+    found = {
+        want: [name for name in names if re.search(rf"(?:^|\.){pattern}$", name)]
+        for want, pattern in patterns.items()
+    }
     return {want: hits for want, hits in found.items() if hits}
 
 

@@ -69,7 +69,8 @@ OPTIONS = {
 
 class Adapter(AdapterSettings):
     text_encoder: AdapterSettings | None = Field(
-        None, description="adapter for the text encoders; null: they stay frozen"
+        None,
+        description="adapter for the text encoders (of FLUX.1 and SD 3: the CLIPs); null: they stay frozen",
     )
 
 

@@ -183,7 +183,7 @@ def adapter(case: Case) -> Iterator[Finding]:
 def _parts(case: Case) -> list[tuple[str, AdapterSettings, str, Mapping[str, Sequence[str]] | None]]:
     """(component, settings, key in PRESETS, presets of its own) for each adapter."""
     family, text = case.base.family, case.cfg.adapter.text_encoder
-    encoders = [(name, text, "text_encoder", None) for name in family.text_encoders if text]
+    encoders = [(name, text, "text_encoder", None) for name in family.adaptable_text if text]
     return [(family.denoiser, case.cfg.adapter, "denoiser", family.presets), *encoders]
 
 

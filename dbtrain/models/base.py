@@ -52,7 +52,7 @@ class Base(Pretrained):
 
         `training_adapter`: `model.training_adapter`, with which a distilled base can be trained.
         """
-        if adapter.text_encoder and not self.family.trains_text:
+        if adapter.text_encoder and not self.family.adaptable_text:
             raise ConfigError(
                 f"adapter.text_encoder: the text encoders of {self.family.name} models are too large "
                 "to train along; remove it"

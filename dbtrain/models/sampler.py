@@ -42,8 +42,9 @@ def build(
     parts = {part: given[part] if part in given else base.load(part, dtype) for part in base.family.parts}
     with importing():
         kind = getattr(diffusers, base.family.pipeline)
-    # `from_pretrained` loads none of these: the rest of the base's components are optional.
+    # `from_pretrained` loads none of these: the rest of the base's components are optional, or it lacks them.
     unused = dict.fromkeys(kind._optional_components)
+    unused |= dict.fromkeys(name for name, entry in base.index.items() if entry == [None, None])
     pipe = kind.from_pretrained(base.folder, trust_remote_code=False, **unused | parts)
     if base.family.objective.SAMPLER:
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(
@@ -184,6 +185,26 @@ def encode_once(
         number, _, argument = name.partition(".")
         encoded[int(number)][argument] = tensor
     return encoded
+
+
+@torch.no_grad()
+def reencoded(
+    family: Family,
+    encoders: Mapping[str, nn.Module],
+    tokenizers: Mapping[str, Any],
+    prompt: str,
+    row: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A prompt as `encode` returned it, `row`, with what these encoders make of it now."""
+    found = dict(row)
+    device = next(next(iter(encoders.values())).parameters()).device
+    for start, text in (("", prompt), ("negative_", "")):
+        old = {name.removeprefix(start): value.to(device) for name, value in row.items()
+               if name.startswith("negative_") == bool(start)}  # fmt: skip
+        if old:
+            ids = {name: tokens.to(device) for name, tokens in family.tokenize(tokenizers, [text]).items()}
+            found |= {f"{start}{name}": new for name, new in family.embed(encoders, old | ids).items()}
+    return found
 
 
 def generate(

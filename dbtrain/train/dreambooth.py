@@ -46,9 +46,7 @@ class DreamBooth(nn.Module):
         super().__init__()
         self.family = family
         self.denoiser = denoiser
-        self.text_encoders = nn.ModuleDict(
-            text_encoders
-        )  # all of the family's if they are trained, else none
+        self.text_encoders = nn.ModuleDict(text_encoders)  # those that are trained
         self.objective = objective
         for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
@@ -93,7 +91,7 @@ class DreamBooth(nn.Module):
         adapters.attach(
             denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets
         )
-        encoders = {name: base.load(name, dtype) for name in base.family.text_encoders} if settings else {}
+        encoders = {name: base.load(name, dtype) for name in base.family.adaptable_text} if settings else {}
         for number, (name, encoder) in enumerate(encoders.items()):
             assert settings is not None
             unused = base.family.idle(name, encoder)
@@ -105,8 +103,14 @@ class DreamBooth(nn.Module):
         # The objective, the prompts, and the latents' scale.
         tokens = base.family.tokens(manifest.latent_shape)
         objective = base.family.objective.of(base.config("scheduler"), cfg.loss, tokens)
-        prefix = "ids." if encoders else "condition."
-        prompts = {name.removeprefix(prefix): t for name, t in table.items() if name.startswith(prefix)}
+        frozen = family.text_encoders.keys() - encoders
+        needed = {"condition": bool(frozen), "ids": bool(encoders)}
+        unread = {f"ids.{name}" for name in frozen}
+        prompts = {
+            name.partition(".")[2]: tensor
+            for name, tensor in table.items()
+            if needed[name.partition(".")[0]] and name not in unread
+        }
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
         noising = DDPM.of(base.config(base.family.noising)) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
@@ -158,10 +162,10 @@ class DreamBooth(nn.Module):
         table = {name: self.get_buffer(f"prompts_{name}") for name in self.prompt_names}
         encoders = dict(self.text_encoders.items())
         if encoders and len(next(iter(table.values()))) <= len(batch.prompts):
-            table = self.family.embed(encoders, table)  # encode each prompt only once
+            table = table | self.family.embed(encoders, table)  # encode each prompt only once
             encoders = {}
         rows = {name: values[batch.prompt] for name, values in table.items()}
         for name, values in self.on_host.items():
             chosen = values[list(batch.prompts)]
             rows[name] = chosen if name == "lengths" else chosen.to(batch.prompt.device, non_blocking=True)
-        return self.family.embed(encoders, rows) if encoders else rows
+        return rows | self.family.embed(encoders, rows) if encoders else rows

@@ -30,7 +30,7 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
     Models and shards are represented by hashes. Steps, learning rate, micro-batch, precision, memory
     settings, and ranks can change: the data and noise of a step do not depend on them.
     """
-    trained = base.family.text_encoders if cfg.adapter.text_encoder else ()
+    trained = base.family.adaptable_text if cfg.adapter.text_encoder else ()
     training = training_adapter.content(cfg.model)
     base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
     return {

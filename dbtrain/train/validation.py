@@ -87,7 +87,7 @@ class Validator:
         generator = None
         if cfg.validation.prompts:
             encoded = None
-            if not model.text_encoders:
+            if model.text_encoders.keys() != base.family.text_encoders.keys():
                 encoded = sampler.encode_once(
                     RunFolder(cfg.run_dir).validation, base, manifest.components,
                     cfg.validation.prompts, cfg.sample.guidance, cfg.train.precision,
@@ -152,7 +152,7 @@ class ImageGenerator:
     def __init__(
         self, cfg: Config, base: Base, model: DreamBooth, side: int, encoded: list[dict[str, Tensor]] | None
     ) -> None:
-        """`encoded`: the encoded prompts; None if the text encoders are trained."""
+        """`encoded`: the prompts as the base encodes them; None if all text encoders are trained."""
         self.cfg, self.base, self.family, self.model, self.side = cfg, base, base.family, model, side
         self.seeds = range(cfg.sample.seed, cfg.sample.seed + cfg.validation.images)
         self.low_res = sampler.small_pictures(cfg.sample.low_res, base.family, side)
@@ -167,6 +167,20 @@ class ImageGenerator:
         if family.vae:
             return sampler.without_vae(self.base, self.side, dtype, given)
         return sampler.build(self.base, dtype, dist.device(), given)
+
+    def _encoded(self) -> list[dict[str, Tensor]]:
+        """The prompts as the text encoders of this step encode them; the base, where they are frozen."""
+        family, prompts = self.family, self.cfg.validation.prompts
+        encoders = dict(self.model.text_encoders.items())
+        if self.encoded is None:
+            return sampler.encode(self.pipe, family, prompts, self.cfg.sample.guidance)
+        if not encoders:
+            return self.encoded
+        tokenizers = {name: self.base.load(family.text_encoders[name]) for name in encoders}
+        return [
+            sampler.reencoded(family, encoders, tokenizers, prompt, row)
+            for prompt, row in zip(prompts, self.encoded, strict=True)
+        ]
 
     @cached_property
     def vae(self) -> nn.Module:
@@ -197,7 +211,7 @@ class ImageGenerator:
         count = sum(len(seeds) for _, seeds in mine)
         with console.bar(count, "images", "image", share=True, leave=False) as bar:
             with autocast(dist.device()):
-                encoded = self.encoded or sampler.encode(pipe, self.family, prompts, settings.guidance)
+                encoded = self._encoded()
             for number, seeds in mine:
                 preemption.check()
                 offsets = [seed - settings.seed for seed in seeds]

@@ -25,7 +25,7 @@ from dbtrain.config import Config, Model
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
-from dbtrain.models import kernels
+from dbtrain.models import kernels, sampler
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.models.flow_matching import FlowMatching
@@ -42,6 +42,7 @@ from tests.networks import first_batch
 KINDS = ("lora", "loha", "lokr")
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
 TEXT = {"kind": "lora", "rank": 2}
+FROZEN_TEXT = [name for name in FLOW if not families.get(name).adaptable_text]
 
 
 def configured(make: Make, tmp_path: Path, base: str, **changes: Any) -> Config:
@@ -85,7 +86,7 @@ def prediction(model: DreamBooth, unet: nn.Module, encoders: dict[str, nn.Module
     condition = model.condition(batch)
     if model.text_encoders:
         table = {name: model.get_buffer(f"prompts_{name}") for name in model.prompt_names}
-        condition = {name: rows[batch.prompt] for name, rows in family.embed(encoders, table).items()}
+        condition |= {name: rows[batch.prompt] for name, rows in family.embed(encoders, table).items()}
     condition |= batch.extra
     if model.sees:
         condition |= model.sees(x0, x_t, t, batch, model.noising)
@@ -118,6 +119,8 @@ TABLE = [
     ("if-2", "lokr", False, "peft"),
     *((name, "lora", False, form) for name in FLOW for form in ("diffusers", "peft", "comfyui")),
     *((name, kind, False, form) for name in FLOW for kind, form in (("loha", "peft"), ("lokr", "peft"))),
+    ("flux1", "lora", True, "diffusers"), ("sd3", "lora", True, "diffusers"), ("sd3", "loha", True, "peft"),
+    ("flux1", "lora", True, "comfyui"), ("sd3", "lora", True, "comfyui"),
 ]  # fmt: skip
 
 
@@ -169,6 +172,7 @@ SWITCHES = [  # one that changes how, not what; inductor only once, with the sha
     ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
     ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
+    ("sd3", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
     *((name, {"train__gradient_checkpointing": "transformer"}, {}) for name in FLOW),
     *((name, {"train__compile": "regional"}, {"adapter__targets": "all"}) for name in FLOW),
 ]  # fmt: skip
@@ -422,7 +426,7 @@ def test_the_table_of_families_is_complete() -> None:
 def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
     """Text encoders and accumulation on two ranks: one process gives the same."""
     changes: dict[str, Any] = {
-        "adapter__text_encoder": None if base in FLOW else TEXT, "train__global_batch": 4,
+        "adapter__text_encoder": None if base in FROZEN_TEXT else TEXT, "train__global_batch": 4,
         "train__micro_batch": 1, "sample__prompts": ["a photo of sks dog"], "sample__images": 2,
         "sample__steps": 2,
     }  # fmt: skip
@@ -445,3 +449,44 @@ def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -
     card = (tmp_path / "run" / "export" / "README.md").read_text()
     assert ("PeftModel" in card) == (base == "if-1"), "no stock loader reads a T5's LoRA in Diffusers' file"
     assert ("fixed_small" in card) == (base == "if-1")
+
+
+def test_a_base_without_a_text_encoder_that_it_can_lack_goes_the_whole_way(
+    make: Make, tmp_path: Path
+) -> None:
+    cfg = configured(
+        make, tmp_path, "sd3-without-t5", prepare__class_dir=None, prepare__sampling__steps=2, train__steps=1,
+        prepare__sampling__guidance=3.0, sample__prompts=["a dog"], sample__steps=2, sample__images=1,
+    )  # fmt: skip
+    prepare(cfg)
+    train(cfg)
+    assert sample_run(cfg).is_file()
+
+
+@pytest.mark.parametrize("base", ["flux1", "sd3"])
+def test_clip_is_trained_beside_a_frozen_t5(make: Make, tmp_path: Path, base: str) -> None:
+    """Its validation images are encoded by the CLIP of the step and by the base's T5, which is not loaded."""
+    cfg = configured(
+        make, tmp_path, base, adapter__text_encoder=TEXT, validation__prompts=["a dog"], validation__every=1,
+        sample__steps=2, validation__images=1,
+    )  # fmt: skip
+    prepare(cfg)
+    run = train(cfg)
+    model, original = network(cfg), Base.find(cfg.model)
+    family = original.family
+    assert model.text_encoders.keys() == set(family.adaptable_text) < family.text_encoders.keys()
+    for name, tensor in model.trainable().items():
+        if name.startswith("text_encoder"):
+            assert tensor.abs().max() > 0, f"{name} was not trained"
+    assert len(list(run.glob("validation/step-*/*.png"))) >= 2
+
+    old = sampler.encode_alone(original, ["a dog"], 3.0, torch.float32)[0]
+    encoders = dict(model.text_encoders.items())
+    tokenizers = {name: original.load(family.text_encoders[name]) for name in encoders}
+    new = sampler.reencoded(family, encoders, tokenizers, "a dog", old)
+    pipe = sampler.build(original, torch.float32, torch.device("cpu"), encoders)
+    wanted = sampler.encode(pipe, family, ["a dog"], 3.0)[0]
+    assert new.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(new[name], tensor, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(new["pooled_prompt_embeds"], old["pooled_prompt_embeds"])

@@ -1,4 +1,4 @@
-"""ComfyUI's format for transformers: the module names of the model's original code, without alphas.
+"""ComfyUI's format for transformers, without alphas. Diffusers' loaders read it too.
 
 Diffusers' loaders read it too. What the original code has as one layer is joined. Some models' files have
 Diffusers' names, which ComfyUI knows for them.
@@ -7,6 +7,8 @@ Diffusers' names, which ComfyUI knows for them.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,25 +19,34 @@ from torch import Tensor
 from dbtrain.adapters.formats import fused
 from dbtrain.adapters.formats.common import Content, States, alpha_key, by_module, strength
 from dbtrain.adapters.formats.kohya_file import CONFIGS, FILE
-from dbtrain.adapters.formats.names import original_names
+from dbtrain.adapters.formats.names import nested, original_names
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
 
-__all__ = ["FILE", "refuses", "write"]
+__all__ = ["FILE", "components", "refuses", "write"]
 
-PREFIX = "diffusion_model"
 # The tensor that a layer's scale is multiplied into: the first of these that it has.
 SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 
 
+def components(family: Family) -> tuple[str, ...]:
+    """What a file can hold: the denoiser; beside Diffusers' names, text encoders too."""
+    if family.comfyui_prefix == family.denoiser:
+        return family.adaptable
+    return (family.denoiser,) if family.original or family.keeps_names else ()
+
+
 def refuses(family: Family, states: States) -> str | None:
     """What of an adapter cannot be joined to the layers of the original code."""
+    parts = Counter(re.sub(r"\\\d", r"\\d+", name) for _, name in family.original)
     for state in states.values():
-        layers = by_module(state)
-        joined = [found for found in _places(family, layers).values() if len(found) > 1]
-        if joined and state.config["peft_type"] == "LOKR":
-            return f"a lokr adapter of {joined[0][0]}, which the original code joins with other layers"
+        for place, found in _places(family, by_module(state)).items():
+            count = sum(number for name, number in parts.items() if re.fullmatch(name, place))
+            if count > 1 and state.config["peft_type"] == "LOKR":
+                return f"a lokr adapter of {found[0]}, which the original code joins with other layers"
+            if len(found) < count and state.config.get("use_dora"):
+                return f"a DoRA adapter of {found[0]} without the layers that the original code joins with it"
     return None
 
 
@@ -53,8 +64,16 @@ def write(path: Path, content: Content) -> None:
             layer = found[0]
             if len(found) > 1:
                 layer = fused.join(found, [sizes[module] for module in modules])
-            tensors |= {f"{PREFIX}.{place}.{part}": tensor for part, tensor in layer.items()}
-    header = {**content.about, CONFIGS: json.dumps({family.denoiser: _unscaled(state.config)})}
+            tensors |= {f"{family.comfyui_prefix}.{place}.{part}": tensor for part, tensor in layer.items()}
+    for encoder in content.states.keys() - {family.denoiser}:
+        text = content.states[encoder]
+        tensors |= {
+            f"{encoder}.{nested(module)}.{part}": tensor
+            for module, layer in by_module(text).items()
+            for part, tensor in _layer(text, module, layer).items()
+        }
+    configs = {component: _unscaled(one.config) for component, one in sorted(content.states.items())}
+    header = {**content.about, CONFIGS: json.dumps(configs)}
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))
 

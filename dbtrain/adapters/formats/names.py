@@ -125,7 +125,8 @@ def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, 
         originals: dict[str, list[str]] = {}
         if component == family.denoiser:
             places, originals = sgm_names(names), original_names(family, names)
-            prefixes += ["lora_unet_", "lycoris_", "diffusion_model_", f"lycoris_{component}_"]
+            prefixes += ["lora_unet_", "lycoris_", "diffusion_model_"]
+            prefixes += [f"{trainer}_{component}_" for trainer in ("lora", "lycoris")]
         elif component == "text_encoder":
             prefixes += ["lora_te_", "lora_te1_"]
         spelled: list[tuple[str, tuple[str, ...]]] = [

@@ -124,11 +124,15 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
 
 
 def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """PEFT's patterns of the modules that differ; one a value, as it tries each of them on every module."""
+    """PEFT's patterns of the modules that differ; one a value, as it tries each of them on every module.
+
+    A name also means the modules that end with it, unless a `^` says that it is the whole name.
+    """
     modules: dict[float, list[str]] = {}
     for module, value in values.items():
         if value != usual:
-            modules.setdefault(value, []).append(module)
+            longer = any(other.endswith(f".{module}") for other in values)
+            modules.setdefault(value, []).append(f"^{module}" if longer else module)
     return {"|".join(sorted(names)): value for value, names in sorted(modules.items())}
 
 

@@ -5,7 +5,7 @@
 | diffusers | `load_lora_weights` | one file, `<component>.<module>.lora...`; metadata holds alpha |
 | peft | `PeftModel.from_pretrained` | one folder per component, weights and `adapter_config.json` |
 | kohya | A1111, ComfyUI, Forge | `<run>.safetensors`, `lora_unet_<module>...`, one alpha per layer |
-| comfyui | ComfyUI | `<run>.safetensors`, `diffusion_model.<module of the original code>...` |
+| comfyui | ComfyUI | `<run>.safetensors`, `diffusion_model.<original module>...` (see Family) |
 | diff | the same | `<run>-diff.safetensors`, the changes of whole weights; is not read |
 """
 
@@ -293,7 +293,7 @@ FORMATS = {
         comfyui_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI",
-        components=lambda family: (family.denoiser,) if family.original or family.keeps_names else (),
+        components=comfyui_file.components,
         refuses=comfyui_file.refuses,
     ),
     "diff": Format(

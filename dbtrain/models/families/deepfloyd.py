@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from dbtrain.data.batch import Batch
 from dbtrain.models.ddpm import DDPM
-from dbtrain.models.families.family import Family, matching, padded, pixel_space
+from dbtrain.models.families.family import T5_WORDS, Family, matching, padded, pixel_space
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -100,7 +100,7 @@ STAGE_1 = Family(
         "unet": ("UNet2DConditionModel",),
         "scheduler": DDPM.SCHEDULERS,
         "text_encoder": ("T5EncoderModel",),
-        "tokenizer": ("T5Tokenizer", "T5TokenizerFast"),
+        "tokenizer": T5_WORDS,
         "image_noising_scheduler": DDPM.SCHEDULERS,
     },
     text_encoders={"text_encoder": "tokenizer"},

@@ -42,6 +42,9 @@ class Family:
     embed: Callable[[Mapping[str, nn.Module], Mapping[str, Tensor]], dict[str, Tensor]]
     """(text encoders, ids) -> condition: tensors, (prompts, ...) each.
 
+    Where only some encoders are trained, they get those alone, and with their ids the condition of all
+    encoders as it was before training, of which they return what they change.
+
     Where prompts have lengths of their own, `lengths`, (prompts,) int64, says how many rows of the others are
     text. It stays on the CPU."""
     space: Callable[[Pretrained, int], LatentSpace]
@@ -59,7 +62,7 @@ class Family:
     objective: type[Objective] = DDPM
     patch: int = 1  # latent cells per token, in each direction
     text_dtype: torch.dtype = torch.float32  # of the text encoders in `prepare`, and of what they return
-    trains_text: bool = True  # whether the text encoders can have an adapter
+    trained_text: tuple[str, ...] | None = None  # text encoders that can have an adapter; None: all of them
     unread: tuple[str, ...] = ()  # modules of the text encoders that prompts do not pass, such as for images
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PRESETS["denoiser"])
     """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
@@ -78,8 +81,11 @@ class Family:
     sgm: bool = False  # kohya's files name the denoiser's modules as the original code does
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
-    the same name are one there, with their outputs one after the other."""
+    the same name are one there, with their outputs one after the other; each has a pattern of its own."""
     keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
+    comfyui_prefix: str = "diffusion_model"
+    """How names begin in ComfyUI's file. `transformer`, with Diffusers' names, where Diffusers' loader skips
+    the original ones without a word."""
     sampler: Mapping[str, Any] = field(default_factory=dict)  # overrides of the scheduler's config
     encode_prompt: Callable[[Any, str, bool], dict[str, Tensor]] = lambda pipe, prompt, guided: encode_guided(
         pipe, prompt, guided
@@ -99,10 +105,18 @@ class Family:
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
 
+    fitted: Callable[[Family, Pretrained], Family] = lambda family, base: family
+    """(the family, base) -> the family as this base has it, for bases that may lack a component."""
+
     @property
     def adaptable(self) -> tuple[str, ...]:
         """The components that can have an adapter."""
-        return (self.denoiser, *(self.text_encoders if self.trains_text else ()))
+        return (self.denoiser, *self.adaptable_text)
+
+    @property
+    def adaptable_text(self) -> tuple[str, ...]:
+        """The text encoders that can have an adapter. They are trained together."""
+        return tuple(self.text_encoders) if self.trained_text is None else self.trained_text
 
     def tokens(self, shape: Sequence[int]) -> int:
         """How many tokens the denoiser has for x0 of this shape, (C, H, W)."""
@@ -200,10 +214,13 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
 ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
-def encode_guided(pipe: Any, prompt: str, guided: bool) -> dict[str, Tensor]:
-    """A prompt and the empty one, encoded by a pipeline that encodes both at once."""
+def encode_guided(pipe: Any, prompt: str, guided: bool, **more: Any) -> dict[str, Tensor]:
+    """A prompt and the empty one, encoded by a pipeline that encodes both at once.
+
+    `more`: further arguments of its `encode_prompt`.
+    """
     tensors = pipe.encode_prompt(
-        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+        prompt=prompt, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=guided, **more
     )
     return {name: tensor for name, tensor in zip(ENCODED, tensors, strict=False) if tensor is not None}
 
@@ -222,6 +239,17 @@ def encode_apart(
     return found
 
 
+def encode_by_family(pipe: Any, prompt: str, guided: bool, family: Family) -> dict[str, Tensor]:
+    """A prompt and the empty one, as the prompt table has them, by the family's own functions."""
+    found: dict[str, Tensor] = {}
+    for start, text in (("", prompt), *([("negative_", "")] if guided else [])):
+        ids = family.tokenize({name: getattr(pipe, w) for name, w in family.text_encoders.items()}, [text])
+        on_device = {name: tokens.to(pipe.device) for name, tokens in ids.items()}
+        rows = family.embed({name: getattr(pipe, name) for name in family.text_encoders}, on_device)
+        found |= {f"{start}{name}": values for name, values in rows.items()}
+    return found
+
+
 def side_by_side(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str, Any]:
     """Encoded prompts stacked, (rows, ...) each, and the guidance scale."""
     stacked = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -230,6 +258,7 @@ def side_by_side(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[
 
 # The classes of tokenizers, which transformers stores under several names.
 CLIP_WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
+T5_WORDS = ("T5Tokenizer", "T5TokenizerFast")
 QWEN_WORDS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 

@@ -20,6 +20,7 @@ from dbtrain.models.families.transformer import (
     ATTENDED,
     PATCH,
     chat,
+    check_inputs,
     joined_layers,
     positions,
     stacked,
@@ -65,17 +66,13 @@ def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
 
 def check(base: Pretrained, layers: Sequence[int] = LAYERS) -> None:
     """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
-    latents = PATCH**2 * base.setting("vae", "latent_channels", int)
     text = base.config("text_encoder").get("text_config") or base.config("text_encoder")
     if not all(isinstance(text.get(name), int) for name in ("hidden_size", "num_hidden_layers")):
         raise ConfigError(f"base model {base.name}: the config of its text encoder lacks its sizes")
-    hidden = len(layers) * text["hidden_size"]
-    for name, needed in (("in_channels", latents), ("joint_attention_dim", hidden)):
-        if (found := base.setting("transformer", name, int)) != needed:
-            raise ConfigError(
-                f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
-                f"its VAE and text encoder give {needed}"
-            )
+    check_inputs(base, {
+        "in_channels": PATCH**2 * base.setting("vae", "latent_channels", int),
+        "joint_attention_dim": len(layers) * text["hidden_size"],
+    })  # fmt: skip
     if (there := text["num_hidden_layers"]) < max(layers):
         raise ConfigError(
             f"base model {base.name}: its text encoder has {there} layers, but {max(layers)} are read"
@@ -124,6 +121,7 @@ def distilled(base: Pretrained) -> str | None:
 
 SINGLE = ("to_qkv_mlp_proj", "attn.to_out")  # attention and MLP of a single block are two layers
 ATTENTION = (*ATTENDED, *SINGLE)
+DOUBLE, SINGLES = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
 KLEIN = Family(
     name="flux2-klein",
     pipeline="Flux2KleinPipeline",
@@ -146,7 +144,7 @@ KLEIN = Family(
     denoise=denoise,
     objective=FlowMatching,
     text_dtype=torch.bfloat16,
-    trains_text=False,
+    trained_text=(),
     presets={
         "attention": ATTENTION,
         "diffusers": ("to_q", "to_k", "to_v", "to_out.0", *SINGLE),
@@ -161,16 +159,22 @@ KLEIN = Family(
     distilled=distilled,
     lora_mixin="Flux2LoraLoaderMixin",
     original=(
-        (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
-        (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
-        (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
-        (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
-        (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+        *(
+            (rf"transformer_blocks\.(\d+)\.attn\.to_{part}", r"double_blocks.\1.img_attn.qkv")
+            for part in "qkv"
+        ),
+        *(
+            (rf"transformer_blocks\.(\d+)\.attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv")
+            for part in "qkv"
+        ),
+        (rf"{DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+        (rf"{DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+        (rf"{DOUBLE}ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+        (rf"{DOUBLE}ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+        (rf"{DOUBLE}ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+        (rf"{DOUBLE}ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+        (rf"{SINGLES}attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+        (rf"{SINGLES}attn\.to_out", r"single_blocks.\1.linear2"),
         (r"x_embedder", "img_in"),
         (r"context_embedder", "txt_in"),
         (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),

@@ -5,13 +5,12 @@ Wu et al. 2025, "Qwen-Image Technical Report", arXiv:2508.02324.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from dbtrain.models.families import transformer as shared
 from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart, sample_moments
@@ -49,17 +48,6 @@ def denoise(transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[s
     return shared.unpacked(velocity, height, width)
 
 
-def arguments(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str, Any]:
-    """Encoded prompts, padded to the longest, with their masks."""
-    found: dict[str, Any] = {"true_cfg_scale": guidance}
-    for name in ("prompt_embeds", "negative_prompt_embeds"):
-        if name in rows[0]:
-            texts = [row[name][0] for row in rows]
-            found[name] = pad_sequence(texts, batch_first=True)
-            found[f"{name}_mask"] = shared.mask_of([len(text) for text in texts], texts[0].device)
-    return found
-
-
 def idle(name: str, component: nn.Module) -> tuple[str, ...]:
     """What the last block computes of the text, which nothing reads."""
     blocks: Any = component.get_submodule("transformer_blocks")
@@ -92,7 +80,7 @@ FAMILY = Family(
     objective=FlowMatching,
     patch=shared.PATCH,
     text_dtype=torch.bfloat16,
-    trains_text=False,
+    trained_text=(),
     unread=("model.visual", "lm_head"),
     presets={
         "attention": shared.ATTENDED,
@@ -101,10 +89,12 @@ FAMILY = Family(
         "all": (*shared.ATTENDED, *MLP, *MODULATION),
     },
     encode_prompt=partial(encode_apart, negative=NEGATIVE),
-    arguments=arguments,
+    arguments=lambda rows, guidance: {
+        "true_cfg_scale": guidance,
+        **shared.padded_texts(rows, "prompt_embeds_mask"),
+    },
     generated=shared.unpacked_x0,
     decode=shared.decode_frames,
-    distilled=lambda base: "Qwen/Qwen-Image" if base.index.get("is_distilled") else None,
     idle=idle,
     lora_mixin="QwenImageLoraLoaderMixin",
     original=((r".+", r"\g<0>"),),  # the original code has Diffusers' names

@@ -2,7 +2,18 @@
 
 from dbtrain.config import Model
 from dbtrain.models import safety
-from dbtrain.models.families import deepfloyd, flux2, qwen_image, sd, sdxl, z_image
+from dbtrain.models.families import (
+    chroma,
+    deepfloyd,
+    flux1,
+    flux2,
+    krea2,
+    qwen_image,
+    sd,
+    sd3,
+    sdxl,
+    z_image,
+)
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -18,6 +29,10 @@ FAMILIES = {
         flux2.DEV,
         qwen_image.FAMILY,
         z_image.FAMILY,
+        flux1.FAMILY,
+        sd3.FAMILY,
+        chroma.FAMILY,
+        krea2.FAMILY,
     )
 }
 
@@ -48,6 +63,7 @@ def detect(base: Pretrained, cfg: Model) -> Family:
             f"model.family is '{cfg.family}', but base model {base.name} is a {pipeline}, of the family "
             f"'{found.name}'; use auto"
         )
+    family = family.fitted(family, base)
     for part in family.parts:
         base.check(part, family.classes[part])
     for part in ("scheduler", *([family.noising] if family.noising else [])):

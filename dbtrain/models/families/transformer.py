@@ -11,14 +11,54 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
-from dbtrain.models.families.family import LatentSpace, encode_moments, latent_side
+from dbtrain.models.families.family import LatentSpace, encode_moments, latent_side, sample_moments
+from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
 # The linear layers of attention over an image's and a text's tokens, as Diffusers names them.
 ATTENDED = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+DOUBLE, SINGLES = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
+# The modules of FLUX.1's blocks, which Chroma has too, and their names in the original code. Queries, keys
+# and values are one layer there, in this order; in single blocks, with the input of the MLP after them.
+FLUX_BLOCKS = (
+    *((rf"{DOUBLE}attn\.to_{part}", r"double_blocks.\1.img_attn.qkv") for part in "qkv"),
+    *((rf"{DOUBLE}attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv") for part in "qkv"),
+    (rf"{DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+    (rf"{DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+    (rf"{DOUBLE}ff\.net\.([02])(?:\.proj)?", r"double_blocks.\1.img_mlp.\2"),
+    (rf"{DOUBLE}ff_context\.net\.([02])(?:\.proj)?", r"double_blocks.\1.txt_mlp.\2"),
+    (rf"{DOUBLE}norm1\.linear", r"double_blocks.\1.img_mod.lin"),
+    (rf"{DOUBLE}norm1_context\.linear", r"double_blocks.\1.txt_mod.lin"),
+    *((rf"{SINGLES}attn\.to_{part}", r"single_blocks.\1.linear1") for part in "qkv"),
+    (rf"{SINGLES}proj_mlp", r"single_blocks.\1.linear1"),
+    (rf"{SINGLES}proj_out", r"single_blocks.\1.linear2"),
+    (rf"{SINGLES}norm\.linear", r"single_blocks.\1.modulation.lin"),
+)
 
 PATCH = 2  # latents per token in each direction
+# What the families have in common whose VAE is Stable Diffusion's, with more channels.
+COMMON: dict[str, Any] = {
+    "denoiser": "transformer", "encode_images": encode_moments, "sample_posterior": sample_moments,
+    "objective": FlowMatching, "patch": PATCH, "text_dtype": torch.bfloat16,
+}  # fmt: skip
+
+
+def t5_words(tokenizer: Any, prompts: Sequence[str], length: int) -> Any:
+    """T5's tokens, with their mask, padded to (prompts, length) int64.
+
+    Raises ConfigError for a prompt that is too long.
+    """
+    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+        check_length(prompt, len(ids), length, "of T5")
+    return tokenizer(list(prompts), padding="max_length", max_length=length, return_tensors="pt")
+
+
+def t5_states(encoder: Any, ids: Tensor) -> Tensor:
+    """T5's last hidden states, (prompts, L, D), one prompt after the other. Padding is not masked."""
+    return torch.cat([encoder(row[None])[0] for row in ids])
 
 
 def chat(tokenizer: Any, prompts: Sequence[str], length: int, **template: Any) -> dict[str, Tensor]:
@@ -50,12 +90,11 @@ def stacked(found: Sequence[Any], prompts: Sequence[str], length: int) -> dict[s
     }
 
 
-def check_length(prompt: str, count: int, length: int) -> None:
+def check_length(prompt: str, count: int, length: int, where: str = "with the model's template") -> None:
     """Raise ConfigError if a prompt has more tokens than the model reads."""
     if count > length:
         raise ConfigError(
-            f"prompt '{prompt[:60]}…' has {count} tokens with the model's template, but the model "
-            f"reads {length}; shorten it"
+            f"prompt '{prompt[:60]}…' has {count} tokens {where}, but the model reads {length}; shorten it"
         )
 
 
@@ -71,6 +110,24 @@ def joined_layers(encoder: Any, ids: Mapping[str, Tensor], layers: Sequence[int]
         ).hidden_states
         rows.append(torch.cat([states[layer] for layer in layers], dim=-1))
     return torch.cat(rows)
+
+
+def text_and_pooled(base: Pretrained, length: int) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of a prompt's embeddings, for transformers that take `length` of them, and a pooled one."""
+    return {
+        "prompt_embeds": (length, base.setting("transformer", "joint_attention_dim", int)),
+        "pooled_prompt_embeds": (base.setting("transformer", "pooled_projection_dim", int),),
+    }
+
+
+def check_inputs(base: Pretrained, needed: Mapping[str, int]) -> None:
+    """Raise ConfigError unless the transformer's settings are those that its VAE and text encoders need."""
+    for name, value in needed.items():
+        if (found := base.setting("transformer", name, int)) != value:
+            raise ConfigError(
+                f"base model {base.name} does not fit together: {name} of its transformer is {found}, but "
+                f"its VAE and text encoders give {value}"
+            )
 
 
 def packed(x: Tensor) -> Tensor:
@@ -120,6 +177,20 @@ def mask_of(lengths: Sequence[int], device: torch.device) -> Tensor:
     return mask.to(device, non_blocking=True)
 
 
+def padded_texts(rows: Sequence[Mapping[str, Tensor]], mask: str) -> dict[str, Tensor]:
+    """Encoded prompts, and the negative ones if there are any, padded to the longest, with their masks.
+
+    `mask`: the name of the mask among the arguments of the pipeline's call.
+    """
+    found: dict[str, Tensor] = {}
+    for start in ("", "negative_"):
+        if (name := f"{start}prompt_embeds") in rows[0]:
+            texts = [row[name][0] for row in rows]
+            found[name] = pad_sequence(texts, batch_first=True)
+            found[f"{start}{mask}"] = mask_of([len(text) for text in texts], texts[0].device)
+    return found
+
+
 def positions(*sizes: int, device: torch.device) -> Tensor:
     """The points of a grid, for rotary embeddings, (points, len(sizes)) int64; the last runs fastest."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
@@ -160,10 +231,9 @@ def in_message_states(
     """
     rows = []
     for tokens, length in zip(ids["text_encoder"], ids["lengths"].tolist(), strict=True):
-        states = model(
-            input_ids=tokens[None, : BEGINNING + length], output_hidden_states=True, use_cache=False
-        )
-        rows.append(chosen(states.hidden_states)[0, BEGINNING:])
+        own = tokens[None, : BEGINNING + length]
+        states = model(input_ids=own, output_hidden_states=True, use_cache=False).hidden_states
+        rows.append(chosen(states)[0, BEGINNING:])
     return padded_rows(rows)
 
 
@@ -176,7 +246,7 @@ def frame_space(base: Pretrained, side: int) -> LatentSpace:
 
 
 def check_frames(base: Pretrained, **needed: int) -> None:
-    """Raise ConfigError unless Qwen-Image's VAE and the transformer fit, and it has these settings."""
+    """Raise ConfigError unless Qwen-Image's VAE and the settings `needed` fit the transformer."""
     channels = base.setting("vae", "z_dim", int)
     for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
         found = base.setting("vae", name, list)
@@ -186,12 +256,7 @@ def check_frames(base: Pretrained, **needed: int) -> None:
                 f"base model {base.name}: {name} of its vae is {str(found)[:60]}; use {channels} numbers"
                 f"{' above 0' if least == 0 else ''}, one per channel"
             )
-    for name, value in {"in_channels": PATCH**2 * channels, **needed}.items():
-        if (there := base.setting("transformer", name, int)) != value:
-            raise ConfigError(
-                f"base model {base.name} does not fit together: {name} of its transformer is {there}, but "
-                f"its VAE and text encoder give {value}"
-            )
+    check_inputs(base, {"in_channels": PATCH**2 * channels, **needed})
 
 
 def encode_frames(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:

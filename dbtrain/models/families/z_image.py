@@ -98,7 +98,7 @@ FAMILY = Family(
     objective=FlowMatching,
     patch=PATCH,
     text_dtype=torch.bfloat16,
-    trains_text=False,
+    trained_text=(),
     presets={
         "attention": ATTENDED,
         "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),
