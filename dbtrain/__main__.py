@@ -82,9 +82,8 @@ def fetch(
         from dbtrain.train import training_adapter
 
     print(f"{cfg.model.path}: {Base.find(cfg.model).folder}")
-    training_adapter.fetch(cfg.model)
-    if cfg.model.training_adapter:
-        print(f"{cfg.model.training_adapter}: {training_adapter.here(cfg.model)}")
+    if path := training_adapter.fetch(cfg.model):
+        print(f"{cfg.model.training_adapter}: {path}")
     for encoder in encoders.of(cfg.evaluation) if scoring else ():
         print(f"{encoder.name}: {encoder.folder}")
 

@@ -19,7 +19,7 @@ from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.runtime import console
-from dbtrain.train.training_adapter import LeftOut, merge
+from dbtrain.train.left_out import LeftOut, merge
 
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
 

@@ -2,30 +2,17 @@
 
 A model that was distilled to a few steps unlearns that when it is trained. With such an adapter in its
 weights it behaves as if it had not been distilled, and what is then trained suits the distilled model too.
-It is merged rather than kept beside the trained one: steps cost no more time or memory of the GPU, and
-training is the same as on a base that has it. Class images, validation images, samples and exports are
-without it; for validation images the layers are exchanged for copies, so that no arithmetic changes a bit.
+Class images, validation images, samples and exports are without it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-
-from dbtrain.adapters import inject
-from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Model
 from dbtrain.models.base import Base
-from dbtrain.models.quantization import Linear8bit
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -34,14 +21,15 @@ SETTING = "model.training_adapter"
 ON_THE_HUB = re.compile(r"([\w.-]+/[\w.-]+(?<!\.safetensors))(?:/([\w./-]+\.safetensors))?(?:@(\S+))?")
 
 
-def fetch(cfg: Model) -> None:
-    """Download the training adapter if it is a Hub id. Call this on every rank.
+def fetch(cfg: Model) -> Path | None:
+    """The training adapter's file or folder; None without the setting. Call this on every rank.
 
-    Raises ConfigError if there is none at that place.
+    A Hub id is downloaded first. Raises ConfigError if there is none at that place.
     """
     with dist.agreed():
         if cfg.training_adapter and dist.local_rank() == 0:
             _located(cfg.training_adapter, offline=False)
+    return here(cfg)
 
 
 def is_on_hub(name: str) -> bool:
@@ -70,7 +58,11 @@ def content(cfg: Model) -> str | None:
     path = here(cfg)
     if path is None:
         return None
-    return hashing.sha256_of(path) if path.is_file() else formats.content_of(path)
+    if path.is_file():
+        return hashing.sha256_of(path)
+    from dbtrain.adapters.formats import registry as formats
+
+    return formats.content_of(path)
 
 
 def read(base: Base, cfg: Model) -> AdapterState | None:
@@ -78,6 +70,8 @@ def read(base: Base, cfg: Model) -> AdapterState | None:
 
     Raises ConfigError for anything but an adapter of the denoiser's weights that fits the base.
     """
+    from dbtrain.adapters.formats import registry as formats  # loads PEFT, which most calls need not
+
     path, name = here(cfg), base.family.denoiser
     if path is None:
         return None
@@ -95,6 +89,8 @@ def read(base: Base, cfg: Model) -> AdapterState | None:
 
 
 def _located(name: str, offline: bool) -> Path:
+    from dbtrain.adapters.formats import registry as formats  # loads PEFT, which most calls need not
+
     found = ON_THE_HUB.fullmatch(name)
     try:
         if files.expand(name).exists() or not found:
@@ -120,71 +116,3 @@ def _snapshot(name: str, repository: str, revision: str | None, file: str | None
             f"'{name}' is neither a local file or folder nor an adapter that could be downloaded from the "
             f"Hub: {reason(error)}"
         ) from error
-
-
-def merge(denoiser: nn.Module, state: AdapterState) -> dict[str, nn.Module]:
-    """Add an adapter to the weights of `denoiser`, in fp32; return copies of the layers without it, by name.
-
-    Raises ConfigError if a weight is not finite afterwards.
-    """
-    parameters = inject.put_on(denoiser, state, inject.NAME)
-    for parameter in parameters.values():  # which PEFT made in the base's dtype
-        parameter.data = parameter.data.float()
-    inject.fill(parameters, state)
-    plain: dict[str, nn.Module] = {}
-    for name, layer in list(denoiser.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            inner = layer.get_base_layer()
-            plain[name] = deepcopy(inner)
-            dtype = inner.get_parameter("weight").dtype
-            layer.float()  # type: ignore[attr-defined]
-            try:
-                layer.merge(safe_merge=True)
-            except ValueError as error:
-                raise ConfigError(f"{SETTING}: its layer {name} is not finite: {reason(error)}") from error
-            parent, _, last = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), last, inner.to(dtype))
-    del denoiser.peft_config
-    return plain
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """The layers that a training adapter changed, each with a copy without it, on the CPU."""
-
-    layers: Sequence[tuple[nn.Module, nn.Module]] = ()
-
-    @classmethod
-    def of(cls, denoiser: nn.Module, plain: Mapping[str, nn.Module], storage: str) -> LeftOut:
-        """`plain`: layers by name, before `denoiser` was quantized to `storage`."""
-        pairs = []
-        for name, layer in plain.items():
-            live = denoiser.get_submodule(name)
-            if isinstance(live, Linear8bit):
-                layer = Linear8bit(layer, storage)  # type: ignore[arg-type]
-            pairs.append((live, layer))
-        return cls(pairs)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """In the block, the layers are the base's own. Afterwards every bit is as before."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        for live, plain in self.layers:
-            stored = _weights(plain)
-            for name, tensor in _weights(live).items():
-                used = tensor.to("cpu", copy=True)
-                tensor.copy_(stored[name])
-                stored[name].copy_(used)
-
-
-def _weights(layer: nn.Module) -> dict[str, Tensor]:
-    """What a training adapter changes of a layer: its weight, as it is stored. Biases may be trained."""
-    named = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-    return {name: tensor.data for name, tensor in named if name != "bias"}

@@ -24,7 +24,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.quantization import Linear8bit
 from dbtrain.prepare.prepare import prepare
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.train import loop, setup, training_adapter
 from tests import bases
 from tests.conftest import Make, train
@@ -173,15 +173,26 @@ def test_pictures_and_exports_are_without_it(helped: Any, make: Make, tmp_path: 
     assert ranks == {4}, "the training adapter's rank is 2"
 
 
-def test_a_resumed_run_is_the_straight_one(helped: Any, tmp_path: Path) -> None:
-    straight = helped(run_dir=str(tmp_path / "straight"), **ONE_IMAGE)
-    train(straight)
-    stopped = helped(run_dir=str(tmp_path / "stopped"), **ONE_IMAGE)
-    with pytest.raises(Exception, match="as requested"):
-        loop.train(stopped, until=2)
-    train(stopped)
-    theirs, ours = adapter_of(straight), adapter_of(stopped)
-    assert theirs.keys() == ours.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+@pytest.mark.parametrize("name", ["sd", "z-image"])
+def test_a_resumed_run_is_the_straight_one(make: Make, tmp_path: Path, name: str) -> None:
+    base = found(name)
+    settings = partial(
+        make, model__path=str(base.folder), model__training_adapter=str(written(base, tmp_path / "adapter")),
+        prepare__resolution=bases.SIDES[name], prepare__class_images=2, train__global_batch=2,
+        train__steps=3, **ONE_IMAGE, sample__steps=1,
+    )  # fmt: skip
+    straight, stopped = (settings(run_dir=str(tmp_path / run)) for run in ("straight", "stopped"))
+    prepare(straight)
+    loop.train(straight)
+    with pytest.raises(Preempted, match="as requested"):
+        loop.train(stopped, until=1)
+    loop.train(stopped)
+    theirs, ours = (
+        load_file(next(Path(cfg.run_dir).glob("checkpoints/step-000003/*/*.safetensors")))
+        for cfg in (straight, stopped)
+    )
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
 
 
 def test_a_run_continues_with_the_same_content_alone(helped: Any, tmp_path: Path) -> None:
@@ -255,10 +266,9 @@ def test_a_hub_id_is_downloaded_once_and_then_found(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     cfg = Model(path="tiny", training_adapter=name)
-    training_adapter.fetch(cfg)
-    path = training_adapter.here(cfg)
-    assert path and path.is_file()
-    assert calls == [(*asked, False), (*asked, True)]
+    path = training_adapter.fetch(cfg)
+    assert path and path.is_file() and path == training_adapter.here(cfg)
+    assert calls == [(*asked, False), (*asked, True), (*asked, True)]
 
 
 def test_a_distilled_base_trains_with_one(tmp_path: Path) -> None:
