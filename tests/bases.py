@@ -52,9 +52,14 @@ WIDTH = 64  # of every text encoder
 
 
 def _words() -> CLIPTokenizer:
-    words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
-    words.model_max_length = TOKENS
-    return words
+    """The same words for every base: what BPE learns differs by chance where two pairs are as frequent."""
+
+    def fill(folder: Path) -> None:
+        words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
+        words.model_max_length = TOKENS
+        words.save_pretrained(folder)
+
+    return CLIPTokenizer.from_pretrained(once("clip-words", fill))
 
 
 def _clip(words: CLIPTokenizer, layers: int = 2) -> CLIPTextConfig:
