@@ -1,7 +1,7 @@
 """Model families by name. A new family is one file and one line here."""
 
 from dbtrain.config import Model
-from dbtrain.models import safety
+from dbtrain.models import locate, safety
 from dbtrain.models.families import chroma, deepfloyd, flux1, flux2, qwen_image, sd, sd3, sdxl, z_image
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
@@ -26,6 +26,7 @@ FAMILIES = {
 
 for _family in FAMILIES.values():
     safety.allow(_family.classes)
+    locate.allow(_family.pipeline, _family.single_file)
 
 
 def get(name: str) -> Family:
