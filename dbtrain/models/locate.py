@@ -128,6 +128,8 @@ def _beside(cfg: Model, path: Path, pipeline: str, dtype: torch.dtype) -> Callab
             f"folder of a {pipeline} that has them"
         )
     index = files.read_json(rest / "model_index.json")
+    if not index.get("transformer"):
+        raise ConfigError(f"model.config: '{cfg.config}' has no transformer; use a folder of a {pipeline}")
     kind = getattr(diffusers, index["transformer"][1])
     transformer = kind.from_single_file(
         str(path), config=str(rest), subfolder="transformer", torch_dtype=dtype
