@@ -178,19 +178,6 @@ def _z_image() -> Architecture:
     return Architecture("z-image", 1024, 64, models, _flow(shift=6.0))
 
 
-def _qwen_image() -> Architecture:
-    text = {
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000,
-    }  # fmt: skip
-    models = {
-        "transformer": ("QwenImageTransformer2DModel", {}), "vae": FRAMES,
-        "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {"text_config": text}),
-    }  # fmt: skip
-    scheduler = _flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
-    return Architecture("qwen-image", 1024, 64, models, scheduler)
-
-
 @cache
 def published() -> dict[str, Architecture]:
     """The architectures by the names that benchmarks have for them."""
@@ -220,5 +207,28 @@ def published() -> dict[str, Architecture]:
         "klein-4b": _klein(5, 20, 24, 2560, 9728),
         "klein-9b": _klein(8, 24, 32, 4096, 12288),
         "z-image": _z_image(),
-        "qwen-image": _qwen_image(),
+        "qwen-image": Architecture(
+            "qwen-image", 1024, 64,
+            {"transformer": ("QwenImageTransformer2DModel", {}), "vae": FRAMES,
+             "text_encoder": ("Qwen2_5_VLForConditionalGeneration", {
+                "text_config": {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+                                "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+                                "max_position_embeddings": 128000,
+                                "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+                "vision_config": {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584},
+             })},
+            _flow(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02),
+        ),
+        "krea2": Architecture(
+            "krea2", 1024, 64,
+            {"transformer": ("Krea2Transformer2DModel", {}), "vae": FRAMES,
+             "text_encoder": ("Qwen3VLModel", {
+                "text_config": {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+                                "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+                                "rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]}},
+                "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096,
+                                  "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]},
+             })},
+            _flow(use_dynamic_shifting=True, max_image_seq_len=6400),
+        ),
     }  # fmt: skip

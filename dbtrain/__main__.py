@@ -79,8 +79,12 @@ def fetch(
     with importing(at_start=True):
         from dbtrain.evaluate import encoders
         from dbtrain.models.base import Base
+        from dbtrain.train import training_adapter
 
     print(f"{cfg.model.path}: {Base.find(cfg.model).folder}")
+    training_adapter.fetch(cfg.model)
+    if cfg.model.training_adapter:
+        print(f"{cfg.model.training_adapter}: {training_adapter.here(cfg.model)}")
     for encoder in encoders.of(cfg.evaluation) if scoring else ():
         print(f"{encoder.name}: {encoder.folder}")
 

@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -39,6 +40,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
 )
@@ -426,6 +429,39 @@ def z_image() -> Path:
     return once("z-image", fill)
 
 
+@cache
+def krea2() -> Path:
+    """A Krea 2 of 64 px: two blocks, latents (16, 8, 8), 16 tokens, hidden states of twelve layers."""
+
+    def fill(folder: Path) -> None:
+        with rng.seeded("tests", "krea 2"):
+            words = qwen_words(MESSAGE, size=600)
+            text = {**QWEN_TEXT, "vocab_size": len(words), "num_hidden_layers": 36, "head_dim": 8}
+            vision = {
+                "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            }  # fmt: skip
+            transformer = Krea2Transformer2DModel(
+                num_layers=2, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
+                intermediate_size=64, timestep_embed_dim=32, text_hidden_dim=32, text_num_attention_heads=4,
+                text_num_key_value_heads=2, text_intermediate_size=64, num_layerwise_text_blocks=1,
+                num_refiner_text_blocks=1, axes_dims_rope=(4, 6, 6),
+            )  # fmt: skip
+            for name, parameter in transformer.named_parameters():
+                if "norm" in name or "table" in name:  # 0 would hide a missing one
+                    parameter.data.normal_(std=0.2)
+            components = {
+                "vae": _qwen_vae(), "tokenizer": words, "transformer": transformer,
+                "text_encoder": Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)),
+                "scheduler": FlowMatchEulerDiscreteScheduler(
+                    use_dynamic_shifting=True, max_image_seq_len=6400
+                ),
+            }  # fmt: skip
+        _save(folder, "Krea2Pipeline", components)
+
+    return once("krea2", fill)
+
+
 FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "flux2-klein": flux2_klein,
     "flux2-dev": flux2_dev,
@@ -434,6 +470,7 @@ FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
     "flux1": flux1,
     "sd3": sd3,
     "chroma": chroma,
+    "krea2": krea2,
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,

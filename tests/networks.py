@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
@@ -22,11 +23,11 @@ from dbtrain.train.dreambooth import DreamBooth
 from tests.conftest import at
 
 
-def build(cfg: Config, folder: Path) -> DreamBooth:
+def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> DreamBooth:
     manifest = Manifest.read(at(folder))
     base = Base.find(cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
-    return DreamBooth.build(base, manifest, table, cfg)
+    return DreamBooth.build(base, manifest, table, cfg, training)
 
 
 def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:

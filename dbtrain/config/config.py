@@ -93,6 +93,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _no_magnitudes_of_a_merged_base(self) -> Config:
+        if self.model.training_adapter and self.adapter.dora:
+            raise ValueError(
+                "adapter.dora is true, but DoRA's magnitudes would hold those of model.training_adapter too; "
+                "set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _nothing_is_overwritten(self) -> Config:
         inputs: dict[str, str | None] = {}
         if prepare := self.prepare:

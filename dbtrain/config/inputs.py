@@ -51,6 +51,11 @@ class Model(Section):
     )
     revision: str | None = Field(None, description="branch, tag or commit of the Hub repository")
     variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")
+    training_adapter: Text | None = Field(
+        None,
+        description="LoRA that is part of the base in training only, for a base that was distilled to a few "
+        "steps: a file, a folder or a Hub id (`owner/name` or `owner/name/file.safetensors`)",
+    )
     low_res: Literal["image", "itself"] = Field(
         "image",
         description="IF stage II: the low-resolution input in training. `image`: the downscaled photo; "

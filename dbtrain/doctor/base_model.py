@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from dbtrain.adapters import targets
+from dbtrain.config import Model
 from dbtrain.config.adapter import AdapterSettings
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.models.base import Base
@@ -18,8 +20,11 @@ from dbtrain.models.locate import EMBEDDED
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.train import training_adapter
 
 TOY_SIDE = 64  # px of the images that the embedded base was trained on
+# Words of the names of models that were distilled to a few steps.
+FEW_STEPS = re.compile(r"(?i)(?<!de-)(?<![a-z])(turbo|lightning|schnell|distill(ed)?|lcm)(?![a-z])")
 PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
@@ -38,7 +43,9 @@ def model(case: Case) -> Iterator[Finding]:
         return
     # Weights, vocabularies, and whether the resolution fits.
     found = [line for name in base.family.models for line in _weights(base, name)]
-    found += problems_of(lambda: base.check_trains(case.cfg.adapter), "use another base")
+    few_steps = case.cfg.model.training_adapter
+    found += problems_of(lambda: base.check_trains(case.cfg.adapter, few_steps), "use another base")
+    found += _training_adapter(base, case.cfg.model)
     for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
         found += problems_of(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]
@@ -54,6 +61,25 @@ def model(case: Case) -> Iterator[Finding]:
     total = sum(file.stat().st_size for name in base.family.models for file in weight_files(base, name))
     if not any(line.level == "error" for line in found):
         yield ok(f"{path}: {base.family.name}, {files.size_text(total)} of weights in {base.folder}")
+
+
+def _training_adapter(base: Base, cfg: Model) -> Iterator[Finding]:
+    """Problems with the training adapter, and a base that seems to need one."""
+    if cfg.training_adapter is None:
+        if base.family.distilled(base) is None and (word := FEW_STEPS.search(Path(cfg.path).name)):
+            yield warning(
+                f"model.path is {cfg.path}: by its name ('{word[0]}') it was distilled to a few steps, which "
+                "training would undo",
+                "train on the model that it was made from, or set model.training_adapter",
+            )
+    elif training_adapter.is_on_hub(cfg.training_adapter) and not training_adapter.is_here(cfg):
+        yield warning(
+            f"model.training_adapter: '{cfg.training_adapter}' is not in the Hub's cache, so the job would "
+            "download it first (not tried here)",
+            "run before the job: dbtrain fetch CONFIG",
+        )
+    else:
+        yield from problems_of(lambda: training_adapter.read(base, cfg), "use an adapter of this base")
 
 
 def _absent(path: str) -> Iterator[Finding]:

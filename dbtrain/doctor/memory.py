@@ -131,9 +131,9 @@ def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str,
     family = base.family
     tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
     ids = family.tokenize(tokenizers, shapes.texts)
-    longest = (
-        int(ids["lengths"].max()) if "lengths" in ids else ids[next(iter(family.text_encoders))].shape[1]
-    )
+    longest = next(iter(ids.values())).shape[1]
+    if "lengths" in ids:
+        longest = int(ids["lengths"].max())
     table = {
         f"condition.{name}": torch.empty(
             shapes.prompts, *(size or longest for size in shape), dtype=family.text_dtype, device="meta"

@@ -47,15 +47,19 @@ class Base(Pretrained):
                 loaded.set_submodule(name, nn.Identity())
         return loaded
 
-    def check_trains(self, adapter: Adapter) -> None:
-        """Raise ConfigError unless an adapter with these settings can be trained on this base."""
+    def check_trains(self, adapter: Adapter, training_adapter: str | None = None) -> None:
+        """Raise ConfigError unless an adapter with these settings can be trained on this base.
+
+        `training_adapter`: `model.training_adapter`, with which a distilled base can be trained.
+        """
         if adapter.text_encoder and not self.family.adaptable_text:
             raise ConfigError(
                 f"adapter.text_encoder: the text encoders of {self.family.name} models are too large "
                 "to train along; remove it"
             )
-        if instead := self.family.distilled(self):
+        if (instead := self.family.distilled(self)) and not training_adapter:
             raise ConfigError(
                 f"base model {self.name} was distilled to generate images in a few steps, which training "
-                f"would undo; train on {instead}, and load the adapter into this one"
+                f"would undo; train on {instead}, and load the adapter into this one, or set "
+                "model.training_adapter"
             )

@@ -169,7 +169,7 @@ class Pretrained:
         return found
 
     def settings(self, component: str) -> dict[str, Any]:
-        """A component's config; for a model of text and images with its language model's settings."""
+        """A component's config; for a model of text and images with the settings of its language model."""
         config = self.config(component)
         text = config.get("text_config")
         return config | text if isinstance(text, dict) else config

@@ -50,7 +50,7 @@ def prepare(cfg: Config) -> Path:
         images = {"instance": photos.of_subject(cfg.prepare)}
     base = Base.find(cfg.model)
     with dist.agreed():
-        base.check_trains(cfg.adapter)
+        base.check_trains(cfg.adapter, cfg.model.training_adapter)
         storage = Storage(cfg.data.shards)
         folder = storage.folder
         if folder is None:

@@ -19,6 +19,7 @@ from dbtrain.models.families.family import Family, LatentSpace, Sees
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.runtime import console
+from dbtrain.train.training_adapter import LeftOut, merge
 
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
 
@@ -40,6 +41,7 @@ class DreamBooth(nn.Module):
         noising: DDPM | None = None,
         sees: Sees | None = None,
         dtype: torch.dtype = torch.float32,
+        left_out: LeftOut | None = None,
     ) -> None:
         super().__init__()
         self.family = family
@@ -57,24 +59,34 @@ class DreamBooth(nn.Module):
         for name in self.prompt_names:
             self.register_buffer(f"prompts_{name}", prompts[name], persistent=False)
         self.dtype = dtype  # of the base, and of the denoiser's input
+        self.left_out = left_out or LeftOut()  # what a training adapter changed
         self.working_copies = WorkingCopies(self, adapters.trainable(self), dtype)
 
     @classmethod
-    def build(cls, base: Base, manifest: Manifest, table: Mapping[str, Tensor], cfg: Config) -> DreamBooth:
+    def build(
+        cls,
+        base: Base,
+        manifest: Manifest,
+        table: Mapping[str, Tensor],
+        cfg: Config,
+        training: AdapterState | None = None,
+    ) -> DreamBooth:
         """Load the base's denoiser, and text encoders if they are trained, with new adapters, on the CPU.
 
         `table` is the shards' prompt table. Frozen text encoders need its embeddings, trained ones its
-        token ids.
+        token ids. `training`: an adapter that is part of the base in training only.
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
         loaded = base.family.adaptable if settings else (base.family.denoiser,)
         console.say(f"loading {', '.join(loaded)} of {base.name}")
         denoiser = base.load(base.family.denoiser, dtype)
+        plain = merge(denoiser, training) if training else {}
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)
         if cfg.train.base_linears != "full":
             quantization.quantize(denoiser, cfg.train.base_linears)
+        left_out = LeftOut.of(denoiser, plain if cfg.validation.prompts else {}, cfg.train.base_linears)
         family, name = base.family, base.family.denoiser
         adapters.attach(
             denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets
@@ -102,7 +114,7 @@ class DreamBooth(nn.Module):
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
         noising = DDPM.of(base.config(base.family.noising)) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
-        return cls(base.family, denoiser, encoders, objective, prompts, space, noising, sees, dtype)
+        return cls(base.family, denoiser, encoders, objective, prompts, space, noising, sees, dtype, left_out)
 
     @property
     def trained(self) -> dict[str, nn.Module]:

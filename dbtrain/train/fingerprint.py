@@ -13,6 +13,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder, read_state
+from dbtrain.train import training_adapter
 
 # Settings that shape the shards. Their content would tell, but not in words that a person changed.
 PREPARE = (
@@ -30,11 +31,13 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
     settings, and ranks can change: the data and noise of a step do not depend on them.
     """
     trained = base.family.adaptable_text if cfg.adapter.text_encoder else ()
+    training = training_adapter.content(cfg.model)
     base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
     return {
         **of_settings(cfg, manifest.request),
         "model.path": f"content {content_key(base_content)[:12]}",
         "data.shards": _shards_content(manifest),
+        **({"model.training_adapter": f"content {training[:12]}"} if training else {}),
         **({"model.low_res": cfg.model.low_res} if base.family.sees else {}),
     }
 

@@ -24,7 +24,15 @@ from dbtrain.prepare import plan
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
-from dbtrain.train import checkpoint, cuda_graph, fingerprint, parallel, segments, validation
+from dbtrain.train import (
+    checkpoint,
+    cuda_graph,
+    fingerprint,
+    parallel,
+    segments,
+    training_adapter,
+    validation,
+)
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.metrics import Metrics
@@ -47,8 +55,9 @@ class Inputs:
         """Find them. Raises ConfigError if the shards are missing, or made for another base or settings."""
         storage = Storage(cfg.data.shards, cfg.faults.retries)
         base = Base.find(cfg.model)
+        training_adapter.fetch(cfg.model)
         with dist.agreed():
-            base.check_trains(cfg.adapter)
+            base.check_trains(cfg.adapter, cfg.model.training_adapter)
             share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
             manifest = Manifest.read(storage)
             cuda_graph.check(cfg.train.cuda_graph, dist.device())
@@ -89,6 +98,7 @@ def check_settings(cfg: Config) -> None:
     That is a batch that the ranks cannot share, or a run that other settings began.
     """
     dist.init()
+    training_adapter.fetch(cfg.model)
     with dist.agreed():
         RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
         if dist.is_main():
@@ -166,7 +176,8 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
-        model = DreamBooth.build(inputs.base, manifest, table, cfg)
+        training = training_adapter.read(inputs.base, cfg.model)
+        model = DreamBooth.build(inputs.base, manifest, table, cfg, training)
         if cfg.train.cuda_graph and model.follows_the_host:
             raise ConfigError(
                 "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "

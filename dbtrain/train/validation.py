@@ -1,8 +1,8 @@
 """Images and held-out losses during training: at fixed steps, with fixed prompts, seeds, and noise.
 
 Validation does not affect training: it leaves random streams, compiled graphs, and module modes alone.
-Images are generated with the trained modules; frozen text encoders and the VAE are on the device only
-while they are used.
+Images are generated with the trained modules, without a training adapter; frozen text encoders and the VAE
+are on the device only while they are used. Held-out losses are those that training has, with it.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Validator:
         assert self.generator
         sheet = RunFolder(self.cfg.run_dir).validation_sheet(step)
         prompts, seeds = self.cfg.validation.prompts, self.generator.seeds
-        with dist.agreed():
+        with dist.agreed(), self.model.left_out.in_place():
             self.generator.generate(sheet.parent, step)
         with dist.agreed():
             if dist.is_main():

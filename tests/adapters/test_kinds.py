@@ -36,11 +36,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lokr-both": {"kind": "lokr", "decompose_both": True, "rank": 2, "effective_conv2d": True},
     "lokr-whole": {"kind": "lokr", "rank": 64},
 }  # fmt: skip
-FAMILIES = {"sd": bases.sd, "sdxl": bases.sdxl, "if-1": bases.if_1}
-QUICK = [("sd", "lora"), ("sd", "dora"), ("sd", "lokr-both"), ("sdxl", "loha-cp"), ("if-1", "own-biases")]
-ROWS = [row if row in QUICK else slow(*row) for row in product(FAMILIES, OPTIONS)]
-# A layer of every type: attention, feed-forward, convolutions.
-LAYERS = r"mid_block\..*(to_q|to_out\.0|proj_in|ff\.net\.2|conv1|time_emb_proj|to_k)"
+# Base -> a layer of every type: attention, feed-forward, convolutions; and some of those that are joined.
+UNET = r"mid_block\..*(to_q|to_out\.0|proj_in|ff\.net\.2|conv1|time_emb_proj|to_k)"
+LAYERS = {
+    "sd": UNET, "sdxl": UNET, "if-1": UNET,
+    "flux2-klein": r".*transformer_blocks\.0\..*(to_[qk]|add_._proj|to_out(\.0)?|linear_in|to_qkv_mlp_proj)",
+}  # fmt: skip
+TRANSFORMER = ("lora", "dora", "rslora", "dropout", "loha", "lokr", "lokr-factor", "lokr-whole")
+QUICK = [("sd", "lora"), ("sd", "dora"), ("sd", "lokr-both"), ("sdxl", "loha-cp"), ("if-1", "own-biases"),
+         ("flux2-klein", "dora")]  # fmt: skip
+EVERY = [*product(("sd", "sdxl", "if-1"), OPTIONS), *product(("flux2-klein",), TRANSFORMER)]
+ROWS = [row if row in QUICK else slow(*row) for row in EVERY]
 
 
 @pytest.fixture(scope="module")
@@ -50,34 +56,36 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configured(make: Make, family: str, option: str, run: Path, shards: Path) -> Config:
-    layers = "attention" if option == "orthogonal" else LAYERS
+    layers = "attention" if option == "orthogonal" else LAYERS[family]
     settings = {"rank": 4, "alpha": 6, "targets": layers} | OPTIONS[option]
-    if family != "if-1":
+    if family in ("sd", "sdxl"):
         settings["text_encoder"] = settings | {"targets": "attention"}
     side = bases.SIDES["deepfloyd" if family == "if-1" else family]
     return make(
-        model={"path": str(FAMILIES[family]())}, adapter=settings, run_dir=str(run), data__shards=str(shards),
-        prepare__resolution=side, prepare__class_prompt=None, train__steps=2, train__checkpoint_every=1,
-        train__global_batch=2, optim__lr=1e-2,
+        model={"path": str(bases.ALL[family]())}, adapter=settings, run_dir=str(run),
+        data__shards=str(shards), prepare__resolution=side, prepare__class_prompt=None, train__steps=2,
+        train__checkpoint_every=1, train__global_batch=2, optim__lr=1e-2,
     )  # fmt: skip
 
 
-def predicted(components: Mapping[str, Any]) -> dict[str, Tensor]:
+def predicted(base: Base, components: Mapping[str, Any]) -> dict[str, Tensor]:
     """What every component makes of the same inputs."""
+    family, side = base.family, bases.SIDES[base.family.name]
     torch.manual_seed(0)
-    unet = components["unet"].eval()
-    x, context = torch.randn(1, unet.config.in_channels, 8, 8), torch.randn(1, 8, bases.WIDTH)
-    more = {}
-    if unet.config.addition_embed_type == "text_time":  # SDXL
-        context = torch.randn(1, 8, 2 * bases.WIDTH)
-        more["added_cond_kwargs"] = {"text_embeds": torch.randn(1, bases.WIDTH), "time_ids": torch.ones(1, 6)}
+    x = torch.randn(1, *family.space(base, side).shape)
+    condition = {
+        name: torch.randn(1, *(8 if size is None else size for size in shape))
+        for name, shape in family.conditions(base).items()
+    }
+    row = family.row({"original_size": (side, side), "crop": (0, 0)}, side)
+    condition |= {name: tensor[None] for name, tensor in row.items()}
+    t = family.objective.of(base.config("scheduler")).timesteps(torch.tensor([0.4]))
     with torch.no_grad():
-        found = {"unet": unet(x, torch.tensor([400]), context, return_dict=False, **more)[0]}
+        found = {family.denoiser: family.denoise(components[family.denoiser].eval(), x, t, condition)}
         for name, encoder in components.items():
-            if name != "unet":
-                found[name] = encoder.eval()(torch.arange(8)[None], output_hidden_states=True).hidden_states[
-                    -2
-                ]
+            if name != family.denoiser:
+                states = encoder.eval()(torch.arange(8)[None], output_hidden_states=True).hidden_states
+                found[name] = states[-2]
     return found
 
 
@@ -105,9 +113,9 @@ def test_every_kind_resumes_samples_and_converts(
     model = build(cfg, shards / family)
     for name, module in model.trained.items():
         inject.restore(module, peft_folder.read(last / name).tensors)
-    trained = predicted(model.trained)
+    trained = predicted(base, model.trained)
     pipe = AdapterPipeline(base, "fp32")
-    bare = predicted(pipe.components)
+    bare = predicted(base, pipe.components)
     assert all(not torch.equal(bare[name], trained[name]) for name in trained)
     states = formats.read(last, base.family, base.skeleton)
     sources = [run.path, last, run.export]
@@ -119,7 +127,7 @@ def test_every_kind_resumes_samples_and_converts(
     for source in sources:
         pipe.add("it", source)
         pipe.use({"it": 1.0})
-        for name, tensor in predicted(pipe.components).items():
+        for name, tensor in predicted(base, pipe.components).items():
             close = {"atol": 1e-5, "rtol": 1e-4}
             torch.testing.assert_close(
                 tensor, trained.get(name, bare[name]), **close, msg=str((source, name))

@@ -239,6 +239,18 @@ def not_on_the_hub_s_cache(offline: bool) -> Callable[[Site], None]:
     return plant
 
 
+def named_turbo(site: Site) -> None:
+    site.changes["model__path"] = str(site.base().rename(site.folder / "some-turbo"))
+
+
+def training_adapter(name: str, offline: bool = False) -> Callable[[Site], None]:
+    def plant(site: Site) -> None:
+        site.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        site.changes["model__training_adapter"] = name
+
+    return plant
+
+
 def truncated_shard(site: Site) -> None:
     path = next(site.shards().glob("instance-*.tar"))
     path.write_bytes(path.read_bytes()[:-100])
@@ -419,6 +431,9 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (config(model__path="/no/such/model"), "model", "error", "neither a local folder nor the name of"),
     (not_on_the_hub_s_cache(offline=True), "model", "error", "and HF_HUB_OFFLINE is set"),
     (not_on_the_hub_s_cache(offline=False), "model", "warning", "not in the Hub's cache"),
+    (named_turbo, "model", "warning", "by its name ('turbo') it was distilled to"),
+    (training_adapter("nobody/nothing"), "model", "warning", "'nobody/nothing' is not in the Hub's cache"),
+    (training_adapter("no/such.safetensors"), "model", "error", "'no/such.safetensors' is neither a file"),
     (config(prepare__resolution=60), "model", "error", "cannot divide"),
     (config(adapter__targets=["to_q", "to_x"]), "adapter", "error", "to_x"),
     (config(adapter__targets="no.*such"), "adapter", "error", "no.*such"),

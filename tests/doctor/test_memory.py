@@ -47,6 +47,10 @@ def test_cuda_s_kernels_and_autocast_are_stood_in_for_and_put_back() -> None:
         assert "FlashAttention" in type(fused.grad_fn).__name__ and fused.dtype == torch.bfloat16
         masked = functional.scaled_dot_product_attention(x, x, x, torch.empty(1, 1, 64, 64))
         assert "EfficientAttention" in type(masked.grad_fn).__name__
+        few = torch.empty(2, 2, 64, 40, requires_grad=True)
+        for mask, kernel in ((None, "FlashAttention"), (torch.empty(1, 1, 64, 64), "Unsafe")):
+            grouped = functional.scaled_dot_product_attention(x, few, few, mask, enable_gqa=True)
+            assert kernel in type(grouped.grad_fn).__name__ and grouped.shape == x.shape
         norm = functional.group_norm(torch.empty(1, 8, 4, 4, dtype=torch.bfloat16), 2)
         assert norm.dtype == torch.float32, "as on GPUs, not as on CPUs"
     assert plain == (functional.scaled_dot_product_attention, functional.group_norm)
@@ -62,6 +66,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("if_2", {"prepare__resolution": 32, "adapter__kind": "lokr"}),
     ("flux2_klein", {"train__precision": "bf16"}),
     ("qwen_image", {"train__precision": "bf16"}),
+    ("z_image", {"train__precision": "bf16"}),
+    ("krea2", {"train__precision": "pure-bf16"}),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from dbtrain.config.training import Loss, Timesteps
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
+from dbtrain.doctor import memory
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
@@ -33,7 +35,7 @@ from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
-from tests.conftest import Make, at
+from tests.conftest import Make, at, draw_photo
 from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
@@ -46,11 +48,13 @@ GUIDANCE = {
     "flux1": lambda w: {"guidance_scale": w},
     "sd3": lambda w: {"guidance_scale": w},
     "chroma": lambda w: {"guidance_scale": w},
+    "krea2": lambda w: {"guidance_scale": w - 1},
 }
 # What tells a base that was distilled to few steps: a file and a setting in it.
 DISTILLED = {
     "flux2-klein": ("model_index.json", {"is_distilled": True}),
     "flux1": ("transformer/config.json", {"guidance_embeds": False}),
+    "krea2": ("model_index.json", {"is_distilled": True}),
 }
 # What a stock pipeline gets wrong, put right in place.
 MENDED: dict[str, Callable[[Any], None]] = {"chroma": lambda pipe: cut_to_their_masks(pipe)}
@@ -79,6 +83,9 @@ def stock(base: Base) -> Any:
     absent = dict.fromkeys(name for name, entry in base.index.items() if entry == [None, None])
     kind = getattr(diffusers, base.family.pipeline)
     pipe = kind.from_pretrained(base.folder, dtype=torch.float32, **absent)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     MENDED.get(base.family.name, lambda pipe: None)(pipe)
     return pipe
@@ -163,7 +170,7 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
     x_t = pipe.scheduler.scale_noise(x0, pipe.scheduler.timesteps.expand(len(x0)), batch.noise)
     starting_from(x_t, pipe, monkeypatch)
     table = shards.read_prompts(at(folder), Manifest.read(at(folder)).prompts)
-    rows = [as_encoded(family, table, int(prompt)) for prompt in batch.prompt]
+    rows = [as_encoded(pipe, table, int(prompt)) for prompt in batch.prompt]
     landed = run(pipe, base, rows, num_inference_steps=1, sigmas=[0.6])
     velocity = (x_t - landed) / 0.6
     theirs = (velocity - (batch.noise - x0)).square().mean()
@@ -178,7 +185,37 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
         assert (grads[label] - parameter.grad).abs().max() <= 1e-4 * largest, label
 
 
-def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
+@pytest.mark.parametrize("name", FLOW)
+def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path, name: str) -> None:
+    """Neither on its prompt being shorter than another's: so any number of ranks gives the same."""
+    (tmp_path / "class").mkdir()
+    draw_photo(tmp_path / "class" / "a.png", 0)
+    draw_photo(tmp_path / "class" / "b.png", 1)
+    cfg = prepared(
+        name, prepare__class_prompt="a photo of a dog, with many more words than the other prompt has",
+        prepare__class_dir=str(tmp_path / "class"), prepare__class_images=2,
+    )  # fmt: skip
+    model = awake(build(cfg, Path(cfg.data.shards)))
+    batch = first_batch(cfg, model.family)
+    assert batch.prompts == (0, 0, 1, 1)
+    with torch.no_grad():
+        together = model(batch)
+        alone = torch.cat([model(row_of(batch, number)) for number in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+def row_of(batch: Batch, number: int) -> Batch:
+    """A batch of one of the rows."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(tensor) for key, tensor in value.items()}
+        return value[number : number + 1] if isinstance(value, (Tensor, tuple)) else value
+
+    return Batch(**{key: cut(value) for key, value in vars(batch).items()})
+
+
+def as_encoded(pipe: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Tensor]:
     """A row of the prompt table as the pipeline's `encode_prompt` gives it: its own tokens alone."""
     row = {
         key.removeprefix("condition."): values[prompt : prompt + 1]
@@ -186,7 +223,10 @@ def as_encoded(family: Any, table: dict[str, Tensor], prompt: int) -> dict[str, 
         if key.startswith("condition.")
     }
     length = row.pop("lengths", None)
-    return {name: values[:, : length and int(length)].float() for name, values in row.items()}
+    found = {name: values[:, : length and int(length)].float() for name, values in row.items()}
+    if "prompt_embeds_mask" in inspect.signature(pipe.__call__).parameters:
+        found["prompt_embeds_mask"] = torch.ones(found["prompt_embeds"].shape[:2], dtype=torch.bool)
+    return found
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -244,7 +284,9 @@ def test_every_preset_adapts_every_block(name: str) -> None:
         transformer = base.load(family.denoiser)
         inject.attach(transformer, AdapterSettings(targets=preset, rank=2), "denoiser", 0, (), family.presets)
         for number, block in enumerate(blocks(transformer)):
-            assert inject.trainable(block), f"{preset} leaves out block {number}, a {type(block).__name__}"
+            attends = any("attn" in name or "attention" in name for name, _ in block.named_modules())
+            adapted = bool(inject.trainable(block))
+            assert adapted or not attends, f"{preset} leaves out block {number}, a {type(block).__name__}"
 
 
 def test_a_prompt_that_is_too_long_is_refused() -> None:
@@ -305,7 +347,7 @@ def test_what_it_cannot_train_is_refused_in_one_line(
 def test_a_distilled_base_is_for_drawing(make: Make, tmp_path: Path, name: str) -> None:
     folder = changed(name, tmp_path, *DISTILLED[name])
     cfg = make(model__path=str(folder), prepare__resolution=SIDE)
-    with pytest.raises(ConfigError, match=r"was distilled .*; train on FLUX\.[^\n]*, and load"):
+    with pytest.raises(ConfigError, match=r"was distilled .*; train on (FLUX\.|krea/)[^\n]*, and load"):
         prepare(cfg)
     AdapterPipeline.load(cfg.model).generate("a dog", 0, steps=1, guidance=1.0, side=SIDE)
 
@@ -332,6 +374,47 @@ def test_lengths_that_a_table_does_not_have_are_refused(harm: str) -> None:
             LENGTHS[harm](table)
             with pytest.raises(ConfigError, match=r"lengths .*; rerun: dbtrain prepare"):
                 plan.check_prompts("shards", base, table)
+
+
+UNFIT: list[tuple[str, str, dict[str, Any], str]] = [  # family, component, settings, message
+    ("qwen-image", "transformer", {"joint_attention_dim": 48}, "joint_attention_dim .* is 48, but .* 32$"),
+    ("qwen-image", "transformer", {"in_channels": 16}, "in_channels .* is 16, but .* give 64"),
+    ("qwen-image", "vae", {"latents_std": [0.0] * 16}, r"latents_std of its vae is \[0.* 16 numbers above 0"),
+    ("qwen-image", "vae", {"latents_mean": [1.0]}, r"latents_mean of its vae is \[1.0\]; use 16 numbers"),
+    ("krea2", "transformer", {"text_hidden_dim": 48}, "text_hidden_dim .* is 48, but .* give 32"),
+    ("krea2", "transformer", {"num_text_layers": 3}, "num_text_layers .* is 3, but .* give 12"),
+    ("krea2", "", {"patch_size": 4}, "patch_size in model_index.json is 4; dbtrain trains Krea 2 with 2"),
+    ("krea2", "", {"text_encoder_select_layers": [1, 2]}, r"select_layers .* is \[1, 2\]; dbtrain trains"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "component", "settings", "message"), UNFIT)
+def test_a_base_that_does_not_fit_together_is_refused(
+    tmp_path: Path, name: str, component: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
+    path = folder / component / "config.json" if component else folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ConfigError, match=message) as caught:
+        Base.find(Model(path=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_krea_2_s_norms_stay_in_fp32() -> None:
+    """As in the pipeline, whose class says so; a whole module cast to bf16 would lose them."""
+    base = found("krea2")
+    theirs = diffusers.Krea2Transformer2DModel.from_pretrained(
+        base.folder, subfolder="transformer", dtype=torch.bfloat16
+    )
+    assert {p.dtype for p in theirs.parameters()} == {torch.float32, torch.bfloat16}
+    wanted = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
+    skeleton = memory._Skeleton(base.name, base.folder, base.variant, base.family)
+    for loaded in (
+        base.load("transformer", torch.bfloat16),
+        sampler.build(base, torch.bfloat16, torch.device("cpu")).transformer,
+        skeleton.load("transformer", torch.bfloat16),
+    ):
+        assert {name: parameter.dtype for name, parameter in loaded.named_parameters()} == wanted
 
 
 # The objective itself.

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dbtrain.config.training import Loss
+from dbtrain.config.training import Loss, Timesteps
 from dbtrain.models.ddpm import DDPM
+from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.runtime.errors import ConfigError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -32,6 +33,17 @@ def test_timesteps_cover_the_schedule_evenly() -> None:
     assert (t.min(), t.max()) == (0, 999)
     assert set(torch.bincount(t).tolist()) <= {9, 10, 11}
     assert objective().timesteps(torch.tensor([1 - 2**-24])) == 999
+
+
+def test_timesteps_can_have_the_distributions_of_flow_matching() -> None:
+    u = torch.linspace(0, 1, 10_001)[:-1]
+    settings = Timesteps(distribution="logit_normal", mean=1.0)
+    t = DDPM.of(SD, Loss(timesteps=settings)).timesteps(u)
+    assert t.dtype == torch.int64 and 0 <= t.min() <= t.max() < 1000 and (t.diff() >= 0).all()
+    assert torch.equal(t, (FlowMatching(settings=settings).timesteps(u).double() * 1000).long())
+    for other in (Loss(timesteps=Timesteps(shift=3.0)), Loss(weighting="cosmap")):
+        with pytest.raises(ConfigError, match="are for flow-matching models, which this base is not"):
+            DDPM.of(SD, other)
 
 
 def test_without_min_snr_all_weigh_the_same() -> None:

@@ -10,10 +10,12 @@ import random
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dbtrain.runtime.run_folder import RunFolder, step_of
+from tests import bases
 from tests.conftest import Make, Started, dbtrain
 from tests.runs import EXPORT, tree
 
@@ -39,9 +41,13 @@ def progress(home: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_any_moment(make: Make, tmp_path: Path, ranks: int) -> None:
-    make(**SETTINGS)
+@pytest.mark.parametrize(("base", "ranks"), [("tiny", 1), ("tiny", 2), ("z-image", 1)])
+def test_killed_at_any_moment(make: Make, tmp_path: Path, base: str, ranks: int) -> None:
+    model: dict[str, Any] = {}
+    if base != "tiny":
+        model = {"model__path": str(bases.ALL[base]()), "prepare__resolution": bases.SIDES[base],
+                 "export__formats": ["diffusers", "peft", "comfyui"]}  # fmt: skip
+    make(**SETTINGS | model)
     path, whole = tmp_path / "c.yaml", tmp_path / "whole"
     assert begin(path, whole, ranks).end()[0] == 0
     moments = random.Random(f"kills {ranks}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import bases
 from tests.conftest import LONG, ROOT, Cold, Make, Started, config_in, dbtrain
 from tests.runs import EXPORT, tree
 from tests.session import once
@@ -28,30 +29,31 @@ SIGNS = {  # that a phase is on
 }
 
 
-def config(home: Path, photos: Path) -> Path:
-    config_in(home, photos, home / "class", **SETTINGS)
+def config(home: Path, photos: Path, base: str = "tiny") -> Path:
+    model = {"model__path": str(bases.ALL[base]())} if base != "tiny" else {}
+    config_in(home, photos, home / "class", **SETTINGS | model)
     return home / "c.yaml"
 
 
-def whole(photos: Path, ranks: int) -> Path:
+def whole(photos: Path, ranks: int, base: str) -> Path:
     """A run that nothing happened to."""
 
     def fill(folder: Path) -> None:
-        assert dbtrain("run", config(folder, photos), ranks=ranks).returncode == 0
+        assert dbtrain("run", config(folder, photos, base), ranks=ranks).returncode == 0
 
-    return once(f"undisturbed-{ranks}", fill)
+    return once(f"undisturbed-{base}-{ranks}", fill)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "ranks", "number", "torchrun"), [
-    ("class images", 2, signal.SIGTERM, False), ("encoding", 1, signal.SIGUSR1, False),
-    ("training", 1, signal.SIGINT, False), ("training", 2, signal.SIGTERM, True),
-    ("pictures", 1, signal.SIGUSR1, False),
+@pytest.mark.parametrize(("phase", "ranks", "number", "torchrun", "base"), [
+    ("class images", 2, signal.SIGTERM, False, "tiny"), ("encoding", 1, signal.SIGUSR1, False, "tiny"),
+    ("training", 1, signal.SIGINT, False, "tiny"), ("training", 2, signal.SIGTERM, True, "tiny"),
+    ("pictures", 1, signal.SIGUSR1, False, "tiny"), ("training", 1, signal.SIGTERM, False, "flux2-klein"),
 ])  # fmt: skip
 def test_every_phase_stops_in_order_and_goes_on(
-    tmp_path: Path, photos: Path, phase: str, ranks: int, number: int, torchrun: bool
+    tmp_path: Path, photos: Path, phase: str, ranks: int, number: int, torchrun: bool, base: str
 ) -> None:
-    path, undisturbed = config(tmp_path, photos), whole(photos, ranks)
+    path, undisturbed = config(tmp_path, photos, base), whole(photos, ranks, base)
     begun = Started("run", path, ranks=ranks, cold=torchrun)
     begun.wait_for(lambda: list(tmp_path.glob(SIGNS[phase])))
     begun.signal(number)

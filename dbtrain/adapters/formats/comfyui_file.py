@@ -7,6 +7,8 @@ Diffusers' names, which ComfyUI knows for them.
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,14 @@ def components(family: Family) -> tuple[str, ...]:
 
 def refuses(family: Family, states: States) -> str | None:
     """What of an adapter cannot be joined to the layers of the original code."""
+    parts = Counter(re.sub(r"\\\d", r"\\d+", name) for _, name in family.original)
     for state in states.values():
-        layers = by_module(state)
-        joined = [found for found in _places(family, layers).values() if len(found) > 1]
-        if joined and state.config["peft_type"] == "LOKR":
-            return f"a lokr adapter of {joined[0][0]}, which the original code joins with other layers"
+        for place, found in _places(family, by_module(state)).items():
+            count = sum(number for name, number in parts.items() if re.fullmatch(name, place))
+            if count > 1 and state.config["peft_type"] == "LOKR":
+                return f"a lokr adapter of {found[0]}, which the original code joins with other layers"
+            if len(found) < count and state.config.get("use_dora"):
+                return f"a DoRA adapter of {found[0]} without the layers that the original code joins with it"
     return None
 
 

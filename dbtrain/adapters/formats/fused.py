@@ -21,55 +21,76 @@ BY_OUTPUT = (MAGNITUDE, "dora_scale", "lora_B.bias")  # one value per output
 
 
 def join(layers: Sequence[Mapping[str, Tensor]], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """One layer's tensors for those of several, {} for a layer without an adapter. `sizes`: their outputs."""
-    found: dict[str, Tensor] = {}
+    """One layer's tensors for those of several, {} for a layer without an adapter. `sizes`: their outputs.
+
+    Every layer has as many ranks in it as the largest; those that it does not use are zero.
+    """
     present = [layer for layer in layers if layer]
+    found: dict[str, Tensor] = {}
     for left, right in PRODUCTS:
         if left not in present[0]:
             continue
-        found[right] = torch.cat([layer[right] for layer in present])
-        found[left] = torch.zeros(sum(sizes), len(found[right]))
-        row = column = 0
-        for layer, size in zip(layers, sizes, strict=True):
+        rank, width = max(layer[left].shape[1] for layer in present), present[0][right].shape[1]
+        found[left], found[right] = torch.zeros(sum(sizes), rank * len(layers)), torch.zeros(0, width)
+        for number, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
+            rows, columns = sum(sizes[:number]), number * rank
+            inputs = torch.zeros(rank, width)
             if layer:
-                rank = layer[left].shape[1]
-                found[left][row : row + size, column : column + rank] = layer[left]
-                column += rank
-            row += size
+                its = layer[left].shape[1]
+                found[left][rows : rows + size, columns : columns + its] = layer[left]
+                inputs[:its] = layer[right]
+            found[right] = torch.cat([found[right], inputs])
     for name in BY_OUTPUT:
         if name in present[0]:
-            found[name] = torch.cat([layer[name] for layer in present])
+            like = present[0][name]
+            pairs = zip(layers, sizes, strict=True)
+            found[name] = torch.cat(
+                [layer.get(name, like.new_zeros(size, *like.shape[1:])) for layer, size in pairs]
+            )
     return found
 
 
 def split(module: str, layer: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
-    """The tensors of several layers from those of one, by their outputs.
+    """The tensors of several layers from those of one, by their outputs; {} for one without an adapter.
 
     Raises ConfigError for an update that does not come apart.
     """
     if any(name.startswith("lokr_") for name in layer):
         return _split_lokr(module, layer, len(sizes))
-    blocks = all(_is_diagonal(layer[left], sizes) for left, _ in PRODUCTS if left in layer)
+    products = [(left, right) for left, right in PRODUCTS if left in layer]
+    blocks = all(_is_diagonal(layer[left], sizes) for left, _ in products)
     parts: list[dict[str, Tensor]] = [{} for _ in sizes]
-    for left, right in PRODUCTS:
-        if left not in layer:
-            continue
-        rows = layer[left].split(list(sizes))
-        columns = layer[right].chunk(len(sizes)) if blocks else [layer[right]] * len(sizes)
-        for number, part in enumerate(parts):
-            rank = len(columns[number])
-            start = number * rank if blocks else 0
-            part[left] = rows[number][:, start : start + rank].contiguous()
-            part[right] = columns[number].contiguous()
+    for left, right in products:
+        share = layer[left].shape[1] // (len(sizes) if blocks else 1)
+        for number, (part, rows) in enumerate(zip(parts, layer[left].split(list(sizes)), strict=True)):
+            start = number * share if blocks else 0
+            part[left], part[right] = rows[:, start : start + share], layer[right][start : start + share]
+    for part in parts:
+        if "alpha" in layer:
+            part["alpha"] = layer["alpha"] / len(sizes) if blocks else layer["alpha"]
+        if blocks:
+            _trim(part, products)
     for name in BY_OUTPUT:
         if name in layer:
             for part, values in zip(parts, layer[name].split(list(sizes)), strict=True):
-                part[name] = values.contiguous()
-    if "alpha" in layer:
-        for part in parts:
-            part["alpha"] = layer["alpha"] / len(sizes) if blocks else layer["alpha"]
-    # A layer that had no adapter was joined as zeros.
-    return [part if any(part[left].any() for left, _ in PRODUCTS if left in part) else {} for part in parts]
+                if part:
+                    part[name] = values
+    return [{name: tensor.contiguous() for name, tensor in part.items()} for part in parts]
+
+
+def _trim(part: dict[str, Tensor], products: Sequence[tuple[str, str]]) -> None:
+    """Drop the last ranks that are zero, as `join` filled them in; everything, if there are no others."""
+    before = part[products[0][0]].shape[1]
+    used = [part[left].any(0) | part[right].any(1) for left, right in products]
+    ranks = torch.stack(used).any(0).nonzero().flatten()
+    if not len(ranks):
+        part.clear()
+        return
+    rank = int(ranks[-1]) + 1
+    for left, right in products:
+        part[left], part[right] = part[left][:, :rank], part[right][:rank]
+    if "alpha" in part:  # the scale is alpha / rank
+        part["alpha"] = part["alpha"] * rank / before
 
 
 def _is_diagonal(left: Tensor, sizes: Sequence[int]) -> bool:
@@ -78,10 +99,9 @@ def _is_diagonal(left: Tensor, sizes: Sequence[int]) -> bool:
     if rest or left.shape[0] != sum(sizes):
         return False
     off = left.clone()
-    row = 0
     for number, size in enumerate(sizes):
+        row = sum(sizes[:number])
         off[row : row + size, number * rank : (number + 1) * rank] = 0
-        row += size
     return not off.any()
 
 

@@ -81,7 +81,7 @@ class Family:
     sgm: bool = False  # kohya's files name the denoiser's modules as the original code does
     original: tuple[tuple[str, str], ...] = ()
     """(pattern, name) of the denoiser's modules in the original code, whose files ComfyUI loads. Modules with
-    the same name are one there, with their outputs one after the other."""
+    the same name are one there, with their outputs one after the other; each has a pattern of its own."""
     keeps_names: bool = False  # ComfyUI loads Diffusers' names too; its file has them
     comfyui_prefix: str = "diffusion_model"
     """How names begin in ComfyUI's file. `transformer`, with Diffusers' names, where Diffusers' loader skips

@@ -121,6 +121,7 @@ def distilled(base: Pretrained) -> str | None:
 
 SINGLE = ("to_qkv_mlp_proj", "attn.to_out")  # attention and MLP of a single block are two layers
 ATTENTION = (*ATTENDED, *SINGLE)
+DOUBLE, SINGLES = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
 KLEIN = Family(
     name="flux2-klein",
     pipeline="Flux2KleinPipeline",
@@ -158,16 +159,22 @@ KLEIN = Family(
     distilled=distilled,
     lora_mixin="Flux2LoraLoaderMixin",
     original=(
-        (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
-        (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
-        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
-        (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
-        (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
-        (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
-        (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+        *(
+            (rf"transformer_blocks\.(\d+)\.attn\.to_{part}", r"double_blocks.\1.img_attn.qkv")
+            for part in "qkv"
+        ),
+        *(
+            (rf"transformer_blocks\.(\d+)\.attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv")
+            for part in "qkv"
+        ),
+        (rf"{DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+        (rf"{DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+        (rf"{DOUBLE}ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+        (rf"{DOUBLE}ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+        (rf"{DOUBLE}ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+        (rf"{DOUBLE}ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+        (rf"{SINGLES}attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+        (rf"{SINGLES}attn\.to_out", r"single_blocks.\1.linear2"),
         (r"x_embedder", "img_in"),
         (r"context_embedder", "txt_in"),
         (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),

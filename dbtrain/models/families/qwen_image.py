@@ -95,7 +95,6 @@ FAMILY = Family(
     },
     generated=shared.unpacked_x0,
     decode=shared.decode_frames,
-    distilled=lambda base: "Qwen/Qwen-Image" if base.index.get("is_distilled") else None,
     idle=idle,
     lora_mixin="QwenImageLoraLoaderMixin",
     original=((r".+", r"\g<0>"),),  # the original code has Diffusers' names

@@ -2,7 +2,18 @@
 
 from dbtrain.config import Model
 from dbtrain.models import locate, safety
-from dbtrain.models.families import chroma, deepfloyd, flux1, flux2, qwen_image, sd, sd3, sdxl, z_image
+from dbtrain.models.families import (
+    chroma,
+    deepfloyd,
+    flux1,
+    flux2,
+    krea2,
+    qwen_image,
+    sd,
+    sd3,
+    sdxl,
+    z_image,
+)
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -21,6 +32,7 @@ FAMILIES = {
         flux1.FAMILY,
         sd3.FAMILY,
         chroma.FAMILY,
+        krea2.FAMILY,
     )
 }
 

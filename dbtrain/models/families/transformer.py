@@ -231,10 +231,9 @@ def in_message_states(
     """
     rows = []
     for tokens, length in zip(ids["text_encoder"], ids["lengths"].tolist(), strict=True):
-        states = model(
-            input_ids=tokens[None, : BEGINNING + length], output_hidden_states=True, use_cache=False
-        )
-        rows.append(chosen(states.hidden_states)[0, BEGINNING:])
+        own = tokens[None, : BEGINNING + length]
+        states = model(input_ids=own, output_hidden_states=True, use_cache=False).hidden_states
+        rows.append(chosen(states)[0, BEGINNING:])
     return padded_rows(rows)
 
 
@@ -247,7 +246,7 @@ def frame_space(base: Pretrained, side: int) -> LatentSpace:
 
 
 def check_frames(base: Pretrained, **needed: int) -> None:
-    """Raise ConfigError unless Qwen-Image's VAE and the transformer fit, and it has these settings."""
+    """Raise ConfigError unless Qwen-Image's VAE and the settings `needed` fit the transformer."""
     channels = base.setting("vae", "z_dim", int)
     for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
         found = base.setting("vae", name, list)

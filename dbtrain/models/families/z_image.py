@@ -23,14 +23,20 @@ LAYERS = (-2,)  # of Qwen3, whose hidden states it reads
 
 
 def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Token ids of Qwen3's chat, before it thinks, and their mask, (prompts, LENGTH) int64 each."""
-    return chat(tokenizers["text_encoder"], prompts, LENGTH, enable_thinking=True)
+    """Token ids of Qwen3's chat, before it thinks, (prompts, longest) int64, and how many each prompt has."""
+    found = chat(tokenizers["text_encoder"], prompts, LENGTH, enable_thinking=True)
+    rows = zip(found["text_encoder"], found["mask"].bool(), strict=True)
+    return padded_rows([tokens[mask] for tokens, mask in rows], "text_encoder")
 
 
 def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Hidden states of each prompt's own tokens: the transformer counts them."""
-    states = joined_layers(encoders["text_encoder"], ids, LAYERS)
-    return padded_rows([row[mask.bool()] for row, mask in zip(states, ids["mask"], strict=True)])
+    rows = []
+    for tokens, length in zip(ids["text_encoder"], ids["lengths"].tolist(), strict=True):
+        own = tokens[None, :length]
+        given = {"text_encoder": own, "mask": torch.ones_like(own)}
+        rows.append(joined_layers(encoders["text_encoder"], given, LAYERS)[0])
+    return padded_rows(rows)
 
 
 def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
