@@ -178,6 +178,20 @@ def _z_image() -> Architecture:
     return Architecture("z-image", 1024, 64, models, _flow(shift=6.0))
 
 
+def _sd3() -> Architecture:
+    """Stable Diffusion 3.5 medium."""
+    transformer = {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "qk_norm": "rms_norm",
+        "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+    }  # fmt: skip
+    models = {
+        "transformer": ("SD3Transformer2DModel", transformer), "text_encoder_3": T5,
+        "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024),
+        "text_encoder": ("CLIPTextModelWithProjection", _clip("L")[1]), "text_encoder_2": _clip("bigG"),
+    }  # fmt: skip
+    return Architecture("sd3", 1024, 77, models, _flow(shift=3.0))
+
+
 @cache
 def published() -> dict[str, Architecture]:
     """The architectures by the names that benchmarks have for them."""
@@ -207,6 +221,18 @@ def published() -> dict[str, Architecture]:
         "klein-4b": _klein(5, 20, 24, 2560, 9728),
         "klein-9b": _klein(8, 24, 32, 4096, 12288),
         "z-image": _z_image(),
+        "flux1-dev": Architecture(
+            "flux1", 1024, 77,
+            {"transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}), "vae": _flux_vae(),
+             "text_encoder": _clip("L"), "text_encoder_2": T5},
+            _flow(use_dynamic_shifting=True),
+        ),
+        "sd35": _sd3(),
+        "chroma": Architecture(
+            "chroma", 1024, 77,
+            {"transformer": ("ChromaTransformer2DModel", {}), "vae": _flux_vae(), "text_encoder": T5},
+            _flow(use_dynamic_shifting=True),
+        ),
         "qwen-image": Architecture(
             "qwen-image", 1024, 64,
             {"transformer": ("QwenImageTransformer2DModel", {}), "vae": FRAMES,
