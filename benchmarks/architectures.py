@@ -61,7 +61,9 @@ def tokenizer(kind: str, tokens: int) -> Any:
         words = parts.tokenizer([world.caption(world.scene(number), number) for number in range(500)])
         words.model_max_length = tokens
         return words
-    return t5_words(tokens) if kind.startswith("T5") else qwen_words(MESSAGE, 600)
+    if kind.startswith("T5"):
+        return t5_words(tokens)
+    return qwen_words(MESSAGE, 600) if kind.startswith("Qwen") else mistral_words()
 
 
 def t5_words(tokens: int) -> Any:
@@ -78,6 +80,11 @@ CHAT = (  # Qwen3's template, for one message without tools
     "'<|im_end|>' + '\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
     "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}"
     "{%- endif %}{%- endif %}"
+)
+MISTRAL = (
+    "{{- bos_token }}{%- for message in messages %}{%- for part in message.content %}"
+    "{%- if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
+    "{%- else %}[INST]{{ part.text }}[/INST]{%- endif %}{%- endfor %}{%- endfor %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 
@@ -105,15 +112,38 @@ def qwen_words(text: str = "", size: int = 380) -> Any:
     )  # fmt: skip
 
 
+def mistral_words() -> Any:
+    """Mistral's kind of tokenizer, byte-level, in place of Pixtral's processor, which needs torchvision."""
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    special = "<unk> <s> </s> <pad> [INST] [/INST] [SYSTEM_PROMPT] [/SYSTEM_PROMPT]".split()
+    words = Tokenizer(BPE())
+    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = BpeTrainer(
+        vocab_size=380, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    words.train_from_iterator([f"a photo of sks mug dog {SYSTEM_MESSAGE}"] * 10, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        chat_template=MISTRAL, model_max_length=4096,
+    )  # fmt: skip
+
+
 def _clip(kind: str) -> tuple[str, Mapping[str, Any]]:
-    """CLIP-L, or OpenCLIP bigG."""
+    """CLIP-L, with its projection or without, or OpenCLIP bigG."""
     shared = {"vocab_size": 49408, "max_position_embeddings": 77}
+    name = "CLIPTextModel" if kind == "L" else "CLIPTextModelWithProjection"
     if kind == "bigG":
-        return "CLIPTextModelWithProjection", shared | {
+        return name, shared | {
             "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
             "num_attention_heads": 20, "projection_dim": 1280, "hidden_act": "gelu",
         }  # fmt: skip
-    return "CLIPTextModel", shared | {
+    return name, shared | {
         "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
         "projection_dim": 768, "hidden_act": "quick_gelu",
     }  # fmt: skip
@@ -157,6 +187,33 @@ T5 = ("T5EncoderModel", {
 })  # fmt: skip  # T5-XXL
 
 
+def _flux2_dev() -> Architecture:
+    text = {
+        "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768,
+        "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131072,
+    }  # fmt: skip
+    models = {
+        "transformer": ("Flux2Transformer2DModel", {}), "vae": ("AutoencoderKLFlux2", {}),
+        "text_encoder": ("Mistral3ForConditionalGeneration", {"text_config": text}),
+    }  # fmt: skip
+    return Architecture("flux2-dev", 1024, 512, models, _flow(use_dynamic_shifting=True))
+
+
+def _sd35(blocks: int, heads: int, positions: int, dual: int) -> Architecture:
+    """Stable Diffusion 3.5: the first `dual` blocks have a second attention."""
+    transformer = {
+        "num_layers": blocks, "num_attention_heads": heads, "caption_projection_dim": 64 * heads,
+        "pos_embed_max_size": positions, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(dual)),
+    }  # fmt: skip
+    models = {
+        "transformer": ("SD3Transformer2DModel", transformer),
+        "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024),
+        "text_encoder": _clip("L projected"), "text_encoder_2": _clip("bigG"), "text_encoder_3": T5,
+    }  # fmt: skip
+    return Architecture("sd3", 1024, 256, models, _flow(shift=3.0))
+
+
 def _klein(double: int, single: int, heads: int, text: int, inner: int) -> Architecture:
     transformer = {
         "num_layers": double, "num_single_layers": single, "num_attention_heads": heads,
@@ -176,20 +233,6 @@ def _z_image() -> Architecture:
         "text_encoder": _qwen3("Qwen3Model", 2560, 9728),
     }  # fmt: skip
     return Architecture("z-image", 1024, 64, models, _flow(shift=6.0))
-
-
-def _sd3() -> Architecture:
-    """Stable Diffusion 3.5 medium."""
-    transformer = {
-        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "qk_norm": "rms_norm",
-        "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
-    }  # fmt: skip
-    models = {
-        "transformer": ("SD3Transformer2DModel", transformer), "text_encoder_3": T5,
-        "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024),
-        "text_encoder": ("CLIPTextModelWithProjection", _clip("L")[1]), "text_encoder_2": _clip("bigG"),
-    }  # fmt: skip
-    return Architecture("sd3", 1024, 77, models, _flow(shift=3.0))
 
 
 @cache
@@ -220,6 +263,7 @@ def published() -> dict[str, Architecture]:
         ),
         "klein-4b": _klein(5, 20, 24, 2560, 9728),
         "klein-9b": _klein(8, 24, 32, 4096, 12288),
+        "flux2-dev": _flux2_dev(),
         "z-image": _z_image(),
         "flux1-dev": Architecture(
             "flux1", 1024, 77,
@@ -227,12 +271,13 @@ def published() -> dict[str, Architecture]:
              "text_encoder": _clip("L"), "text_encoder_2": T5},
             _flow(use_dynamic_shifting=True),
         ),
-        "sd35": _sd3(),
         "chroma": Architecture(
-            "chroma", 1024, 77,
+            "chroma", 1024, 64,
             {"transformer": ("ChromaTransformer2DModel", {}), "vae": _flux_vae(), "text_encoder": T5},
-            _flow(use_dynamic_shifting=True),
+            _flow(),
         ),
+        "sd35-medium": _sd35(24, 24, 384, 13),
+        "sd35-large": _sd35(38, 38, 192, 0),
         "qwen-image": Architecture(
             "qwen-image", 1024, 64,
             {"transformer": ("QwenImageTransformer2DModel", {}), "vae": FRAMES,

@@ -23,11 +23,6 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
-from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -35,7 +30,6 @@ from transformers import (
     CLIPTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3Config,
@@ -46,7 +40,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from benchmarks.architectures import qwen_words, t5_words
+from benchmarks.architectures import mistral_words, qwen_words, t5_words
 from benchmarks.tiny import parts
 from dbtrain.models.families.transformer import MESSAGE
 from dbtrain.runtime import rng
@@ -249,39 +243,12 @@ def flux2_klein() -> Path:
     return once("flux2-klein", fill)
 
 
-MISTRAL = (
-    "{{- bos_token }}{%- for message in messages %}{%- for part in message.content %}"
-    "{%- if message.role == 'system' %}[SYSTEM_PROMPT]{{ part.text }}[/SYSTEM_PROMPT]"
-    "{%- else %}[INST]{{ part.text }}[/INST]{%- endif %}{%- endfor %}{%- endfor %}"
-)
-
-
 @cache
 def flux2_dev() -> Path:
     """With a plain tokenizer in place of Pixtral's processor, which needs torchvision."""
 
     def fill(folder: Path) -> None:
-        special = [
-            "<unk>",
-            "<s>",
-            "</s>",
-            "<pad>",
-            "[INST]",
-            "[/INST]",
-            "[SYSTEM_PROMPT]",
-            "[/SYSTEM_PROMPT]",
-        ]
-        model = Tokenizer(BPE())
-        model.pre_tokenizer = ByteLevel(add_prefix_space=False)
-        alphabet = ByteLevel.alphabet()
-        trainer = BpeTrainer(
-            vocab_size=380, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
-        model.train_from_iterator(["a photo of sks mug dog " + SYSTEM_MESSAGE] * 10, trainer)
-        words = PreTrainedTokenizerFast(
-            tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-            chat_template=MISTRAL, model_max_length=4096,
-        )  # fmt: skip
+        words = mistral_words()
         text = {
             "model_type": "mistral", "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64,
             "num_hidden_layers": 31, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -13,7 +13,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
-TOKENS = 77  # that a text encoder reads if its config does not say it
+TOKENS = 77  # that every text encoder reads, unless its config says less
 
 
 def captions(case: Case) -> Iterator[Finding]:
@@ -61,21 +61,25 @@ def without_token(texts: dict[Path, str], token: set[str]) -> list[str]:
 
 
 def too_long(texts: dict[str, str], base: Base) -> Iterator[Finding]:
-    """A warning that names the texts with more tokens than a text encoder reads, and how many they have."""
-    sizes = [base.config(name).get("max_position_embeddings") for name in base.family.text_encoders]
-    least = min((size for size in sizes if type(size) is int), default=TOKENS)
+    """What names the texts with more tokens than a text encoder reads: a warning, or an error if `prepare`
+    refuses them."""
+    sizes = [base.settings(name).get("max_position_embeddings") for name in base.family.text_encoders]
+    least = min([TOKENS, *(size for size in sizes if type(size) is int)])
     # A token has a byte or more, and two mark the ends; loading the tokenizers takes seconds.
     long = {name: text for name, text in texts.items() if len(text.encode()) + 2 > least}
     if not long:
         return
     tokenizers = {name: base.load(tokenizer) for name, tokenizer in base.family.text_encoders.items()}
-    ids = base.family.tokenize(tokenizers, [""])
-    most = {name: ids[name].shape[1] for name in tokenizers}
-    found = []
+    cut = []
     for label, text in long.items():
-        counts = {name: len(tokenizers[name](text).input_ids) for name in most}
-        found += [f"{label} ({counts[name]} tokens of {most[name]})" for name in most
-                  if counts[name] > most[name]][:1]  # fmt: skip
-    if found:
-        yield warning(f"longer than the model reads, so their ends have no effect: {listed(found)}",
+        try:
+            ids = base.family.tokenize(tokenizers, [text])
+        except ConfigError as problem:
+            yield from findings_of(problem, "shorten it")
+            continue
+        counts = {name: len(tokenizers[name](text).input_ids) for name in tokenizers}
+        cut += [f"{label} ({count} tokens of {ids[name].shape[1]})" for name, count in counts.items()
+                if count > ids[name].shape[1]][:1]  # fmt: skip
+    if cut:
+        yield warning(f"longer than the model reads, so their ends have no effect: {listed(cut)}",
                       "shorten them; a word takes one or two tokens")  # fmt: skip

@@ -51,3 +51,14 @@ def test_every_family_s_text_encoders_say_what_they_read(base: Callable[[], Path
     texts = {"short": "a photo of sks dog on a table", "long": "a photo of sks dog " + "and a cat " * 40}
     (found,) = too_long(texts, model)
     assert "long (" in found.what and "short" not in found.what
+
+
+@pytest.mark.parametrize("name", ["flux2-klein", "z-image", "qwen-image", "krea2"])
+def test_prompts_that_prepare_refuses_are_errors(name: str) -> None:
+    model = Base.find(Model(path=str(bases.FLOW[name]())))
+    texts = {
+        "usual": "a photo of sks dog on a table, with a cat beside it, and two dogs",
+        "long": "dog " * 600,
+    }
+    (found,) = too_long(texts, model)
+    assert found.level == "error" and "has 6" in found.what and "dog dog" in found.what

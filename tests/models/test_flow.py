@@ -30,6 +30,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
 from dbtrain.models.families import registry as families
 from dbtrain.models.flow_matching import FlowMatching, own_shift
+from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
@@ -398,6 +399,19 @@ def test_a_base_that_does_not_fit_together_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         Base.find(Model(path=str(folder)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "krea2"])
+def test_text_encoders_come_without_what_prompts_do_not_pass(name: str) -> None:
+    base = found(name)
+    family, whole = base.family, Pretrained.load(base, "text_encoder")
+    slim = base.load("text_encoder")
+    assert family.unread and all(list(whole.get_submodule(part).parameters()) for part in family.unread)
+    assert not any(list(slim.get_submodule(part).parameters()) for part in family.unread)
+    ids = family.tokenize({"text_encoder": base.load("tokenizer")}, ["a dog"])
+    with torch.no_grad():
+        seen = [family.embed({"text_encoder": encoder}, ids)["prompt_embeds"] for encoder in (whole, slim)]
+    assert torch.equal(*seen)
 
 
 def test_krea_2_s_norms_stay_in_fp32() -> None:

@@ -195,7 +195,7 @@ DEV = replace(
     classes={
         **KLEIN.classes,
         "text_encoder": ("Mistral3ForConditionalGeneration",),
-        "tokenizer": ("PixtralProcessor", "TokenizersBackend"),
+        "tokenizer": ("TokenizersBackend", "PixtralProcessor"),
     },
     tokenize=tokenize_dev,
     embed=partial(embed, layers=DEV_LAYERS),

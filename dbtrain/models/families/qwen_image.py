@@ -97,5 +97,5 @@ FAMILY = Family(
     decode=shared.decode_frames,
     idle=idle,
     lora_mixin="QwenImageLoraLoaderMixin",
-    original=((r".+", r"\g<0>"),),  # the original code has Diffusers' names
+    keeps_names=True,  # the original code has Diffusers'
 )
