@@ -266,7 +266,7 @@ def published() -> dict[str, Architecture]:
         "flux2-dev": _flux2_dev(),
         "z-image": _z_image(),
         "flux1-dev": Architecture(
-            "flux1", 1024, 512,
+            "flux1", 1024, 77,
             {"transformer": ("FluxTransformer2DModel", {"guidance_embeds": True}), "vae": _flux_vae(),
              "text_encoder": _clip("L"), "text_encoder_2": T5},
             _flow(use_dynamic_shifting=True),

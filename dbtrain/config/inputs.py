@@ -46,7 +46,8 @@ class Model(Section):
     config: Text | None = Field(
         None,
         description="for a single-file checkpoint: Diffusers folder or Hub id with matching configs (null: "
-        "detected from the file and downloaded from the Hub)",
+        "detected from the file and downloaded from the Hub); for a file of a transformer alone: a folder on "
+        "this machine that has the rest",
     )
     revision: str | None = Field(None, description="branch, tag or commit of the Hub repository")
     variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shutil
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dbtrain.config import Model
 from dbtrain.models import safety
@@ -14,7 +19,11 @@ from dbtrain.runtime.errors import ConfigError, reason
 
 EMBEDDED = "tiny"  # `model.path` of the base that comes with the package
 LIBRARIES = ("diffusers", "transformers")
-IN_A_FILE = {False: "StableDiffusionPipeline", True: "StableDiffusionXLPipeline"}  # is it an XL -> pipeline
+# Start of Diffusers' name for the kind of a model in one file -> its pipeline. Transformers add theirs.
+IN_A_FILE = {"": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
+# How the names begin in a file that holds more than a denoiser.
+BESIDES = re.compile(r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.")
+SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", "absmax")  # of quantized weights
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, and not loaded
 
 
@@ -33,6 +42,11 @@ def hush() -> None:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
     importlib.import_module("transformers.dynamic_module_utils").TIME_OUT_REMOTE_CODE = 0  # type: ignore[attr-defined]
+
+
+def allow(pipeline: str, kinds: Iterable[str]) -> None:
+    """Allow models in one file, of these kinds, that become this pipeline."""
+    IN_A_FILE.update(dict.fromkeys(kinds, pipeline))
 
 
 def folder_here(cfg: Model) -> Path | None:
@@ -64,7 +78,7 @@ def from_single_file(cfg: Model, path: Path) -> Path:
     with dist.agreed():
         if dist.local_rank() == 0 and not folder.exists():
             try:
-                pipe = _single_file_pipeline(cfg, path)
+                save = _converter(cfg, path)
             except ConfigError:
                 raise
             except Exception as error:  # the libraries raise many kinds for a broken file
@@ -72,11 +86,12 @@ def from_single_file(cfg: Model, path: Path) -> Path:
                     f"model.path: Diffusers cannot read a model from '{cfg.path}': {reason(error)}; try "
                     "setting model.config to a Diffusers folder or Hub id of the same architecture"
                 ) from error
-            files.write_folder_atomically(folder, pipe.save_pretrained)
+            files.write_folder_atomically(folder, save)
     return folder
 
 
-def _single_file_pipeline(cfg: Model, path: Path) -> Any:
+def _converter(cfg: Model, path: Path) -> Callable[[Path], Any]:
+    """What writes the Diffusers folder of a model in one file."""
     import diffusers
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
     from safetensors.torch import load_file
@@ -86,11 +101,48 @@ def _single_file_pipeline(cfg: Model, path: Path) -> Any:
     if cfg.config:
         name = _checked(cfg.config)
     else:
-        name = IN_A_FILE[infer_diffusers_model_type(tensors).startswith("xl")]
-    dtype = next(tensor.dtype for key, tensor in tensors.items() if "diffusion_model" in key)
+        found = infer_diffusers_model_type(tensors)
+        name = IN_A_FILE[max((start for start in IN_A_FILE if found.startswith(start)), key=len)]
     kind = getattr(diffusers, name)
+    if scaled := [key for key in tensors if key.endswith(SCALED)]:
+        raise ConfigError(
+            f"model.path: '{cfg.path}' is quantized, with scales such as {scaled[0]}; use one in bf16 or fp16"
+        )
+    denoises = (tensor for key, tensor in tensors.items() if "diffusion_model" in key)
+    dtype = next(denoises, next(iter(tensors.values()))).dtype
+    if "transformer" in kind._get_signature_keys(kind)[0] and not any(map(BESIDES.match, tensors)):
+        return _beside(cfg, path, name, dtype)
     without = dict.fromkeys(part for part in UNUSED if part in kind._optional_components)
-    return kind.from_single_file(str(path), config=cfg.config, torch_dtype=dtype, **without)
+    pipe = kind.from_single_file(str(path), config=cfg.config, torch_dtype=dtype, **without)
+    return pipe.save_pretrained
+
+
+def _beside(cfg: Model, path: Path, pipeline: str, dtype: torch.dtype) -> Callable[[Path], Any]:
+    """What writes the folder of a transformer in one file, with links to the rest in `model.config`."""
+    import diffusers
+
+    rest = files.expand(cfg.config or "")
+    if not cfg.config or not rest.is_dir():
+        raise ConfigError(
+            f"model.path: '{cfg.path}' is a transformer without VAE and text encoders; set model.config to a "
+            f"folder of a {pipeline} that has them"
+        )
+    index = files.read_json(rest / "model_index.json")
+    if not index.get("transformer"):
+        raise ConfigError(f"model.config: '{cfg.config}' has no transformer; use a folder of a {pipeline}")
+    kind = getattr(diffusers, index["transformer"][1])
+    transformer = kind.from_single_file(
+        str(path), config=str(rest), subfolder="transformer", torch_dtype=dtype
+    )
+
+    def save(folder: Path) -> None:
+        transformer.save_pretrained(folder / "transformer")
+        shutil.copy(rest / "model_index.json", folder)
+        for part in sorted(rest.resolve().iterdir()):
+            if part.name in index and part.name != "transformer":
+                (folder / part.name).symlink_to(part)
+
+    return save
 
 
 def _checked(config: str) -> str:

@@ -27,7 +27,8 @@ RANK, ALPHA, WIDTH = 8, 3.0, 3072  # the width that Diffusers' converter takes F
 
 def skeleton(component: str) -> nn.Module:
     """FLUX.1 dev with one block of each kind."""
-    assert component == "transformer"
+    if component != "transformer":
+        return Base.find(Model(path=str(bases.flux1()))).skeleton(component)
     with torch.device("meta"):
         return diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
 
@@ -130,6 +131,21 @@ def test_other_trainers_keys_for_flux_1_are_read(tmp_path: Path, spelled: Callab
         tensors |= {f"{spelled(module)}.lora_A.weight": down, f"{spelled(module)}.lora_B.weight": up}
     (state,) = read(tensors, tmp_path).values()
     assert by_module(state).keys() == modules.keys()
+
+
+@pytest.mark.parametrize(("family", "make", "clips"), [("flux1", bases.flux1, 1), ("sd3", bases.sd3, 2)])
+def test_clips_in_kohya_s_file_are_read(
+    tmp_path: Path, family: str, make: Callable[[], Path], clips: int
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for number in range(1, clips + 1):
+        down, up = lora(128, 64)
+        layer = f"lora_te{number}_text_model_encoder_layers_0_mlp_fc1"
+        tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+    states = read(tensors, tmp_path, family, Base.find(Model(path=str(make()))).skeleton)
+    assert list(states) == ["text_encoder", "text_encoder_2"][:clips]
+    for state in states.values():
+        assert [name.endswith("layers.0.mlp.fc1") for name in by_module(state)] == [True]
 
 
 def test_a_layer_is_read_alone_though_others_end_with_its_name(tmp_path: Path) -> None:

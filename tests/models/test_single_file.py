@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dbtrain.config import Model
+from dbtrain.models import locate
 from dbtrain.models.base import Base
+from dbtrain.models.families import registry as families
+from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
-from tests.conftest import Make, dbtrain
+from tests.conftest import Make, dbtrain, train
 
 LAYERS = 1  # resnets of a level on the way down, of the tests' base
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -112,3 +116,57 @@ def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) ->
     with pytest.raises(ConfigError, match="cannot read a model"):
         Base.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd())))
     assert not list((tmp_path / "cache").rglob("model_index.json"))
+
+
+@pytest.fixture
+def transformer(tmp_path: Path) -> Path:
+    """The transformer of a Z-Image as its authors and ComfyUI have it."""
+    tensors = load_file(bases.z_image() / "transformer" / "diffusion_pytorch_model.safetensors")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith((".to_k.weight", ".to_v.weight")):
+            continue
+        if name.endswith(".to_q.weight"):
+            parts = [tensors[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            name, tensor = name.replace(".to_q.", ".qkv."), torch.cat(parts)
+        for ours, theirs in Z_IMAGE.items():
+            name = name.replace(ours, theirs)
+        found[name] = tensor
+    path = tmp_path / "z-image.safetensors"
+    save_file(found, path)
+    return path
+
+
+Z_IMAGE = {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.",
+           ".to_out.0.": ".out.", ".norm_k.": ".k_norm.", ".norm_q.": ".q_norm."}  # fmt: skip
+
+
+def test_a_transformer_in_one_file_takes_the_rest_from_a_folder(make: Make, transformer: Path) -> None:
+    cfg = make(model={"path": str(transformer), "config": str(bases.z_image())}, prepare__resolution=64,
+               train__steps=1, prepare__class_prompt=None)  # fmt: skip
+    base, original = Base.find(cfg.model), Base.find(Model(path=str(bases.z_image())))
+    here, there = (one.load("transformer").state_dict() for one in (base, original))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in there)
+    parts = (part for part in base.family.parts if part != "transformer")
+    assert all(base.key(part) == original.key(part) for part in parts)
+    prepare(cfg)
+    assert (train(cfg) / "export").is_dir()
+
+
+def test_a_transformer_without_the_rest_or_with_scales_is_refused(tmp_path: Path, transformer: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"without VAE and text encoders; set model.config to a folder of a"
+    ):
+        Base.find(Model(path=str(transformer)))
+    tensors = load_file(transformer)
+    save_file(tensors | {"layers.0.attention.qkv.scale_weight": torch.ones(1)}, tmp_path / "fp8.safetensors")
+    with pytest.raises(ConfigError, match=r"is quantized, with scales such as layers\.0.*; use one in bf16"):
+        Base.find(Model(path=str(tmp_path / "fp8.safetensors"), config=str(bases.z_image())))
+
+
+def test_the_kinds_of_models_in_one_file_are_those_that_diffusers_tells_apart() -> None:
+    known = single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    for kind, pipeline in locate.IN_A_FILE.items():
+        assert any(name.startswith(kind) for name in known), kind
+        assert pipeline in {family.pipeline for family in families.FAMILIES.values()}

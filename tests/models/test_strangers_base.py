@@ -215,7 +215,7 @@ def test_the_hub_s_client_is_told_to_trust_no_code(monkeypatch: pytest.MonkeyPat
 
 
 CONFIGS: dict[str, tuple[Harm, str]] = {
-    "own pipeline": (index(_class_name="FluxPipeline"), "is a FluxPipeline; use one of"),
+    "own pipeline": (index(_class_name="FluxFillPipeline"), "is a FluxFillPipeline; use one of"),
     "own tokenizer": (auto("tokenizer", "AutoTokenizer", "tokenizer_config.json"), "AutoTokenizer; use a"),
     "auto_map": (auto("tokenizer", "CLIPTokenizer", "config.json"), "sets auto_map"),
     "any library": (index(scheduler=["os", "system"]), r"os\.system, made for another"),

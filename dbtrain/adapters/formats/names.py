@@ -129,6 +129,8 @@ def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, 
             prefixes += [f"{trainer}_{component}_" for trainer in ("lora", "lycoris")]
         elif component == "text_encoder":
             prefixes += ["lora_te_", "lora_te1_"]
+        else:
+            prefixes.append(f"lora_te{component.removeprefix('text_encoder_')}_")
         spelled: list[tuple[str, tuple[str, ...]]] = [
             (spelling, (name,))
             for name in filter(None, names)

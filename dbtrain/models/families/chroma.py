@@ -91,6 +91,7 @@ def encode_prompt(pipe: Any, prompt: str, guided: bool) -> dict[str, Tensor]:
 FAMILY = Family(
     name="chroma",
     pipeline="ChromaPipeline",
+    single_file=("chroma",),
     classes={
         "transformer": ("ChromaTransformer2DModel",),
         "vae": ("AutoencoderKL",),

@@ -108,6 +108,8 @@ class Family:
     fitted: Callable[[Family, Pretrained], Family] = lambda family, base: family
     """(the family, base) -> the family as this base has it, for bases that may lack a component."""
 
+    single_file: tuple[str, ...] = ()  # how Diffusers' names for the kinds of its models in one file begin
+
     @property
     def adaptable(self) -> tuple[str, ...]:
         """The components that can have an adapter."""

@@ -92,6 +92,7 @@ ALL = (*ATTENDED, *SINGLE, *FEED_FORWARD)
 FAMILY = Family(
     name="flux1",
     pipeline="FluxPipeline",
+    single_file=("flux-dev", "flux-schnell"),
     classes={
         "transformer": ("FluxTransformer2DModel",),
         "vae": ("AutoencoderKL",),

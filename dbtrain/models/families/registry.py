@@ -1,7 +1,7 @@
 """Model families by name. A new family is one file and one line here."""
 
 from dbtrain.config import Model
-from dbtrain.models import safety
+from dbtrain.models import locate, safety
 from dbtrain.models.families import (
     chroma,
     deepfloyd,
@@ -38,6 +38,7 @@ FAMILIES = {
 
 for _family in FAMILIES.values():
     safety.allow(_family.classes)
+    locate.allow(_family.pipeline, _family.single_file)
 
 
 def get(name: str) -> Family:

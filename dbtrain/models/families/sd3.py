@@ -107,6 +107,7 @@ BLOCK, JOINT = r"transformer_blocks\.(\d+)\.", r"joint_blocks.\1."
 FAMILY = Family(
     name="sd3",
     pipeline="StableDiffusion3Pipeline",
+    single_file=("sd3",),
     classes={
         "transformer": ("SD3Transformer2DModel",),
         "vae": ("AutoencoderKL",),

@@ -78,6 +78,7 @@ def arguments(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str
 FAMILY = Family(
     name="z-image",
     pipeline="ZImagePipeline",
+    single_file=("z-image",),
     denoiser="transformer",
     classes={
         "transformer": ("ZImageTransformer2DModel",),
