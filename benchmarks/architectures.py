@@ -211,7 +211,7 @@ def _sd35(blocks: int, heads: int, positions: int, dual: int) -> Architecture:
         "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, sample_size=1024),
         "text_encoder": _clip("L projected"), "text_encoder_2": _clip("bigG"), "text_encoder_3": T5,
     }  # fmt: skip
-    return Architecture("sd3", 1024, 256, models, _flow(shift=3.0))
+    return Architecture("sd3", 1024, 77, models, _flow(shift=3.0))
 
 
 def _klein(double: int, single: int, heads: int, text: int, inner: int) -> Architecture:
