@@ -54,9 +54,7 @@ def _load(verb: str, config: Path, overrides: list[str] | None) -> Config:
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run, and the shards")],
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos of the subject")],
-    base: Annotated[
-        str, typer.Option(help="base model, by its file in configs/, e.g. sd15, sdxl, flux2-klein")
-    ],
+    base: Annotated[str, typer.Option(help="base model, by its file in configs/, e.g. sdxl, flux2-klein")],
     word: Annotated[
         str | None, typer.Option(help="what the photos show, e.g. dog (default: the name of the folder)")
     ] = None,
