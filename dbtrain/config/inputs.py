@@ -36,8 +36,9 @@ class Subject(Section):
 
 class Model(Section):
     path: Text = Field(
-        description="base model: a Diffusers folder, a Hub id, a single-file SD or SDXL checkpoint "
-        "(`.safetensors`), or `tiny`, a toy model that comes with dbtrain",
+        description="base model: a Diffusers folder, a Hub id, a checkpoint in one `.safetensors` file (SD, "
+        "SDXL, SD 3, FLUX.1, Chroma, Z-Image, or a transformer alone), or `tiny`, a toy model that comes with "
+        "dbtrain",
     )
     family: str = Field(
         "auto",
@@ -64,7 +65,9 @@ class Model(Section):
 
 
 class Sampling(Section):
-    steps: Steps = Field(25, description="DPM-Solver++ steps per class image")
+    steps: Steps = Field(
+        25, description="sampling steps per class image (DPM-Solver++; Euler for flow matching)"
+    )
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
     batch: Count = Field(8, description="class images per batch on each rank")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="precision for generating class images")
