@@ -65,9 +65,7 @@ class Model(Section):
 
 
 class Sampling(Section):
-    steps: Steps = Field(
-        25, description="sampling steps per class image (DPM-Solver++; Euler for flow matching)"
-    )
+    steps: Steps = Field(25, description="sampling steps per class image")
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
     batch: Count = Field(8, description="class images per batch on each rank")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="precision for generating class images")

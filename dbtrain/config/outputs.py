@@ -51,7 +51,7 @@ class Sample(Section):
     prompts: Names = Field((), description="prompts to generate after training, and by `sample`")
     images: Count = Field(4, description="images per prompt")
     seed: Seed = Field(0, description="seed of the first image; image i uses seed + i")
-    steps: Steps = Field(25, description="DPM-Solver++ steps")
+    steps: Steps = Field(25, description="sampling steps")
     guidance: NonNegative = Field(7.5, description="classifier-free guidance scale")
     batch: Count = Field(4, description="images per batch on each rank")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="precision of the base model")
