@@ -37,8 +37,8 @@ class Subject(Section):
 class Model(Section):
     path: Text = Field(
         description="base model: a Diffusers folder, a Hub id, a checkpoint in one `.safetensors` file (SD, "
-        "SDXL, SD 3, FLUX.1, Chroma, Z-Image, or a transformer alone), or `tiny`, a toy model that comes with "
-        "dbtrain",
+        "SDXL, SD 3, FLUX.1, Chroma, Z-Image, or a transformer alone), or `tiny`, a toy model that comes "
+        "with dbtrain",
     )
     family: str = Field(
         "auto",

@@ -117,48 +117,55 @@ TABLE = [
     ("if-1", "lokr", True, "peft"),
     ("if-2", "lora", False, "diffusers"), ("if-2", "lora", True, "peft"), ("if-2", "loha", False, "peft"),
     ("if-2", "lokr", False, "peft"),
-    *((name, "lora", False, form) for name in FLOW for form in ("diffusers", "peft", "comfyui")),
-    *((name, kind, False, form) for name in FLOW for kind, form in (("loha", "peft"), ("lokr", "peft"))),
+    *((name, "lora", False, "diffusers peft comfyui") for name in FLOW),
+    ("flux2-klein", "loha", False, "peft"), ("z-image", "lokr", False, "peft"),
     ("flux1", "lora", True, "diffusers"), ("sd3", "lora", True, "diffusers"), ("sd3", "loha", True, "peft"),
     ("flux1", "lora", True, "comfyui"), ("sd3", "lora", True, "comfyui"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "kind", "text", "form"), thinned(TABLE, 3))
+@pytest.mark.parametrize(("base", "kind", "text", "forms"), thinned(TABLE, 3))
 def test_a_stock_loader_predicts_what_the_trained_module_does(
-    make: Make, tmp_path: Path, base: str, kind: str, text: bool, form: str
+    make: Make, tmp_path: Path, base: str, kind: str, text: bool, forms: str
 ) -> None:
     text_settings = {**TEXT, "kind": kind} if text else None
     cfg = configured(
-        make, tmp_path, base, adapter__kind=kind, adapter__text_encoder=text_settings, export__formats=[form]
+        make,
+        tmp_path,
+        base,
+        adapter__kind=kind,
+        adapter__text_encoder=text_settings,
+        export__formats=forms.split(),
     )
     prepare(cfg)
     folder = train(cfg) / "export"
     model = network(cfg)
     family = model.family
     batch = first_batch(cfg, family)
-    pipe = stock(cfg, folder, form)
-    encoders = {name: getattr(pipe, name) for name in family.text_encoders}
     base_model = Base.find(cfg.model)
     plain = {name: base_model.load(name) for name in family.text_encoders}
     with torch.no_grad():
         ours = prediction(model, model.denoiser, dict(model.text_encoders.items()), batch)
-        theirs = prediction(model, getattr(pipe, family.denoiser), encoders, batch)
         bare = prediction(model, base_model.load(family.denoiser), plain, batch)
     assert ours.shape == batch.noise.shape
-    assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max()
     assert (bare - ours).abs().max() > 1e-3 * ours.abs().max(), "the adapter changes nothing"
 
     again = AdapterPipeline.load(cfg.model)  # our own loader reads every form of every kind
-    again.add("mine", folder)
-    again.use({"mine": 1.0})
-    mine = {name: getattr(again.pipe, name) for name in family.text_encoders}
-    with torch.no_grad():
-        loaded = prediction(model, getattr(again.pipe, family.denoiser), mine, batch)
-        again.remove("mine")
-        off = prediction(model, getattr(again.pipe, family.denoiser), mine, batch)
-    assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
-    assert torch.equal(off, bare)
+    for form in forms.split():
+        pipe = stock(cfg, folder, form)
+        encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+        file = formats.FORMATS[form].file.format(name="run")
+        again.add("mine", folder / (file or ("" if text else family.denoiser)))
+        again.use({"mine": 1.0})
+        mine = {name: getattr(again.pipe, name) for name in family.text_encoders}
+        with torch.no_grad():
+            theirs = prediction(model, getattr(pipe, family.denoiser), encoders, batch)
+            loaded = prediction(model, getattr(again.pipe, family.denoiser), mine, batch)
+            again.remove("mine")
+            off = prediction(model, getattr(again.pipe, family.denoiser), mine, batch)
+        assert (theirs - ours).abs().max() <= 1e-4 * ours.abs().max(), form
+        assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max(), form
+        assert torch.equal(off, bare)
 
 
 SWITCHES = [  # one that changes how, not what; inductor only once, with the shapes of train/test_modes.py
@@ -187,8 +194,8 @@ def test_compiling_and_checkpointing_give_the_same_adapter(
     switch: dict[str, Any],
     settings: dict[str, Any],
 ) -> None:
-    if base != "sdxl-slim":
-        quick = partial(kernels.compile_module, backend="aot_eager")
+    if base != "sdxl-slim":  # dynamo's graphs are enough for the others, and transformers have no odd layouts
+        quick = partial(kernels.compile_module, backend="eager" if base in FLOW else "aot_eager")
         monkeypatch.setattr(kernels, "compile_module", quick)
     found = []
     for number, changes in enumerate(({}, switch)):
@@ -422,7 +429,7 @@ def test_the_table_of_families_is_complete() -> None:
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
 
 
-@pytest.mark.parametrize("base", ["sdxl", slow("if-1"), *map(slow, FLOW)])
+@pytest.mark.parametrize("base", ["sdxl", slow("if-1"), slow("flux1"), slow("z-image")])
 def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
     """Text encoders and accumulation on two ranks: one process gives the same."""
     changes: dict[str, Any] = {
