@@ -20,6 +20,7 @@ from dbtrain.runtime import console, files
 
 # What a complete set of results has: script, subject, and what it says.
 EXPECTED = (
+    ("cards", "predicted", "which GPU holds which model, predicted"),
     ("throughput", "tiny-cpu", "training speed of the embedded base on a CPU"),
     ("throughput", "sd15-cuda", "SD-1.5, 512 px, over batch sizes, on a GPU"),
     ("throughput", "sd15-cuda-compiled", "SD-1.5, 512 px, compiled, over batch sizes, on a GPU"),
