@@ -167,7 +167,9 @@ def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[st
     place.mkdir(parents=True, exist_ok=True)
     family = base.family
     space = family.space(base, side_of(model))
-    tokens = 77 if model == "tiny" else published()[model].tokens
+    tokens = base.config("text_encoder").get("max_position_embeddings", 77)
+    if model != "tiny":
+        tokens = published()[model].tokens
     draw = torch.Generator().manual_seed(0)
     made = {role: tuple(_shard(place, role, n, min(SHARD_ROWS, rows - n), space.shape, side_of(model),
                         family.stored, draw)

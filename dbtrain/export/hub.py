@@ -49,7 +49,7 @@ def uploaded(folder: Path, name: str) -> list[Path]:
     from dbtrain.adapters.formats import peft_folder
     from dbtrain.adapters.formats.registry import FORMATS  # slow to import, and `check` does not need it
 
-    weights = [form.path(folder, name) for form in FORMATS.values()]
+    weights = {form.path(folder, name) for form in FORMATS.values()}
     peft = [path for part in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{part}")]
     found = [*weights, folder / "README.md", folder / SAMPLES]
     return [path.relative_to(folder) for path in sorted([*peft, *found]) if path.is_file()]

@@ -20,7 +20,7 @@ def summary(cfg: Config) -> None:
     """Print the summary on rank 0 and append it to log.txt."""
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
-        lines = _times(run) + [f"  {name:<14}{path}{_programs(run, path)}" for name, path in _outputs(run)]
+        lines = _times(run) + [f"  {name:<14}{path}{_programs(cfg, path)}" for name, path in _outputs(run)]
         for line in lines:
             console.say(line)
         files.append(run.log, "\n".join(lines) + "\n")
@@ -54,11 +54,11 @@ def _outputs(run: RunFolder) -> list[tuple[str, Path]]:
     return [*found, ("log", run.log)]
 
 
-def _programs(run: RunFolder, path: Path) -> str:
-    """The programs that load a file of the run's export."""
+def _programs(cfg: Config, path: Path) -> str:
+    """The programs that load a file of the run's export. Files of two formats have the same name."""
     from dbtrain.adapters.formats import peft_folder, registry  # slow to import
 
-    name = name_of(run.path)
-    forms = registry.FORMATS.values()
+    name = name_of(cfg.run_dir)
+    forms = [registry.FORMATS[form] for form in cfg.export.formats or ("diffusers", "peft")]
     known = {form.file.format(name=name) or peft_folder.WEIGHTS: form.programs for form in forms}
     return f" (for {known[path.name]})" if path.name in known else ""

@@ -286,7 +286,9 @@ def test_conversions_between_all_formats_come_back_the_same(
             path = tmp_path / "peft-only"
             formats.write("peft", path, family, truth)
         states = formats.read(path, family, original.skeleton)
-        for form in (name for name, able in formats.FORMATS.items() if able.readable):
+        for form, able in formats.FORMATS.items():
+            if not able.readable or able.lacks(family, truth):
+                continue
             out = formats.write(form, tmp_path / f"{source}-{form}", family, states, original.module_names)
             back = formats.read(out, family, original.skeleton)
             for component, state in truth.items():

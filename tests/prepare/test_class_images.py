@@ -99,7 +99,7 @@ def test_the_prompt_is_encoded_once(
     drawn(LATENT_BASES[base](), prepare__sampling__guidance=guidance)
     assert len(calls) == clips[guidance]
     drawn(LATENT_BASES[base](), prepare__sampling__guidance=guidance, prepare__class_pictures=True)
-    assert len(calls) == 3 * clips[guidance], "pictures are drawn as ever: once a batch"
+    assert len(calls) == 2 * clips[guidance], "for pictures too"
 
 
 def test_no_vae_is_loaded_for_them(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
