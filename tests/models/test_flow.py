@@ -33,11 +33,11 @@ from dbtrain.models.flow_matching import FlowMatching, own_shift
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.train import dreambooth
 from tests import bases
-from tests.conftest import Make, at, draw_photo
+from tests.conftest import Make, at, draw_photo, train
 from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
@@ -205,6 +205,19 @@ def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path
         together = model(batch)
         alone = torch.cat([model(row_of(batch, number)) for number in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_a_resumed_run_is_the_same_to_the_bit(prepared: Any, tmp_path: Path, name: str) -> None:
+    straight = train(prepared(name, export__formats=["diffusers", "comfyui"]))
+    cfg = prepared(name, export__formats=["diffusers", "comfyui"], run_dir=str(tmp_path / "again" / "run"))
+    with pytest.raises(Preempted):
+        train(cfg, until=1)
+    train(cfg)
+    files = sorted(path.relative_to(straight) for path in straight.glob("export/*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        assert (straight / file).read_bytes() == (tmp_path / "again" / "run" / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", FLOW)
