@@ -36,8 +36,8 @@ from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.train import dreambooth
-from tests import bases
-from tests.conftest import Make, at, draw_photo, train
+from tests import bases, eyes
+from tests.conftest import Make, at, dbtrain, draw_photo, train
 from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
@@ -218,6 +218,28 @@ def test_a_resumed_run_is_the_same_to_the_bit(prepared: Any, tmp_path: Path, nam
     assert len(files) == 2
     for file in files:
         assert (straight / file).read_bytes() == (tmp_path / "again" / "run" / file).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLOW)
+def test_every_verb_knows_it(make: Make, tmp_path: Path, name: str) -> None:
+    """Class images, shards, training, validation, exports, samples, scores, a report, a clean doctor."""
+    make(
+        model__path=str(bases.OF_FAMILY[name]()), prepare__resolution=SIDE, prepare__class_images=2,
+        prepare__sampling__steps=2, prepare__held_out=1, train__steps=2, train__precision="bf16",
+        validation__prompts=["a photo of sks dog"], validation__images=1, validation__every=2,
+        sample__prompts=["a photo of sks dog"], sample__images=1, sample__steps=2,
+        export__formats=["diffusers", "comfyui"], evaluation__dino=str(eyes.dino()),
+        evaluation__clip=str(eyes.clip()), evaluation__images=2, evaluation__class_images=2,
+    )  # fmt: skip
+    for verb in ("run", "evaluate", "report", "doctor"):
+        what = tmp_path / ("run" if verb == "report" else "c.yaml")
+        done = dbtrain(verb, what)
+        assert done.returncode == 0, (verb, done.stdout[-2000:], done.stderr[-2000:])
+    assert "no errors" in done.stdout
+    run = tmp_path / "run"
+    made = [*run.glob("validation/*/sheet.png"), *run.glob("samples/*/sheet.png"), run / "report.html"]
+    assert len(made) == 4 and json.loads((run / "scores" / "scores.json").read_text())
 
 
 @pytest.mark.parametrize("name", FLOW)
