@@ -18,7 +18,9 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from dbtrain.models.families.family import QWEN_WORDS, Family, LatentSpace, encode_apart, latent_shape
 from dbtrain.models.families.transformer import (
     ATTENDED,
+    DOUBLE,
     PATCH,
+    SINGLES,
     chat,
     check_inputs,
     joined_layers,
@@ -66,14 +68,11 @@ def conditions(base: Pretrained) -> dict[str, tuple[int | None, ...]]:
 
 def check(base: Pretrained, layers: Sequence[int] = LAYERS) -> None:
     """Raise ConfigError unless the transformer fits the VAE and the text encoder."""
-    text = base.config("text_encoder").get("text_config") or base.config("text_encoder")
-    if not all(isinstance(text.get(name), int) for name in ("hidden_size", "num_hidden_layers")):
-        raise ConfigError(f"base model {base.name}: the config of its text encoder lacks its sizes")
     check_inputs(base, {
         "in_channels": PATCH**2 * base.setting("vae", "latent_channels", int),
-        "joint_attention_dim": len(layers) * text["hidden_size"],
+        "joint_attention_dim": len(layers) * base.setting("text_encoder", "hidden_size", int),
     })  # fmt: skip
-    if (there := text["num_hidden_layers"]) < max(layers):
+    if (there := base.setting("text_encoder", "num_hidden_layers", int)) < max(layers):
         raise ConfigError(
             f"base model {base.name}: its text encoder has {there} layers, but {max(layers)} are read"
         )
@@ -121,7 +120,6 @@ def distilled(base: Pretrained) -> str | None:
 
 SINGLE = ("to_qkv_mlp_proj", "attn.to_out")  # attention and MLP of a single block are two layers
 ATTENTION = (*ATTENDED, *SINGLE)
-DOUBLE, SINGLES = r"transformer_blocks\.(\d+)\.", r"single_transformer_blocks\.(\d+)\."
 KLEIN = Family(
     name="flux2-klein",
     pipeline="Flux2KleinPipeline",
@@ -152,40 +150,33 @@ KLEIN = Family(
         "all": (*ATTENTION, "linear_in", "linear_out"),
     },
     stored=("mean",),
-    encode_prompt=partial(encode_apart, names=("prompt_embeds",)),
+    encode_prompt=encode_apart,
     generated=generated,
     decode=decode,
     needs_vae=True,
     distilled=distilled,
     lora_mixin="Flux2LoraLoaderMixin",
     original=(
-        *(
-            (rf"transformer_blocks\.(\d+)\.attn\.to_{part}", r"double_blocks.\1.img_attn.qkv")
-            for part in "qkv"
-        ),
-        *(
-            (rf"transformer_blocks\.(\d+)\.attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv")
-            for part in "qkv"
-        ),
+        *((rf"{DOUBLE}attn\.to_{part}", r"double_blocks.\1.img_attn.qkv") for part in "qkv"),
+        *((rf"{DOUBLE}attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv") for part in "qkv"),
         (rf"{DOUBLE}attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
         (rf"{DOUBLE}attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
-        (rf"{DOUBLE}ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
-        (rf"{DOUBLE}ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
-        (rf"{DOUBLE}ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
-        (rf"{DOUBLE}ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+        *(
+            (rf"{DOUBLE}{ours}\.linear_{side}", rf"double_blocks.\1.{theirs}.{number}")
+            for ours, theirs in (("ff", "img_mlp"), ("ff_context", "txt_mlp"))
+            for side, number in (("in", 0), ("out", 2))
+        ),
         (rf"{SINGLES}attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
         (rf"{SINGLES}attn\.to_out", r"single_blocks.\1.linear2"),
-        (r"x_embedder", "img_in"),
-        (r"context_embedder", "txt_in"),
-        (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
-        (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
-        (r"time_guidance_embed\.guidance_embedder\.linear_1", "guidance_in.in_layer"),
-        (r"time_guidance_embed\.guidance_embedder\.linear_2", "guidance_in.out_layer"),
-        (
-            r"(double_stream_modulation_img|double_stream_modulation_txt|single_stream_modulation)\.linear",
-            r"\1.lin",
+        ("x_embedder", "img_in"),
+        ("context_embedder", "txt_in"),
+        *(
+            (rf"time_guidance_embed\.{ours}_embedder\.linear_{number}", f"{theirs}_in.{side}_layer")
+            for ours, theirs in (("timestep", "time"), ("guidance", "guidance"))
+            for number, side in ((1, "in"), (2, "out"))
         ),
-        (r"proj_out", "final_layer.linear"),
+        (r"(\w+_stream_modulation\w*)\.linear", r"\1.lin"),
+        ("proj_out", "final_layer.linear"),
     ),
 )
 DEV = replace(
