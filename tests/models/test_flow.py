@@ -185,6 +185,9 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
         assert grads[label] is not None and grads[label].abs().max() > 0, f"{label} gets no gradient"
         largest = parameter.grad.abs().max()
         assert (grads[label] - parameter.grad).abs().max() <= 1e-4 * largest, label
+    off = torch.cat([(grads[label] - parameter.grad).flatten() for label, parameter in mine.items()])
+    whole = torch.cat([parameter.grad.flatten() for parameter in mine.values()])
+    assert off.norm() <= 1e-5 * whole.norm()
 
 
 @pytest.mark.parametrize("name", FLOW)
