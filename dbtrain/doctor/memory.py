@@ -23,7 +23,7 @@ from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
 from dbtrain.models.base import Base
-from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError

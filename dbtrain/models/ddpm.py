@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.config.training import Loss, Timesteps
-from dbtrain.models.objectives import UNFITTING, USUAL, levels
+from dbtrain.models.objectives import USUAL, check_scheduler, levels
 from dbtrain.runtime.errors import ConfigError, reason
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -61,16 +61,12 @@ class DDPM(nn.Module):
         `DDPMScheduler.from_config` would read any scheduler's config, and use its own defaults for what is
         not there: a base made for EDM (Playground 2.5, CosXL) or flow matching would be trained wrong.
         """
-        kind = scheduler_config.get("_class_name", "DDPMScheduler")
+        check_scheduler(scheduler_config, SCHEDULERS, OTHER_OBJECTIVES)
         timesteps = scheduler_config.get("num_train_timesteps", 1000)
         prediction = scheduler_config.get("prediction_type", "epsilon")
         betas = scheduler_config.get("beta_schedule", "linear")
         ends = [scheduler_config.get(name, 0.01) for name in ("beta_start", "beta_end")]
         trained = scheduler_config.get("trained_betas")
-        wrong = [name for name, fine in OTHER_OBJECTIVES.items() if scheduler_config.get(name) not in fine]
-        if kind not in SCHEDULERS or wrong:
-            named = f"{kind} with {wrong[0]} = {scheduler_config[wrong[0]]}" if wrong else kind
-            raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
         if prediction not in PREDICTIONS:
             raise ConfigError(
                 f"the base's scheduler predicts '{prediction}'; dbtrain trains {', '.join(PREDICTIONS)}"

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.config.training import Loss, Timesteps
-from dbtrain.models.objectives import UNFITTING, USUAL, levels
+from dbtrain.models.objectives import USUAL, check_scheduler, levels
 from dbtrain.runtime.errors import ConfigError
 
-SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 # Settings of the scheduler that mean another process, and the values that do not.
 OTHER_PROCESSES: dict[str, tuple[Any, ...]] = {
     "invert_sigmas": (None, False), "time_shift_type": (None, "exponential"),
@@ -34,7 +33,7 @@ class FlowMatching(nn.Module):
     it up in the scheduler's own table, which is shifted for some models and not for others.
     """
 
-    SCHEDULERS: ClassVar[tuple[str, ...]] = (SCHEDULER,)
+    SCHEDULERS: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
     SAMPLER: ClassVar[str | None] = None
 
     def __init__(
@@ -45,11 +44,7 @@ class FlowMatching(nn.Module):
 
     @staticmethod
     def check(scheduler_config: Mapping[str, Any]) -> None:
-        kind = scheduler_config.get("_class_name", SCHEDULER)
-        wrong = [name for name, fine in OTHER_PROCESSES.items() if scheduler_config.get(name) not in fine]
-        if kind != SCHEDULER or wrong:
-            named = f"{kind} with {wrong[0]} = {scheduler_config[wrong[0]]}" if wrong else kind
-            raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
+        check_scheduler(scheduler_config, FlowMatching.SCHEDULERS, OTHER_PROCESSES)
         shift = scheduler_config.get("shift", 1.0)
         numbers = [shift, *(scheduler_config.get(name) or default for name, default in LINE)]
         if not all(type(value) in (int, float) and 0 < value < 1e6 for value in numbers):

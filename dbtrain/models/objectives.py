@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dbtrain.config.training import Loss, Timesteps
+from dbtrain.runtime.errors import ConfigError
 
 UNFITTING = (
     "made for another training objective (EDM, flow matching, distillation) than this kind of model is "
@@ -47,6 +48,21 @@ class Objective(Protocol):
 
     def weight(self, t: Tensor) -> Tensor:
         """Loss weight of each image, (rows,) fp32."""
+
+
+def check_scheduler(
+    config: Mapping[str, Any], kinds: Sequence[str], harmless: Mapping[str, tuple[Any, ...]]
+) -> None:
+    """Raise ConfigError unless a scheduler is of one of the classes `kinds`, without another process.
+
+    `harmless`: settings that could mean another process, and their values that do not. A config without a
+    class is of the first.
+    """
+    kind = config.get("_class_name", kinds[0])
+    wrong = [name for name, fine in harmless.items() if config.get(name) not in fine]
+    if kind not in kinds or wrong:
+        named = f"{kind} with {wrong[0]} = {config[wrong[0]]}" if wrong else kind
+        raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
 
 
 def levels(u: Tensor, settings: Timesteps, usual: str) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dbtrain.data import photos
 from dbtrain.models.base import Base
-from dbtrain.models.families.family import Family, LatentSpace
+from dbtrain.models.families.family import Family
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError

@@ -16,7 +16,8 @@ from dbtrain.data.captions import caption
 from dbtrain.data.photo_files import listing
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
-from dbtrain.models.families.family import Family, LatentSpace
+from dbtrain.models.families.family import Family
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.prepare import class_images
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.console import say

@@ -15,7 +15,8 @@ from dbtrain.data.shards import Manifest
 from dbtrain.models import activation_checkpointing, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.ddpm import DDPM
-from dbtrain.models.families.family import Family, LatentSpace, Sees
+from dbtrain.models.families.family import Family, Sees
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.runtime import console

@@ -22,7 +22,7 @@ from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
-from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare, request

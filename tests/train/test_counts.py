@@ -18,7 +18,7 @@ from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Row
 from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families import registry as families
-from dbtrain.models.families.family import LatentSpace
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train.checkpoint import Progress

@@ -18,13 +18,11 @@ from torch import Tensor
 
 from dbtrain.adapters.formats import fused
 from dbtrain.adapters.formats.common import Content, States, alpha_key, by_module, strength
-from dbtrain.adapters.formats.kohya_file import CONFIGS, FILE
+from dbtrain.adapters.formats.kohya_file import CONFIGS
 from dbtrain.adapters.formats.names import nested, original_names
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
-
-__all__ = ["FILE", "components", "refuses", "write"]
 
 # The tensor that a layer's scale is multiplied into: the first of these that it has.
 SCALED = ("lora_B.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")

@@ -114,7 +114,7 @@ def original_names(family: Family, names: Iterable[str]) -> dict[str, list[str]]
 def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Every name that files have for a module, with `_` for `.` -> its component and name.
 
-    A name of the original code may stand for several modules.
+    One name in the original code can cover several modules.
     """
     known: dict[str, tuple[str, tuple[str, ...]]] = {}
     for component, names in modules.items():

@@ -289,7 +289,7 @@ FORMATS = {
         components=lambda family: family.kohya,
     ),
     "comfyui": Format(
-        comfyui_file.FILE,
+        kohya_file.FILE,
         comfyui_file.write,
         ("lora", "loha", "lokr"),
         "ComfyUI",

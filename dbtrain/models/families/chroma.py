@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.families import transformer as dit
-from dbtrain.models.families.family import T5_WORDS, Family, vae_space
+from dbtrain.models.families.family import T5_WORDS, Family
 from dbtrain.models.families.flux1 import ALL, LENGTH, SINGLE
-from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.families.space import vae_space
 from dbtrain.models.pretrained import Pretrained
 
 
@@ -95,7 +95,6 @@ FAMILY = Family(
     classes={
         "transformer": ("ChromaTransformer2DModel",),
         "vae": ("AutoencoderKL",),
-        "scheduler": FlowMatching.SCHEDULERS,
         "text_encoder": ("T5EncoderModel",),
         "tokenizer": T5_WORDS,
     },

@@ -17,7 +17,13 @@ from torch.nn.functional import interpolate
 
 from dbtrain.data.batch import Batch
 from dbtrain.models.ddpm import DDPM
-from dbtrain.models.families.family import T5_WORDS, Family, matching, padded, pixel_space
+from dbtrain.models.families.family import (
+    T5_WORDS,
+    Family,
+    matching,
+    padded,
+)
+from dbtrain.models.families.space import pixel_space
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -98,10 +104,8 @@ STAGE_1 = Family(
     denoiser="unet",
     classes={
         "unet": ("UNet2DConditionModel",),
-        "scheduler": DDPM.SCHEDULERS,
         "text_encoder": ("T5EncoderModel",),
         "tokenizer": T5_WORDS,
-        "image_noising_scheduler": DDPM.SCHEDULERS,
     },
     text_encoders={"text_encoder": "tokenizer"},
     tokenize=tokenize,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from dbtrain.config.adapter import PRESETS
 from dbtrain.models.ddpm import DDPM
+from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.objectives import Objective
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.console import say
@@ -35,7 +35,7 @@ class Family:
     name: str  # "sd"
     pipeline: str  # Diffusers class: "StableDiffusionPipeline"
     denoiser: str  # the trained component: "unet"
-    classes: Mapping[str, tuple[str, ...]]  # component -> the classes that it may be
+    classes: Mapping[str, tuple[str, ...]]  # component -> the classes that it may be, but for schedulers
     text_encoders: Mapping[str, str]  # text encoder -> its tokenizer
     tokenize: Callable[[Mapping[str, Any], Sequence[str]], dict[str, Tensor]]
     """(tokenizers, prompts) -> token ids of each text encoder, (prompts, L) int64."""
@@ -125,6 +125,12 @@ class Family:
         return (shape[1] // self.patch) * (shape[2] // self.patch)
 
     @property
+    def allowed(self) -> dict[str, tuple[str, ...]]:
+        """Component -> the classes that it may be; schedulers are those of the objective."""
+        schedulers = [part for part in ("scheduler", self.noising) if part]
+        return {**dict.fromkeys(schedulers, self.objective.SCHEDULERS), **self.classes}
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The components with weights."""
         return (self.denoiser, *([self.vae] if self.vae else []), *self.text_encoders)
@@ -134,71 +140,6 @@ class Family:
         """The components of a base that generated images depend on."""
         optional = [part for part in (self.vae, self.noising) if part]
         return (self.denoiser, "scheduler", *optional, *self.text_encoders, *self.text_encoders.values())
-
-
-@dataclass(frozen=True)
-class LatentSpace:
-    """The denoiser's space. x0 = (stored latent - shift) * scale."""
-
-    shape: tuple[int, ...]  # (C, H, W)
-    scale: tuple[float, ...] = (1.0,)  # one, or one per channel
-    shift: tuple[float, ...] = (0.0,)
-
-    def unscaled(self, x0: Tensor) -> Tensor:
-        """The VAE's latent for x0, (..., C, H, W) both."""
-        scale, shift = self._values(x0)
-        return x0 / scale + shift
-
-    def scaled(self, latent: Tensor) -> Tensor:
-        """x0 for the VAE's latent, (..., C, H, W) both."""
-        scale, shift = self._values(latent)
-        return (latent - shift) * scale
-
-    def _values(self, like: Tensor) -> list[Tensor]:
-        return [
-            torch.tensor(values, device=like.device)[:, None, None] for values in (self.scale, self.shift)
-        ]
-
-
-def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int, int]:
-    """(C, h, w) of the VAE's latents for square images of `side` px.
-
-    Raises ConfigError if the VAE, with `patch` latents to a token in each direction, cannot divide the side.
-    """
-    shrinks = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
-    cells = latent_side(base, side, shrinks, patch)
-    return base.setting("vae", "latent_channels", int), cells, cells
-
-
-def latent_side(base: Pretrained, side: int, shrinks: int, patch: int) -> int:
-    """The side of the VAE's latents, `shrinks` px to a latent, for `side` px. Raises as `latent_shape`."""
-    cell = shrinks * patch
-    if side % cell:
-        near = max(1, round(side / cell)) * cell
-        raise ConfigError(
-            f"prepare.resolution is {side}, which the VAE of {base.name} cannot divide; use a multiple of "
-            f"{cell}, e.g. {near}"
-        )
-    return side // shrinks
-
-
-def vae_space(base: Pretrained, side: int, patch: int = 1) -> LatentSpace:
-    """The latent space of a base's VAE for square images of `side` px, which `patch` latents must divide."""
-    shape = latent_shape(base, side, patch)
-    config, scale = base.config("vae"), base.setting("vae", "scaling_factor", (int, float))
-    if not math.isfinite(scale) or scale <= 0:
-        raise ConfigError(
-            f"base model {base.name}: scaling_factor of its vae is {scale}; use a positive number"
-        )
-    if config.get("latents_mean") and config.get("latents_std"):
-        mean, std = config["latents_mean"], config["latents_std"]
-        return LatentSpace(shape, tuple(scale / value for value in std), tuple(map(float, mean)))
-    return LatentSpace(shape, (float(scale),), (float(config.get("shift_factor") or 0),))
-
-
-def pixel_space(base: Pretrained, side: int) -> LatentSpace:
-    """The space of square RGB images of `side` px, in [-1, 1]."""
-    return LatentSpace((3, side, side))
 
 
 def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> None:

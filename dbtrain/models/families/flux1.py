@@ -19,8 +19,8 @@ from dbtrain.models.families.family import (
     Family,
     encode_apart,
     tokenize_clip,
-    vae_space,
 )
+from dbtrain.models.families.space import vae_space
 from dbtrain.models.families.transformer import (
     ATTENDED,
     COMMON,
@@ -36,7 +36,6 @@ from dbtrain.models.families.transformer import (
     unpacked,
     unpacked_x0,
 )
-from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 
 LENGTH = 512  # tokens of T5; padding is part of what the model was trained on
@@ -96,7 +95,6 @@ FAMILY = Family(
     classes={
         "transformer": ("FluxTransformer2DModel",),
         "vae": ("AutoencoderKL",),
-        "scheduler": FlowMatching.SCHEDULERS,
         "text_encoder": ("CLIPTextModel",),
         "text_encoder_2": ("T5EncoderModel",),
         "tokenizer": CLIP_WORDS,

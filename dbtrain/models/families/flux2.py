@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from dbtrain.models.families.family import QWEN_WORDS, Family, LatentSpace, encode_apart, latent_shape
+from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart
+from dbtrain.models.families.space import LatentSpace, latent_shape
 from dbtrain.models.families.transformer import (
     ATTENDED,
     DOUBLE,
@@ -127,7 +128,6 @@ KLEIN = Family(
     classes={
         "transformer": ("Flux2Transformer2DModel",),
         "vae": ("AutoencoderKLFlux2",),
-        "scheduler": FlowMatching.SCHEDULERS,
         "text_encoder": ("Qwen3ForCausalLM",),
         "tokenizer": QWEN_WORDS,
     },

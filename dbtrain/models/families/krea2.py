@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.families import transformer as shared
-from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart, sample_moments, side_by_side
-from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.families.family import (
+    QWEN_WORDS,
+    Family,
+    encode_apart,
+    side_by_side,
+)
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -97,27 +101,16 @@ MLP = ("ff.gate", "ff.up", "ff.down")
 FAMILY = Family(
     name="krea2",
     pipeline="Krea2Pipeline",
-    denoiser="transformer",
     classes={
         "transformer": ("Krea2Transformer2DModel",),
         "vae": ("AutoencoderKLQwenImage",),
-        "scheduler": FlowMatching.SCHEDULERS,
         "text_encoder": ("Qwen3VLModel",),
         "tokenizer": QWEN_WORDS,
     },
-    text_encoders={"text_encoder": "tokenizer"},
-    tokenize=shared.in_message,
     embed=embed,
-    space=shared.frame_space,
-    encode_images=shared.encode_frames,
-    sample_posterior=sample_moments,
     conditions=conditions,
     check=check,
     denoise=denoise,
-    objective=FlowMatching,
-    patch=shared.PATCH,
-    text_dtype=torch.bfloat16,
-    trained_text=(),
     unread=("visual",),
     presets={
         "attention": ATTENTION,
@@ -131,12 +124,11 @@ FAMILY = Family(
     },
     encode_prompt=partial(encode_apart, names=("prompt_embeds", "prompt_embeds_mask")),
     arguments=arguments,
-    generated=shared.unpacked_x0,
-    decode=shared.decode_frames,
     distilled=lambda base: "krea/Krea-2-Raw" if base.index.get("is_distilled") else None,
     lora_mixin="Krea2LoraLoaderMixin",
     original=(
         *((rf"{block}\.{layer}", f"{there}.{name}") for block, there in BLOCKS for layer, name in WITHIN),
         *OUTSIDE,
     ),
+    **shared.FRAMES,
 )

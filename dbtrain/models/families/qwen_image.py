@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dbtrain.models.families import transformer as shared
-from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart, sample_moments
-from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart
 from dbtrain.models.pretrained import Pretrained
 
 NEGATIVE = " "  # of the model's own examples; without a negative prompt the pipeline ignores guidance
@@ -60,27 +58,16 @@ MODULATION = ("img_mod.1", "txt_mod.1")
 FAMILY = Family(
     name="qwen-image",
     pipeline="QwenImagePipeline",
-    denoiser="transformer",
     classes={
         "transformer": ("QwenImageTransformer2DModel",),
         "vae": ("AutoencoderKLQwenImage",),
-        "scheduler": FlowMatching.SCHEDULERS,
         "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
         "tokenizer": QWEN_WORDS,
     },
-    text_encoders={"text_encoder": "tokenizer"},
-    tokenize=shared.in_message,
     embed=embed,
-    space=shared.frame_space,
-    encode_images=shared.encode_frames,
-    sample_posterior=sample_moments,
     conditions=conditions,
     check=check,
     denoise=denoise,
-    objective=FlowMatching,
-    patch=shared.PATCH,
-    text_dtype=torch.bfloat16,
-    trained_text=(),
     unread=("model.visual", "lm_head"),
     presets={
         "attention": shared.ATTENDED,
@@ -93,9 +80,8 @@ FAMILY = Family(
         "true_cfg_scale": guidance,
         **shared.padded_texts(rows, "prompt_embeds_mask"),
     },
-    generated=shared.unpacked_x0,
-    decode=shared.decode_frames,
     idle=idle,
     lora_mixin="QwenImageLoraLoaderMixin",
     keeps_names=True,  # the original code has Diffusers'
+    **shared.FRAMES,
 )

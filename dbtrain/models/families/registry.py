@@ -37,7 +37,7 @@ FAMILIES = {
 }
 
 for _family in FAMILIES.values():
-    safety.allow(_family.classes)
+    safety.allow(_family.allowed)
     locate.allow(_family.pipeline, _family.single_file)
 
 
@@ -66,7 +66,7 @@ def detect(base: Pretrained, cfg: Model) -> Family:
         )
     family = family.fitted(family, base)
     for part in family.parts:
-        base.check(part, family.classes[part])
+        base.check(part, family.allowed[part])
     for part in ("scheduler", *([family.noising] if family.noising else [])):
         family.objective.check({"_class_name": base.index[part][1]} | base.config(part))
     family.check(base)

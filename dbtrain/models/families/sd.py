@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import (
     CLIP_WORDS,
     Family,
@@ -17,8 +16,8 @@ from dbtrain.models.families.family import (
     matching,
     sample_moments,
     tokenize_clip,
-    vae_space,
 )
+from dbtrain.models.families.space import vae_space
 from dbtrain.models.pretrained import Pretrained
 
 
@@ -62,7 +61,6 @@ FAMILY = Family(
     classes={
         "unet": ("UNet2DConditionModel",),
         "vae": ("AutoencoderKL",),
-        "scheduler": DDPM.SCHEDULERS,
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": CLIP_WORDS,
     },

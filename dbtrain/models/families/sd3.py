@@ -20,13 +20,11 @@ from dbtrain.models.families.family import (
     CLIP_WORDS,
     T5_WORDS,
     Family,
-    LatentSpace,
     encode_by_family,
     encode_guided,
     tokenize_clip,
-    vae_space,
 )
-from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.families.space import LatentSpace, vae_space
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -111,7 +109,6 @@ FAMILY = Family(
     classes={
         "transformer": ("SD3Transformer2DModel",),
         "vae": ("AutoencoderKL",),
-        "scheduler": FlowMatching.SCHEDULERS,
         **dict.fromkeys(CLIPS, ("CLIPTextModelWithProjection",)),
         T5: ("T5EncoderModel",),
         **dict.fromkeys(CLIPS.values(), CLIP_WORDS),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import (
     CLIP_WORDS,
     Family,
@@ -19,8 +18,8 @@ from dbtrain.models.families.family import (
     matching,
     sample_moments,
     tokenize_clip,
-    vae_space,
 )
+from dbtrain.models.families.space import vae_space
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -97,7 +96,6 @@ FAMILY = Family(
     classes={
         "unet": ("UNet2DConditionModel",),
         "vae": ("AutoencoderKL",),
-        "scheduler": DDPM.SCHEDULERS,
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": CLIP_WORDS,
         "text_encoder_2": ("CLIPTextModelWithProjection",),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
-from dbtrain.models.families.family import LatentSpace, encode_moments, latent_side, sample_moments
+from dbtrain.models.families.family import encode_moments, sample_moments
+from dbtrain.models.families.space import LatentSpace, latent_side
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -266,3 +267,9 @@ def encode_frames(vae: nn.Module | None, images: Tensor) -> dict[str, Tensor]:
 
 def decode_frames(vae: Any, latents: Tensor) -> Tensor:
     return vae.decode(latents.unsqueeze(2), return_dict=False)[0].squeeze(2)
+
+
+FRAMES: dict[str, Any] = COMMON | {
+    "text_encoders": {"text_encoder": "tokenizer"}, "trained_text": (), "tokenize": in_message,
+    "space": frame_space, "encode_images": encode_frames, "decode": decode_frames, "generated": unpacked_x0,
+}  # fmt: skip

@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbtrain.models.families.family import QWEN_WORDS, Family, encode_moments, matching, vae_space
+from dbtrain.models.families.family import (
+    QWEN_WORDS,
+    Family,
+    encode_moments,
+    matching,
+)
+from dbtrain.models.families.space import vae_space
 from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, lengths_of, padded_rows
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
@@ -83,7 +89,6 @@ FAMILY = Family(
     classes={
         "transformer": ("ZImageTransformer2DModel",),
         "vae": ("AutoencoderKL",),
-        "scheduler": FlowMatching.SCHEDULERS,
         "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
         "tokenizer": QWEN_WORDS,
     },
