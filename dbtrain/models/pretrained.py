@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from dbtrain.config import Model
 from dbtrain.models import locate, safety
+from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.imports import importing
@@ -183,20 +183,24 @@ class Pretrained:
 
     def tensor(self, component: str, name: str) -> torch.Tensor:
         """One tensor of a component's weights. Raises ConfigError if no file has it."""
-        for path in self._weights(component):
-            with safe_open(path, "pt") as file:
-                if name in file.keys():  # noqa: SIM118
-                    return file.get_tensor(name)
-        raise ConfigError(f"base model {self.name}: the weights of its {component} lack {name}")
+        try:
+            return self.weights(component).read(name)
+        except KeyError as error:
+            raise ConfigError(
+                f"base model {self.name}: the weights of its {component} lack {name}"
+            ) from error
 
-    def _weights(self, component: str) -> list[Path]:
+    def weights(self, component: str) -> WeightFiles:
+        """The files of a component's weights."""
         found = (self.folder / component).glob("*.safetensors")
-        return sorted(path for path in found if (f".{self.variant}" in path.name) == bool(self.variant))
+        return WeightFiles(
+            sorted(path for path in found if (f".{self.variant}" in path.name) == bool(self.variant))
+        )
 
     def key(self, component: str) -> str:
         """sha256 over a component's config and weights."""
         folder = self.folder / component
-        weights = self._weights(component)
+        weights = self.weights(component).paths
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
