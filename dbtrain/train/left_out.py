@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.state import AdapterState
-from dbtrain.models.quantization import Linear8bit
+from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.train.training_adapter import SETTING
 
@@ -61,8 +61,8 @@ class LeftOut:
         pairs = []
         for name, layer in plain.items():
             live = denoiser.get_submodule(name)
-            if isinstance(live, Linear8bit):
-                layer = Linear8bit(layer, storage)  # type: ignore[arg-type]
+            if isinstance(live, QuantizedLinear):
+                layer = QuantizedLinear(layer, storage)  # type: ignore[arg-type]
             pairs.append((live, layer))
         return cls(pairs)
 
@@ -87,5 +87,4 @@ class LeftOut:
 
 def _weights(layer: nn.Module) -> dict[str, Tensor]:
     """What a training adapter changes of a layer: its weight, as it is stored. Biases may be trained."""
-    named = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
-    return {name: tensor.data for name, tensor in named if name != "bias"}
+    return {name: p.data for name, p in layer.named_parameters(recurse=False) if name != "bias"}
