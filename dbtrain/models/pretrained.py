@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 
 from dbtrain.config import Model
-from dbtrain.models import locate, safety
+from dbtrain.models import loading, locate, safety
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.imports import importing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEMS = ("model", "diffusion_pytorch_model")  # names of weight files: of transformers, and of Diffusers
 SENTENCEPIECE = "spiece.model"  # T5's vocabulary if the folder has no tokenizer.json
 
 
@@ -93,33 +95,68 @@ class Pretrained:
         self.check(component)
         kind = self._class(component)
         locate.hush()
+        weights = issubclass(kind, torch.nn.Module)
+        if weights and kind.__module__.startswith("diffusers"):
+            module = self.skeleton(component, dtype)
+            self.fill(component, module, dtype)
+            return module
         options: dict[str, Any] = {}
         if kind.__module__.startswith("transformers"):
             options = {"trust_remote_code": False}
-        weights = issubclass(kind, torch.nn.Module)
         if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
             self.check_vocabulary(component)
         if weights:
             options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
-        try:
+        with self._reading(component):
             loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
-        except Exception as error:  # the libraries raise many kinds for a broken folder
-            raise ConfigError(
-                f"cannot load '{component}' of base model {self.name}: {reason(error)}"
-            ) from error
         # Refuse what the libraries would complete with defaults.
         if not weights:
             if getattr(loaded, "model_max_length", 0) > 10**9:  # transformers' value for "unknown"
                 raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
         module, info = loaded
-        if missing := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
-            raise ConfigError(
-                f"'{component}' of base model {self.name} is incomplete: {len(missing)} weights are missing "
-                f"or have another shape, e.g. {missing[0]}"
-            )
+        self._complete(component, [*info["missing_keys"], *map(str, info["mismatched_keys"])])
         return module.requires_grad_(False).eval()
+
+    def fill(
+        self,
+        component: str,
+        module: torch.nn.Module,
+        dtype: torch.dtype,
+        local: loading.Local = loading.whole,
+        changes: loading.Changes | None = None,
+    ) -> loading.Plain:
+        """Read the weights of a Diffusers model's `skeleton` in `dtype`. See `loading.fill`.
+
+        Raises ConfigError if they are broken or incomplete.
+        """
+        with self._reading(component):
+            files = self.weights(component)
+            unfit = loading.unfit(module, files)
+        self._complete(component, unfit)
+        with self._reading(component):
+            return loading.fill(module, files, dtype, local, changes)
+
+    @contextmanager
+    def _reading(self, component: str) -> Iterator[None]:
+        """Turn what the libraries raise for a broken folder, which has many types, into a ConfigError."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"cannot load '{component}' of base model {self.name}: {reason(error)}"
+            ) from error
+
+    def _complete(self, component: str, lacking: list[str]) -> None:
+        """Raise ConfigError if weights are `lacking`."""
+        if lacking:
+            raise ConfigError(
+                f"'{component}' of base model {self.name} is incomplete: {len(lacking)} weights are missing "
+                f"or have another shape, e.g. {min(lacking)}"
+            )
 
     def _class(self, component: str) -> Any:
         """The class of a component in model_index.json. Raises ConfigError if it must not be loaded."""
@@ -147,18 +184,16 @@ class Pretrained:
                 "packages; run: pip install sentencepiece protobuf"
             )
 
-    def skeleton(self, component: str) -> torch.nn.Module:
-        """A component's modules on the meta device, from its config alone."""
+    def skeleton(self, component: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+        """A component's modules from its config alone: frozen, with weights in `dtype` on the meta device."""
         kind, config = self._class(component), self.config(component)
-        try:
-            with torch.device("meta"):
-                if kind.__module__.startswith("diffusers"):
-                    return kind.from_config(config)
-                return kind(kind.config_class.from_dict(config))
-        except Exception as error:  # the libraries raise many kinds for a broken config
-            raise ConfigError(
-                f"cannot read '{component}' of base model {self.name}: {reason(error)}"
-            ) from error
+        with self._reading(component):
+            if kind.__module__.startswith("diffusers"):
+                module = loading.skeleton(kind, config, dtype)
+            else:
+                with torch.device("meta"):
+                    module = kind(kind.config_class.from_dict(config)).to(dtype)
+        return module.requires_grad_(False).eval()
 
     def module_names(self, component: str) -> dict[str, int]:
         """A component's modules by name, and how many outputs each has; 0 without a matrix of weights."""
@@ -191,16 +226,18 @@ class Pretrained:
             ) from error
 
     def weights(self, component: str) -> WeightFiles:
-        """The files of a component's weights."""
-        found = (self.folder / component).glob("*.safetensors")
-        return WeightFiles(
-            sorted(path for path in found if (f".{self.variant}" in path.name) == bool(self.variant))
-        )
+        """The files of a component's weights: those that an index names, or the only one."""
+        folder, variant = self.folder / component, f".{self.variant}" if self.variant else ""
+        for index in folder.glob(f"*.safetensors.index{variant}.json"):
+            return WeightFiles(sorted({folder / name for name in self._json(index)["weight_map"].values()}))
+        named = [folder / f"{stem}{variant}.safetensors" for stem in STEMS]
+        return WeightFiles([path for path in named if path.is_file()])
 
     def key(self, component: str) -> str:
-        """sha256 over a component's config and weights."""
+        """sha256 over a component's config and all weights of the variant."""
         folder = self.folder / component
-        weights = self.weights(component).paths
+        weights = (path for path in folder.glob("*.safetensors")
+                   if (f".{self.variant}" in path.name) == bool(self.variant))  # fmt: skip
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")
