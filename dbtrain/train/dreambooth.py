@@ -86,8 +86,9 @@ class DreamBooth(nn.Module):
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)
         if cfg.train.base_linears != "full":
-            quantization.quantize(denoiser, cfg.train.base_linears)
-        left_out = LeftOut.of(denoiser, plain if cfg.validation.prompts else {}, cfg.train.base_linears)
+            storage = base.storage(base.family.denoiser, cfg.train.base_linears)
+            quantization.quantize(denoiser, storage)
+        left_out = LeftOut.of(denoiser, plain if cfg.validation.prompts else {})
         family, name = base.family, base.family.denoiser
         adapters.attach(
             denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets

@@ -56,13 +56,13 @@ class LeftOut:
     layers: Sequence[tuple[nn.Module, nn.Module]] = ()
 
     @classmethod
-    def of(cls, denoiser: nn.Module, plain: Mapping[str, nn.Module], storage: str) -> LeftOut:
-        """`plain`: layers by name, before `denoiser` was quantized to `storage`."""
+    def of(cls, denoiser: nn.Module, plain: Mapping[str, nn.Module]) -> LeftOut:
+        """`plain`: layers by name, before `denoiser` was quantized."""
         pairs = []
         for name, layer in plain.items():
             live = denoiser.get_submodule(name)
             if isinstance(live, QuantizedLinear):
-                layer = QuantizedLinear(layer, storage)  # type: ignore[arg-type]
+                layer = QuantizedLinear(layer, live.storage)  # type: ignore[arg-type]
             pairs.append((live, layer))
         return cls(pairs)
 
