@@ -192,20 +192,20 @@ def _rounded_product(rows: Tensor, codes: Tensor) -> Tensor:
     step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32) / 127
     step = step.clamp(min=TINY)
     rounded = (rows / step).round_().to(torch.int8)
-    sums = int8_matmul(rounded.flatten(0, -2), codes, rows.is_cuda)
+    sums = int8_matmul(rounded.reshape(-1, rows.shape[-1]), codes, rows.is_cuda)
     return sums.view(*rows.shape[:-1], -1) * step
 
 
 def int8_matmul(left: Tensor, right: Tensor, cuda: bool) -> Tensor:
-    """left @ right, (m, n) int32, of int8 matrices; exact. `cuda`: within what cuBLAS takes.
+    """left @ right, (m, n) int32, of int8 matrices; exact. `cuda`: within the limits of cuBLAS.
 
-    That are at least 17 rows, multiples of 8 otherwise, and `right` in columns.
+    It needs 17 rows or more, multiples of 8 in the other sizes, `left` in rows and `right` in columns.
     """
     if cuda and (left.shape[1] % 8 or right.shape[1] % 8):
         return (left.double() @ right.double()).int()
     rows = len(left)
     if cuda:
-        left = nn.functional.pad(left, (0, 0, 0, max(0, 32 - rows)))
+        left = nn.functional.pad(left, (0, 0, 0, max(0, 32 - rows))).contiguous()
         right = right.t().contiguous().t()
     return torch._int_mm(left, right)[:rows]
 
