@@ -96,14 +96,14 @@ def fill(
         rows = local(getattr(part, attributes[0]))[1]
         change = (changes or {}).get(name)
         values: tuple[Tensor, ...] | None = None
-        if isinstance(part, QuantizedLinear) and attributes == CODES and not change:
+        if isinstance(part, QuantizedLinear) and attributes == CODES:
             values = files.encoded(named[name], part.storage, rows)
-        if values is None:
+        if change or values is None:
             weight = files.read(named[name], None if change else rows)
             weight = weight.to(_dtype(module, name, weight, dtype))
             if change:
                 cut = rows or slice(None)
-                was = _stored(part, attributes, weight[cut])
+                was = values or _stored(part, attributes, weight[cut])
                 plain.append((part, dict(zip(attributes, was, strict=True))))
                 weight = change(weight)[cut]
             values = _stored(part, attributes, weight)
