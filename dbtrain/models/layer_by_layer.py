@@ -12,15 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dbtrain.models.base import Base
-from dbtrain.models.text_encoders import GIB, Part, Plan, Result, Use, Weight, groups
+from dbtrain.models.text_encoders import GIB, Part, Plan, Result, Use, Weight, groups, reading, to_read
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import console, dist, preemption
-from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -42,9 +41,8 @@ class LayerByLayer:
             self._drop([plan.weights])
             plan.module.eval().to(self.device)
         self.runs = {plan.name: _Run(plan, self.device) for plan in plans}
-        whole = sum(plan.whole for plan in plans)
         console.say(
-            f"the text encoders of {base.name} have {whole / GIB:.1f} GiB: reading them in "
+            f"reading the text encoders of {base.name} ({to_read(plans) / GIB:.1f} GiB) in "
             f"{len(self.groups)} groups of layers, within {limit / GIB:.1f} GiB"
         )
 
@@ -77,13 +75,9 @@ class LayerByLayer:
     def _tensor(self, encoder: str, weight: Weight) -> Tensor:
         sources = self.sources[encoder]
         source = next(sources[name] for name in weight.names if name in sources)
-        try:
+        with reading(self.base, encoder):
             # A copy: without one, the file would only be read when the layer runs.
             return self.files[encoder].read(source).to(self.device, weight.dtype, copy=True)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(
-                f"cannot load '{encoder}' of base model {self.base.name}: {reason(error)}"
-            ) from error
 
     def _drop(self, parts: Sequence[Part]) -> None:
         for part in parts:

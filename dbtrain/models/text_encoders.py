@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,13 +11,14 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
 from dbtrain.runtime import dist, memory
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
 
 GIB = 2**30
 SHARE = 0.8  # of the free memory; the rest is for activations
@@ -32,10 +34,29 @@ def encoded(base: Base, dtype: torch.dtype, gib: float | None, use: Use[Result])
     """
     from dbtrain.models.layer_by_layer import LayerByLayer
 
-    plans, room = plans_of(base, dtype), Room.here(gib)
-    if sum(plan.whole for plan in plans) <= room.whole:
+    room = Room.here(gib)
+    if sum(whole(base, dtype).values()) <= room.whole:
         return use(_OneAtATime(base, dtype))()
-    return LayerByLayer(base, plans, room.layers).run(use)
+    return LayerByLayer(base, plans_of(base, dtype), room.layers).run(use)
+
+
+def whole(base: Base, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of each text encoder in `dtype`, from the headers of its files."""
+    found = {}
+    for name in base.family.text_encoders:
+        with reading(base, name):
+            files = base.weights(name)
+            found[name] = dtype.itemsize * sum(math.prod(files.shape(tensor)) for tensor in files.places)
+    return found
+
+
+@contextmanager
+def reading(base: Base, component: str) -> Iterator[None]:
+    """In the block, an error of a component's files is a ConfigError that names the component."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot load '{component}' of base model {base.name}: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ class Room:
         """`gib`, or most of what is free on this machine; `card`: bytes of a GPU elsewhere."""
         if gib:
             return cls(gib * GIB, gib * GIB)
-        host = SHARE * memory.free()
+        host = SHARE * memory.free() / dist.local_world()  # each rank may load them
         if card is None and dist.device().type == "cuda":
             card = torch.cuda.mem_get_info(dist.device())[0]
         return cls(host, host) if card is None else cls(min(host, SHARE * card), SHARE * card)
@@ -110,7 +131,6 @@ class Plan:
 
     name: str
     module: Any  # real buffers, and parameters on the meta device
-    whole: int  # bytes of all weights
     weights: Part  # all, but for modules that prompts do not pass
     layers: list[nn.Module]
     kept: frozenset[int]  # layers whose output is read by more than the next layer
@@ -120,7 +140,6 @@ class Plan:
     @classmethod
     def of(cls, base: Base, name: str, dtype: torch.dtype) -> Plan:
         module: Any = base.skeleton(name, _parameters_on_meta(dtype))
-        whole = size(_weights(module, dtype))
         base.drop_unread(name, module)
         layers = blocks(module)
         states = base.family.hidden.get(name, range(1, len(layers) + 1))
@@ -131,7 +150,7 @@ class Plan:
         for weight in weights:
             by_layer[numbers.get(weight.owners[0][0])].append(weight)
         parts = [by_layer[number] for number in range(max(kept, default=-1) + 1)]
-        return cls(name, module, whole, weights, layers, kept, by_layer[None], parts)
+        return cls(name, module, weights, layers, kept, by_layer[None], parts)
 
 
 def plans_of(base: Base, dtype: torch.dtype) -> list[Plan]:
