@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from dbtrain.models.base import Base
 from dbtrain.models.text_encoders import GIB, Part, Plan, Result, Use, Weight, groups, reading, to_read
-from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import console, dist, preemption
 from dbtrain.runtime.errors import ConfigError
 
@@ -35,8 +34,8 @@ class LayerByLayer:
         self.groups, self.ahead = groups(plans, limit)
         self.base, self.plans, self.device = base, plans, dist.device()
         self.files = {plan.name: base.weights(plan.name) for plan in plans}
-        self.sources = {plan.name: _sources(base, plan, self.files[plan.name]) for plan in plans}
         for plan in plans:
+            self._check(plan)
             # Parameters without elements, so that the modules have a device and a dtype.
             self._drop([plan.weights])
             plan.module.eval().to(self.device)
@@ -45,6 +44,19 @@ class LayerByLayer:
             f"reading the text encoders of {base.name} ({to_read(plans) / GIB:.1f} GiB) in "
             f"{len(self.groups)} groups of layers, within {limit / GIB:.1f} GiB"
         )
+
+    def _check(self, plan: Plan) -> None:
+        """Raise ConfigError if a weight that is needed is missing, or has another shape."""
+        self.base.check(plan.name)
+        shape = self.files[plan.name].shape
+        needed = [weight for part in (plan.rest, *plan.parts) for weight in part]
+        with reading(self.base, plan.name):
+            bad = [one.name for one in needed if not one.source or shape(one.source) != one.shape]
+        if bad:
+            raise ConfigError(
+                f"'{plan.name}' of base model {self.base.name} is incomplete: {len(bad)} weights are missing "
+                f"or have another shape, e.g. {bad[0]}"
+            )
 
     def run(self, use: Use[Result]) -> Result:
         """What the function returns in its last call, in which each layer returns what the model's does."""
@@ -73,11 +85,9 @@ class LayerByLayer:
         return [(weight, self._tensor(plan.name, weight)) for plan, part in parts for weight in part]
 
     def _tensor(self, encoder: str, weight: Weight) -> Tensor:
-        sources = self.sources[encoder]
-        source = next(sources[name] for name in weight.names if name in sources)
         with reading(self.base, encoder):
             # A copy: without one, the file would only be read when the layer runs.
-            return self.files[encoder].read(source).to(self.device, weight.dtype, copy=True)
+            return self.files[encoder].read(weight.source).to(self.device, weight.dtype, copy=True)
 
     def _drop(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -90,40 +100,6 @@ def _fill(read: list[tuple[Weight, Tensor]]) -> None:
     while read:
         weight, tensor = read.pop()
         weight.put(tensor)
-
-
-def _sources(base: Base, plan: Plan, files: WeightFiles) -> dict[str, str]:
-    """The name in the files of each parameter, by transformers' own rules.
-
-    Raises ConfigError if a weight that is needed is missing, or has another shape.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    base.check(plan.name)
-    rules, known = get_model_conversion_mapping(plan.module), plan.module.state_dict()
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    found = {}
-    for name in files.places:
-        around = (plan.module.base_model_prefix, known)
-        target, converted = rename_source_key(name, renamings, converters, *around)
-        if target not in known and name in known:
-            target, converted = rename_source_key(name, [], [], *around)
-        if not converted:
-            found[target] = name
-    missing = [
-        weight.names[0]
-        for part in (plan.rest, *plan.parts)
-        for weight in part
-        if not any(name in found and files.shape(found[name]) == weight.shape for name in weight.names)
-    ]
-    if missing:
-        raise ConfigError(
-            f"'{plan.name}' of base model {base.name} is incomplete: {len(missing)} weights are missing "
-            f"or have another shape, e.g. {missing[0]}"
-        )
-    return found
 
 
 class _Run:

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
+from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import dist, memory
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -98,10 +99,11 @@ class _OneAtATime(Mapping[str, nn.Module]):
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter, under all its names."""
+    """A parameter, which several modules may share."""
 
     owners: Sequence[tuple[nn.Module, str]]
-    names: Sequence[str]
+    name: str
+    source: str  # its name in the files; "" if they lack it
     shape: torch.Size
     dtype: torch.dtype
 
@@ -127,7 +129,7 @@ def size(*parts: Part) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A text encoder without weights, and which of them have to be read. Made from config files alone."""
+    """A text encoder without weights, and which of them have to be read. Made without reading any."""
 
     name: str
     module: Any  # real buffers, and parameters on the meta device
@@ -146,7 +148,8 @@ class Plan:
         kept = frozenset(state - 1 if state > 0 else len(layers) + state for state in states)
         numbers = {inner: number for number, layer in enumerate(layers) for inner in layer.modules()}
         by_layer: dict[int | None, Part] = defaultdict(list)
-        weights = _weights(module, dtype)
+        with reading(base, name):
+            weights = _weights(module, dtype, _sources(module, base.weights(name)))
         for weight in weights:
             by_layer[numbers.get(weight.owners[0][0])].append(weight)
         parts = [by_layer[number] for number in range(max(kept, default=-1) + 1)]
@@ -174,21 +177,43 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
         hook.remove()
 
 
-def _weights(module: Any, dtype: torch.dtype) -> Part:
-    """Every parameter once, in the dtype that `from_pretrained` gives it."""
+def _weights(module: Any, dtype: torch.dtype, sources: Mapping[str, str]) -> Part:
+    """Every parameter, in the dtype that `from_pretrained` gives it.
+
+    Like there, a parameter that modules share is one for each of its names that the files have.
+    """
     strict = set(module._get_dtype_plan(dtype))  # parts of the names of those that stay in fp32
-    found: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = defaultdict(list)
+    shared: dict[nn.Parameter, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     for prefix, owner in module.named_modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:
-                found[parameter].append((owner, name, f"{prefix}.{name}".lstrip(".")))
-    return [
-        Weight(
-            [(owner, name) for owner, name, _ in places], [full for _, _, full in places], parameter.shape,
-            torch.float32 if strict & set(places[0][2].split(".")) else dtype,
-        )
-        for parameter, places in found.items()
-    ]  # fmt: skip
+                shared[parameter][f"{prefix}.{name}".lstrip(".")] = (owner, name)
+    found = []
+    for parameter, owners in shared.items():
+        apart = [{name: owners[name]} for name in owners if name in sources]
+        for each in apart if len(apart) > 1 else [owners]:
+            name = next((name for name in each if name in sources), next(iter(each)))
+            kind = torch.float32 if strict & set(name.split(".")) else dtype
+            found.append(Weight([*each.values()], name, sources.get(name, ""), parameter.shape, kind))
+    return found
+
+
+def _sources(module: Any, files: WeightFiles) -> dict[str, str]:
+    """Name of a parameter -> its name in the files, by transformers' own rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    rules, known = get_model_conversion_mapping(module), module.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    found = {}
+    for name in files.places:
+        target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
+        if target not in known and name in known:
+            target, converted = rename_source_key(name, [], [], module.base_model_prefix, known)
+        if not converted:
+            found[target] = name
+    return found
 
 
 Group = list[tuple[Plan, int]]  # layers

@@ -68,7 +68,7 @@ def test_parameters_and_buffers_are_those_that_transformers_loads(name: str, dty
     for plan in text_encoders.plans_of(base, dtype):
         loaded = base.load(plan.name, dtype)
         theirs = {key: (value.shape, value.dtype) for key, value in loaded.named_parameters()}
-        assert {weight.names[0]: (weight.shape, weight.dtype) for weight in plan.weights} == theirs
+        assert {weight.name: (weight.shape, weight.dtype) for weight in plan.weights} == theirs
         buffers = dict(loaded.named_buffers())
         ours = dict(plan.module.named_buffers())
         assert ours.keys() == buffers.keys()
@@ -86,7 +86,7 @@ class Counted:
 
         def tensor(engine: LayerByLayer, encoder: str, weight: Any) -> Tensor:
             made = real(engine, encoder, weight)
-            self.names.append(f"{encoder} {weight.names[0]}")
+            self.names.append(f"{encoder} {weight.name}")
             self.bytes += made.nbytes
             self.live += made.nbytes
             self.peak = max(self.peak, self.live)
@@ -191,3 +191,15 @@ def test_the_room_for_weights(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     room = text_encoders.Room.here(gib, card)
     assert (room.whole, room.layers) == (pytest.approx(whole), pytest.approx(layers))
+
+
+def test_weights_that_the_files_have_apart_are_not_shared(tmp_path: Path) -> None:
+    """T5's embedding, which files may have under both of its names."""
+    folder = shutil.copytree(bases.chroma(), tmp_path / "base")
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].flip(0)
+    save_file(tensors, path, {"format": "pt"})
+    base, dtype = Base.find(Model(path=str(folder))), torch.bfloat16
+    whole, parts = (table(base, dtype, most) for most in (GIB, limit(base, dtype)))
+    assert torch.equal(whole["prompt_embeds"], parts["prompt_embeds"])
