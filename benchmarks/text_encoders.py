@@ -89,10 +89,11 @@ def measured(folder: Path, share: float | None) -> dict[str, Any]:
 def run(args: argparse.Namespace, work: Path) -> Result:
     place = base_of(work, 2 if args.smoke else args.layers, args.smoke)
     rows, sums = [], set()
-    with console.bar(len(SHARES) * args.repeats, "text encoders", "run") as bar:
+    repeats = 1 if args.smoke else args.repeats
+    with console.bar(len(SHARES) * repeats, "text encoders", "run") as bar:
         for label, share in SHARES.items():
             samples = []
-            for _ in range(args.repeats):
+            for _ in range(repeats):
                 with multiprocessing.get_context("spawn").Pool(1) as process:
                     samples.append(process.apply(measured, (place, share)))
                 bar.update()
