@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_the_prompt_table_is_the_pipeline_s_own_embedding(make: Make, photo_dir:
 
 
 def test_a_limit_of_memory_changes_no_byte_and_makes_nothing_anew(
-    make: Make, photo_dir: Path, encoded: list[str], capfd: pytest.CaptureFixture[str]
+    make: Make, photo_dir: Path, encoded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of the prompt table and of class images, whose prompt is encoded layer by layer too."""
     base = Base.find(Model(path=str(bases.sd())))
@@ -95,8 +96,9 @@ def test_a_limit_of_memory_changes_no_byte_and_makes_nothing_anew(
         ))  # fmt: skip
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
+    caplog.set_level(logging.INFO, "dbtrain")
     whole, parts = made("whole", None), made("parts", gib)
-    assert capfd.readouterr().err.count("groups of layers") == 2, "the class prompt, then the table"
+    assert caplog.text.count("groups of layers") == 2, "the class prompt, then the table"
     assert [name for name in whole if parts[name] != whole[name]] == ["manifest.json"], "it has the folder"
     encoded.clear()
     assert made("parts", None) == parts and not encoded
