@@ -24,7 +24,7 @@ from transformers import T5Config, T5EncoderModel
 from benchmarks import bases, common
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Model
-from dbtrain.models import text_encoders
+from dbtrain.models import encoder_plan, text_encoders
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
 
@@ -59,8 +59,8 @@ def measured(folder: Path, share: float | None) -> dict[str, Any]:
     """One prompt encoded in this process, which has imported everything before it is measured."""
     torch.set_num_threads(1)
     base = Base.find(Model(path=str(folder)))
-    [plan] = text_encoders.plans_of(base, torch.bfloat16)
-    read, least = text_encoders.to_read([plan]), text_encoders.size(plan.rest, plan.parts[0])
+    [plan] = encoder_plan.plans_of(base, torch.bfloat16)
+    read, least = encoder_plan.to_read([plan]), encoder_plan.size(plan.rest, plan.parts[0])
     limit = 2.0 * read if share is None else least + share * (read - least)
     ids = base.family.tokenize({"text_encoder": base.load("tokenizer")}, [PROMPT])
     before, rest = held("VmRSS"), held("RssAnon")
@@ -75,7 +75,7 @@ def measured(folder: Path, share: float | None) -> dict[str, Any]:
     began = time.process_time()
     with torch.no_grad():
         found = text_encoders.encoded(
-            base, torch.bfloat16, limit / text_encoders.GIB, lambda it: partial(base.family.embed, it, ids)
+            base, torch.bfloat16, limit / encoder_plan.GIB, lambda it: partial(base.family.embed, it, ids)
         )
     seconds = time.process_time() - began
     ended.set()

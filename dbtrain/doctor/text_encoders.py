@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dbtrain.doctor.case import Case, Finding, ok
-from dbtrain.models.text_encoders import GIB, Room, peak, plans_of, to_read, whole
+from dbtrain.models.encoder_plan import GIB, Room, peak, plans_of, to_read, whole
 
 
 def text_encoders(case: Case) -> Iterator[Finding]:

@@ -1,28 +1,38 @@
-"""Text encoders within a limit of memory: whole where they fit, otherwise layer by layer from disk."""
+"""Text encoders within a limit of memory: whole where they fit, otherwise layer by layer from disk.
+
+Layer by layer, the models' own code runs once per group of layers, over all prompts. Layers before the group
+return what they returned in an earlier run. Layers after it return what the group's last layer returned,
+which nothing reads. So each weight is read once, whatever the number of prompts, and every bit is the whole
+model's.
+"""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dbtrain.models.base import Base
-from dbtrain.models.blocks import blocks
-from dbtrain.models.weight_files import WeightFiles
-from dbtrain.runtime import dist, memory
-from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.models.encoder_plan import (
+    GIB,
+    Part,
+    Plan,
+    Room,
+    Weight,
+    groups,
+    plans_of,
+    reading,
+    to_read,
+    whole,
+)
+from dbtrain.runtime import console, dist, preemption
+from dbtrain.runtime.errors import ConfigError
 
-GIB = 2**30
-SHARE = 0.8  # of the free memory; the rest is for activations
+CPU = torch.device("cpu")
 Result = TypeVar("Result")
 Use = Callable[[Mapping[str, nn.Module]], Callable[[], Result]]
 
@@ -33,49 +43,10 @@ def encoded(base: Base, dtype: torch.dtype, gib: float | None, use: Use[Result])
     `gib`: memory for their weights (None: most of what is free). If they need more, the function is called
     several times, and must call them alike each time. Raises ConfigError if a single layer needs more.
     """
-    from dbtrain.models.layer_by_layer import LayerByLayer
-
     room = Room.here(gib)
     if sum(whole(base, dtype).values()) <= room.whole:
         return use(_OneAtATime(base, dtype))()
     return LayerByLayer(base, plans_of(base, dtype), room.layers).run(use)
-
-
-def whole(base: Base, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of each text encoder in `dtype`, from the headers of its files."""
-    found = {}
-    for name in base.family.text_encoders:
-        with reading(base, name):
-            files = base.weights(name)
-            found[name] = dtype.itemsize * sum(math.prod(files.shape(tensor)) for tensor in files.places)
-    return found
-
-
-@contextmanager
-def reading(base: Base, component: str) -> Iterator[None]:
-    """In the block, an error of a component's files is a ConfigError that names the component."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot load '{component}' of base model {base.name}: {reason(error)}") from error
-
-
-@dataclass(frozen=True)
-class Room:
-    """Bytes for weights: of whole encoders, which pass through the host's memory, and of some layers."""
-
-    whole: float
-    layers: float
-
-    @classmethod
-    def here(cls, gib: float | None, card: float | None = None) -> Room:
-        """`gib`, or most of what is free on this machine; `card`: bytes of a GPU elsewhere."""
-        if gib:
-            return cls(gib * GIB, gib * GIB)
-        host = SHARE * memory.free() / dist.local_world()  # each rank may load them
-        if card is None and dist.device().type == "cuda":
-            card = torch.cuda.mem_get_info(dist.device())[0]
-        return cls(host, host) if card is None else cls(min(host, SHARE * card), SHARE * card)
 
 
 class _OneAtATime(Mapping[str, nn.Module]):
@@ -97,165 +68,147 @@ class _OneAtATime(Mapping[str, nn.Module]):
         return len(self.base.family.text_encoders)
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A parameter, which several modules may share."""
+class LayerByLayer:
+    """Text encoders whose layers are read in groups."""
 
-    owners: Sequence[tuple[nn.Module, str]]
-    name: str
-    source: str  # its name in the files; "" if they lack it
-    shape: torch.Size
-    dtype: torch.dtype
+    def __init__(self, base: Base, plans: Sequence[Plan], limit: float) -> None:
+        """Reads the names of the weights. `limit`: bytes of weights to hold at once.
 
-    @property
-    def bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def put(self, tensor: torch.Tensor) -> nn.Parameter:
-        """Make `tensor` the parameter's value."""
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        for owner, name in self.owners:
-            owner._parameters[name] = parameter
-        return parameter
-
-
-Part = list[Weight]
-
-
-def size(*parts: Part) -> int:
-    """Bytes of the weights."""
-    return sum(weight.bytes for part in parts for weight in part)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A text encoder without weights, and which of them have to be read. Made without reading any."""
-
-    name: str
-    module: Any  # real buffers, and parameters on the meta device
-    weights: Part  # all, but for modules that prompts do not pass
-    layers: list[nn.Module]
-    kept: frozenset[int]  # layers whose output is read by more than the next layer
-    rest: Part  # weights outside the layers
-    parts: list[Part]  # the weights of each layer, to the last one that is needed
-
-    @classmethod
-    def of(cls, base: Base, name: str, dtype: torch.dtype) -> Plan:
-        module: Any = base.skeleton(name, _parameters_on_meta(dtype))
-        base.drop_unread(name, module)
-        layers = blocks(module)
-        states = base.family.hidden.get(name, range(1, len(layers) + 1))
-        kept = frozenset(state - 1 if state > 0 else len(layers) + state for state in states)
-        numbers = {inner: number for number, layer in enumerate(layers) for inner in layer.modules()}
-        by_layer: dict[int | None, Part] = defaultdict(list)
-        with reading(base, name):
-            weights = _weights(module, dtype, _sources(module, base.weights(name)))
-        for weight in weights:
-            by_layer[numbers.get(weight.owners[0][0])].append(weight)
-        parts = [by_layer[number] for number in range(max(kept, default=-1) + 1)]
-        return cls(name, module, weights, layers, kept, by_layer[None], parts)
-
-
-def plans_of(base: Base, dtype: torch.dtype) -> list[Plan]:
-    return [Plan.of(base, name, dtype) for name in base.family.text_encoders]
-
-
-@contextmanager
-def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """In the block, new modules have real buffers, and parameters in `dtype` on the meta device."""
-
-    def moved(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        fresh = parameter is not None and not parameter.is_meta
-        return nn.Parameter(parameter.to("meta"), requires_grad=False) if fresh else None
-
-    default, hook = torch.get_default_dtype(), register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-        hook.remove()
-
-
-def _weights(module: Any, dtype: torch.dtype, sources: Mapping[str, str]) -> Part:
-    """Every parameter, in the dtype that `from_pretrained` gives it.
-
-    Like there, a parameter that modules share is one for each of its names that the files have.
-    """
-    strict = set(module._get_dtype_plan(dtype))  # parts of the names of those that stay in fp32
-    shared: dict[nn.Parameter, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
-    for prefix, owner in module.named_modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                shared[parameter][f"{prefix}.{name}".lstrip(".")] = (owner, name)
-    found = []
-    for parameter, owners in shared.items():
-        apart = [{name: owners[name]} for name in owners if name in sources]
-        for each in apart if len(apart) > 1 else [owners]:
-            name = next((name for name in each if name in sources), next(iter(each)))
-            kind = torch.float32 if strict & set(name.split(".")) else dtype
-            found.append(Weight([*each.values()], name, sources.get(name, ""), parameter.shape, kind))
-    return found
-
-
-def _sources(module: Any, files: WeightFiles) -> dict[str, str]:
-    """Name of a parameter -> its name in the files, by transformers' own rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules, known = get_model_conversion_mapping(module), module.state_dict()
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    found = {}
-    for name in files.places:
-        target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
-        if target not in known and name in known:
-            target, converted = rename_source_key(name, [], [], module.base_model_prefix, known)
-        if not converted:
-            found[target] = name
-    return found
-
-
-Group = list[tuple[Plan, int]]  # layers
-
-
-def groups(plans: Sequence[Plan], limit: float) -> tuple[list[Group], bool]:
-    """The layers to hold at once, one group after the other; and whether the next can be read meanwhile.
-
-    The first layers of all encoders are together. Raises ConfigError if a single layer is beyond the limit.
-    """
-    first = [(plan, 0) for plan in plans if plan.parts]
-    units = [first, *([(plan, number)] for plan in plans for number in range(1, len(plan.parts)))]
-    sizes = [_size(unit) for unit in units]
-    room = limit - size(*(plan.rest for plan in plans))
-    if max(sizes) > room:
-        least = -(-100 * int(limit - room + max(sizes)) // GIB) / 100  # rounded up
-        raise ConfigError(
-            f"the text encoders need {least} GiB even layer by layer, but may take {limit / GIB:.2f} GiB; "
-            f"set prepare.memory_gib to {least} or more"
+        Raises ConfigError if the limit is too small for a layer, or if weights are missing.
+        """
+        self.groups, self.ahead = groups(plans, limit)
+        self.base, self.plans, self.device = base, plans, dist.device()
+        self.files = {plan.name: base.weights(plan.name) for plan in plans}
+        for plan in plans:
+            self._check(plan)
+            # Parameters without elements, so that the modules have a device and a dtype.
+            self._drop([plan.weights])
+            plan.module.eval().to(self.device)
+        self.runs = {plan.name: _Run(plan, self.device) for plan in plans}
+        console.say(
+            f"reading the text encoders of {base.name} ({to_read(plans) / GIB:.1f} GiB) in "
+            f"{len(self.groups)} groups of layers, within {limit / GIB:.1f} GiB"
         )
-    ahead = 2 * max(sizes) <= room < sum(sizes)
-    found: list[Group] = [[]]
-    for unit, its in zip(units, sizes, strict=True):
-        if found[-1] and _size(found[-1]) + its > (room / 2 if ahead else room):
-            found.append([])
-        found[-1] += unit
-    return found, ahead
+
+    def _check(self, plan: Plan) -> None:
+        """Raise ConfigError if a weight that is needed is missing, or has another shape."""
+        self.base.check(plan.name)
+        shape = self.files[plan.name].shape
+        needed = [weight for part in (plan.rest, *plan.parts) for weight in part]
+        with reading(self.base, plan.name):
+            bad = [one.name for one in needed if not one.source or shape(one.source) != one.shape]
+        if bad:
+            raise ConfigError(
+                f"'{plan.name}' of base model {self.base.name} is incomplete: {len(bad)} weights are missing "
+                f"or have another shape, e.g. {bad[0]}"
+            )
+
+    def run(self, use: Use[Result]) -> Result:
+        """What the function returns in its last call, in which each layer returns what the model's does."""
+        function = use({plan.name: plan.module for plan in self.plans})
+        parts = [[(plan, plan.parts[number]) for plan, number in group] for group in self.groups]
+        _fill(self._read([(plan, plan.rest) for plan in self.plans]))
+        with ThreadPoolExecutor(1) as reader, console.bar(len(parts), "text encoders", "group") as bar:
+            coming = reader.submit(self._read, parts[0])
+            for number, following in enumerate([*parts[1:], []]):
+                preemption.check()
+                _fill(coming.result())
+                if self.ahead:
+                    coming = reader.submit(self._read, following)
+                for plan in self.plans:
+                    here = {layer for owner, layer in self.groups[number] if owner is plan}
+                    self.runs[plan.name].begin(here)
+                result = function()
+                self._drop([part for _, part in parts[number]])
+                if not self.ahead:
+                    coming = reader.submit(self._read, following)
+                bar.update()
+        return result
+
+    def _read(self, parts: Sequence[tuple[Plan, Part]]) -> list[tuple[Weight, Tensor]]:
+        """The weights of these parts, on the device."""
+        return [(weight, self._tensor(plan.name, weight)) for plan, part in parts for weight in part]
+
+    def _tensor(self, encoder: str, weight: Weight) -> Tensor:
+        with reading(self.base, encoder):
+            # A copy: without one, the file would only be read when the layer runs.
+            return self.files[encoder].read(weight.source).to(self.device, weight.dtype, copy=True)
+
+    def _drop(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            for weight in part:
+                weight.put(torch.empty(0, dtype=weight.dtype, device=self.device))
 
 
-def _size(group: Group) -> int:
-    return size(*(plan.parts[number] for plan, number in group))
+def _fill(read: list[tuple[Weight, Tensor]]) -> None:
+    """Make the tensors the modules' weights. Empties the list, which would keep them alive."""
+    while read:
+        weight, tensor = read.pop()
+        weight.put(tensor)
 
 
-def peak(plans: Sequence[Plan], limit: float) -> int:
-    """Bytes of weights held at once, layer by layer."""
-    found, ahead = groups(plans, limit)
-    sizes = [*map(_size, found), 0]
-    return size(*(plan.rest for plan in plans)) + max(
-        one + (two if ahead else 0) for one, two in pairwise(sizes)
-    )
+class _Run:
+    """The layers of one encoder, which return for each call what they have computed in this or earlier runs.
+
+    What they return is held on the CPU.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.device = device
+        self.layers = [_Layer(self, layer, n in plan.kept) for n, layer in enumerate(plan.layers)]
+        self.latest: dict[int, Any] = {}  # call -> what the last layer so far returned
+        self.shown: tuple[Any, Any] = (None, None)  # what was returned last: on the CPU, on the device
+
+    def begin(self, here: set[int]) -> None:
+        """Begin a run in which the layers `here` have their weights."""
+        for number, layer in enumerate(self.layers):
+            layer.calls, layer.here, layer.last = 0, number in here, number == max(here, default=-1)
+
+    def hold(self, call: int, output: Any) -> Any:
+        """A layer's output, on the CPU. Tensors that are equal to the last call's are held once.
+
+        So is T5's position bias, eight times as large as its hidden states.
+        """
+        leaves, tree = tree_flatten(tree_map(lambda value: _moved(value, CPU), output))
+        before = tree_leaves(self.latest.get(call - 1))
+        if len(before) == len(leaves):
+            leaves = [old if _equal(old, new) else new for old, new in zip(before, leaves, strict=True)]
+        held = tree_unflatten(leaves, tree)
+        self.latest[call], self.shown = held, (held, output)
+        return held
+
+    def show(self, held: Any) -> Any:
+        """A held output on the device."""
+        if self.shown[0] is not held:
+            self.shown = (held, tree_map(lambda value: _moved(value, self.device), held))
+        return self.shown[1]
 
 
-def to_read(plans: Sequence[Plan]) -> int:
-    """Bytes of weights that are needed, each read once."""
-    return sum(size(plan.rest, *plan.parts) for plan in plans)
+class _Layer:
+    """Takes the place of a layer's `forward`."""
+
+    def __init__(self, run: _Run, module: nn.Module, kept: bool) -> None:
+        self.run, self.forward, self.kept = run, module.forward, kept
+        self.calls, self.here, self.last = 0, False, False
+        self.outputs: dict[int, Any] = {}  # by call, if they are kept
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.calls
+        self.calls += 1
+        if not self.here:
+            return self.run.show(self.outputs.get(call, self.run.latest.get(call)))
+        output = self.forward(*args, **kwargs)
+        if self.kept or self.last:
+            held = self.run.hold(call, output)
+            if self.kept:
+                self.outputs[call] = held
+        return output
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)

@@ -6,7 +6,7 @@ import pytest
 
 from dbtrain.doctor.case import Case
 from dbtrain.doctor.text_encoders import text_encoders
-from dbtrain.models import text_encoders as models
+from dbtrain.models import encoder_plan
 from dbtrain.models.base import Base
 from tests import bases
 from tests.conftest import Make
@@ -32,7 +32,7 @@ def said(case: Case, gib: float | None) -> str:
 def test_encoders_that_fit_and_encoders_that_run_layer_by_layer(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "GIB", 2**20)  # so that the miniature has the sizes of a giant
+    monkeypatch.setattr(encoder_plan, "GIB", 2**20)  # so that the miniature has the sizes of a giant
     monkeypatch.setattr("dbtrain.doctor.text_encoders.GIB", 2**20)
     sizes = {
         name: 2 * weight.numel() / 2**20

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dbtrain.config import Model
-from dbtrain.models import layer_by_layer, sampler, text_encoders
+from dbtrain.models import encoder_plan, sampler, text_encoders
 from dbtrain.models.base import Base
-from dbtrain.models.layer_by_layer import LayerByLayer
-from dbtrain.models.text_encoders import GIB
-from dbtrain.runtime import memory
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.models.encoder_plan import GIB
+from dbtrain.models.text_encoders import LayerByLayer
+from dbtrain.runtime import dist, memory, preemption
+from dbtrain.runtime.errors import ConfigError, Preempted
 from tests import bases
 
 PROMPTS = ["a dog", "a photo of a small dog on the grass"]
@@ -31,16 +31,16 @@ def found(name: str) -> Base:
 
 def limit(base: Base, dtype: torch.dtype, fraction: float = 0.0) -> float:
     """Bytes from the smallest limit (0), all outside the layers and the largest one, to all weights (1)."""
-    plans = text_encoders.plans_of(base, dtype)
-    layers = [text_encoders.size(part) for plan in plans for part in plan.parts]
-    first = text_encoders.size(*(plan.parts[0] for plan in plans))
-    least = text_encoders.size(*(plan.rest for plan in plans)) + max(first, *layers)
-    return least + fraction * (text_encoders.to_read(plans) - least)
+    plans = encoder_plan.plans_of(base, dtype)
+    layers = [encoder_plan.size(part) for plan in plans for part in plan.parts]
+    first = encoder_plan.size(*(plan.parts[0] for plan in plans))
+    least = encoder_plan.size(*(plan.rest for plan in plans)) + max(first, *layers)
+    return least + fraction * (encoder_plan.to_read(plans) - least)
 
 
 def table(base: Base, dtype: torch.dtype, most: float) -> dict[str, Tensor]:
     words = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-    ids = base.family.tokenize(words, PROMPTS)
+    ids = {name: ids.to(dist.device()) for name, ids in base.family.tokenize(words, PROMPTS).items()}
     with torch.no_grad():
         return text_encoders.encoded(
             base, dtype, most / GIB, lambda encoders: partial(base.family.embed, encoders, ids)
@@ -56,7 +56,7 @@ def test_layer_by_layer_is_whole_bit_for_bit(name: str, dtype: torch.dtype) -> N
     base = found(name)
     whole = table(base, dtype, GIB)
     most = limit(base, dtype, 0.15 if dtype == torch.bfloat16 else 0.4)
-    assert most < sum(text_encoders.whole(base, dtype).values())
+    assert most < sum(encoder_plan.whole(base, dtype).values())
     parts = table(base, dtype, most)
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
@@ -65,7 +65,7 @@ def test_layer_by_layer_is_whole_bit_for_bit(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(("name", "dtype"), [*EACH, ("deepfloyd", torch.float16)], ids=str)
 def test_parameters_and_buffers_are_those_that_transformers_loads(name: str, dtype: torch.dtype) -> None:
     base = found(name)
-    for plan in text_encoders.plans_of(base, dtype):
+    for plan in encoder_plan.plans_of(base, dtype):
         loaded = base.load(plan.name, dtype)
         theirs = {key: (value.shape, value.dtype) for key, value in loaded.named_parameters()}
         assert {weight.name: (weight.shape, weight.dtype) for weight in plan.weights} == theirs
@@ -92,7 +92,7 @@ class Counted:
             self.peak = max(self.peak, self.live)
             return made
 
-        put = text_encoders.Weight.put
+        put = encoder_plan.Weight.put
 
         def replaced(weight: Any, new: Tensor) -> None:
             owner, name = weight.owners[0]
@@ -100,7 +100,7 @@ class Counted:
             put(weight, new)
 
         monkeypatch.setattr(LayerByLayer, "_tensor", tensor)
-        monkeypatch.setattr(text_encoders.Weight, "put", replaced)
+        monkeypatch.setattr(encoder_plan.Weight, "put", replaced)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4])
@@ -112,16 +112,42 @@ def test_each_weight_is_read_once_and_the_limit_holds(
     most = limit(base, dtype, fraction)
     counted = Counted(monkeypatch)
     table(base, dtype, most)
-    plans = text_encoders.plans_of(base, dtype)
+    plans = encoder_plan.plans_of(base, dtype)
     assert len(set(counted.names)) == len(counted.names)
     assert not any(word in one for one in counted.names for word in ("visual", "vision", "lm_head"))
-    assert counted.bytes == text_encoders.to_read(plans)
-    assert counted.peak == text_encoders.peak(plans, most) <= most
-    assert counted.live == text_encoders.size(*(plan.rest for plan in plans))
+    assert counted.bytes == encoder_plan.to_read(plans)
+    assert counted.peak == encoder_plan.peak(plans, most) <= most
+    assert counted.live == encoder_plan.size(*(plan.rest for plan in plans))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the memory of a GPU")
+def test_a_gpu_holds_no_more_than_the_limit() -> None:
+    base, dtype = found("flux2-dev"), torch.bfloat16
+    peaks = []
+    for most in (limit(base, dtype), GIB):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        table(base, dtype, most)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] - peaks[0] > 0.5 * sum(encoder_plan.whole(base, dtype).values())
+
+
+def test_a_stop_between_two_groups_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(9))
+
+    def check() -> None:
+        if next(calls) == 1:
+            raise Preempted
+
+    monkeypatch.setattr(preemption, "check", check)
+    base = found("z-image")
+    with pytest.raises(Preempted):
+        table(base, torch.bfloat16, limit(base, torch.bfloat16))
 
 
 def test_layers_that_nothing_reads_stay_on_disk() -> None:
-    [plan] = text_encoders.plans_of(found("krea2"), torch.bfloat16)
+    [plan] = encoder_plan.plans_of(found("krea2"), torch.bfloat16)
     assert (len(plan.layers), len(plan.parts)) == (36, 35), "the last hidden state that is read is the 35th"
     assert len(plan.kept) == 12
 
@@ -164,9 +190,9 @@ def test_pipelines_encode_alike_layer_by_layer(name: str) -> None:
 
 def test_prompts_of_one_length_hold_t5_s_position_bias_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    real = layer_by_layer._Run.hold
+    real = text_encoders._Run.hold
     monkeypatch.setattr(
-        layer_by_layer._Run, "hold", lambda run, call, out: kept.append(real(run, call, out)) or kept[-1]
+        text_encoders._Run, "hold", lambda run, call, out: kept.append(real(run, call, out)) or kept[-1]
     )
     base = found("chroma")
     table(base, torch.bfloat16, limit(base, torch.bfloat16))
@@ -189,7 +215,7 @@ def test_the_room_for_weights(
 ) -> None:
     monkeypatch.setattr(memory, "free", lambda: 20 * GIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    room = text_encoders.Room.here(gib, card)
+    room = encoder_plan.Room.here(gib, card)
     assert (room.whole, room.layers) == (pytest.approx(whole), pytest.approx(layers))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from dbtrain.config import Model
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
-from dbtrain.models import text_encoders
+from dbtrain.models import encoder_plan
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, encode
 from dbtrain.prepare import prepare as verb
@@ -86,7 +86,7 @@ def test_a_limit_of_memory_changes_no_byte_and_makes_nothing_anew(
 ) -> None:
     """Of the prompt table and of class images, whose prompt is encoded layer by layer too."""
     base = Base.find(Model(path=str(bases.sd())))
-    gib = 0.9 * sum(text_encoders.whole(base, base.family.text_dtype).values()) / text_encoders.GIB
+    gib = 0.9 * sum(encoder_plan.whole(base, base.family.text_dtype).values()) / encoder_plan.GIB
 
     def made(name: str, limit: float | None) -> dict[str, bytes]:
         folder = prepare(make(
