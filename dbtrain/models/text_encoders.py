@@ -58,6 +58,7 @@ class _OneAtATime(Mapping[str, nn.Module]):
     def __getitem__(self, name: str) -> nn.Module:
         if self.held[0] != name:
             self.held = ("", nn.Module())  # frees the one before
+            console.say(f"loading {name} of {self.base.name}")
             self.held = (name, self.base.load(name, self.dtype).to(dist.device()))
         return self.held[1]
 

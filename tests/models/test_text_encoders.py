@@ -47,10 +47,14 @@ def table(base: Base, dtype: torch.dtype, most: float) -> dict[str, Tensor]:
         )
 
 
-EACH = [(name, dtype) for name in bases.OF_FAMILY for dtype in (torch.float32, torch.bfloat16)]
+EACH = [
+    *((name, torch.float32) for name in bases.OF_FAMILY),
+    *((name, torch.bfloat16) for name in ("flux2-dev", "qwen-image", "flux1", "sd3")),
+    ("deepfloyd", torch.float16),
+]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*EACH, ("deepfloyd", torch.float16)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), EACH, ids=str)
 def test_layer_by_layer_is_whole_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     """With and without room to read ahead. T5 keeps some weights in fp32 beside fp16."""
     base = found(name)
@@ -62,7 +66,7 @@ def test_layer_by_layer_is_whole_bit_for_bit(name: str, dtype: torch.dtype) -> N
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*EACH, ("deepfloyd", torch.float16)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), EACH, ids=str)
 def test_parameters_and_buffers_are_those_that_transformers_loads(name: str, dtype: torch.dtype) -> None:
     base = found(name)
     for plan in encoder_plan.plans_of(base, dtype):
