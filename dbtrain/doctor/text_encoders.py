@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from dbtrain.doctor.case import Case, Finding, ok
 from dbtrain.models.encoder_plan import GIB, Room, peak, plans_of, to_read, whole
+from dbtrain.runtime import dist
 
 
 def text_encoders(case: Case) -> Iterator[Finding]:
@@ -14,7 +17,10 @@ def text_encoders(case: Case) -> Iterator[Finding]:
     Raises ConfigError if a single layer needs more memory than there is.
     """
     base, dtype = case.base, case.base.family.text_dtype
-    room = Room.here(case.cfg.prepare.memory_gib if case.cfg.prepare else None, case.gib and case.gib * GIB)
+    card = case.gib * GIB if case.gib else None
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(dist.device()).total_memory
+    room = Room.here(case.cfg.prepare.memory_gib if case.cfg.prepare else None, card)
     sizes = whole(base, dtype)
     each = ", ".join(f"{name} {count / GIB:.2f} GiB" for name, count in sizes.items())
     if sum(sizes.values()) <= room.whole:

@@ -77,12 +77,11 @@ class Weight:
     def bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
-    def put(self, tensor: torch.Tensor) -> nn.Parameter:
+    def put(self, tensor: torch.Tensor) -> None:
         """Make `tensor` the parameter's value."""
         parameter = nn.Parameter(tensor, requires_grad=False)
         for owner, name in self.owners:
             owner._parameters[name] = parameter
-        return parameter
 
 
 Part = list[Weight]

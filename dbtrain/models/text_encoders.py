@@ -107,8 +107,16 @@ class LayerByLayer:
     def run(self, use: Use[Result]) -> Result:
         """What the function returns in its last call, in which each layer returns what the model's does."""
         function = use({plan.name: plan.module for plan in self.plans})
+        try:
+            _fill(self._read([(plan, plan.rest) for plan in self.plans]))
+            return self._in_groups(function)
+        finally:
+            self._drop([plan.weights for plan in self.plans])
+            for run in self.runs.values():
+                run.end()
+
+    def _in_groups(self, function: Callable[[], Result]) -> Result:
         parts = [[(plan, plan.parts[number]) for plan, number in group] for group in self.groups]
-        _fill(self._read([(plan, plan.rest) for plan in self.plans]))
         with ThreadPoolExecutor(1) as reader, console.bar(len(parts), "text encoders", "group") as bar:
             coming = reader.submit(self._read, parts[0])
             for number, following in enumerate([*parts[1:], []]):
@@ -165,6 +173,11 @@ class _Run:
         for number, layer in enumerate(self.layers):
             layer.calls, layer.here, layer.last = 0, number in here, number == max(here, default=-1)
 
+    def end(self) -> None:
+        """Give the layers their own `forward` back, so that nothing holds what they returned."""
+        for layer in self.layers:
+            del layer.module.forward
+
     def hold(self, call: int, output: Any) -> Any:
         """A layer's output, on the CPU. Tensors that are equal to the last call's are held once.
 
@@ -189,7 +202,7 @@ class _Layer:
     """Takes the place of a layer's `forward`."""
 
     def __init__(self, run: _Run, module: nn.Module, kept: bool) -> None:
-        self.run, self.forward, self.kept = run, module.forward, kept
+        self.run, self.module, self.forward, self.kept = run, module, module.forward, kept
         self.calls, self.here, self.last = 0, False, False
         self.outputs: dict[int, Any] = {}  # by call, if they are kept
         module.forward = self
