@@ -150,6 +150,16 @@ def test_a_stop_between_two_groups_ends_it(monkeypatch: pytest.MonkeyPatch) -> N
         table(base, torch.bfloat16, limit(base, torch.bfloat16))
 
 
+def test_what_layers_returned_is_let_go_of() -> None:
+    base, dtype = found("chroma"), torch.bfloat16
+    plans = encoder_plan.plans_of(base, dtype)
+    engine = LayerByLayer(base, plans, limit(base, dtype))
+    ours = [vars(layer)["forward"] for plan in plans for layer in plan.layers]
+    assert len(ours) == 2
+    engine.run(lambda encoders: lambda: None)
+    assert not any("forward" in vars(layer) for plan in plans for layer in plan.layers)
+
+
 def test_layers_that_nothing_reads_stay_on_disk() -> None:
     [plan] = encoder_plan.plans_of(found("krea2"), torch.bfloat16)
     assert (len(plan.layers), len(plan.parts)) == (36, 35), "the last hidden state that is read is the 35th"
