@@ -31,6 +31,7 @@ EXPECTED = (
     ("ladder", "sd15-batch2-cuda", "what each flag is worth for SD-1.5 at batch 2, on a GPU"),
     ("ladder", "sd15-batch16-cuda", "what each flag is worth for SD-1.5 at batch 16, on a GPU"),
     ("ladder", "sdxl-batch4-cuda", "what each flag is worth for SDXL at batch 4, on a GPU"),
+    ("text_encoders", "t5-cpu", "a T5 of 1.7 GiB whole and layer by layer, on a CPU"),
     ("data", "cpu", "reading shards"),
     ("scaling", "tiny-cpu", "one and two processes on a CPU"),
     ("scaling", "sd15-cuda", "one and more GPUs"),

@@ -28,6 +28,7 @@ from benchmarks import (
     report,
     scaling,
     subject_fidelity,
+    text_encoders,
     throughput,
     watch,
 )
@@ -138,13 +139,15 @@ SMOKE = {
     data: ("data-cpu", "data wait"),
     end_to_end: ("end_to_end-tiny-cpu", "photos to adapter"), prior: ("prior-tiny-cpu", "class images"),
     memory: ("memory-tiny-64-cpu", None), quantization: ("quantization-cpu", None),
+    text_encoders: ("text_encoders-t5-cpu", "CPU time"),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
-    "script", [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end))],
+    "script",
+    [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end, text_encoders))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
     """Checks that need torch, which takes two seconds to import. Each one depends only on earlier ones."""
     with importing(at_start=True):
         from dbtrain.doctor import base_model, captions, disk, gpu, photos, shards_and_run
+        from dbtrain.doctor.text_encoders import text_encoders
 
     return (
         ("extras", machine_checks.packages),
@@ -38,6 +39,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("photos", photos.photos),
         ("captions", captions.captions),
         ("prompt length", captions.prompts),
+        ("text encoders", text_encoders),
         ("passes", photos.passes),
         ("class images", photos.of_class),
         ("images", photos.generated_images),

@@ -7,6 +7,7 @@ without accelerate it holds the model twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,23 +30,28 @@ def skeleton(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Mod
 
     Buffers are real, because constructors compute those that no file holds.
     """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    hook = register_module_parameter_registration_hook(_on_meta)
-    try:
+    with parameters_on_meta(dtype):
         module: nn.Module = kind.from_config(config)
-    finally:
-        hook.remove()
-        torch.set_default_dtype(default)
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(_dtype(module, name, parameter, dtype))
     return module
 
 
-def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-    return (
-        parameter if parameter is None else nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
-    )
+@contextmanager
+def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """In the block, new modules have real buffers, and parameters in `dtype` on the meta device."""
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        fresh = parameter is not None and not parameter.is_meta  # not one that modules share
+        return nn.Parameter(parameter.to("meta"), requires_grad=False) if fresh else None
+
+    default, hook = torch.get_default_dtype(), register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        hook.remove()
 
 
 def _dtype(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -199,8 +199,8 @@ class Pretrained:
             if kind.__module__.startswith("diffusers"):
                 module = loading.skeleton(kind, config, dtype)
             else:
-                with torch.device("meta"):
-                    module = kind(kind.config_class.from_dict(config)).to(dtype)
+                with loading.parameters_on_meta(dtype):
+                    module = kind(kind.config_class.from_dict(config))
         return module.requires_grad_(False).eval()
 
     def module_names(self, component: str) -> dict[str, int]:

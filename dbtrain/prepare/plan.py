@@ -40,7 +40,7 @@ class Planned:
 
 def request(prepare: Prepare, family: Family) -> dict[str, Any]:
     """The settings that determine the shards' content, as the manifest records them."""
-    settings = prepare.model_dump(mode="json", exclude={"sampling": {"batch", "compile"}})
+    settings = prepare.model_dump(mode="json", exclude={"memory_gib": True, "sampling": {"batch", "compile"}})
     settings["class_pictures"] = not class_images.as_latents(family, prepare)
     if prepare.class_prompt is None:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):

@@ -157,6 +157,12 @@ def _node() -> int:
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
+def local_world() -> int:
+    """How many ranks this node has."""
+    given = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    return int(given.partition("(")[0].partition(",")[0])  # SLURM: for example `4(x2)`
+
+
 def is_main() -> bool:
     return rank() == 0
 

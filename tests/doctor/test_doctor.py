@@ -406,6 +406,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
      "validation.prompts, no. 1 ("),
     (config(evaluation__prompts=["a {} " + "very " * 40]), "prompt length", "warning",
      "evaluation.prompts, no. 1 ("),
+    (config(prepare__memory_gib=1e-6), "text encoders", "error", "need 0.01 GiB even layer by layer"),
     (captions_unread, "photos", "warning", "captions are not read: 0.txt"),
     (photos_in_subfolder, "photos", "error", "but 5 in its folder '10_sks dog'"),
     (more_photos_in_subfolder, "photos", "warning", "the folder 'more' with 5 photos is not read"),
@@ -542,8 +543,8 @@ def checks(rows: Rows) -> set[str]:
 
 ALL = {
     "config", "packages", "processes", "prompts", "learning rates", "job", "extras", "model", "adapter",
-    "photos", "captions", "prompt length", "passes", "class images", "images", "shards", "batch",
-    "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory", "time",
+    "photos", "captions", "prompt length", "text encoders", "passes", "class images", "images", "shards",
+    "batch", "run folder", "write access", "disk", "GPU", "compiler", "Hub", "memory", "time",
 }  # fmt: skip
 
 

@@ -457,7 +457,7 @@ def test_a_base_that_does_not_fit_together_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["qwen-image", "krea2"])
+@pytest.mark.parametrize("name", ["qwen-image", "krea2", "flux2-klein", "flux2-dev"])
 def test_text_encoders_come_without_what_prompts_do_not_pass(name: str) -> None:
     base = found(name)
     family, whole = base.family, Pretrained.load(base, "text_encoder")

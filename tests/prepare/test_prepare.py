@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
+from dbtrain.config import Model
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
+from dbtrain.models import encoder_plan
+from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, encode
 from dbtrain.prepare import prepare as verb
 from dbtrain.prepare.prepare import prepare
@@ -75,6 +79,29 @@ def test_the_prompt_table_is_the_pipeline_s_own_embedding(make: Make, photo_dir:
         want, _ = pipe.encode_prompt(text, "cpu", 1, False)
         torch.testing.assert_close(table["condition.prompt_embeds"][number], want[0])
     assert table["ids.text_encoder"].shape == (2, 32)
+
+
+def test_a_limit_of_memory_changes_no_byte_and_makes_nothing_anew(
+    make: Make, photo_dir: Path, encoded: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the prompt table and of class images, whose prompt is encoded layer by layer too."""
+    base = Base.find(Model(path=str(bases.sd())))
+    gib = 0.9 * sum(encoder_plan.whole(base, base.family.text_dtype).values()) / encoder_plan.GIB
+
+    def made(name: str, limit: float | None) -> dict[str, bytes]:
+        folder = prepare(make(
+            prepare__photos=str(photo_dir), prepare__class_images=2, prepare__memory_gib=limit,
+            data__shards=str(photo_dir.parent / name),
+            prepare__class_dir=str(photo_dir.parent / f"class-{name}"),
+        ))  # fmt: skip
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    caplog.set_level(logging.INFO, "dbtrain")
+    whole, parts = made("whole", None), made("parts", gib)
+    assert caplog.text.count("groups of layers") == 2, "the class prompt, then the table"
+    assert [name for name in whole if parts[name] != whole[name]] == ["manifest.json"], "it has the folder"
+    encoded.clear()
+    assert made("parts", None) == parts and not encoded
 
 
 def test_running_again_does_no_work(make: Make, photo_dir: Path, encoded: list[str]) -> None:

@@ -1,0 +1,32 @@
+"""The memory that text encoders take in `prepare`, and what it reads of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from dbtrain.doctor.case import Case, Finding, ok
+from dbtrain.models.encoder_plan import GIB, Room, peak, plans_of, to_read, whole
+from dbtrain.runtime import dist
+
+
+def text_encoders(case: Case) -> Iterator[Finding]:
+    """What each encoder weighs, and whether it runs whole or layer by layer. Reads no weights.
+
+    Raises ConfigError if a single layer needs more memory than there is.
+    """
+    base, dtype = case.base, case.base.family.text_dtype
+    card = case.gib * GIB if case.gib else None
+    if card is None and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(dist.device()).total_memory
+    room = Room.here(case.cfg.prepare.memory_gib if case.cfg.prepare else None, card)
+    sizes = whole(base, dtype)
+    each = ", ".join(f"{name} {count / GIB:.2f} GiB" for name, count in sizes.items())
+    if sum(sizes.values()) <= room.whole:
+        yield ok(f"{each}: prepare loads them one at a time, into RAM and then onto the device")
+        return
+    plans = plans_of(base, dtype)
+    yield ok(f"{each}, more than {room.whole / GIB:.2f} GiB: prepare runs them layer by layer, with "
+             f"{peak(plans, room.layers) / GIB:.2f} GiB of weights on the device and hardly any in RAM, and "
+             f"reads {to_read(plans) / GIB:.2f} GiB from disk")  # fmt: skip
