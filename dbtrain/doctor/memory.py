@@ -1,245 +1,18 @@
-"""Predict the memory that training takes, from one real training step on fake tensors.
-
-The model is built from the base's config files alone. `compute_step` runs on it under torch's FakeTensorMode,
-where an operator creates its output tensors without data. Counting the live tensors covers checkpointing,
-precisions, adapters and families without a formula for any of them.
-"""
+"""The memory that training is predicted to take, and settings that take less."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
-from dbtrain.data.batch import Batch
-from dbtrain.data.shards import HELD_OUT, Manifest, Row
-from dbtrain.data.storage import Storage
-from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
 from dbtrain.models.base import Base
-from dbtrain.models.families.space import LatentSpace
-from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.rng import RowNoise
-from dbtrain.train import optim
-from dbtrain.train.checkpoint import Progress
-from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.step import compute_step
-
-GIB = 2**30
-BLOCK = {"cuda": 512, "cpu": 64}  # allocators round a tensor up to a multiple of this, bytes
-# Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
-# of memory lost to fragmentation.
-CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes on one rank's device at the peak of a step."""
-
-    base: int  # frozen weights, prompt table, noise schedule
-    adapter: int
-    moments: int
-    activations: int  # with temporary tensors of operators
-    gradients: int  # that stay alive: of earlier micro-batches, or in DDP's buckets
-    validation: int = 0  # generating its images, between steps and so in place of the activations
-
-    @property
-    def peak(self) -> int:
-        """Peak of all tensors, as `torch.cuda.max_memory_allocated` measures it."""
-        resident = self.base + self.adapter + self.moments + self.gradients
-        return resident + max(self.activations, self.validation)
-
-    @property
-    def needed(self) -> int:
-        """The peak, plus an estimate of what a GPU needs besides tensors."""
-        return int(self.peak * (1 + FRAGMENTED) + CONTEXT_GIB * GIB)
-
-
-def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
-    """The memory that training with `cfg` takes on each of `ranks` devices; `device` is `cuda` or `cpu`.
-
-    Reads the base's config files and tokenizers, no weights. Predicts eager training; a compiled run keeps
-    less. Raises ConfigError where training would.
-    """
-    # The model without weights, and the shapes of its data.
-    skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
-    shapes = _Shapes.of(cfg, skeleton)
-    table, stored = _prepared(skeleton, shapes)
-    model = DreamBooth.build(skeleton, shapes.manifest(), table, cfg)
-    vae = skeleton.load(base.family.vae) if base.family.vae else None
-    # One step, counted in parts.
-    math = like_cuda() if device == "cuda" else nullcontext()
-    with FakeTensorMode(), math, MemoryCounter(BLOCK[device]) as counter:
-        _materialize(model)
-        adapter = counter.of(model.trainable().values())
-        base_bytes = counter.live - adapter
-        progress = _with_moments(model, cfg)
-        before = counter.peak = counter.live
-        batch = partial(_batch, base, shapes, stored)
-        compute_step(model, progress, [batch(cfg.train.micro_batch * shapes.roles)], cfg)
-        activations = counter.peak - before
-        validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
-    accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
-    gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
-    moments = before - base_bytes - adapter
-    return Prediction(base_bytes, adapter, moments, activations, gradients, validation)
-
-
-def _validation(
-    counter: MemoryCounter, model: DreamBooth, vae: Any, batch: Callable[[int], Batch], cfg: Config
-) -> int:
-    """Bytes that validation adds to the resident tensors: the denoiser with guidance, or the VAE."""
-    rows = min(cfg.sample.batch, cfg.validation.images) * (2 if cfg.sample.guidance > 1 else 1)
-    before = counter.peak = counter.live
-    with torch.no_grad(), model.working_copies.in_place():
-        with PRECISIONS[cfg.train.precision].forward(torch.device("cpu")):
-            model(batch(rows))
-        if vae:
-            model.family.decode(_materialize(vae), torch.empty_like(batch(1).noise))
-    return counter.peak - before
-
-
-def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
-    """(changes under `train`, config with them) that save memory, those that cost the least speed first."""
-    train = cfg.train
-    smaller = [n for n in range(train.micro_batch - 1, 0, -1) if train.global_batch % n == 0]
-    modes = ("none", "transformer", "blocks")
-    stronger = modes[modes.index(train.gradient_checkpointing) + 1 :]
-    changes: dict[str, Any] = {}
-    for name, values in (
-        ("micro_batch", smaller), ("gradient_checkpointing", stronger),
-        ("base_linears", ["int8"] if train.base_linears == "full" else []),
-    ):  # fmt: skip
-        for value in values:
-            changes = changes | {name: value}
-            yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
-
-
-def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(prompt table, one stored image) as `prepare` makes them, on the meta device.
-
-    The table has no `lengths`: all prompts count as long as the longest.
-    """
-    family = base.family
-    tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
-    ids = family.tokenize(tokenizers, shapes.texts)
-    longest = next(iter(ids.values())).shape[1]
-    if "lengths" in ids:
-        longest = int(ids["lengths"].max())
-    table = {
-        f"condition.{name}": torch.empty(
-            shapes.prompts, *(size or longest for size in shape), dtype=family.text_dtype, device="meta"
-        )
-        for name, shape in family.conditions(base).items()
-        if name != "lengths"
-    }
-    table |= {
-        f"ids.{name}": torch.empty(shapes.prompts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
-        for name, tensor in ids.items()
-    }
-    vae = base.load(family.vae) if family.vae else None
-    with FakeTensorMode(), torch.no_grad():
-        stored = family.encode_images(vae and _materialize(vae), torch.empty(1, 3, shapes.side, shapes.side))
-    return table, {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.items()
-    }
-
-
-class _Skeleton(Base):
-    """A base that loads its components without weights."""
-
-    def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
-        kind = self._class(component)
-        if not issubclass(kind, nn.Module):
-            return super().load(component)
-        module = self.skeleton(component)
-        kept = set(kind._keep_in_fp32_modules or ()) if kind.__module__.startswith("diffusers") else set()
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point() and not kept & set(name.split(".")):
-                tensor.data = tensor.data.to(dtype)
-        return module.requires_grad_(False).eval()
-
-    def tensor(self, component: str, name: str) -> Tensor:
-        """Ones in place of a statistic: only its shape matters."""
-        return torch.ones(self.skeleton(component).get_buffer(name).shape)
-
-
-def _materialize(module: Any) -> Any:
-    """Replace every tensor of a module by a new one, which the active modes make fake and count."""
-    new: dict[Tensor, Tensor] = {}  # T5 has one weight under two names
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers, vars(part)):  # some are attributes only
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, Tensor):
-                    continue
-                if tensor not in new:
-                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                    parameter = isinstance(tensor, nn.Parameter)
-                    new[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-                tensors[name] = new[tensor]
-    return module
-
-
-@dataclass(frozen=True)
-class _Shapes:
-    """The shapes of the training data."""
-
-    side: int  # px
-    space: LatentSpace
-    roles: int  # 1: instance images; 2: class images too
-    prompts: int
-    texts: tuple[str, ...]  # some of them
-
-    @classmethod
-    def of(cls, cfg: Config, base: Base) -> _Shapes:
-        """What `prepare` describes, or else what the shards have. Raises ConfigError if there is neither."""
-        if cfg.prepare is None:
-            manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
-            side = manifest.request["resolution"]
-            roles = len(manifest.roles.keys() & HELD_OUT.keys())
-            texts = manifest.prompts.texts
-            prompts = len(texts)
-        else:
-            side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
-            texts = (cfg.prepare.instance_prompt, *filter(None, [cfg.prepare.class_prompt]))
-            # With captions, more prompts than a batch has rows, so that each row is encoded.
-            prompts = 1000 if cfg.prepare.captions else roles
-        roles = roles if cfg.loss.prior_weight else 1
-        return cls(side, base.family.space(base, side), roles, prompts, texts)
-
-    def manifest(self) -> Manifest:
-        """A manifest with what the model needs to know about the shards."""
-        space = self.space
-        values: Any = {"latent_shape": space.shape, "latent_scale": space.scale, "latent_shift": space.shift}
-        return Manifest.model_construct(**values)
-
-
-def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int) -> Batch:
-    """A micro-batch of fake tensors."""
-    shape, side = shapes.space.shape, shapes.side
-    image = {name: torch.empty(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in stored.items()}
-    noise = RowNoise(torch.empty(()), torch.empty(shape), torch.empty(shape), torch.empty(()))
-    extra = base.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
-    return Batch.collate([Row(image, {"prompt": 0})] * rows, [noise] * rows, [extra] * rows)
-
-
-def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
-    """The state that every step but the first starts with: the optimizer has its moments."""
-    scaler = torch.amp.GradScaler("cpu", enabled=PRECISIONS[cfg.train.precision].scaled)
-    optimizer = optim.build(model.trainable(), cfg.optim)
-    for parameter in model.trainable().values():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+from dbtrain.train import memory
+from dbtrain.train.memory import GIB, Prediction
 
 
 def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
@@ -251,7 +24,7 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
     # The prediction.
     base = Base.find(cfg.model)
     device = "cuda" if gib or torch.cuda.is_available() else "cpu"
-    found = predict(cfg, base, device, ranks)
+    found = memory.predict(cfg, base, device, ranks)
     yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
     yield from _table(found, device)
     if cfg.train.compile:
@@ -274,10 +47,10 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
         if needed <= has:
             raise ConfigError(f"{problem}; use {without.strip()} (no validation images)")
     # Smaller settings under `train`, one after the other.
-    for changes, other in cheaper(cfg):
+    for changes, other in memory.cheaper(cfg):
         words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
         try:
-            needed = predict(other, base, device, ranks).needed
+            needed = memory.predict(other, base, device, ranks).needed
         except ConfigError as error:  # a denoiser without transformer blocks
             yield f"  {words}: {error}"
             continue
