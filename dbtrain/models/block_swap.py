@@ -74,15 +74,16 @@ def swap(denoiser: nn.Module, count: int, device: torch.device) -> int:
 
 
 def stored(layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's own parameters and buffers where they are kept, which is in host memory if they are swapped.
+    """A layer's own parameters where they are kept, which is in host memory if its block is swapped.
 
-    They may be changed in place; nothing is copied from them in the meantime.
+    They may be changed in place: nothing is copied from them meanwhile, and the next call copies them anew.
     """
-    own = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+    own = dict(layer.named_parameters(recurse=False))
     in_host_memory = vars(layer).get(IN_HOST_MEMORY, {})
-    for name in in_host_memory:
+    for name in own.keys() & in_host_memory.keys():
         torch.get_device_module(own[name].device).synchronize()
-    return own | in_host_memory
+        own[name] = in_host_memory[name]
+    return own
 
 
 class Swapped:

@@ -19,26 +19,21 @@ STORAGE = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 WIDTH = 64  # narrower layers are not worth quantizing
 
 
-class Linear8bit(nn.Linear):
-    """A frozen linear layer with an 8-bit weight and one fp32 scale per output channel.
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer that keeps `encode`'s bytes in place of its weight.
 
     A subclass of `nn.Linear`, because PEFT checks for it. Each read of `weight`, (out, in), decodes it. The
-    forward and the backward pass decode their own copies and drop them after one matrix product.
+    forward and the backward pass decode their own copies and drop them after one matrix product. A layer on
+    the meta device becomes one on the meta device.
     """
-
-    scale: Tensor  # (out, 1) fp32
 
     def __init__(self, linear: nn.Linear, storage: str) -> None:
         nn.Module.__init__(self)  # skips nn.Linear's, which creates a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.storage, largest = STORAGE[storage]
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
-        coded = weight / scale
-        coded = coded.round_() if self.storage == torch.int8 else coded.clamp_(-largest, largest)
-        # Stored as bytes, because `module.to(dtype)` would convert fp8 like any floating dtype.
-        self.codes = nn.Parameter(coded.to(self.storage).view(torch.uint8), requires_grad=False)
-        self.register_buffer("scale", scale, persistent=False)
+        self.storage = storage
+        codes, scale = encode(linear.weight.detach(), storage)
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = linear.bias
         self.dtype = linear.weight.dtype
 
@@ -59,9 +54,22 @@ class Linear8bit(nn.Linear):
         return f"{super().extra_repr()}, storage={self.storage}"
 
 
-def decode(codes: Tensor, scale: Tensor, storage: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """The weight, (out, in): 8-bit codes, which every `dtype` represents exactly, times `scale`."""
-    return codes.view(storage).to(dtype).mul_(scale)
+def encode(rows: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """(codes, scale) of some rows of a weight, (rows, in): bytes, (rows, k) and (rows, m).
+
+    Each row is encoded by itself. Both are bytes, because `module.to(dtype)` would convert floating dtypes.
+    """
+    dtype, largest = STORAGE[storage]
+    rows = rows.float()
+    scale = (rows.abs().amax(1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float32).tiny)
+    coded = rows / scale
+    coded = coded.round_() if dtype == torch.int8 else coded.clamp_(-largest, largest)
+    return coded.to(dtype).view(torch.uint8), scale.view(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, storage: str, dtype: torch.dtype) -> Tensor:
+    """The rows, (rows, in): 8-bit codes, which every `dtype` represents exactly, times fp32 scales."""
+    return codes.view(STORAGE[storage][0]).to(dtype).mul_(scale.view(torch.float32))
 
 
 class _Product(torch.autograd.Function):
@@ -70,7 +78,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
-        storage: torch.dtype, dtype: torch.dtype,
+        storage: str, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(codes, scale)
         ctx.storage = storage
@@ -105,4 +113,4 @@ def quantize(module: nn.Module, storage: str) -> None:
         )
     while wide:
         parent, name, linear = wide.pop()
-        setattr(parent, name, Linear8bit(linear, storage))
+        setattr(parent, name, QuantizedLinear(linear, storage))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dbtrain.adapters import inject
 from dbtrain.adapters.state import AdapterState
 from dbtrain.models import block_swap
-from dbtrain.models.quantization import Linear8bit
+from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.train.training_adapter import SETTING
 
@@ -62,8 +62,8 @@ class LeftOut:
         pairs = []
         for name, layer in plain.items():
             live = denoiser.get_submodule(name)
-            if isinstance(live, Linear8bit):
-                layer = Linear8bit(layer, storage)  # type: ignore[arg-type]
+            if isinstance(live, QuantizedLinear):
+                layer = QuantizedLinear(layer, storage)  # type: ignore[arg-type]
             pairs.append((live, layer))
         return cls(pairs)
 

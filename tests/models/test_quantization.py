@@ -14,7 +14,7 @@ from dbtrain.adapters.formats import diffusers_file
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.export import export
 from dbtrain.models.base import Base
-from dbtrain.models.quantization import Linear8bit, quantize
+from dbtrain.models.quantization import QuantizedLinear, encode, quantize
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
@@ -43,7 +43,7 @@ def numbers(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("storage", ERROR)
 def test_the_product_is_near_the_full_layer_s(storage: str) -> None:
     linear, x = normal_linear(), numbers(4, 50, 256)
-    want, found = linear(x), Linear8bit(linear, storage)(x)
+    want, found = linear(x), QuantizedLinear(linear, storage)(x)
     error = (found - want).norm() / (want - linear.bias).norm()
     assert 0 < error < ERROR[storage]
     assert torch.equal(found[..., 3], want[..., 3])
@@ -58,7 +58,7 @@ def test_it_is_exactly_a_linear_layer_with_the_decoded_weight(
     """Output and gradients, in each precision, with a base of that precision and with autocast over fp32."""
     dtype = PRECISIONS[precision]
     base = torch.float32 if autocast else dtype
-    layer, plain = Linear8bit(normal_linear(base), storage), normal_linear(base)
+    layer, plain = QuantizedLinear(normal_linear(base), storage), normal_linear(base)
     plain.weight.data = layer.weight if not autocast else layer.weight.to(dtype).to(base)
     results = []
     for module in (layer, plain):
@@ -77,7 +77,7 @@ def test_it_is_exactly_a_linear_layer_with_the_decoded_weight(
 
 @pytest.mark.parametrize("storage", ERROR)
 def test_autograd_keeps_the_codes_and_no_decoded_weight(storage: str) -> None:
-    layer, kept = Linear8bit(normal_linear(), storage), []
+    layer, kept = QuantizedLinear(normal_linear(), storage), []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tensor)
@@ -98,14 +98,24 @@ def test_a_denoiser_shrinks_by_its_wide_linears(storage: str) -> None:
     saved = sum(m.weight.nbytes // 2 - 4 * m.out_features for m in wide)
     names = {name for name, _ in unet.named_modules()}
     quantize(unet, storage)
-    held = sum(
-        t.nbytes for m in unet.modules() if isinstance(m, Linear8bit) for t in m.buffers(recurse=False)
-    )
-    assert len(wide) > 10 and sum(p.nbytes for p in unet.parameters()) + held == whole - saved
+    assert len(wide) > 10 and sum(p.nbytes for p in unet.parameters()) == whole - saved
     assert {name for name, _ in unet.named_modules()} == names
     assert not any(p.requires_grad for p in unet.parameters())
-    unet.to(torch.float16)  # fp8 must not become fp16
-    assert {m.codes.dtype for m in unet.modules() if isinstance(m, Linear8bit)} == {torch.uint8}
+    quantized = [m for m in unet.modules() if isinstance(m, QuantizedLinear)]
+    weight = quantized[0].weight
+    unet.to(torch.float16)
+    assert torch.equal(quantized[0].weight, weight), "neither codes nor scales follow the module's dtype"
+
+
+@pytest.mark.parametrize("storage", ERROR)
+def test_rows_are_encoded_by_themselves_and_on_the_meta_device(storage: str) -> None:
+    weight = normal_linear(torch.bfloat16).weight
+    whole = encode(weight, storage)
+    for tensor, part in zip(whole, encode(weight[2:77], storage), strict=True):
+        assert tensor.dtype == torch.uint8 and torch.equal(tensor[2:77], part)
+    layer = QuantizedLinear(normal_linear().to("meta"), storage)
+    for tensor, empty in zip(whole, (layer.codes, layer.scale), strict=True):
+        assert empty.is_meta and empty.shape == tensor.shape and not empty.requires_grad
 
 
 def test_a_component_without_wide_layers_says_so() -> None:

@@ -22,7 +22,7 @@ from dbtrain.config import AdapterSettings, Config, Model
 from dbtrain.config.adapter import Adapter
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.models.quantization import Linear8bit
+from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.train import loop, setup, training_adapter
@@ -127,7 +127,7 @@ def test_it_is_left_out_exactly_and_put_back_exactly(
         ours = {inject.unwrapped(key): tensor for key, tensor in merged.items()}
         assert all(torch.equal(ours[key], tensor) for key, tensor in wanted.items())
     else:
-        assert any(isinstance(live, Linear8bit) for live, _ in model.left_out.layers)
+        assert any(isinstance(live, QuantizedLinear) for live, _ in model.left_out.layers)
     for _ in range(2):
         with pytest.raises(InterruptedError), model.left_out.in_place():
             inside = weights(model.denoiser)
