@@ -101,6 +101,11 @@ class Train(Section):
         description="storage of the denoiser's frozen linear layers: `full` precision, or 8 bits for half "
         "the memory; `int8` is more accurate than `fp8`",
     )
+    swap_blocks: Natural | Literal["auto"] = Field(
+        0,
+        description="blocks of the denoiser whose frozen weights stay in host memory and are copied to the "
+        "GPU when they are needed, two at a time; `auto`: as many as have to (0: none)",
+    )
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
@@ -113,6 +118,26 @@ class Train(Section):
                 f"activation_memory is {self.activation_memory}, but compile is false; set compile to true, "
                 "or use gradient_checkpointing instead"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_that_can_be_swapped(self) -> Train:
+        if not self.swap_blocks:
+            return self
+        if self.swap_blocks in (1, 2):
+            raise ValueError(
+                f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
+                "more, or 0"
+            )
+        for name, unfit, instead in (
+            ("gradient_checkpointing", "none", "blocks"), ("compile", True, "regional"),
+            ("cuda_graph", True, "false"),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) == unfit:
+                raise ValueError(
+                    f"swap_blocks is {self.swap_blocks}, which does not go with {name} {value}; set {name} "
+                    f"to {instead}, or swap_blocks to 0"
+                )
         return self
 
     @model_validator(mode="after")

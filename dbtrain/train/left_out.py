@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.state import AdapterState
+from dbtrain.models import block_swap
 from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.train.training_adapter import SETTING
@@ -87,4 +88,4 @@ class LeftOut:
 
 def _weights(layer: nn.Module) -> dict[str, Tensor]:
     """What a training adapter changes of a layer: its weight, as it is stored. Biases may be trained."""
-    return {name: p.data for name, p in layer.named_parameters(recurse=False) if name != "bias"}
+    return {name: tensor for name, tensor in block_swap.stored(layer).items() if name != "bias"}

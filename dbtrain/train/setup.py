@@ -17,7 +17,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.models import kernels
+from dbtrain.models import block_swap, kernels
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare import plan
@@ -188,6 +188,8 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
+    with dist.agreed():
+        block_swap.swap(model.denoiser, cfg.train.swap_blocks, dist.device())
     progress = Progress.begin(model.to(dist.device()), cfg)
     start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(model)
