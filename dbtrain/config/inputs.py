@@ -108,6 +108,11 @@ class Prepare(Section):
     vae_precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="precision of the VAE; fp16 would overflow and is not available"
     )
+    memory_gib: Positive | None = Field(
+        None,
+        description="memory for the weights of text encoders, GiB; those that need more are read layer by "
+        "layer, with the same result (null: 80% of what is free on the device, or in RAM without a GPU)",
+    )
     sampling: Sampling = Field(default=Sampling(), description="how class images are generated")
 
     @model_validator(mode="after")

@@ -42,10 +42,16 @@ class Base(Pretrained):
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
         """Like `Pretrained.load`, without the modules of a text encoder that prompts do not pass."""
         loaded = super().load(component, dtype)
-        if component in self.family.text_encoders:
-            for name in self.family.unread:
-                loaded.set_submodule(name, nn.Identity())
+        self.drop_unread(component, loaded)
         return loaded
+
+    def drop_unread(self, component: str, module: nn.Module) -> None:
+        """Replace the modules of a text encoder that prompts do not pass, as far as it has them."""
+        there = (
+            {name for name, _ in module.named_modules()} if component in self.family.text_encoders else set()
+        )
+        for name in there.intersection(self.family.unread):
+            module.set_submodule(name, nn.Identity())
 
     def check_trains(self, adapter: Adapter, training_adapter: str | None = None) -> None:
         """Raise ConfigError unless an adapter with these settings can be trained on this base.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,11 +148,11 @@ class Pretrained:
                 "packages; run: pip install sentencepiece protobuf"
             )
 
-    def skeleton(self, component: str) -> torch.nn.Module:
-        """A component's modules on the meta device, from its config alone."""
+    def skeleton(self, component: str, place: AbstractContextManager[Any] | None = None) -> torch.nn.Module:
+        """A component's modules on the meta device, or as the block `place` makes them, from its config."""
         kind, config = self._class(component), self.config(component)
         try:
-            with torch.device("meta"):
+            with place or torch.device("meta"):
                 if kind.__module__.startswith("diffusers"):
                     return kind.from_config(config)
                 return kind(kind.config_class.from_dict(config))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dbtrain.data import photos
+from dbtrain.models import text_encoders
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.families.space import LatentSpace
@@ -142,11 +143,19 @@ def encode(pipe: Any, family: Family, prompts: Sequence[str], guidance: float) -
 
 
 def encode_alone(
-    base: Base, prompts: Sequence[str], guidance: float, dtype: torch.dtype
+    base: Base, prompts: Sequence[str], guidance: float, dtype: torch.dtype, gib: float | None = None
 ) -> list[dict[str, Tensor]]:
-    """Like `encode`, by text encoders that are loaded for it, before the denoiser takes its memory."""
+    """Like `encode`, by text encoders that are loaded for it, before the denoiser takes its memory.
+
+    `gib`: memory for their weights.
+    """
     unused = dict.fromkeys(name for name in (base.family.denoiser, base.family.vae) if name)
-    return encode(build(base, dtype, dist.device(), unused), base.family, prompts, guidance)
+
+    def use(encoders: Mapping[str, nn.Module]) -> Callable[[], list[dict[str, Tensor]]]:
+        pipe = build(base, dtype, dist.device(), unused | dict(encoders))
+        return lambda: encode(pipe, base.family, prompts, guidance)
+
+    return text_encoders.encoded(base, dtype, gib, use)
 
 
 def encode_once(
@@ -156,11 +165,12 @@ def encode_once(
     prompts: Sequence[str],
     guidance: float,
     precision: str,
+    gib: float | None = None,
 ) -> list[dict[str, Tensor]]:
     """The prompts as `encode` returns them, encoded by the base's own text encoders, on the CPU.
 
     Rank 0 encodes them once and saves them in `folder` for the other ranks and later starts.
-    `components`: the hashes of the base's components.
+    `components`: the hashes of the base's components. `gib`: memory for the weights of the text encoders.
     """
     # The file is named by everything that the tensors depend on.
     parts = [components[name] for name in (*base.family.text_encoders, *base.family.text_encoders.values())]
@@ -171,7 +181,7 @@ def encode_once(
         if dist.is_main() and not path.is_file():
             tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
             base.family.tokenize(tokenizers, prompts)  # reports prompts that are too long
-            found = encode_alone(base, prompts, guidance, PRECISIONS[precision].dtype)
+            found = encode_alone(base, prompts, guidance, PRECISIONS[precision].dtype, gib)
             tensors = {
                 f"{number}.{name}": tensor.cpu().contiguous()
                 for number, one in enumerate(found)

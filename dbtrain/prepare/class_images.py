@@ -157,7 +157,7 @@ def _sampler(
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
     latents = as_latents(base.family, cfg)
     dtype, family = DTYPES[cfg.sampling.precision], base.family
-    encoded = sampler.encode_alone(base, [prompt], cfg.sampling.guidance, dtype)
+    encoded = sampler.encode_alone(base, [prompt], cfg.sampling.guidance, dtype, cfg.memory_gib)
     encoders = dict.fromkeys(family.text_encoders)
     if latents:
         pipe = sampler.without_vae(base, cfg.resolution, dtype, encoders)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from dbtrain.data import photos, shards
 from dbtrain.data.photos import Crop
+from dbtrain.models import text_encoders
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import sampled_moments
 from dbtrain.models.pretrained import DTYPES
@@ -54,28 +55,13 @@ def image_encoder(base: Base, precision: str, side: int) -> Callable[[str, dict[
     return encode
 
 
-class _OneAtATime(Mapping[str, nn.Module]):
-    """A base's text encoders, loaded when they are asked for, in place of the one before."""
-
-    def __init__(self, base: Base) -> None:
-        self.base, self.held = base, ("", nn.Module())
-
-    def __getitem__(self, name: str) -> nn.Module:
-        if self.held[0] != name:
-            self.held = ("", nn.Module())  # frees the one before
-            self.held = (name, self.base.load(name, self.base.family.text_dtype).to(dist.device()))
-        return self.held[1]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base.family.text_encoders)
-
-    def __len__(self) -> int:
-        return len(self.base.family.text_encoders)
-
-
 @torch.no_grad()
-def prompt_table(base: Base, texts: list[str], folder: Path, old: shards.Prompts | None) -> shards.Prompts:
+def prompt_table(
+    base: Base, texts: list[str], folder: Path, old: shards.Prompts | None, gib: float | None = None
+) -> shards.Prompts:
     """Write the table of these prompts into `folder`, unless `old` describes the same table.
+
+    `gib`: memory for the weights of the text encoders.
 
     The table holds `condition.<name>`, (prompts, ...) in the family's `text_dtype`, and
     `ids.<text encoder>`, (prompts, L) int64.
@@ -86,9 +72,11 @@ def prompt_table(base: Base, texts: list[str], folder: Path, old: shards.Prompts
     valid = old and old.file == path.name and path.exists() and hashing.sha256_of(path) == old.sha256
     if not valid:
         tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-        encoders = _OneAtATime(base)
         ids = base.family.tokenize(tokenizers, texts)
-        condition = base.family.embed(encoders, {name: t.to(dist.device()) for name, t in ids.items()})
+        here = {name: tensor.to(dist.device()) for name, tensor in ids.items()}
+        condition = text_encoders.encoded(
+            base, base.family.text_dtype, gib, lambda encoders: partial(base.family.embed, encoders, here)
+        )
         table = {f"condition.{name}": tensor.cpu().contiguous() for name, tensor in condition.items()}
         table |= {f"ids.{name}": tensor.contiguous() for name, tensor in ids.items()}
         files.write_atomically(path, safetensors.torch.save(table))

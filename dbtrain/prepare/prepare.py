@@ -200,7 +200,9 @@ def _manifest(
     entries: dict[str, dict[str, Any]],
     sources: dict[str, dict[str, shards.Source]],
 ) -> shards.Manifest:
-    prompts = encode.prompt_table(task.base, texts, task.folder, _sound_prompts(task))
+    prompts = encode.prompt_table(
+        task.base, texts, task.folder, _sound_prompts(task), task.settings.memory_gib
+    )
     space = task.base.family.space(task.base, task.settings.resolution)
     return shards.Manifest(
         version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,

@@ -91,6 +91,7 @@ class Validator:
                 encoded = sampler.encode_once(
                     RunFolder(cfg.run_dir).validation, base, manifest.components,
                     cfg.validation.prompts, cfg.sample.guidance, cfg.train.precision,
+                    cfg.prepare.memory_gib if cfg.prepare else None,
                 )  # fmt: skip
             with dist.agreed():
                 generator = ImageGenerator(cfg, base, model, manifest.request["resolution"], encoded)

@@ -100,6 +100,7 @@ FAMILY = Family(
     },
     text_encoders={"text_encoder": "tokenizer"},
     trained_text=(),
+    hidden={"text_encoder": (-1,)},
     tokenize=tokenize,
     embed=embed,
     space=partial(vae_space, patch=dit.PATCH),

@@ -108,6 +108,7 @@ STAGE_1 = Family(
         "tokenizer": T5_WORDS,
     },
     text_encoders={"text_encoder": "tokenizer"},
+    hidden={"text_encoder": (-1,)},
     tokenize=tokenize,
     embed=embed,
     space=pixel_space,

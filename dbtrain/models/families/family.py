@@ -64,6 +64,8 @@ class Family:
     text_dtype: torch.dtype = torch.float32  # of the text encoders in `prepare`, and of what they return
     trained_text: tuple[str, ...] | None = None  # text encoders that can have an adapter; None: all of them
     unread: tuple[str, ...] = ()  # modules of the text encoders that prompts do not pass, such as for images
+    hidden: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Text encoder -> its hidden states that are read, as transformers counts them; not listed: all."""
     presets: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PRESETS["denoiser"])
     """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
     stored: tuple[str, ...] = ("mean", "std")  # the names of the tensors that `encode_images` returns

@@ -102,6 +102,7 @@ FAMILY = Family(
     },
     text_encoders={"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"},
     trained_text=("text_encoder",),
+    hidden={"text_encoder_2": (-1,)},
     tokenize=tokenize,
     embed=embed,
     space=partial(vae_space, patch=PATCH),

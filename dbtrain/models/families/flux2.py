@@ -143,6 +143,8 @@ KLEIN = Family(
     objective=FlowMatching,
     text_dtype=torch.bfloat16,
     trained_text=(),
+    unread=("lm_head",),
+    hidden={"text_encoder": LAYERS},
     presets={
         "attention": ATTENTION,
         "diffusers": ("to_q", "to_k", "to_v", "to_out.0", *SINGLE),
@@ -190,6 +192,8 @@ DEV = replace(
     },
     tokenize=tokenize_dev,
     embed=partial(embed, layers=DEV_LAYERS),
+    unread=("lm_head", "model.vision_tower", "model.multi_modal_projector"),
+    hidden={"text_encoder": DEV_LAYERS},
     check=partial(check, layers=DEV_LAYERS),
     encode_prompt=lambda pipe, prompt, guided: encode_apart(pipe, prompt, False),  # guidance is embedded
     generated=lambda tokens, space: tokens.transpose(1, 2).reshape(-1, *space.shape).float(),

@@ -112,6 +112,7 @@ FAMILY = Family(
     check=check,
     denoise=denoise,
     unread=("visual",),
+    hidden={"text_encoder": LAYERS},
     presets={
         "attention": ATTENTION,
         "diffusers": (

@@ -69,6 +69,7 @@ FAMILY = Family(
     check=check,
     denoise=denoise,
     unread=("model.visual", "lm_head"),
+    hidden={"text_encoder": (-1,)},
     presets={
         "attention": shared.ATTENDED,
         "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),

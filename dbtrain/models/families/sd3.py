@@ -116,6 +116,7 @@ FAMILY = Family(
     },
     text_encoders={**CLIPS, T5: "tokenizer_3"},
     trained_text=tuple(CLIPS),
+    hidden={T5: (-1,)},
     tokenize=tokenize,
     embed=embed,
     space=space,

@@ -105,6 +105,8 @@ FAMILY = Family(
     patch=PATCH,
     text_dtype=torch.bfloat16,
     trained_text=(),
+    unread=("lm_head",),
+    hidden={"text_encoder": LAYERS},
     presets={
         "attention": ATTENDED,
         "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),

@@ -1,0 +1,39 @@
+"""Free memory of the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def free() -> int:
+    """Bytes that this process can still take: of the machine, or of its control groups if those have less."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_of_groups()]
+    with suppress(OSError):  # macOS has no /proc
+        found += _numbers(PROC / "meminfo", r"MemAvailable:\s+(\d+)", 1024)
+    return max(0, min(found))
+
+
+def _of_groups() -> Iterator[int]:
+    """What the limits of the control groups around this process leave, which SLURM and containers set.
+
+    Only those of version 2. Cached files count as free: the kernel drops them first.
+    """
+    with suppress(OSError):
+        inner = re.search(r"^0::/(.*)$", (PROC / "self" / "cgroup").read_text(), re.MULTILINE)
+        path = GROUPS / (inner[1] if inner else "")
+        for folder in (path, *path.parents):
+            if folder.is_relative_to(GROUPS) and (folder / "memory.max").is_file():
+                limit = _numbers(folder / "memory.max", r"(\d+)")  # none if it says "max"
+                used = _numbers(folder / "memory.current", r"(\d+)")
+                cached = _numbers(folder / "memory.stat", r"^file (\d+)")
+                yield from (one - two + three for one, two, three in zip(limit, used, cached, strict=False))
+
+
+def _numbers(path: Path, pattern: str, unit: int = 1) -> list[int]:
+    return [unit * int(number) for number in re.findall(pattern, path.read_text(), re.MULTILINE)[:1]]
