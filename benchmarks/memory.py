@@ -23,10 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import bases, common, trainer
 from benchmarks.common import Result, Row
 from dbtrain.config import Config
-from dbtrain.doctor import memory
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist
 from dbtrain.tiny import world
+from dbtrain.train import memory
 
 BOUND = 0.10  # how far a prediction may be off
 BLOCKS, EIGHT = "train.gradient_checkpointing=blocks", "train.base_linears=int8"
