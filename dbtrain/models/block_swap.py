@@ -40,7 +40,7 @@ def saved_bytes(sizes: Sequence[int], count: int) -> int:
     return sum(chosen) - BUFFERS * max(chosen, default=0)
 
 
-def count_that_saves(sizes: Sequence[int], missing: int) -> int:
+def count_that_saves(sizes: Sequence[int], missing: float) -> int:
     """The fewest blocks whose swapping saves `missing` bytes of device memory; 0 if none are missing.
 
     `sizes`: `frozen_bytes` of every block. Swapping all of them may not save enough: that is what it gives.
@@ -68,8 +68,9 @@ def swap(denoiser: nn.Module, count: int, device: torch.device) -> int:
         return 0
     ring = Ring(_chosen(found, count), device)
     for block in ring.frozen:
+        kind: Any = type(block)
         block.ring = ring  # type: ignore[assignment]
-        block.__class__ = _swapped(type(block))
+        block.__class__ = _swapped(kind)
     return sum(len(frozen.memory) for frozen in ring.frozen.values())
 
 
@@ -78,7 +79,7 @@ def stored(layer: nn.Module) -> dict[str, Tensor]:
 
     They may be changed in place: nothing is copied from them meanwhile, and the next call copies them anew.
     """
-    own = dict(layer.named_parameters(recurse=False))
+    own: dict[str, Tensor] = dict(layer.named_parameters(recurse=False))
     in_host_memory = vars(layer).get(IN_HOST_MEMORY, {})
     for name in own.keys() & in_host_memory.keys():
         torch.get_device_module(own[name].device).synchronize()

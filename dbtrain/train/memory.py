@@ -1,27 +1,95 @@
-"""Predict the memory that training takes, from one real training step on fake tensors.
-
-The model is built from the base's config files alone. `compute_step` runs on it under torch's FakeTensorMode,
-where an operator creates its output tensors without data. Counting the live tensors covers checkpointing,
-precisions, adapters and families without a formula for any of them.
-"""
+"""The memory that training is predicted to take, and settings that take less."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+<<<<<<<< HEAD:dbtrain/doctor/memory.py
+from collections.abc import Iterator
+from dataclasses import replace
+========
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+>>>>>>>> 01b98e06a9dfd654dee9b9aeff291c48c398d1a4:dbtrain/train/memory.py
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
+<<<<<<<< HEAD:dbtrain/doctor/memory.py
+from dbtrain.models.base import Base
+from dbtrain.runtime import dist
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import memory
+from dbtrain.train.memory import GIB, Prediction
+
+
+def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
+    """Lines about the memory that training takes on each of `ranks` devices, and settings that would fit.
+
+    `gib`: memory of the GPU to train on, if it is not in this machine. Without any GPU, the lines are about
+    the CPU. If training does not fit, raises ConfigError after the last line, with settings that would.
+    """
+    # The prediction.
+    base = Base.find(cfg.model)
+    device = "cuda" if gib or torch.cuda.is_available() else "cpu"
+    found = memory.predict(cfg, base, device, ranks)
+    yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
+    yield from _table(found, device)
+    if cfg.train.compile:
+        yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
+    if device == "cpu":
+        return
+    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
+    if found.needed <= has:
+        yield f"fits into {has / GIB:.1f} GiB"
+        return
+    problem = f"training needs {found.needed / GIB:.2f} GiB, which does not fit into {has / GIB:.1f} GiB"
+    yield f"does not fit into {has / GIB:.1f} GiB; trying settings that take less"
+    # Without validation images, if they set the peak: then nothing under `train` helps.
+    without = ""
+    if found.validation > found.activations:
+        without = "validation.prompts=[] "
+        cfg = cfg.model_copy(update={"validation": cfg.validation.model_copy(update={"prompts": ()})})
+        needed = replace(found, validation=0).needed
+        yield f"  {without}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
+        if needed <= has:
+            raise ConfigError(f"{problem}; use {without.strip()} (no validation images)")
+    # Smaller settings under `train`, one after the other.
+    for changes, other in memory.cheaper(cfg):
+        words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
+        try:
+            needed = memory.predict(other, base, device, ranks).needed
+        except ConfigError as error:  # a denoiser without transformer blocks
+            yield f"  {words}: {error}"
+            continue
+        yield f"  {words}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
+        if needed <= has:
+            raise ConfigError(f"{problem}; use {words}")
+    raise ConfigError(
+        f"{problem}, and neither do these settings; use a smaller adapter.rank or prepare.resolution, or a "
+        "larger GPU"
+    )
+
+
+def _table(found: Prediction, device: str) -> Iterator[str]:
+    rows = [
+        ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
+        ("activations", found.activations), ("accumulated gradients", found.gradients),
+        *([("or, instead, validation images", found.validation)] if found.validation else []),
+        ("peak", found.peak),
+    ]  # fmt: skip
+    if device == "cuda":
+        rows.append(("with context, workspaces, fragmentation (estimated)", found.needed))
+    yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)
+========
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
+from dbtrain.models import block_swap
 from dbtrain.models.base import Base
+from dbtrain.models.blocks import blocks as blocks_of
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime.rng import RowNoise
@@ -48,6 +116,8 @@ class Prediction:
     activations: int  # with temporary tensors of operators
     gradients: int  # that stay alive: of earlier micro-batches, or in DDP's buckets
     validation: int = 0  # generating its images, between steps and so in place of the activations
+    blocks: tuple[int, ...] = ()  # frozen weights of each block of the denoiser, without swapping
+    in_host_memory: int = 0  # frozen weights of swapped blocks; not on the device
 
     @property
     def peak(self) -> int:
@@ -60,12 +130,17 @@ class Prediction:
         """The peak, plus an estimate of what a GPU needs besides tensors."""
         return int(self.peak * (1 + FRAGMENTED) + CONTEXT_GIB * GIB)
 
+    def blocks_to_swap(self, has: float) -> int:
+        """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
+        return block_swap.count_that_saves(self.blocks, self.needed - has)
+
 
 def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     """The memory that training with `cfg` takes on each of `ranks` devices; `device` is `cuda` or `cpu`.
 
     Reads the base's config files and tokenizers, no weights. Predicts eager training; a compiled run keeps
-    less. Raises ConfigError where training would.
+    less. `train.swap_blocks: auto` counts as 0, see `blocks_to_swap`.
+    Raises ConfigError where training would.
     """
     # The model without weights, and the shapes of its data.
     skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
@@ -74,11 +149,14 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     model = DreamBooth.build(skeleton, shapes.manifest(), table, cfg)
     vae = skeleton.load(base.family.vae) if base.family.vae else None
     # One step, counted in parts.
-    math = like_cuda() if device == "cuda" else nullcontext()
-    with FakeTensorMode(), math, MemoryCounter(BLOCK[device]) as counter:
+    kernels = like_cuda() if device == "cuda" else nullcontext()
+    with FakeTensorMode(), kernels, MemoryCounter(BLOCK[device]) as counter:
         _materialize(model)
         adapter = counter.of(model.trainable().values())
-        base_bytes = counter.live - adapter
+        blocks = tuple(map(block_swap.frozen_bytes, blocks_of(model.denoiser)))
+        swapped = 0 if cfg.train.swap_blocks == "auto" else cfg.train.swap_blocks
+        in_host_memory = block_swap.swap(model.denoiser, swapped, torch.device("cpu"))
+        base_bytes = counter.live - adapter - in_host_memory
         progress = _with_moments(model, cfg)
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
@@ -87,8 +165,15 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
     gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
-    moments = before - base_bytes - adapter
-    return Prediction(base_bytes, adapter, moments, activations, gradients, validation)
+    moments = before - base_bytes - adapter - in_host_memory
+    return Prediction(
+        base_bytes, adapter, moments, activations, gradients, validation, blocks, in_host_memory
+    )  # fmt: skip
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of a GPU's memory; infinite for a CPU, which is not asked."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def _validation(
@@ -103,22 +188,6 @@ def _validation(
         if vae:
             model.family.decode(_materialize(vae), torch.empty_like(batch(1).noise))
     return counter.peak - before
-
-
-def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
-    """(changes under `train`, config with them) that save memory, those that cost the least speed first."""
-    train = cfg.train
-    smaller = [n for n in range(train.micro_batch - 1, 0, -1) if train.global_batch % n == 0]
-    modes = ("none", "transformer", "blocks")
-    stronger = modes[modes.index(train.gradient_checkpointing) + 1 :]
-    changes: dict[str, Any] = {}
-    for name, values in (
-        ("micro_batch", smaller), ("gradient_checkpointing", stronger),
-        ("base_linears", ["int8"] if train.base_linears == "full" else []),
-    ):  # fmt: skip
-        for value in values:
-            changes = changes | {name: value}
-            yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
 
 
 def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -238,3 +307,4 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
     optimizer.step()
     optimizer.zero_grad()
     return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+>>>>>>>> 01b98e06a9dfd654dee9b9aeff291c48c398d1a4:dbtrain/train/memory.py

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks import bases as real
 from benchmarks.memory import BOUND, configured, measured
-from dbtrain.doctor import memory as doctor_memory
+from dbtrain.doctor import forecast
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
@@ -110,9 +110,9 @@ def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
 
 
 def test_what_does_not_fit_because_of_pictures_is_said(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "predict", lambda *_: Prediction(GIB, 0, 0, GIB, 0, 9 * GIB))
+    monkeypatch.setattr(forecast, "predict", lambda *_: Prediction(GIB, 0, 0, GIB, 0, 9 * GIB))
     with pytest.raises(ConfigError, match=r"use validation\.prompts=\[\]"):
-        list(doctor_memory.report(make(validation__prompts=["a photo of sks dog"]), 4.0))
+        list(forecast.report(make(validation__prompts=["a photo of sks dog"]), 4.0))
 
 
 def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.M
         base = 4 if train.base_linears == "full" else 2
         return Prediction(base * GIB, 0, 0, per_row * train.micro_batch * GIB, 0)
 
-    monkeypatch.setattr(memory, "predict", predict)
+    monkeypatch.setattr(forecast, "predict", predict)
     with pytest.raises(ConfigError) as told:
-        list(doctor_memory.report(make(train__micro_batch=4), 4.0))
+        list(forecast.report(make(train__micro_batch=4), 4.0))
     assert asked == [
         (4, "none", "full"), (2, "none", "full"), (1, "none", "full"), (1, "transformer", "full"),
         (1, "blocks", "full"), (1, "blocks", "int8"),
@@ -151,7 +151,7 @@ def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.M
     best = "train.micro_batch=1 train.gradient_checkpointing=blocks train.base_linears=int8"
     assert "training needs 21.40 GiB" in str(told.value) and str(told.value).endswith(f"; use {best}")
     with pytest.raises(ConfigError, match="neither do these settings; use a smaller"):
-        list(doctor_memory.report(make(train__micro_batch=4), 2.0))
+        list(forecast.report(make(train__micro_batch=4), 2.0))
 
 
 GIVEN = [  # totals counted by another program, on meta tensors: GiB with bf16 under autocast, rank 8, 1 row

@@ -1,9 +1,10 @@
-"""The memory that training is predicted to take, and settings that take less."""
+"""What `doctor` says about the memory that training takes, and settings that take less."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -11,8 +12,7 @@ from dbtrain.config import Config
 from dbtrain.models.base import Base
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import memory
-from dbtrain.train.memory import GIB, Prediction
+from dbtrain.train.memory import GIB, Prediction, memory_of, predict
 
 
 def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
@@ -24,14 +24,20 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
     # The prediction.
     base = Base.find(cfg.model)
     device = "cuda" if gib or torch.cuda.is_available() else "cpu"
-    found = memory.predict(cfg, base, device, ranks)
+    found = predict(cfg, base, device, ranks)
+    has = gib * GIB if gib else memory_of(dist.device())
+    swapped = found.blocks_to_swap(has) if cfg.train.swap_blocks == "auto" else 0
+    if swapped:
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"swap_blocks": swapped})})
+        found = predict(cfg, base, device, ranks)
     yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
     yield from _table(found, device)
+    if swapped:
+        yield f"train.swap_blocks=auto swaps {swapped} of {len(found.blocks)} blocks"
     if cfg.train.compile:
         yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
     if device == "cpu":
         return
-    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
     if found.needed <= has:
         yield f"fits into {has / GIB:.1f} GiB"
         return
@@ -47,10 +53,10 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
         if needed <= has:
             raise ConfigError(f"{problem}; use {without.strip()} (no validation images)")
     # Smaller settings under `train`, one after the other.
-    for changes, other in memory.cheaper(cfg):
+    for changes, other in cheaper(cfg):
         words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
         try:
-            needed = memory.predict(other, base, device, ranks).needed
+            needed = predict(other, base, device, ranks).needed
         except ConfigError as error:  # a denoiser without transformer blocks
             yield f"  {words}: {error}"
             continue
@@ -63,10 +69,27 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
     )
 
 
+def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
+    """(changes under `train`, config with them) that save memory, those that cost the least speed first."""
+    train = cfg.train
+    smaller = [n for n in range(train.micro_batch - 1, 0, -1) if train.global_batch % n == 0]
+    modes = ("none", "transformer", "blocks")
+    stronger = modes[modes.index(train.gradient_checkpointing) + 1 :]
+    changes: dict[str, Any] = {}
+    for name, values in (
+        ("micro_batch", smaller), ("gradient_checkpointing", stronger),
+        ("base_linears", ["int8"] if train.base_linears == "full" else []),
+    ):  # fmt: skip
+        for value in values:
+            changes = changes | {name: value}
+            yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
+
+
 def _table(found: Prediction, device: str) -> Iterator[str]:
     rows = [
         ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
         ("activations", found.activations), ("accumulated gradients", found.gradients),
+        *([("in host memory, a rank", found.in_host_memory)] if found.in_host_memory else []),
         *([("or, instead, validation images", found.validation)] if found.validation else []),
         ("peak", found.peak),
     ]  # fmt: skip
