@@ -1,89 +1,24 @@
-"""The memory that training is predicted to take, and settings that take less."""
+"""Predict the memory that training takes, from one real training step on fake tensors.
+
+The model is built from the base's config files alone. `compute_step` runs on it under torch's FakeTensorMode,
+where an operator creates its output tensors without data. Counting the live tensors covers checkpointing,
+precisions, adapters and families without a formula for any of them.
+"""
 
 from __future__ import annotations
 
-<<<<<<<< HEAD:dbtrain/doctor/memory.py
-from collections.abc import Iterator
-from dataclasses import replace
-========
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
->>>>>>>> 01b98e06a9dfd654dee9b9aeff291c48c398d1a4:dbtrain/train/memory.py
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
-<<<<<<<< HEAD:dbtrain/doctor/memory.py
-from dbtrain.models.base import Base
-from dbtrain.runtime import dist
-from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import memory
-from dbtrain.train.memory import GIB, Prediction
-
-
-def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
-    """Lines about the memory that training takes on each of `ranks` devices, and settings that would fit.
-
-    `gib`: memory of the GPU to train on, if it is not in this machine. Without any GPU, the lines are about
-    the CPU. If training does not fit, raises ConfigError after the last line, with settings that would.
-    """
-    # The prediction.
-    base = Base.find(cfg.model)
-    device = "cuda" if gib or torch.cuda.is_available() else "cpu"
-    found = memory.predict(cfg, base, device, ranks)
-    yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
-    yield from _table(found, device)
-    if cfg.train.compile:
-        yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
-    if device == "cpu":
-        return
-    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
-    if found.needed <= has:
-        yield f"fits into {has / GIB:.1f} GiB"
-        return
-    problem = f"training needs {found.needed / GIB:.2f} GiB, which does not fit into {has / GIB:.1f} GiB"
-    yield f"does not fit into {has / GIB:.1f} GiB; trying settings that take less"
-    # Without validation images, if they set the peak: then nothing under `train` helps.
-    without = ""
-    if found.validation > found.activations:
-        without = "validation.prompts=[] "
-        cfg = cfg.model_copy(update={"validation": cfg.validation.model_copy(update={"prompts": ()})})
-        needed = replace(found, validation=0).needed
-        yield f"  {without}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
-        if needed <= has:
-            raise ConfigError(f"{problem}; use {without.strip()} (no validation images)")
-    # Smaller settings under `train`, one after the other.
-    for changes, other in memory.cheaper(cfg):
-        words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
-        try:
-            needed = memory.predict(other, base, device, ranks).needed
-        except ConfigError as error:  # a denoiser without transformer blocks
-            yield f"  {words}: {error}"
-            continue
-        yield f"  {words}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
-        if needed <= has:
-            raise ConfigError(f"{problem}; use {words}")
-    raise ConfigError(
-        f"{problem}, and neither do these settings; use a smaller adapter.rank or prepare.resolution, or a "
-        "larger GPU"
-    )
-
-
-def _table(found: Prediction, device: str) -> Iterator[str]:
-    rows = [
-        ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
-        ("activations", found.activations), ("accumulated gradients", found.gradients),
-        *([("or, instead, validation images", found.validation)] if found.validation else []),
-        ("peak", found.peak),
-    ]  # fmt: skip
-    if device == "cuda":
-        rows.append(("with context, workspaces, fragmentation (estimated)", found.needed))
-    yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)
-========
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
@@ -307,4 +242,3 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
     optimizer.step()
     optimizer.zero_grad()
     return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
->>>>>>>> 01b98e06a9dfd654dee9b9aeff291c48c398d1a4:dbtrain/train/memory.py
