@@ -115,7 +115,9 @@ def run(args: argparse.Namespace, work: Path) -> Result:
                 cfg = configured(model, path, work, side, MODES[name])
                 found = memory.predict(cfg, Base.find(cfg.model), device)
                 counts: dict[str, Any] = {
-                    f"{part}, MiB": round(size / 2**20, 2) for part, size in vars(found).items()
+                    f"{part}, MiB": round(size / 2**20, 2)
+                    for part, size in vars(found).items()
+                    if isinstance(size, int)
                 } | {"predicted, MiB": round(found.peak / 2**20, 1)}  # fmt: skip
                 if not args.predict:
                     real = measured(cfg)

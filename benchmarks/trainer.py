@@ -24,6 +24,7 @@ from dbtrain.train import checkpoint
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.loop import train
 from dbtrain.train.metrics import Metrics, Outcome
+from dbtrain.train.setup import swap_blocks
 from dbtrain.train.step import train_step
 
 __all__ = ["Steps", "each_step", "export", "making_class_images", "prepare", "steps", "train", "when_loaded"]
@@ -49,8 +50,9 @@ def steps(cfg: Config) -> Iterator[Steps]:
     manifest = Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
     family = base.family
-    model = DreamBooth.build(base, manifest, table, cfg).to(dist.device())
-    progress = checkpoint.Progress.begin(model, cfg)
+    model = DreamBooth.build(base, manifest, table, cfg)
+    swap_blocks(cfg, base, model)
+    progress = checkpoint.Progress.begin(model.to(dist.device()), cfg)
     share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
     stream = LatentStream(

@@ -36,7 +36,7 @@ def saved_bytes(sizes: Sequence[int], count: int) -> int:
 
     `sizes`: `frozen_bytes` of every block of the denoiser, in order.
     """
-    chosen = _chosen(sizes, count)
+    chosen = spread(sizes, count)
     return sum(chosen) - BUFFERS * max(chosen, default=0)
 
 
@@ -66,7 +66,7 @@ def swap(denoiser: nn.Module, count: int, device: torch.device) -> int:
         )
     if not count:
         return 0
-    ring = Ring(_chosen(found, count), device)
+    ring = Ring(spread(found, count), device)
     for block in ring.frozen:
         kind: Any = type(block)
         block.ring = ring  # type: ignore[assignment]
@@ -212,7 +212,7 @@ class Ring:
         return _Frozen(memory, places, views)
 
 
-def _chosen(every: Sequence[Any], count: int) -> list[Any]:
+def spread(every: Sequence[Any], count: int) -> list[Any]:
     """`count` of them, as evenly as possible: copies then have the time of the blocks between them too."""
     return [every[number * len(every) // count] for number in range(count)]
 

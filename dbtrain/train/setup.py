@@ -167,6 +167,16 @@ class Job:
             raise
 
 
+def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
+    """Move the frozen weights of `train.swap_blocks` blocks to host memory. For `auto`, ranks may differ."""
+    count, device = cfg.train.swap_blocks, dist.device()
+    if count == "auto":
+        forecast = memory.predict(cfg, base, "cuda", dist.world()) if device.type == "cuda" else None
+        count = forecast.blocks_to_swap(memory.memory_of(device)) if forecast else 0
+    if moved := block_swap.swap(model.denoiser, count, device):
+        console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
+
+
 def setup(cfg: Config, inputs: Inputs) -> Job:
     """Build the model, load the newest checkpoint, and start prefetching, on every rank.
 
@@ -190,7 +200,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
                 console.say(f"warning: {caveat}")
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
     with dist.agreed():
-        _swap_blocks(cfg, inputs.base, model)
+        swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)
     start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(model)
@@ -217,16 +227,6 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     if cfg.train.cuda_graph:
         compute = cuda_graph.Recorded(compute_step, dist.world() > 1)
     return Job(cfg, run, progress, stream, metrics, validator, compute, start)
-
-
-def _swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
-    """Move the frozen weights of `train.swap_blocks` blocks to host memory. Ranks need not agree on `auto`."""
-    count, device = cfg.train.swap_blocks, dist.device()
-    if count == "auto":
-        forecast = memory.predict(cfg, base, "cuda", dist.world()) if device.type == "cuda" else None
-        count = forecast.blocks_to_swap(memory.memory_of(device)) if forecast else 0
-    if moved := block_swap.swap(model.denoiser, count, device):
-        console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
 
 
 def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
