@@ -74,6 +74,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _whole_weights_for_dora(self) -> Config:
+        if self.adapter.dora and self.train.shard != "none":
+            raise ValueError(
+                f"adapter.dora is true, but train.shard is '{self.train.shard}': DoRA starts from the norms "
+                "of whole weights; set one of them to its default"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> Config:
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(

@@ -107,10 +107,24 @@ class Train(Section):
         description="blocks of the denoiser whose frozen weights stay in host memory and are copied to the "
         "GPU when they are needed, two at a time; `auto`: as many as have to (0: none)",
     )
+    shard: Literal["none", "node", "all"] = Field(
+        "none",
+        description="GPUs that hold the denoiser's frozen weights together, a part each: `all`, those of a "
+        "`node`, or `none`: each holds them whole, which is faster if they fit; changes no result",
+    )
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
     wandb: str | None = Field(None, description="Weights & Biases project (null: off)")
+
+    @model_validator(mode="after")
+    def _what_shards_allow(self) -> Train:
+        for key, value, instead in (
+            ("compile", True, "regional"), ("cuda_graph", True, "false"), ("channels_last", True, "false"),
+        ):  # fmt: skip
+            if self.shard != "none" and getattr(self, key) is value:
+                raise ValueError(f"{key} is true, which shard: {self.shard} does not allow; use {instead}")
+        return self
 
     @model_validator(mode="after")
     def _budget_of_a_compiled_graph(self) -> Train:

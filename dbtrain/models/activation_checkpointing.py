@@ -13,6 +13,12 @@ from dbtrain.models.blocks import blocks
 from dbtrain.runtime.errors import ConfigError
 
 
+def modes(denoiser: nn.Module) -> tuple[str, ...]:
+    """The values of train.gradient_checkpointing that differ for this denoiser, from fast to small."""
+    mixed = any(isinstance(part, Transformer2DModel) for part in denoiser.modules())
+    return ("none", "transformer", "blocks") if mixed else ("none", "blocks")
+
+
 def checkpoint_activations(denoiser: Any, text_encoders: list[Any], mode: str) -> None:
     """Enable gradient checkpointing in the trained components. `mode` is train.gradient_checkpointing.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,20 +22,19 @@ from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
-from dbtrain.models import block_swap
+from dbtrain.models import block_swap, quantization
 from dbtrain.models.base import Base
-from dbtrain.models.blocks import blocks as blocks_of
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.memory_counter import MemoryCounter, like_cuda
+from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_convolutions
+from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
 GIB = 2**30
-BLOCK = {"cuda": 512, "cpu": 64}  # allocators round a tensor up to a multiple of this, bytes
 # Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
 # of memory lost to fragmentation.
 CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
@@ -51,13 +50,15 @@ class Prediction:
     activations: int  # with temporary tensors of operators
     gradients: int  # that stay alive: of earlier micro-batches, or in DDP's buckets
     validation: int = 0  # generating its images, between steps and so in place of the activations
-    blocks: tuple[int, ...] = ()  # frozen weights of each block of the denoiser, without swapping
+    gathered: int = 0  # frozen weights of other ranks, while they are here
     in_host_memory: int = 0  # frozen weights of swapped blocks; not on the device
+    weights: Weights = field(default_factory=Weights)  # the denoiser's, wherever they are
+    flops: int = 0  # of a micro-batch
 
     @property
     def peak(self) -> int:
         """Peak of all tensors, as `torch.cuda.max_memory_allocated` measures it."""
-        resident = self.base + self.adapter + self.moments + self.gradients
+        resident = self.base + self.adapter + self.moments + self.gradients + self.gathered
         return resident + max(self.activations, self.validation)
 
     @property
@@ -67,10 +68,37 @@ class Prediction:
 
     def blocks_to_swap(self, has: float) -> int:
         """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
-        return block_swap.count_that_saves(self.blocks, self.needed - has)
+        return block_swap.count_that_saves(self.weights.blocks, self.needed - has)
+
+    # The same with its frozen weights elsewhere, if all of them are on the device.
+
+    def stored(self, weights: Weights) -> Prediction:
+        """With the denoiser's weights quantized, if they are not; no less than that takes."""
+        return replace(
+            self, base=self.base - self.weights.size + weights.size, weights=weights,
+            activations=self.activations + weights.decoded,
+        )  # fmt: skip
+
+    def swapped(self, count: int) -> Prediction:
+        """With `count` blocks swapped, if blocks are recomputed."""
+        sizes = self.weights.blocks
+        saved, moved = block_swap.saved_bytes(sizes, count), sum(block_swap.spread(sizes, count))
+        return replace(self, base=self.base - saved, in_host_memory=moved)
+
+    def sharded(self, ranks: int) -> Prediction:
+        """With the denoiser sharded over `ranks`."""
+        if ranks == 1:
+            return self
+        base = self.base - self.weights.held(1) + self.weights.held(ranks)
+        return replace(self, base=base, gathered=self.weights.gathered(ranks))
 
 
-def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
+def sharing(shard: str, ranks: int, per_node: int) -> int:
+    """How many of `ranks`, `per_node` of them on each node, hold the denoiser together. See train.shard."""
+    return {"none": 1, "node": min(per_node, ranks), "all": ranks}[shard]
+
+
+def predict(cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int = 8) -> Prediction:
     """The memory that training with `cfg` takes on each of `ranks` devices; `device` is `cuda` or `cpu`.
 
     Reads the base's config files and tokenizers, no weights. Predicts eager training; a compiled run keeps
@@ -85,10 +113,12 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     vae = skeleton.load(base.family.vae) if base.family.vae else None
     # One step, counted in parts.
     kernels = like_cuda() if device == "cuda" else nullcontext()
-    with FakeTensorMode(), kernels, MemoryCounter(BLOCK[device]) as counter:
+    # Allocators round a tensor up to a multiple of 512 or 64 bytes.
+    counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_convolutions)
+    with FakeTensorMode(), kernels, counter:
         _materialize(model)
         adapter = counter.of(model.trainable().values())
-        blocks = tuple(map(block_swap.frozen_bytes, blocks_of(model.denoiser)))
+        weights = Weights.of(model.denoiser)
         swapped = 0 if cfg.train.swap_blocks == "auto" else cfg.train.swap_blocks
         in_host_memory = block_swap.swap(model.denoiser, swapped, torch.device("cpu"))
         base_bytes = counter.live - adapter - in_host_memory
@@ -96,14 +126,25 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
         compute_step(model, progress, [batch(cfg.train.micro_batch * shapes.roles)], cfg)
-        activations = counter.peak - before
+        activations, flops = counter.peak - before, counter.flops
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
     gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
     moments = before - base_bytes - adapter - in_host_memory
-    return Prediction(
-        base_bytes, adapter, moments, activations, gradients, validation, blocks, in_host_memory
+    found = Prediction(
+        base_bytes, adapter, moments, activations, gradients, validation,
+        in_host_memory=in_host_memory, weights=weights, flops=flops,
     )  # fmt: skip
+    return found.sharded(sharing(cfg.train.shard, ranks, per_node))
+
+
+def weights_of(cfg: Config, base: Base, storage: str) -> Weights:
+    """The denoiser's weights when `train.base_linears` is `storage`. Raises ConfigError as training would."""
+    skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
+    denoiser = skeleton.load(base.family.denoiser, PRECISIONS[cfg.train.precision].dtype)
+    if storage != "full":
+        quantization.quantize(denoiser, storage)
+    return Weights.of(denoiser)
 
 
 def memory_of(device: torch.device) -> float:

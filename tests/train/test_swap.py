@@ -389,13 +389,13 @@ def test_the_forecast_knows_what_swapping_saves(make: Make) -> None:
     configs = configs_of(make)
     base = Base.find(configs().model)
     resident = memory.predict(configs(train__swap_blocks="auto"), base, "cuda")
-    assert len(resident.blocks) == 12 and resident.in_host_memory == 0
+    assert len(resident.weights.blocks) == 12 and resident.in_host_memory == 0
     count = resident.blocks_to_swap(resident.needed - 10**5)
     assert 3 <= count < 12 and resident.blocks_to_swap(resident.needed) == 0
     swapped = memory.predict(configs(train__swap_blocks=count), base, "cuda")
-    assert resident.base - swapped.base == saved_bytes(resident.blocks, count) >= 10**5
+    assert resident.base - swapped.base == saved_bytes(resident.weights.blocks, count) >= 10**5
     assert resident.needed - swapped.needed >= 10**5
-    assert swapped.in_host_memory == sum(block_swap.spread(resident.blocks, count))
+    assert swapped.in_host_memory == sum(block_swap.spread(resident.weights.blocks, count))
 
 
 def test_auto_swaps_nothing_on_a_cpu(make: Make) -> None:
