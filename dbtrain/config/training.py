@@ -96,10 +96,11 @@ class Train(Section):
         None,
         description="with `compile`: fraction of the activations to keep; the rest is recomputed (null: all)",
     )
-    base_linears: Literal["full", "int8", "fp8"] = Field(
+    base_linears: Literal["full", "int8", "fp8", "nf4", "int8-dynamic"] = Field(
         "full",
-        description="storage of the denoiser's frozen linear layers: `full` precision, or 8 bits for half "
-        "the memory; `int8` is more accurate than `fp8`",
+        description="storage of the denoiser's frozen linear layers: `full` precision, 8 bits (`int8` is "
+        "more accurate than `fp8`), or 4 (`nf4`); `int8-dynamic` is `int8` that also rounds activations and "
+        "gradients to 8 bits, to multiply faster",
     )
     shard: Literal["none", "node", "all"] = Field(
         "none",

@@ -95,13 +95,19 @@ def fill(
     for name, part, attributes, _ in _places(module):
         rows = local(getattr(part, attributes[0]))[1]
         change = (changes or {}).get(name)
-        weight = files.read(named[name], None if change else rows)
-        weight = weight.to(_dtype(module, name, weight, dtype))
-        if change:
-            cut = rows or slice(None)
-            plain.append((part, dict(zip(attributes, _stored(part, attributes, weight[cut]), strict=True))))
-            weight = change(weight)[cut]
-        for attribute, value in zip(attributes, _stored(part, attributes, weight), strict=True):
+        values: tuple[Tensor, ...] | None = None
+        if isinstance(part, QuantizedLinear) and attributes == CODES:
+            values = files.encoded(named[name], part.storage, rows)
+        if change or values is None:
+            weight = files.read(named[name], None if change else rows)
+            weight = weight.to(_dtype(module, name, weight, dtype))
+            if change:
+                cut = rows or slice(None)
+                was = values or _stored(part, attributes, weight[cut])
+                plain.append((part, dict(zip(attributes, was, strict=True))))
+                weight = change(weight)[cut]
+            values = _stored(part, attributes, weight)
+        for attribute, value in zip(attributes, values, strict=True):
             if attribute in part._buffers:
                 setattr(part, attribute, value)
             elif rows:

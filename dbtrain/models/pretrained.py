@@ -14,6 +14,8 @@ import torch
 
 from dbtrain.config import Model
 from dbtrain.models import loading, locate, safety
+from dbtrain.models.nf4_files import Nf4Files, is_nf4
+from dbtrain.models.quantization import KEPT
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -108,8 +110,14 @@ class Pretrained:
         if weights:
             options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
+        folder: Path | None = self.folder
         with self._reading(component):
-            loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
+            if weights and self.packed(component):  # transformers would ask for bitsandbytes
+                config = {k: v for k, v in self.config(component).items() if k != "quantization_config"}
+                packed, folder = self.weights(component), None
+                options["state_dict"] = {name: packed.read(name).to(dtype) for name in packed.places}
+                options["config"] = kind.config_class.from_dict(config)
+            loaded = kind.from_pretrained(folder, subfolder=component, **options)
         # Refuse what the libraries would complete with defaults.
         if not weights:
             if getattr(loaded, "model_max_length", 0) > 10**9:  # transformers' value for "unknown"
@@ -228,10 +236,19 @@ class Pretrained:
     def weights(self, component: str) -> WeightFiles:
         """The files of a component's weights: those that an index names, or the only one."""
         folder, variant = self.folder / component, f".{self.variant}" if self.variant else ""
+        kind = Nf4Files if self.packed(component) else WeightFiles
         for index in folder.glob(f"*.safetensors.index{variant}.json"):
-            return WeightFiles(sorted({folder / name for name in self._json(index)["weight_map"].values()}))
+            return kind(sorted({folder / name for name in self._json(index)["weight_map"].values()}))
         named = [folder / f"{stem}{variant}.safetensors" for stem in STEMS]
-        return WeightFiles([path for path in named if path.is_file()])
+        return kind([path for path in named if path.is_file()])
+
+    def packed(self, component: str) -> bool:
+        """Whether the files of a component hold 4-bit weights."""
+        return is_nf4(self.config(component))
+
+    def storage(self, component: str, linears: str) -> str:
+        """How the component's linear layers are stored with `train.base_linears`: nf4 keeps 4-bit weights."""
+        return KEPT if linears == "nf4" and self.packed(component) else linears
 
     def key(self, component: str) -> str:
         """sha256 over a component's config and all weights of the variant."""

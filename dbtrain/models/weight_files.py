@@ -30,3 +30,7 @@ class WeightFiles:
         """A tensor as it is stored, or some rows of it. Raises KeyError if no file has it."""
         file = self.places[name]
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+    def encoded(self, name: str, storage: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
+        """What `quantization.encode` gives for a weight, or some rows of it, if that is how it is stored."""
+        return None

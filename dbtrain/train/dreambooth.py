@@ -88,7 +88,7 @@ class DreamBooth(nn.Module):
         denoiser = base.skeleton(name, dtype)
         changes = merging(denoiser, training) if training else {}
         if cfg.train.base_linears != "full":
-            quantization.quantize(denoiser, cfg.train.base_linears)
+            quantization.quantize(denoiser, base.storage(name, cfg.train.base_linears))
         parallel.shard(denoiser, ranks)
         plain = base.fill(name, denoiser, dtype, parallel.local, changes)
         left_out = LeftOut(denoiser, plain if cfg.validation.prompts else [])

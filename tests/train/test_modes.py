@@ -42,6 +42,8 @@ MODES = {
     "checkpointing of transformers": Mode({"gradient_checkpointing": "transformer"}, 0, 0),
     "int8 linears": Mode({"base_linears": "int8"}, 2e-2, 2e-1),
     "fp8 linears": Mode({"base_linears": "fp8"}, 5e-2, 5e-1),
+    "4-bit linears": Mode({"base_linears": "nf4"}, 1e-1, 1),
+    "8-bit products": Mode({"base_linears": "int8-dynamic"}, 2e-2, 2e-1),
     "bf16": Mode({"precision": "bf16"}, 2e-2, 1e-1),
     "pure bf16": Mode({"precision": "pure-bf16"}, 2e-2, 2e-1),
     "fp16": Mode({"precision": "fp16"}, 5e-3, 3e-2),
