@@ -28,6 +28,7 @@ parts=(
   "end_to_end $sd --steps 800 --batch 1 --class-images 200 --append --repeats 1"
   "scaling $sd --processes 1 2 4 8"
   "data"
+  "quantization"
   "vs_diffusers $sd --precision bf16"
 )
 for batch in 2 16; do

@@ -40,6 +40,8 @@ EXPECTED = (
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
     ("prior", "sd15-cuda", "class images of SD-1.5 on a GPU"),
     ("prior", "sdxl-cuda", "class images of SDXL on a GPU"),
+    ("quantization", "cpu", "errors of quantized base linears"),
+    ("quantization", "cuda", "errors and speed of quantized base linears, on a GPU"),
     ("vs_diffusers", "step-tiny-fp32-cpu", "a step beside one of Diffusers' script, on a CPU"),
     ("vs_diffusers", "step-sd15-bf16-cuda", "a step beside one of Diffusers' script, SD-1.5 on a GPU"),
     ("vs_diffusers", "tiny-fp32-cpu", "Diffusers' unmodified script, photos to adapter, on a CPU"),

@@ -24,6 +24,7 @@ from benchmarks import (
     ladder,
     memory,
     prior,
+    quantization,
     report,
     scaling,
     subject_fidelity,
@@ -136,14 +137,14 @@ SMOKE = {
     throughput: ("throughput-tiny-cpu", "samples"), ladder: ("ladder-tiny-batch1-cpu-memory", "speed-up"),
     data: ("data-cpu", "data wait"),
     end_to_end: ("end_to_end-tiny-cpu", "photos to adapter"), prior: ("prior-tiny-cpu", "class images"),
-    memory: ("memory-tiny-64-cpu", None),
+    memory: ("memory-tiny-64-cpu", None), quantization: ("quantization-cpu", None),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
-    "script", [prior, memory, *map(slow, (throughput, ladder, data, end_to_end))],
+    "script", [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 
 from dbtrain.config import Model
-from dbtrain.models import locate, safety
+from dbtrain.models import loading, locate, safety
+from dbtrain.models.nf4_files import Nf4Files, is_nf4
+from dbtrain.models.quantization import KEPT
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.imports import importing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEMS = ("model", "diffusion_pytorch_model")  # names of weight files: of transformers, and of Diffusers
 SENTENCEPIECE = "spiece.model"  # T5's vocabulary if the folder has no tokenizer.json
 
 
@@ -94,33 +97,74 @@ class Pretrained:
         self.check(component)
         kind = self._class(component)
         locate.hush()
+        weights = issubclass(kind, torch.nn.Module)
+        if weights and kind.__module__.startswith("diffusers"):
+            module = self.skeleton(component, dtype)
+            self.fill(component, module, dtype)
+            return module
         options: dict[str, Any] = {}
         if kind.__module__.startswith("transformers"):
             options = {"trust_remote_code": False}
-        weights = issubclass(kind, torch.nn.Module)
         if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
             self.check_vocabulary(component)
         if weights:
             options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
-        try:
-            loaded = kind.from_pretrained(self.folder, subfolder=component, **options)
-        except Exception as error:  # the libraries raise many kinds for a broken folder
-            raise ConfigError(
-                f"cannot load '{component}' of base model {self.name}: {reason(error)}"
-            ) from error
+        folder: Path | None = self.folder
+        with self._reading(component):
+            if weights and self.packed(component):  # transformers would ask for bitsandbytes
+                config = {k: v for k, v in self.config(component).items() if k != "quantization_config"}
+                packed, folder = self.weights(component), None
+                options["state_dict"] = {name: packed.read(name).to(dtype) for name in packed.places}
+                options["config"] = kind.config_class.from_dict(config)
+            loaded = kind.from_pretrained(folder, subfolder=component, **options)
         # Refuse what the libraries would complete with defaults.
         if not weights:
             if getattr(loaded, "model_max_length", 0) > 10**9:  # transformers' value for "unknown"
                 raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
         module, info = loaded
-        if missing := sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]):
-            raise ConfigError(
-                f"'{component}' of base model {self.name} is incomplete: {len(missing)} weights are missing "
-                f"or have another shape, e.g. {missing[0]}"
-            )
+        self._complete(component, [*info["missing_keys"], *map(str, info["mismatched_keys"])])
         return module.requires_grad_(False).eval()
+
+    def fill(
+        self,
+        component: str,
+        module: torch.nn.Module,
+        dtype: torch.dtype,
+        local: loading.Local = loading.whole,
+        changes: loading.Changes | None = None,
+    ) -> loading.Plain:
+        """Read the weights of a Diffusers model's `skeleton` in `dtype`. See `loading.fill`.
+
+        Raises ConfigError if they are broken or incomplete.
+        """
+        with self._reading(component):
+            files = self.weights(component)
+            unfit = loading.unfit(module, files)
+        self._complete(component, unfit)
+        with self._reading(component):
+            return loading.fill(module, files, dtype, local, changes)
+
+    @contextmanager
+    def _reading(self, component: str) -> Iterator[None]:
+        """Turn what the libraries raise for a broken folder, which has many types, into a ConfigError."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"cannot load '{component}' of base model {self.name}: {reason(error)}"
+            ) from error
+
+    def _complete(self, component: str, lacking: list[str]) -> None:
+        """Raise ConfigError if weights are `lacking`."""
+        if lacking:
+            raise ConfigError(
+                f"'{component}' of base model {self.name} is incomplete: {len(lacking)} weights are missing "
+                f"or have another shape, e.g. {min(lacking)}"
+            )
 
     def _class(self, component: str) -> Any:
         """The class of a component in model_index.json. Raises ConfigError if it must not be loaded."""
@@ -148,18 +192,25 @@ class Pretrained:
                 "packages; run: pip install sentencepiece protobuf"
             )
 
-    def skeleton(self, component: str, place: AbstractContextManager[Any] | None = None) -> torch.nn.Module:
-        """A component's modules on the meta device, or as the block `place` makes them, from its config."""
+    def skeleton(
+        self,
+        component: str,
+        dtype: torch.dtype = torch.float32,
+        place: AbstractContextManager[Any] | None = None,
+    ) -> torch.nn.Module:
+        """A component's modules from its config alone: frozen, with weights in `dtype` on the meta device.
+
+        `place`: a block that makes the weights of a text encoder otherwise.
+        """
         kind, config = self._class(component), self.config(component)
-        try:
-            with place or torch.device("meta"):
-                if kind.__module__.startswith("diffusers"):
-                    return kind.from_config(config)
-                return kind(kind.config_class.from_dict(config))
-        except Exception as error:  # the libraries raise many kinds for a broken config
-            raise ConfigError(
-                f"cannot read '{component}' of base model {self.name}: {reason(error)}"
-            ) from error
+        with self._reading(component):
+            if kind.__module__.startswith("diffusers"):
+                module = loading.skeleton(kind, config, dtype)
+            else:
+                with place or torch.device("meta"):
+                    module = kind(kind.config_class.from_dict(config))
+                module = module if place else module.to(dtype)
+        return module.requires_grad_(False).eval()
 
     def module_names(self, component: str) -> dict[str, int]:
         """A component's modules by name, and how many outputs each has; 0 without a matrix of weights."""
@@ -192,16 +243,27 @@ class Pretrained:
             ) from error
 
     def weights(self, component: str) -> WeightFiles:
-        """The files of a component's weights."""
-        found = (self.folder / component).glob("*.safetensors")
-        return WeightFiles(
-            sorted(path for path in found if (f".{self.variant}" in path.name) == bool(self.variant))
-        )
+        """The files of a component's weights: those that an index names, or the only one."""
+        folder, variant = self.folder / component, f".{self.variant}" if self.variant else ""
+        kind = Nf4Files if self.packed(component) else WeightFiles
+        for index in folder.glob(f"*.safetensors.index{variant}.json"):
+            return kind(sorted({folder / name for name in self._json(index)["weight_map"].values()}))
+        named = [folder / f"{stem}{variant}.safetensors" for stem in STEMS]
+        return kind([path for path in named if path.is_file()])
+
+    def packed(self, component: str) -> bool:
+        """Whether the files of a component hold 4-bit weights."""
+        return is_nf4(self.config(component))
+
+    def storage(self, component: str, linears: str) -> str:
+        """How the component's linear layers are stored with `train.base_linears`: nf4 keeps 4-bit weights."""
+        return KEPT if linears == "nf4" and self.packed(component) else linears
 
     def key(self, component: str) -> str:
-        """sha256 over a component's config and weights."""
+        """sha256 over a component's config and all weights of the variant."""
         folder = self.folder / component
-        weights = self.weights(component).paths
+        weights = (path for path in folder.glob("*.safetensors")
+                   if (f".{self.variant}" in path.name) == bool(self.variant))  # fmt: skip
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")

@@ -87,6 +87,7 @@ def _block_scales(double: bool, scale: Tensor) -> Tensor:
     return scale[:, 4:] * scale[:, :4].contiguous().view(torch.float32)
 
 
+KEPT = "nf4-fp32"  # with fp32 scales, as 4-bit weights in files have them
 # The steps of int8 are 1/127 of a row's largest weight, those of fp8 (e4m3) 1/16 to 1/8 of each weight. For
 # normally distributed weights int8 has a third of fp8's error, and NF4 15 times int8's.
 _INT8 = Storage(partial(_encode_8bit, torch.int8, 127.0), partial(_decode_8bit, torch.int8))
@@ -95,8 +96,7 @@ STORAGE = {
     "int8": _INT8,
     "fp8": Storage(partial(_encode_8bit, _FP8, 448.0), partial(_decode_8bit, _FP8)),
     "nf4": Storage(partial(_encode_nf4, True), partial(_decode_nf4, True), PAIRS),
-    # With fp32 scales, which keep 4-bit weights of a file as they are.
-    "nf4-fp32": Storage(partial(_encode_nf4, False), partial(_decode_nf4, False), PAIRS),
+    KEPT: Storage(partial(_encode_nf4, False), partial(_decode_nf4, False), PAIRS),
     "int8-dynamic": Storage(_INT8.encode, _INT8.decode, dynamic=True),
 }
 
@@ -192,20 +192,20 @@ def _rounded_product(rows: Tensor, codes: Tensor) -> Tensor:
     step = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32) / 127
     step = step.clamp(min=TINY)
     rounded = (rows / step).round_().to(torch.int8)
-    sums = int8_matmul(rounded.flatten(0, -2), codes, rows.is_cuda)
+    sums = int8_matmul(rounded.reshape(-1, rows.shape[-1]), codes, rows.is_cuda)
     return sums.view(*rows.shape[:-1], -1) * step
 
 
 def int8_matmul(left: Tensor, right: Tensor, cuda: bool) -> Tensor:
-    """left @ right, (m, n) int32, of int8 matrices; exact. `cuda`: within what cuBLAS takes.
+    """left @ right, (m, n) int32, of int8 matrices; exact. `cuda`: within the limits of cuBLAS.
 
-    That are at least 17 rows, multiples of 8 otherwise, and `right` in columns.
+    It needs 17 rows or more, multiples of 8 in the other sizes, `left` in rows and `right` in columns.
     """
     if cuda and (left.shape[1] % 8 or right.shape[1] % 8):
         return (left.double() @ right.double()).int()
     rows = len(left)
     if cuda:
-        left = nn.functional.pad(left, (0, 0, 0, max(0, 32 - rows)))
+        left = nn.functional.pad(left, (0, 0, 0, max(0, 32 - rows))).contiguous()
         right = right.t().contiguous().t()
     return torch._int_mm(left, right)[:rows]
 

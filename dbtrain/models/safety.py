@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dbtrain.models.nf4_files import is_nf4
 from dbtrain.models.objectives import UNFITTING
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
@@ -88,7 +89,7 @@ def _check_json(path: Path, where: str) -> None:
     if ".index." in path.name:
         _check_index(values.get("weight_map"), f"{where}/{path.name}")
     for name, harmless in LEADING_OUT.items():
-        if values.get(name) not in harmless:
+        if values.get(name) not in harmless and not (name == "quantization_config" and is_nf4(values)):
             raise ConfigError(
                 f"{where}/{path.name} sets {name} = {str(values[name])[:60]}, which could run code or read "
                 "other files; use a model without it"

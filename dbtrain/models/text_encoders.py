@@ -119,7 +119,7 @@ class Plan:
 
     @classmethod
     def of(cls, base: Base, name: str, dtype: torch.dtype) -> Plan:
-        module: Any = base.skeleton(name, _parameters_on_meta(dtype))
+        module: Any = base.skeleton(name, place=_parameters_on_meta(dtype))
         whole = size(_weights(module, dtype))
         base.drop_unread(name, module)
         layers = blocks(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
@@ -17,19 +18,19 @@ class WeightFiles:
         self.paths = paths
 
     @cached_property
-    def places(self) -> dict[str, Path]:
-        """The file of each tensor."""
-        found: dict[str, Path] = {}
-        for path in self.paths:
-            with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        return found
+    def places(self) -> dict[str, Any]:
+        """The open file of each tensor."""
+        files = [safe_open(path, "pt") for path in self.paths]
+        return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self.places[name], "pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return tuple(self.places[name].get_slice(name).get_shape())
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor as it is stored, or some rows of it. Raises KeyError if no file has it."""
-        with safe_open(self.places[name], "pt") as file:
-            return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+        file = self.places[name]
+        return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
+
+    def encoded(self, name: str, storage: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
+        """What `quantization.encode` gives for a weight, or some rows of it, if that is how it is stored."""
+        return None

@@ -92,6 +92,22 @@ def group() -> torch_dist.ProcessGroup | None:
     return _group
 
 
+def sharing(how: str, timeout_s: float) -> torch_dist.ProcessGroup | None:
+    """The group of the ranks that hold a model together: of a "node", or "all"; None for "none", or if alone.
+
+    Its collectives have the timeout of `training`. Call this on every rank.
+    """
+    if how == "none" or world() == 1:
+        return None
+    nodes: dict[int, list[int]] = {}
+    for number, node in enumerate(gather_json(_node())):
+        nodes.setdefault(node if how == "node" else 0, []).append(number)
+    groups = list(nodes.values())
+    timeout = timedelta(seconds=timeout_s)
+    mine, _ = torch_dist.new_subgroups_by_enumeration(groups, timeout=timeout, backend=_backend())
+    return mine if mine.size() > 1 else None
+
+
 def at(step: int) -> None:
     """Publish the step that this rank is at, so that the others can report it if the rank dies."""
     if _heartbeat:
@@ -107,7 +123,8 @@ def adopt_slurm() -> None:
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     for ours, slurms in (
-        ("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+        ("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
+        ("GROUP_RANK", "SLURM_NODEID"),
     ):  # fmt: skip
         os.environ[ours] = os.environ[slurms]
     if "MASTER_ADDR" not in os.environ:
@@ -133,6 +150,11 @@ def world() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _node() -> int:
+    """The number of this rank's node."""
+    return int(os.environ.get("GROUP_RANK", "0"))
 
 
 def is_main() -> bool:

@@ -20,7 +20,8 @@ from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.objectives import Objective
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.runtime import console
-from dbtrain.train.left_out import LeftOut, merge
+from dbtrain.train import parallel
+from dbtrain.train.left_out import LeftOut, merging
 
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
 
@@ -60,7 +61,7 @@ class DreamBooth(nn.Module):
         for name in self.prompt_names:
             self.register_buffer(f"prompts_{name}", prompts[name], persistent=False)
         self.dtype = dtype  # of the base, and of the denoiser's input
-        self.left_out = left_out or LeftOut()  # what a training adapter changed
+        self.left_out = left_out or LeftOut(denoiser, [])  # what a training adapter changed
         self.working_copies = WorkingCopies(self, adapters.trainable(self), dtype)
 
     @classmethod
@@ -71,24 +72,28 @@ class DreamBooth(nn.Module):
         table: Mapping[str, Tensor],
         cfg: Config,
         training: AdapterState | None = None,
+        ranks: parallel.DeviceMesh | None = None,
     ) -> DreamBooth:
         """Load the base's denoiser, and text encoders if they are trained, with new adapters, on the CPU.
 
         `table` is the shards' prompt table. Frozen text encoders need its embeddings, trained ones its
-        token ids. `training`: an adapter that is part of the base in training only.
+        token ids. `training`: an adapter that is part of the base in training only. `ranks`: those that
+        hold the denoiser together; its weights are then on their devices.
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
         loaded = base.family.adaptable if settings else (base.family.denoiser,)
         console.say(f"loading {', '.join(loaded)} of {base.name}")
-        denoiser = base.load(base.family.denoiser, dtype)
-        plain = merge(denoiser, training) if training else {}
-        if cfg.train.channels_last:
-            denoiser.to(memory_format=torch.channels_last)
-        if cfg.train.base_linears != "full":
-            quantization.quantize(denoiser, cfg.train.base_linears)
-        left_out = LeftOut.of(denoiser, plain if cfg.validation.prompts else {}, cfg.train.base_linears)
         family, name = base.family, base.family.denoiser
+        denoiser = base.skeleton(name, dtype)
+        changes = merging(denoiser, training) if training else {}
+        if cfg.train.base_linears != "full":
+            quantization.quantize(denoiser, base.storage(name, cfg.train.base_linears))
+        parallel.shard(denoiser, ranks)
+        plain = base.fill(name, denoiser, dtype, parallel.local, changes)
+        left_out = LeftOut(denoiser, plain if cfg.validation.prompts else [])
+        if cfg.train.channels_last:
+            denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         adapters.attach(
             denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets
         )

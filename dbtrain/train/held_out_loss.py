@@ -21,7 +21,8 @@ from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models.families.family import Family
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.runtime import dist, preemption, rng
+from dbtrain.runtime import dist, rng
+from dbtrain.train import parallel
 from dbtrain.train.dreambooth import DreamBooth
 
 METRICS = {"instance": "held_out_instance", "class": "held_out_prior"}
@@ -56,17 +57,16 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     """
     size = 2 * cfg.train.micro_batch  # a training step holds as many rows, and their gradients
     batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
-    mine = {}
-    with dist.agreed():
-        for number in range(dist.rank(), len(batches), dist.world()):
-            preemption.check()
-            with PRECISIONS[cfg.train.precision].forward(dist.device()):
-                mine[number] = model(batch_of(batches[number]).to(dist.device())).tolist()
+    mine: dict[int, list[float]] = {}
+    for number, keep in parallel.rounds(len(batches), parallel.is_sharded(model)):
+        with PRECISIONS[cfg.train.precision].forward(dist.device()):
+            losses = model(batch_of(batches[number]).to(dist.device())).tolist()
+        mine |= {number: losses} if keep else {}
     found = {int(number): each for part in dist.gather_json(mine) for number, each in part.items()}
-    losses = [loss for number in range(len(batches)) for loss in found[number]]
+    every = [loss for number in range(len(batches)) for loss in found[number]]
     means, by_timestep = {}, {}
     for role, metric in METRICS.items():
-        pairs = [(one.number, loss) for one, loss in zip(held_out, losses, strict=True) if one.role == role]
+        pairs = [(one.number, loss) for one, loss in zip(held_out, every, strict=True) if one.role == role]
         if pairs:
             means[metric] = fmean(loss for _, loss in pairs)
             by_timestep["prior" if role == "class" else role] = [

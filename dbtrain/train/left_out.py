@@ -7,65 +7,56 @@ that no arithmetic changes a bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.state import AdapterState
-from dbtrain.models import block_swap
-from dbtrain.models.quantization import QuantizedLinear
+from dbtrain.models import block_swap, loading
 from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.train import parallel
 from dbtrain.train.training_adapter import SETTING
 
 
-def merge(denoiser: nn.Module, state: AdapterState) -> dict[str, nn.Module]:
-    """Add an adapter to the weights of `denoiser`, in fp32; return copies of the layers without it, by name.
+def merging(denoiser: nn.Module, state: AdapterState) -> loading.Changes:
+    """What an adapter does to the weights of a `denoiser` on the meta device, in fp32."""
+    owners = {re.split(r"\.(?:lora|hada|lokr)_", label)[0] for label in state.tensors}
+    return {f"{name}.weight": partial(_merged, denoiser.get_submodule(name), name, state) for name in owners}
 
-    Raises ConfigError if a weight is not finite afterwards.
-    """
-    parameters = inject.put_on(denoiser, state, inject.NAME)
-    for parameter in parameters.values():  # which PEFT made in the base's dtype
-        parameter.data = parameter.data.float()
+
+def _merged(layer: nn.Module, name: str, state: AdapterState, weight: Tensor) -> Tensor:
+    """The weight of a layer with an adapter. Raises ConfigError if it is not finite."""
+    alone, (*parents, last) = nn.Module(), name.split(".")
+    owner = alone
+    for parent in parents:  # the adapter's settings may be by name
+        owner.add_module(parent, child := nn.Module())
+        owner = child
+    layer = deepcopy(layer)
+    layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+    owner.add_module(last, layer)
+    own = {label: tensor for label, tensor in state.tensors.items() if label.startswith(f"{name}.")}
+    parameters = inject.put_on(alone, AdapterState(own, state.config), inject.NAME)
     inject.fill(parameters, state)
-    plain: dict[str, nn.Module] = {}
-    for name, layer in list(denoiser.named_modules()):
-        if isinstance(layer, BaseTunerLayer):
-            inner = layer.get_base_layer()
-            plain[name] = deepcopy(inner)
-            dtype = inner.get_parameter("weight").dtype
-            layer.float()  # type: ignore[attr-defined]
-            try:
-                layer.merge(safe_merge=True)
-            except ValueError as error:
-                raise ConfigError(f"{SETTING}: its layer {name} is not finite: {reason(error)}") from error
-            parent, _, last = name.rpartition(".")
-            setattr(denoiser.get_submodule(parent), last, inner.to(dtype))
-    del denoiser.peft_config
-    return plain
+    try:
+        alone.get_submodule(name).merge(safe_merge=True)  # type: ignore[operator]
+    except ValueError as error:
+        raise ConfigError(f"{SETTING}: its layer {name} is not finite: {reason(error)}") from error
+    return layer.weight.data.to(weight.dtype)
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The layers that a training adapter changed, each with a copy without it, on the CPU."""
+    """The layers that a training adapter changed, each with what it holds without it, on the CPU."""
 
-    layers: Sequence[tuple[nn.Module, nn.Module]] = ()
-
-    @classmethod
-    def of(cls, denoiser: nn.Module, plain: Mapping[str, nn.Module], storage: str) -> LeftOut:
-        """`plain`: layers by name, before `denoiser` was quantized to `storage`."""
-        pairs = []
-        for name, layer in plain.items():
-            live = denoiser.get_submodule(name)
-            if isinstance(live, QuantizedLinear):
-                layer = QuantizedLinear(layer, storage)  # type: ignore[arg-type]
-            pairs.append((live, layer))
-        return cls(pairs)
+    denoiser: nn.Module
+    layers: loading.Plain
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -78,14 +69,11 @@ class LeftOut:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for live, plain in self.layers:
-            stored = _weights(plain)
-            for name, tensor in _weights(live).items():
-                used = tensor.to("cpu", copy=True)
-                tensor.copy_(stored[name])
-                stored[name].copy_(used)
-
-
-def _weights(layer: nn.Module) -> dict[str, Tensor]:
-    """What a training adapter changes of a layer: its weight, as it is stored. Biases may be trained."""
-    return {name: tensor for name, tensor in block_swap.stored(layer).items() if name != "bias"}
+        parallel.reshard(self.denoiser)
+        for layer, stored in self.layers:
+            kept = block_swap.stored(layer)
+            for name, plain in stored.items():
+                live, _ = parallel.local(kept[name])
+                used = live.to("cpu", copy=True)
+                live.copy_(plain)
+                plain.copy_(used)

@@ -22,7 +22,7 @@ from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
-from dbtrain.models import block_swap, quantization
+from dbtrain.models import block_swap, loading, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
@@ -200,15 +200,12 @@ class _Skeleton(Base):
     """A base that loads its components without weights."""
 
     def load(self, component: str, dtype: torch.dtype = torch.float32) -> Any:
-        kind = self._class(component)
-        if not issubclass(kind, nn.Module):
+        if not issubclass(self._class(component), nn.Module):
             return super().load(component)
-        module = self.skeleton(component)
-        kept = set(kind._keep_in_fp32_modules or ()) if kind.__module__.startswith("diffusers") else set()
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.is_floating_point() and not kept & set(name.split(".")):
-                tensor.data = tensor.data.to(dtype)
-        return module.requires_grad_(False).eval()
+        return self.skeleton(component, dtype)
+
+    def fill(self, *args: Any, **options: Any) -> loading.Plain:
+        return []
 
     def tensor(self, component: str, name: str) -> Tensor:
         """Ones in place of a statistic: only its shape matters."""

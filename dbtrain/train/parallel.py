@@ -1,14 +1,115 @@
-"""Average gradients over ranks with DDP."""
+"""Average gradients over ranks with DDP; shard frozen weights over ranks with FSDP."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dbtrain.runtime import dist
+from dbtrain.models.blocks import blocks
+from dbtrain.runtime import dist, preemption
+
+
+def mesh(how: str, timeout_s: float) -> DeviceMesh | None:
+    """The ranks that hold the denoiser together; None if each holds it whole. Call this on every rank.
+
+    `how` is train.shard. A mesh over nodes is not needed: nothing that is sharded has a gradient.
+    """
+    group = dist.sharing(how, timeout_s)
+    return DeviceMesh.from_group(group, dist.device().type) if group else None
+
+
+def shard(denoiser: nn.Module, ranks: DeviceMesh | None) -> None:
+    """Shard the matrices of a `skeleton` by rows, block by block; its rows are on the device, but not filled.
+
+    Each block is gathered for its forward pass, and again for its backward pass. Vectors stay whole: they
+    are small, and biases may be trained. What is attached later, such as adapters, is not sharded.
+    """
+    if ranks is None:
+        return
+    vectors = {parameter for parameter in denoiser.parameters() if parameter.dim() < 2}
+    for module in (*blocks(denoiser), denoiser):
+        fully_shard(module, mesh=ranks, ignored_params=vectors)
+    _leave_autograd_alone(denoiser)
+    device = dist.device()
+    denoiser._apply(lambda t: torch.empty_like(t, device=device) if isinstance(t, DTensor) else t)
+
+
+def _leave_autograd_alone(denoiser: nn.Module) -> None:
+    """Keep FSDP's nodes out of the graph: they would change the order in which gradients are summed.
+
+    FSDP adds them to notice that a block's backward pass has ended, unless gradients are disabled. Here it
+    has ended when the backward pass reaches another block: autograd runs what was recorded last first.
+    """
+    enabled: list[bool] = []
+    gathered: list[FSDPModule] = []
+
+    def before(*_: Any) -> None:
+        enabled.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def after(*_: Any) -> None:
+        torch.set_grad_enabled(enabled.pop())
+
+    def watch(block: Any, _: Any, outputs: Any) -> None:
+        def reached(_: Tensor) -> None:
+            if gathered and gathered[0] is not block:
+                gathered.pop().reshard()
+            gathered[:] = [block]
+
+        for output in outputs if isinstance(outputs, tuple) else (outputs,):
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(reached)
+
+    for module in denoiser.modules():
+        if isinstance(module, FSDPModule):
+            module.register_forward_pre_hook(before, prepend=True)
+            module.register_forward_pre_hook(after)
+            if module is not denoiser:
+                module.register_forward_hook(watch, prepend=True)
+
+
+def local(tensor: Tensor) -> tuple[Tensor, slice | None]:
+    """This rank's part of a tensor, and which rows it has; all of it and None if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor, None
+    held, ranks = tensor.to_local(), tensor.device_mesh
+    first = min(ranks.get_local_rank() * -(-len(tensor) // ranks.size()), len(tensor))
+    return held, slice(first, first + len(held))
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what is gathered, so that changes of the shards are seen."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def rounds(count: int, together: bool) -> Iterator[tuple[int, bool]]:
+    """Yield (number, whether to keep its result) for this rank's share of `count` pieces of work.
+
+    Ranks agree before each round on whether to stop. `together`: the work contains collectives, so that a
+    rank without a piece of its own repeats one. Raises Preempted on all ranks.
+    """
+    for first in range(0, count, dist.world()):
+        with dist.agreed():
+            preemption.check()
+        if (number := first + dist.rank()) < count:
+            yield number, True
+        elif together:
+            yield count - 1, False
 
 
 def wrap(module: nn.Module) -> nn.Module:

@@ -184,11 +184,12 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     """
     run, manifest = RunFolder(cfg.run_dir), inputs.manifest
     # The model with its adapter, validation, and the state of the newest checkpoint.
+    ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
         training = training_adapter.read(inputs.base, cfg.model)
-        model = DreamBooth.build(inputs.base, manifest, table, cfg, training)
+        model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks)
         if cfg.train.cuda_graph and model.follows_the_host:
             raise ConfigError(
                 "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "
@@ -233,7 +234,7 @@ def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
     """Compile the denoiser; on each node one rank compiles first, and the others use its cache."""
     model, device = progress.model, dist.device()
     kernels.compile_module(model.denoiser, cfg.train.compile, activation_memory=cfg.train.activation_memory)
-    if dist.world() == 1:
+    if dist.world() == 1 or parallel.is_sharded(model):  # ranks that share weights compile together
         return
     with dist.leaders_first(), model.working_copies.in_place():
         with PRECISIONS[cfg.train.precision].forward(device):

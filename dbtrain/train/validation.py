@@ -28,10 +28,10 @@ from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.pretrained import DTYPES
-from dbtrain.runtime import console, dist, pace, preemption
+from dbtrain.runtime import console, dist, pace
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines, step_of
-from dbtrain.train import held_out_loss
+from dbtrain.train import held_out_loss, parallel
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.metrics import Metrics, keep_lines
 
@@ -130,7 +130,7 @@ class Validator:
         assert self.generator
         sheet = RunFolder(self.cfg.run_dir).validation_sheet(step)
         prompts, seeds = self.cfg.validation.prompts, self.generator.seeds
-        with dist.agreed(), self.model.left_out.in_place():
+        with self.model.left_out.in_place():
             self.generator.generate(sheet.parent, step)
         with dist.agreed():
             if dist.is_main():
@@ -192,44 +192,59 @@ class ImageGenerator:
         """Write this rank's images, in batches that do not depend on the number of ranks.
 
         A batch has a single prompt, so that the prompts can be split over ranks.
+        Raises ConfigError or Preempted on all ranks.
         """
-        settings, prompts = self.cfg.sample, self.cfg.validation.prompts
-        size = settings.batch
+        size, count = self.cfg.sample.batch, len(self.cfg.validation.prompts)
         batches = [
             (number, self.seeds[i : i + size])
-            for number in range(len(prompts))
+            for number in range(count)
             for i in range(0, len(self.seeds), size)
         ]
+        sharded = parallel.is_sharded(self.model)
         mine = batches[dist.rank() :: dist.world()]
-        if not mine:
-            return
+        encoded: list[dict[str, Tensor]] = []
+        with dist.agreed():
+            if mine or sharded:
+                with PRECISIONS[self.cfg.train.precision].forward(self.pipe.device):
+                    encoded = self._encoded()
 
         # Latents first, or the images themselves if the family has no VAE.
-        pipe = self.pipe
-        space = self.family.space(self.base, self.side) if self.family.vae else None
-        autocast = PRECISIONS[self.cfg.train.precision].forward
-        generated: list[Any] = []
-        count = sum(len(seeds) for _, seeds in mine)
-        with console.bar(count, "images", "image", share=True, leave=False) as bar:
-            with autocast(dist.device()):
-                encoded = self._encoded()
-            for number, seeds in mine:
-                preemption.check()
-                offsets = [seed - settings.seed for seed in seeds]
-                inputs = [self.low_res[k % len(self.low_res)] for k in offsets] if self.low_res else []
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                moving = sampler.moving(pipe, bar, len(seeds), "validation image")
-                with autocast(dist.device()), moving:
-                    generated += sampler.generate_encoded(
-                        pipe, self.family, [encoded[number]] * len(seeds), generators, settings.steps,
-                        settings.guidance, self.side, inputs, space,
-                    )  # fmt: skip
+        made: list[Any] = []
+        total = sum(len(seeds) for _, seeds in mine)
+        with console.bar(total, "images", "image", share=True, leave=False) as bar:
+            for number, keep in parallel.rounds(len(batches), sharded):
+                prompt, seeds = batches[number]
+                found = self._latents(encoded[prompt], seeds, bar)
+                made += found if keep else []
 
         # Then decode them and write the files.
+        with dist.agreed():
+            if mine:
+                self._write(folder, step, mine, made)
+
+    def _latents(self, encoded: Mapping[str, Tensor], seeds: Sequence[int], bar: console.Bar) -> list[Any]:
+        """x0 of one prompt with each seed, or its images if the family has no VAE."""
+        settings, family = self.cfg.sample, self.family
+        space = family.space(self.base, self.side) if family.vae else None
+        offsets = [seed - settings.seed for seed in seeds]
+        inputs = [self.low_res[k % len(self.low_res)] for k in offsets] if self.low_res else []
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        autocast = PRECISIONS[self.cfg.train.precision].forward(dist.device())
+        with autocast, sampler.moving(self.pipe, bar, len(seeds), "validation image"):
+            return sampler.generate_encoded(
+                self.pipe, family, [encoded] * len(seeds), generators, settings.steps, settings.guidance,
+                self.side, inputs, space,
+            )  # fmt: skip
+
+    def _write(
+        self, folder: Path, step: int, batches: Sequence[tuple[int, Sequence[int]]], made: Sequence[Any]
+    ) -> None:
+        """Decode what was generated for the batches, and write an image each."""
+        settings, prompts = self.cfg.sample, self.cfg.validation.prompts
         before = pace.clock()
-        images = self._decode(generated) if self.family.vae else generated
-        pace.add("validation image decode", pace.clock() - before, count)
-        jobs = [(number, seed) for number, seeds in mine for seed in seeds]
+        images = self._decode(made) if self.family.vae else made
+        pace.add("validation image decode", pace.clock() - before, len(made))
+        jobs = [(number, seed) for number, seeds in batches for seed in seeds]
         for (number, seed), image in zip(jobs, images, strict=True):
             note = {"prompt": prompts[number], "seed": seed, "step": step, "model": self.cfg.model.path,
                     "steps": settings.steps, "guidance": settings.guidance}  # fmt: skip

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbtrain.config import Model
+from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
 from tests import bases
 
@@ -69,6 +71,22 @@ def test_loading_gives_what_the_long_way_gives(name: str, part: str, dtype: torc
             assert torch.equal(have[label], want[label]), label
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", bases.OF_FAMILY)
+def test_a_diffusers_model_is_what_diffusers_loads(name: str, dtype: torch.dtype) -> None:
+    """Of every family: norms that stay in fp32, statistics in buffers, tables that no file holds."""
+    base = Base.find(Model(path=str(bases.OF_FAMILY[name]())))
+    for part in filter(None, (base.family.denoiser, base.family.vae)):
+        loaded = base.load(part, dtype)
+        theirs = base._class(part).from_pretrained(base.folder, subfolder=part, dtype=dtype)
+        for ours, other in zip(loaded.modules(), theirs.modules(), strict=True):
+            have, want = ({**vars(m), **m._parameters, **m._buffers} for m in (ours, other))
+            assert have.keys() == want.keys()
+            for label, tensor in want.items():
+                if isinstance(tensor, torch.Tensor):
+                    assert have[label].dtype == tensor.dtype and torch.equal(have[label], tensor), label
 
 
 SHARES = ("set_", "select", "view", "detach", "alias", "expand", "lift_fresh", "empty", "empty_like")

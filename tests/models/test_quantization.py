@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from dbtrain.doctor.memory_counter import MemoryCounter
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.adapters.formats import diffusers_file
@@ -148,6 +150,25 @@ def test_8_bit_products_are_the_same_within_the_limits_of_cublas(shape: tuple[in
     left, right = (torch.randint(-127, 128, s, generator=draw, dtype=torch.int8) for s in ((m, k), (k, n)))
     for there in (right, right.t().contiguous().t()):
         assert torch.equal(int8_matmul(left, there, True), int8_matmul(left, there, False))
+
+
+@pytest.mark.parametrize("storage", ERROR)
+def test_it_compiles_into_one_graph(storage: str) -> None:
+    layer, x, results = QuantizedLinear(normal_linear(), storage), numbers(3, 256).requires_grad_(), []
+    for module in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = module(x)
+        results.append((y, *torch.autograd.grad(y, x, numbers(3, 192))))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("storage", ERROR)
+def test_decoding_holds_two_weights_at_most(storage: str) -> None:
+    """In bf16, with the codes: the weight itself, and for 4 bits as much again of indices."""
+    layer = QuantizedLinear(normal_linear(), storage)
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter() as counter:
+        decode(layer.codes, layer.scale, layer.table, storage, torch.bfloat16, 256)
+    assert counter.peak < 2 * 192 * 256 * (2.3 if "nf4" in storage else 1.6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

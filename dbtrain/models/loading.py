@@ -1,0 +1,138 @@
+"""Loading a Diffusers model: its modules without weights, then each weight from the files to its place.
+
+A place may hold only some rows of a weight, or its codes. Diffusers' own loader reads whole weights, and
+without accelerate it holds the model twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from dbtrain.models.quantization import QuantizedLinear, encode
+from dbtrain.models.weight_files import WeightFiles
+
+Local = Callable[[Tensor], tuple[Tensor, slice | None]]
+"""(parameter) -> the part of it that this rank holds, and which rows these are; None: all."""
+Changes = Mapping[str, Callable[[Tensor], Tensor]]
+"""Name of a weight -> (the weight as the base has it) -> the weight to train on."""
+Plain = list[tuple[nn.Module, dict[str, Tensor]]]
+"""Layers whose weight was changed, each with what it would hold without the change."""
+
+
+def skeleton(kind: Any, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """A model of the class `kind` whose parameters are on the meta device, in the dtypes that `fill` uses.
+
+    Buffers are real, because constructors compute those that no file holds.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    hook = register_module_parameter_registration_hook(_on_meta)
+    try:
+        module: nn.Module = kind.from_config(config)
+    finally:
+        hook.remove()
+        torch.set_default_dtype(default)
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(_dtype(module, name, parameter, dtype))
+    return module
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    return (
+        parameter if parameter is None else nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+    )
+
+
+def _dtype(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a weight in a model of `dtype`. Some models keep their norms in fp32."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if set(kept) & set(name.split(".")) else dtype
+
+
+def names(module: nn.Module, files: WeightFiles) -> dict[str, str]:
+    """The name in `files` of each weight there, by its name in `module`; old VAEs have other names."""
+    found = {name: name for name in files.places}
+    module._fix_state_dict_keys_on_load(found)  # type: ignore[operator]  # renames keys
+    return found
+
+
+def unfit(module: nn.Module, files: WeightFiles) -> list[str]:
+    """The names of weights that `files` lack, or have in another shape."""
+    found = names(module, files)
+    return sorted(
+        name
+        for name, _, _, shape in _places(module)
+        if name not in found or files.shape(found[name]) != tuple(shape)
+    )
+
+
+def whole(parameter: Tensor) -> tuple[Tensor, slice | None]:
+    """A parameter that is not sharded. See `Local`."""
+    return parameter, None
+
+
+@torch.no_grad()
+def fill(
+    module: nn.Module,
+    files: WeightFiles,
+    dtype: torch.dtype,
+    local: Local = whole,
+    changes: Changes | None = None,
+) -> Plain:
+    """Read the weights of a `skeleton`, whose layers may have been quantized or sharded by rows since.
+
+    Of a sharded weight no more is read than the rows that are `local`, unless it has a change.
+    Raises KeyError if `files` lack a weight.
+    """
+    named, plain = names(module, files), []
+    for name, part, attributes, _ in _places(module):
+        rows = local(getattr(part, attributes[0]))[1]
+        change = (changes or {}).get(name)
+        values: tuple[Tensor, ...] | None = None
+        if isinstance(part, QuantizedLinear) and attributes == CODES:
+            values = files.encoded(named[name], part.storage, rows)
+        if change or values is None:
+            weight = files.read(named[name], None if change else rows)
+            weight = weight.to(_dtype(module, name, weight, dtype))
+            if change:
+                cut = rows or slice(None)
+                was = values or _stored(part, attributes, weight[cut])
+                plain.append((part, dict(zip(attributes, was, strict=True))))
+                weight = change(weight)[cut]
+            values = _stored(part, attributes, weight)
+        for attribute, value in zip(attributes, values, strict=True):
+            if attribute in part._buffers:
+                setattr(part, attribute, value)
+            elif rows:
+                local(getattr(part, attribute))[0].copy_(value)
+            else:
+                setattr(part, attribute, nn.Parameter(value, requires_grad=False))
+    return plain
+
+
+Place = tuple[str, nn.Module, tuple[str, ...], torch.Size]
+CODES = ("codes", "scale")  # of a quantized weight
+
+
+def _places(module: nn.Module) -> Iterator[Place]:
+    """(name of a weight, its module, the attributes that hold it, its shape), for each that files have."""
+    for path, part in module.named_modules():
+        start = f"{path}." if path else ""
+        own: dict[str, Any] = {**part._parameters, **part._buffers}
+        for name, tensor in own.items():
+            if tensor is not None and name not in (*part._non_persistent_buffers_set, *CODES):
+                yield f"{start}{name}", part, (name,), tensor.shape
+        if isinstance(part, QuantizedLinear):
+            yield f"{start}weight", part, CODES, torch.Size([part.out_features, part.in_features])
+
+
+def _stored(part: nn.Module, attributes: tuple[str, ...], weight: Tensor) -> tuple[Tensor, ...]:
+    """What the attributes of a module hold of some rows of a weight."""
+    return encode(weight, part.storage) if attributes == CODES else (weight,)  # type: ignore[arg-type]
