@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from benchmarks import bases as real
 from benchmarks.memory import BOUND, configured, measured
+from dbtrain.config import Config
 from dbtrain.doctor import forecast
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
@@ -122,6 +123,19 @@ def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
     folder = shutil.copytree(bases.sd(), tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
     cfg = make(model__path=str(folder))
     assert memory.predict(cfg, Base.find(cfg.model), "cuda") == whole
+
+
+def test_auto_swaps_what_is_missing(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(cfg: Config, *_: Any) -> Prediction:
+        swapped = {"auto": 0, 7: 7}[cfg.train.swap_blocks]
+        saved, size = max(swapped - 2, 0), swapped * GIB
+        return Prediction((10 - saved) * GIB, 0, 0, 0, 0, blocks=(GIB,) * 10, in_host_memory=size)
+
+    monkeypatch.setattr(forecast, "predict", predict)
+    cfg = make(train__swap_blocks="auto", train__gradient_checkpointing="blocks")
+    lines = list(forecast.report(cfg, 6.0))
+    assert "train.swap_blocks=auto swaps 7 of 10 blocks" in lines and lines[-1] == "fits into 6.0 GiB"
+    assert any(line.split() == ["in", "host", "memory,", "a", "rank", "7.000"] for line in lines)
 
 
 def test_doctor_says_what_fits(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
