@@ -144,14 +144,14 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
-        for name, unfit, instead in (
-            ("gradient_checkpointing", "none", "blocks"), ("compile", True, "regional"),
-            ("cuda_graph", True, "false"),
+        for name, fit in (
+            ("gradient_checkpointing", ("transformer", "blocks")), ("compile", (False, "regional")),
+            ("cuda_graph", (False,)),
         ):  # fmt: skip
-            if (value := getattr(self, name)) == unfit:
+            if (value := getattr(self, name)) not in fit:
                 raise ValueError(
-                    f"swap_blocks is {self.swap_blocks}, which does not go with {name} {value}; set {name} "
-                    f"to {instead}, or swap_blocks to 0"
+                    f"swap_blocks is {self.swap_blocks}, but {name} is {str(value).lower()}; set {name} to "
+                    f"{str(fit[-1]).lower()}, or swap_blocks to 0"
                 )
         return self
 

@@ -22,6 +22,7 @@ from dbtrain.runtime.errors import ConfigError
 
 BUFFERS = 2
 ALIGNED = 512  # bytes, like CUDA's allocator, so that kernels are chosen as for weights of their own
+PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 GIB = 2**30
 IN_HOST_MEMORY = "in_host_memory"  # attribute of a layer in a swapped block
 
@@ -158,7 +159,7 @@ class Ring:
             registry[name] = view
         self.current = place
         following = self._following(block)
-        if following and self._holding(following) is None:
+        if following is not None and self._holding(following) is None:
             self._fill(1 - place, following)
 
     def _holding(self, block: nn.Module) -> int | None:
@@ -248,13 +249,13 @@ def _page_lock(memory: Tensor, ring: Ring) -> None:
     """
     cudart, start = torch.cuda.cudart(), memory.data_ptr()
     try:
-        torch.cuda.check_error(cudart.cudaHostRegister(start, memory.nbytes, 0))
+        torch.cuda.check_error(cudart.cudaHostRegister(start, memory.nbytes, PORTABLE))
     except RuntimeError as error:
         raise ConfigError(
             f"train.swap_blocks: {memory.nbytes / GIB:.1f} GiB of host memory cannot be page-locked: {error}"
             "; swap fewer blocks"
         ) from error
-    weakref.finalize(ring, _unlock, start)
+    weakref.finalize(ring, _unlock, start).atexit = False  # the end of the process unlocks it too
 
 
 def _unlock(start: int) -> None:

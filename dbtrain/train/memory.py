@@ -68,7 +68,7 @@ class Prediction:
 
     def blocks_to_swap(self, has: float) -> int:
         """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
-        return block_swap.count_that_saves(self.weights.blocks, self.needed - has)
+        return block_swap.count_that_saves(self.weights.blocks, (self.needed - has) / (1 + FRAGMENTED))
 
     # The same with its frozen weights elsewhere, if all of them are on the device.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import nn
@@ -171,8 +172,8 @@ def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
     """Move the frozen weights of `train.swap_blocks` blocks to host memory. For `auto`, ranks may differ."""
     count, device = cfg.train.swap_blocks, dist.device()
     if count == "auto":
-        forecast = memory.predict(cfg, base, "cuda", dist.world()) if device.type == "cuda" else None
-        count = forecast.blocks_to_swap(memory.memory_of(device)) if forecast else 0
+        has = memory.memory_of(device)
+        count = memory.predict(cfg, base, "cuda", dist.world()).blocks_to_swap(has) if has < inf else 0
     if moved := block_swap.swap(model.denoiser, count, device):
         console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
 

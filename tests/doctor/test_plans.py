@@ -136,3 +136,12 @@ def test_a_faster_plan_is_named_where_the_present_one_fits(make: Make, ask: Ask)
     cfg = make(model__path=str(bases.flux1()))
     lines = list(forecast.report(cfg, 200))
     assert "fits into 200.0 GiB" in lines and not lines[-1].startswith("faster")
+
+
+def test_auto_swaps_what_is_missing(make: Make, ask: Ask) -> None:
+    cfg = make(
+        model__path=str(bases.flux1()), train__swap_blocks="auto", train__gradient_checkpointing="blocks"
+    )
+    lines = list(forecast.report(cfg, 35.0))
+    assert "train.swap_blocks=auto swaps 9 of 10 blocks" in lines and "fits into 35.0 GiB" in lines
+    assert "  page-locked host memory of each process               72.000" in lines

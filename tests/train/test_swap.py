@@ -54,6 +54,10 @@ def ring_of(model: DreamBooth) -> Ring:
     return next(block.ring for block in blocks(model.denoiser) if isinstance(block, Swapped))
 
 
+def swapped(model: DreamBooth) -> int:
+    return sum(isinstance(block, Swapped) for block in blocks(model.denoiser))
+
+
 def outcome(cfg: Config, steps: int = 3) -> list[Tensor]:
     """Losses, adapters and gradients after some steps."""
     with trainer.steps(cfg) as job:
@@ -93,7 +97,7 @@ def test_swapped_blocks_train_as_resident_ones_do(
     """Each loss, weight and gradient, to the bit."""
     configs = configs_of(make, name)
     with trainer.steps(configs(**settings, train__swap_blocks=count)) as job:
-        assert sum(isinstance(block, Swapped) for block in blocks(job.model.denoiser)) == count
+        assert swapped(job.model) == count
     assert same(outcome(configs(**settings)), outcome(configs(**settings, train__swap_blocks=count)))
 
 
@@ -346,7 +350,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"train__swap_blocks": 4, "train__gradient_checkpointing": "none"}, "set gradient_checkpointing to bl"),
     (
         {"train__swap_blocks": "auto", "train__compile": True},
-        "compile True; set compile to regional, or swap",
+        "but compile is true; set compile to regional, or swap",
     ),
     ({"train__swap_blocks": 4, "train__cuda_graph": True}, "set cuda_graph to false, or swap_blocks to 0"),
     ({"train__swap_blocks": -1}, "swap_blocks"),
@@ -401,7 +405,16 @@ def test_the_forecast_knows_what_swapping_saves(make: Make) -> None:
 def test_auto_swaps_nothing_on_a_cpu(make: Make) -> None:
     if not torch.cuda.is_available():
         with trainer.steps(configs_of(make)(train__swap_blocks="auto")) as job:
-            assert not any(isinstance(block, Swapped) for block in blocks(job.model.denoiser))
+            assert swapped(job.model) == 0
+
+
+def test_auto_swaps_what_is_missing_on_a_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = memory.Prediction(10 * memory.GIB, 0, 0, 0, 0, blocks=(memory.GIB,) * 12)
+    monkeypatch.setattr(memory, "predict", lambda *_: found)
+    for gib, count in ((6.0, 7), (11.0, 0), (2.0, 11), (0.5, 12)):
+        monkeypatch.setattr(memory, "memory_of", lambda device, gib=gib: gib * memory.GIB)
+        with trainer.steps(configs_of(make)(train__swap_blocks="auto")) as job:
+            assert swapped(job.model) == count
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
