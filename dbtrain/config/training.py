@@ -146,7 +146,7 @@ class Train(Section):
             )
         for name, fit in (
             ("gradient_checkpointing", ("transformer", "blocks")), ("compile", (False, "regional")),
-            ("cuda_graph", (False,)),
+            ("cuda_graph", (False,)), ("shard", ("none",)),
         ):  # fmt: skip
             if (value := getattr(self, name)) not in fit:
                 raise ValueError(

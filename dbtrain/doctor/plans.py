@@ -53,7 +53,7 @@ def plans(cfg: Config, base: Base, has: float, ranks: int, micro_batches: Sequen
     shards = [shard for shard, least in (("none", 0), ("node", PER_NODE), ("all", 1)) if ranks > least]
     found: list[Plan] = []
     for mode in activation_checkpointing.modes(base.skeleton(base.family.denoiser)):
-        steps = _steps(cfg.override(f"train.gradient_checkpointing={mode}"), base, ranks, micro_batches)
+        steps = _steps(cfg, base, mode, ranks, micro_batches)
         for storage, shard, swaps in product(stored, shards, (False, True)):
             settings = {
                 "gradient_checkpointing": mode, "base_linears": storage, "shard": shard,
@@ -83,9 +83,14 @@ def _allowed(cfg: Config, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _steps(cfg: Config, base: Base, ranks: int, micro_batches: Sequence[int]) -> dict[int, Prediction]:
+def _steps(
+    cfg: Config, base: Base, mode: str, ranks: int, micro_batches: Sequence[int]
+) -> dict[int, Prediction]:
     """Predictions by micro-batch, with full weights on the device; those between two lie on a line."""
-    plain = ("train.base_linears=full", "train.swap_blocks=0", "train.shard=none")
+    plain = (
+        f"train.gradient_checkpointing={mode}", "train.base_linears=full", "train.swap_blocks=0",
+        "train.shard=none",
+    )  # fmt: skip
     most, least = micro_batches[0], micro_batches[-1]
     found = {
         rows: predict(cfg.override(*plain, f"train.micro_batch={rows}"), base, "cuda", ranks)

@@ -143,7 +143,7 @@ def weights_of(cfg: Config, base: Base, storage: str) -> Weights:
     skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
     denoiser = skeleton.load(base.family.denoiser, PRECISIONS[cfg.train.precision].dtype)
     if storage != "full":
-        quantization.quantize(denoiser, storage)
+        quantization.quantize(denoiser, base.storage(base.family.denoiser, storage))
     return Weights.of(denoiser)
 
 

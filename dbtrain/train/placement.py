@@ -15,7 +15,7 @@ from dbtrain.models.blocks import blocks
 from dbtrain.models.quantization import QuantizedLinear
 
 GATHERED = 2  # blocks: the one at work, and the buffer in which the next one arrives
-INDICES = {"nf4": 2}  # bytes a weight that decoding takes besides the decoded weight
+INDICES = {"nf4": 2, "nf4-fp32": 2}  # bytes a weight that decoding takes besides the decoded weight
 Part = tuple[tuple[int, int], ...]
 """(rows, bytes of a row) of each matrix."""
 
