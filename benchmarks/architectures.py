@@ -271,6 +271,16 @@ def published() -> dict[str, Architecture]:
              "text_encoder": _clip("L"), "text_encoder_2": T5},
             _flow(use_dynamic_shifting=True),
         ),
+        "flux1-small": Architecture(  # to measure on a CPU: 0.2 billion weights
+            "flux1", 256, 77,
+            {"transformer": ("FluxTransformer2DModel", {
+                "guidance_embeds": True, "num_layers": 3, "num_single_layers": 6, "num_attention_heads": 8,
+                "joint_attention_dim": 1024,
+             }),
+             "vae": _flux_vae(), "text_encoder": _clip("L"),
+             "text_encoder_2": ("T5EncoderModel", {**T5[1], "d_model": 1024, "num_layers": 2})},
+            _flow(use_dynamic_shifting=True),
+        ),
         "chroma": Architecture(
             "chroma", 1024, 64,
             {"transformer": ("ChromaTransformer2DModel", {}), "vae": _flux_vae(), "text_encoder": T5},

@@ -27,6 +27,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.locate import hush
 from dbtrain.models.safety import library
+from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import console, dist, files, rng
 
 SHARD_ROWS = 16
@@ -110,16 +111,38 @@ def randomized(make: Callable[[], Any], name: str, dtype: torch.dtype) -> nn.Mod
     draw = torch.Generator(dist.device()).manual_seed(rng.seed_of("benchmark base", name))
     with torch.no_grad():
         for label, value in module.named_parameters():
-            if "norm" in label and value.ndim == 1:
-                value.fill_(float(label.endswith("weight")))
-            elif value.ndim == 1:
-                value.zero_()
-            else:
-                value.normal_(0.0, value[0].numel() ** -0.5 if value.ndim > 1 else 0.02, generator=draw)
+            _fill_weight(label, value, draw)
         for label, buffer in module.named_buffers():
             assert label.endswith("position_ids"), f"a buffer that to_empty() left without content: {label}"
             buffer.copy_(torch.arange(buffer.shape[-1], device=buffer.device).expand_as(buffer))
     return module.requires_grad_(False).eval()
+
+
+def _fill_weight(label: str, value: Tensor, draw: torch.Generator) -> None:
+    if value.ndim > 1:
+        value.normal_(0.0, value[0].numel() ** -0.5, generator=draw)
+    else:
+        value.fill_(float("norm" in label and label.endswith("weight")))
+
+
+class Drawn(WeightFiles):
+    """A component's weights in bf16, drawn when they are read, on this rank's device."""
+
+    def __init__(self, component: str, module: nn.Module) -> None:
+        self.component, self.tensors = component, module.state_dict()
+
+    @property
+    def places(self) -> dict[str, Tensor]:  # type: ignore[override]
+        return self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        value = torch.empty(self.shape(name), dtype=torch.bfloat16, device=dist.device())
+        draw = torch.Generator(value.device).manual_seed(rng.seed_of("benchmark base", self.component, name))
+        _fill_weight(name, value, draw)
+        return value if rows is None else value[rows]
 
 
 class Random(Base):
@@ -131,16 +154,16 @@ class Random(Base):
 
     def load(self, component: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         kind = self._class(component)
-        if not issubclass(kind, nn.Module):
-            return super().load(component, dtype, **options)
-        return randomized(lambda: self._empty(component), component, dtype)
+        if issubclass(kind, nn.Module) and not kind.__module__.startswith("diffusers"):
+            return randomized(lambda: self.skeleton(component), component, dtype)
+        return super().load(component, dtype, **options)
+
+    def weights(self, component: str) -> WeightFiles:
+        return Drawn(component, self.skeleton(component))
 
     def tensor(self, component: str, name: str) -> Tensor:
         """Ones, in place of a statistic in the weights."""
         return torch.ones(self.skeleton(component).get_buffer(name).shape)
-
-    def _empty(self, component: str) -> nn.Module:
-        return self.skeleton(component)
 
 
 @contextmanager

@@ -17,9 +17,9 @@ from benchmarks import bases, common
 from benchmarks.architectures import published
 from benchmarks.common import Result, Row
 from dbtrain.config import Config, Model
-from dbtrain.doctor import memory
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
+from dbtrain.train import memory
 
 GIB = 2**30
 CARDS = (12, 16, 24, 80)  # GB, as they are sold

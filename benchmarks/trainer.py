@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from torch import nn
+
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
@@ -20,10 +22,11 @@ from dbtrain.models.base import Base
 from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import dist
-from dbtrain.train import checkpoint
+from dbtrain.train import checkpoint, parallel
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.loop import train
 from dbtrain.train.metrics import Metrics, Outcome
+from dbtrain.train.setup import swap_blocks
 from dbtrain.train.step import train_step
 
 __all__ = ["Steps", "each_step", "export", "making_class_images", "prepare", "steps", "train", "when_loaded"]
@@ -35,11 +38,12 @@ class Steps:
 
     cfg: Config
     model: DreamBooth
+    ddp: nn.Module
     progress: checkpoint.Progress
     stream: LatentStream
 
     def take(self, step: int) -> Outcome:
-        return train_step(self.model, self.progress, self.stream, step, self.cfg)
+        return train_step(self.ddp, self.progress, self.stream, step, self.cfg)
 
 
 @contextmanager
@@ -49,16 +53,18 @@ def steps(cfg: Config) -> Iterator[Steps]:
     manifest = Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
     family = base.family
-    model = DreamBooth.build(base, manifest, table, cfg).to(dist.device())
-    progress = checkpoint.Progress.begin(model, cfg)
-    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
+    ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
+    model = DreamBooth.build(base, manifest, table, cfg, None, ranks)
+    swap_blocks(cfg, base, model)
+    progress = checkpoint.Progress.begin(model.to(dist.device()), cfg)
+    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
     weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
     stream = LatentStream(
         place, manifest, share, {role: weights[role] for role in manifest.roles if weights[role]}, seed=0,
         device=dist.device(), extra=lambda meta: family.row(meta, manifest.request["resolution"]),
     )  # fmt: skip
-    with closing(stream):
-        yield Steps(cfg, model, progress, stream)
+    with closing(stream), dist.training(cfg.faults.timeout_s):
+        yield Steps(cfg, model, parallel.wrap(model), progress, stream)
 
 
 @contextmanager

@@ -282,7 +282,7 @@ QWEN_TEXT = {
 
 
 @cache
-def qwen_image() -> Path:
+def qwen_image(layers: int = 2) -> Path:
     """A Qwen-Image of 64 px: two blocks, latents (16, 8, 8), 16 tokens."""
 
     def fill(folder: Path) -> None:
@@ -302,13 +302,13 @@ def qwen_image() -> Path:
                     shift_terminal=0.02,
                 ),
                 "transformer": QwenImageTransformer2DModel(
-                    num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+                    num_layers=layers, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
                     axes_dims_rope=(4, 6, 6),
                 ),
             }  # fmt: skip
         _save(folder, "QwenImagePipeline", components)
 
-    return once("qwen-image", fill)
+    return once(f"qwen-image-{layers}", fill)
 
 
 FLUX_VAE = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}

@@ -92,13 +92,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_masks_in_a_graph(self) -> Config:
+    def _fresh_masks_for_every_forward(self) -> Config:
         every = [part for part in (self.adapter, self.adapter.text_encoder) if part]
-        if self.train.cuda_graph and any(p.dropout or p.rank_dropout or p.module_dropout for p in every):
-            raise ValueError(
-                "train.cuda_graph is true, but a recorded step would reuse the adapter's dropout masks; "
-                "set train.cuda_graph to false, or the dropout to 0"
-            )
+        if not any(p.dropout or p.rank_dropout or p.module_dropout for p in every):
+            return self
+        kept = self.train.activation_memory
+        # https://github.com/pytorch/pytorch/issues/190758
+        for wrong, setting, why, instead in (
+            (self.train.cuda_graph, "train.cuda_graph is true", "a recorded step would reuse",
+             "train.cuda_graph to false"),
+            (kept and kept < 1, f"train.activation_memory is {kept}", "what is recomputed would not repeat",
+             "train.activation_memory to null"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(
+                    f"{setting}, but {why} the adapter's dropout masks; set {instead}, or the dropout to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -102,6 +102,11 @@ class Train(Section):
         "more accurate than `fp8`), or 4 (`nf4`); `int8-dynamic` is `int8` that also rounds activations and "
         "gradients to 8 bits, to multiply faster",
     )
+    swap_blocks: Natural | Literal["auto"] = Field(
+        0,
+        description="blocks of the denoiser whose frozen weights stay in host memory and are copied to the "
+        "GPU when they are needed, two at a time; `auto`: as many as have to (0: none)",
+    )
     shard: Literal["none", "node", "all"] = Field(
         "none",
         description="GPUs that hold the denoiser's frozen weights together, a part each: `all`, those of a "
@@ -128,6 +133,26 @@ class Train(Section):
                 f"activation_memory is {self.activation_memory}, but compile is false; set compile to true, "
                 "or use gradient_checkpointing instead"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_that_can_be_swapped(self) -> Train:
+        if not self.swap_blocks:
+            return self
+        if self.swap_blocks in (1, 2):
+            raise ValueError(
+                f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
+                "more, or 0"
+            )
+        for name, fit in (
+            ("gradient_checkpointing", ("transformer", "blocks")), ("compile", (False, "regional")),
+            ("cuda_graph", (False,)), ("shard", ("none",)),
+        ):  # fmt: skip
+            if (value := getattr(self, name)) not in fit:
+                raise ValueError(
+                    f"swap_blocks is {self.swap_blocks}, but {name} is {str(value).lower()}; set {name} to "
+                    f"{str(fit[-1]).lower()}, or swap_blocks to 0"
+                )
         return self
 
     @model_validator(mode="after")

@@ -108,10 +108,10 @@ def memory(case: Case) -> Iterator[Finding]:
         return
     _ = case.base  # raises Unknown instead of downloading it
     with importing():
-        from dbtrain.doctor import memory as predicted
+        from dbtrain.doctor import forecast
     from dbtrain.doctor.gpu import ranks_of
 
-    lines = predicted.report(case.cfg, case.gib, ranks_of(case))
+    lines = forecast.report(case.cfg, case.gib, ranks_of(case))
     yield ok(next(lines))
     yield from (Finding("", line) for line in lines)
 

@@ -1,4 +1,4 @@
-"""The blocks of a model, for compiling it block by block."""
+"""The blocks of a model, for compiling and sharding it block by block."""
 
 from __future__ import annotations
 
@@ -14,5 +14,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """
     lists = (getattr(model, name, None) or () for name in ("_repeated_blocks", "_no_split_modules"))
     classes = {name for names in lists for name in names}
-    listed = [module for module in model.modules() if type(module).__name__ in classes]
+    listed = [  # FSDP makes a subclass of each class
+        module for module in model.modules() if classes & {kind.__name__ for kind in type(module).__mro__}
+    ]
     return [module for module in listed if not any(inner in listed for inner in list(module.modules())[1:])]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.state import AdapterState
-from dbtrain.models import loading
+from dbtrain.models import block_swap, loading
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.train import parallel
 from dbtrain.train.training_adapter import SETTING
@@ -71,8 +71,9 @@ class LeftOut:
     def _exchange(self) -> None:
         parallel.reshard(self.denoiser)
         for layer, stored in self.layers:
+            kept = block_swap.stored(layer)
             for name, plain in stored.items():
-                live, _ = parallel.local(layer.get_parameter(name))
+                live, _ = parallel.local(kept[name])
                 used = live.to("cpu", copy=True)
                 live.copy_(plain)
                 plain.copy_(used)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.models import kernels
+from dbtrain.models import block_swap, kernels
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare import plan
@@ -28,6 +29,7 @@ from dbtrain.train import (
     checkpoint,
     cuda_graph,
     fingerprint,
+    memory,
     parallel,
     segments,
     training_adapter,
@@ -166,6 +168,16 @@ class Job:
             raise
 
 
+def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
+    """Move the frozen weights of `train.swap_blocks` blocks to host memory. For `auto`, ranks may differ."""
+    count, device = cfg.train.swap_blocks, dist.device()
+    if count == "auto":
+        has = memory.memory_of(device)
+        count = memory.predict(cfg, base, "cuda", dist.world()).blocks_to_swap(has) if has < inf else 0
+    if moved := block_swap.swap(model.denoiser, count, device):
+        console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
+
+
 def setup(cfg: Config, inputs: Inputs) -> Job:
     """Build the model, load the newest checkpoint, and start prefetching, on every rank.
 
@@ -189,6 +201,8 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
     validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
+    with dist.agreed():
+        swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)
     start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(model)

@@ -83,6 +83,18 @@ def test_a_budget_for_activations_needs_compile(make: Make) -> None:
     assert make(train__compile=True, train__activation_memory=0.5).train.activation_memory == 0.5
 
 
+@pytest.mark.parametrize("part", ["adapter", "adapter.text_encoder"])
+@pytest.mark.parametrize("kind", ["dropout", "rank_dropout", "module_dropout"])
+def test_a_budget_for_activations_takes_no_dropout(make: Make, part: str, kind: str) -> None:
+    """Recomputed operators would draw other masks: wrong gradients, without a word."""
+    compiled = make(train__compile=True)
+    drops = [f"{part}.kind={'lora' if kind == 'dropout' else 'loha'}", f"{part}.{kind}=0.1"]
+    with pytest.raises(ConfigError, match=r"activation_memory is 0.5, but .* dropout masks; set .* to null"):
+        compiled.override("train.activation_memory=0.5", *drops)
+    assert compiled.override("train.activation_memory=1.0", *drops).train.activation_memory == 1
+    assert compiled.override("train.activation_memory=0.5").train.activation_memory == 0.5
+
+
 @pytest.mark.slow
 def test_a_compiled_denoiser_keeps_no_more_than_its_budget(make: Make, prepared: Path) -> None:
     """Bytes kept for the backward pass, with inductor's own partitioner but no code generation."""

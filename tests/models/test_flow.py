@@ -24,7 +24,6 @@ from dbtrain.config.training import Loss, Timesteps
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
-from dbtrain.doctor import memory
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
@@ -35,7 +34,7 @@ from dbtrain.prepare import plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.sample.pipeline import AdapterPipeline
-from dbtrain.train import dreambooth
+from dbtrain.train import dreambooth, memory
 from tests import bases, eyes
 from tests.conftest import Make, at, dbtrain, draw_photo, train
 from tests.networks import awake, build, first_batch

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from dbtrain.doctor.memory_counter import MemoryCounter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.adapters.formats import diffusers_file
 from dbtrain.config import AdapterSettings, Model
-from dbtrain.doctor.memory_counter import MemoryCounter
 from dbtrain.export import export
 from dbtrain.models.base import Base
 from dbtrain.models.quantization import NF4, STORAGE, QuantizedLinear, decode, encode, int8_matmul, quantize

@@ -1,4 +1,4 @@
-"""Count the memory of live tensors while operators run; on a CPU, as if it were a GPU."""
+"""Count the memory of live tensors and the FLOPs while operators run; on a CPU, as if it were a GPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
 
 
 class MemoryCounter(TorchDispatchMode):
     """Counts the live bytes of all storages that operators create under this mode, and their peak.
 
     Each storage is rounded up to a multiple of `block` bytes, like an allocator does. What a kernel
-    allocates and frees internally is not counted.
+    allocates and frees internally is not counted, unless `workspace` says so: (operator, its arguments) ->
+    bytes. Counts the FLOPs of products, convolutions and attention too.
     """
 
-    def __init__(self, block: int = 1) -> None:
+    def __init__(self, block: int = 1, workspace: Callable[[Any, Sequence[Any]], int] = lambda *_: 0) -> None:
         super().__init__()
-        self.block = block
-        self.live = self.peak = 0
+        self.block, self.workspace = block, workspace
+        self.live = self.peak = self.flops = 0
         self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
@@ -35,7 +39,15 @@ class MemoryCounter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return tree_map_only(Tensor, self._count, func(*args, **(kwargs or {})))
+        output = func(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        operator = func.overloadpacket
+        if operator in flop_registry:
+            self.flops += flop_registry[operator](*args, **(kwargs or {}), out_val=output)
+            self.peak = max(self.peak, self.live + self.workspace(operator, args))
+        return output
 
     def of(self, tensors: Iterable[Tensor]) -> int:
         """Bytes that these tensors take, each storage counted once."""
@@ -45,18 +57,36 @@ class MemoryCounter(TorchDispatchMode):
     def _rounded(self, size: int) -> int:
         return math.ceil(size / self.block) * self.block
 
-    def _count(self, tensor: Tensor) -> Tensor:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if (key := storage._cdata) not in self.known:
             size = self._rounded(storage.nbytes())
             self.live += size
             self.peak = max(self.peak, self.live)
             self.known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
-        return tensor
 
     def _forget(self, key: int, size: int) -> None:
         del self.known[key]
         self.live -= size
+
+
+def of_convolutions(operator: Any, args: Sequence[Any]) -> int:
+    """Bytes that convolutions in half precision take on a CPU while they run; those of GPUs need no copies.
+
+    Where oneDNN has the dtype, its backward pass sums the input's gradient in fp32. Elsewhere torch unrolls
+    the input, so that the convolution is a matrix product.
+    """
+    if operator not in (aten.convolution, aten.convolution_backward):
+        return 0
+    backward = operator is aten.convolution_backward
+    input, weight, strides = args[backward], args[1 + backward], args[3 + backward]
+    if input.dtype not in (torch.bfloat16, torch.float16):
+        return 0
+    half = "bf16" if input.dtype == torch.bfloat16 else "fp16"
+    if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported")():
+        return 4 * input.numel() * backward
+    unrolled = math.prod(weight.shape[2:]) * input.nbytes // math.prod(strides)
+    return unrolled if unrolled > input.nbytes else 0
 
 
 @contextmanager
@@ -100,16 +130,15 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(half), key.to(half), value.to(half)
-    kernels = torch.ops.aten
     if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] % 8 == 0:
-        flash = kernels._scaled_dot_product_flash_attention
+        flash = aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
-        steps = kernels._scaled_dot_product_attention_math
+        steps = aten._scaled_dot_product_attention_math
         mask = attn_mask
         return steps(query, key, value, mask, dropout_p, is_causal, scale=scale, enable_gqa=True)[0]
     if attn_mask is not None:
         attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
     keep = any(tensor.requires_grad for tensor in (query, key, value))
-    efficient = kernels._scaled_dot_product_efficient_attention
+    efficient = aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, keep, dropout_p, is_causal, scale=scale)[0]

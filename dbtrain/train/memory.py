@@ -7,9 +7,10 @@ precisions, adapters and families without a formula for any of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,21 +22,19 @@ from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import HELD_OUT, Manifest, Row
 from dbtrain.data.storage import Storage
-from dbtrain.doctor.memory_counter import MemoryCounter, like_cuda
-from dbtrain.models import loading
+from dbtrain.models import block_swap, loading, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.runtime import dist
-from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_convolutions
+from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
 GIB = 2**30
-BLOCK = {"cuda": 512, "cpu": 64}  # allocators round a tensor up to a multiple of this, bytes
 # Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
 # of memory lost to fragmentation.
 CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
@@ -51,11 +50,15 @@ class Prediction:
     activations: int  # with temporary tensors of operators
     gradients: int  # that stay alive: of earlier micro-batches, or in DDP's buckets
     validation: int = 0  # generating its images, between steps and so in place of the activations
+    gathered: int = 0  # frozen weights of other ranks, while they are here
+    in_host_memory: int = 0  # frozen weights of swapped blocks; not on the device
+    weights: Weights = field(default_factory=Weights)  # the denoiser's, wherever they are
+    flops: int = 0  # of a micro-batch
 
     @property
     def peak(self) -> int:
         """Peak of all tensors, as `torch.cuda.max_memory_allocated` measures it."""
-        resident = self.base + self.adapter + self.moments + self.gradients
+        resident = self.base + self.adapter + self.moments + self.gradients + self.gathered
         return resident + max(self.activations, self.validation)
 
     @property
@@ -63,12 +66,44 @@ class Prediction:
         """The peak, plus an estimate of what a GPU needs besides tensors."""
         return int(self.peak * (1 + FRAGMENTED) + CONTEXT_GIB * GIB)
 
+    def blocks_to_swap(self, has: float) -> int:
+        """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
+        return block_swap.count_that_saves(self.weights.blocks, (self.needed - has) / (1 + FRAGMENTED))
 
-def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
+    # The same with its frozen weights elsewhere, if all of them are on the device.
+
+    def stored(self, weights: Weights) -> Prediction:
+        """With the denoiser's weights quantized, if they are not; no less than that takes."""
+        return replace(
+            self, base=self.base - self.weights.size + weights.size, weights=weights,
+            activations=self.activations + weights.decoded,
+        )  # fmt: skip
+
+    def swapped(self, count: int) -> Prediction:
+        """With `count` blocks swapped, if blocks are recomputed."""
+        sizes = self.weights.blocks
+        saved, moved = block_swap.saved_bytes(sizes, count), sum(block_swap.spread(sizes, count))
+        return replace(self, base=self.base - saved, in_host_memory=moved)
+
+    def sharded(self, ranks: int) -> Prediction:
+        """With the denoiser sharded over `ranks`."""
+        if ranks == 1:
+            return self
+        base = self.base - self.weights.held(1) + self.weights.held(ranks)
+        return replace(self, base=base, gathered=self.weights.gathered(ranks))
+
+
+def sharing(shard: str, ranks: int, per_node: int) -> int:
+    """How many of `ranks`, `per_node` of them on each node, hold the denoiser together. See train.shard."""
+    return {"none": 1, "node": min(per_node, ranks), "all": ranks}[shard]
+
+
+def predict(cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int = 8) -> Prediction:
     """The memory that training with `cfg` takes on each of `ranks` devices; `device` is `cuda` or `cpu`.
 
     Reads the base's config files and tokenizers, no weights. Predicts eager training; a compiled run keeps
-    less. Raises ConfigError where training would.
+    less. `train.swap_blocks: auto` counts as 0, see `blocks_to_swap`.
+    Raises ConfigError where training would.
     """
     # The model without weights, and the shapes of its data.
     skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
@@ -77,21 +112,44 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
     model = DreamBooth.build(skeleton, shapes.manifest(), table, cfg)
     vae = skeleton.load(base.family.vae) if base.family.vae else None
     # One step, counted in parts.
-    math = like_cuda() if device == "cuda" else nullcontext()
-    with FakeTensorMode(), math, MemoryCounter(BLOCK[device]) as counter:
+    kernels = like_cuda() if device == "cuda" else nullcontext()
+    # Allocators round a tensor up to a multiple of 512 or 64 bytes.
+    counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_convolutions)
+    with FakeTensorMode(), kernels, counter:
         _materialize(model)
         adapter = counter.of(model.trainable().values())
-        base_bytes = counter.live - adapter
+        weights = Weights.of(model.denoiser)
+        swapped = 0 if cfg.train.swap_blocks == "auto" else cfg.train.swap_blocks
+        in_host_memory = block_swap.swap(model.denoiser, swapped, torch.device("cpu"))
+        base_bytes = counter.live - adapter - in_host_memory
         progress = _with_moments(model, cfg)
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
         compute_step(model, progress, [batch(cfg.train.micro_batch * shapes.roles)], cfg)
-        activations = counter.peak - before
+        activations, flops = counter.peak - before, counter.flops
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
     gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
-    moments = before - base_bytes - adapter
-    return Prediction(base_bytes, adapter, moments, activations, gradients, validation)
+    moments = before - base_bytes - adapter - in_host_memory
+    found = Prediction(
+        base_bytes, adapter, moments, activations, gradients, validation,
+        in_host_memory=in_host_memory, weights=weights, flops=flops,
+    )  # fmt: skip
+    return found.sharded(sharing(cfg.train.shard, ranks, per_node))
+
+
+def weights_of(cfg: Config, base: Base, storage: str) -> Weights:
+    """The denoiser's weights when `train.base_linears` is `storage`. Raises ConfigError as training would."""
+    skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
+    denoiser = skeleton.load(base.family.denoiser, PRECISIONS[cfg.train.precision].dtype)
+    if storage != "full":
+        quantization.quantize(denoiser, base.storage(base.family.denoiser, storage))
+    return Weights.of(denoiser)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of a GPU's memory; infinite for a CPU, which is not asked."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def _validation(
@@ -106,22 +164,6 @@ def _validation(
         if vae:
             model.family.decode(_materialize(vae), torch.empty_like(batch(1).noise))
     return counter.peak - before
-
-
-def cheaper(cfg: Config) -> Iterator[tuple[dict[str, Any], Config]]:
-    """(changes under `train`, config with them) that save memory, those that cost the least speed first."""
-    train = cfg.train
-    smaller = [n for n in range(train.micro_batch - 1, 0, -1) if train.global_batch % n == 0]
-    modes = ("none", "transformer", "blocks")
-    stronger = modes[modes.index(train.gradient_checkpointing) + 1 :]
-    changes: dict[str, Any] = {}
-    for name, values in (
-        ("micro_batch", smaller), ("gradient_checkpointing", stronger),
-        ("base_linears", ["int8"] if train.base_linears == "full" else []),
-    ):  # fmt: skip
-        for value in values:
-            changes = changes | {name: value}
-            yield changes, cfg.model_copy(update={"train": train.model_copy(update=changes)})
 
 
 def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -238,63 +280,3 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
     optimizer.step()
     optimizer.zero_grad()
     return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
-
-
-def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[str]:
-    """Lines about the memory that training takes on each of `ranks` devices, and settings that would fit.
-
-    `gib`: memory of the GPU to train on, if it is not in this machine. Without any GPU, the lines are about
-    the CPU. If training does not fit, raises ConfigError after the last line, with settings that would.
-    """
-    # The prediction.
-    base = Base.find(cfg.model)
-    device = "cuda" if gib or torch.cuda.is_available() else "cpu"
-    found = predict(cfg, base, device, ranks)
-    yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
-    yield from _table(found, device)
-    if cfg.train.compile:
-        yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
-    if device == "cpu":
-        return
-    has = gib * GIB if gib else torch.cuda.get_device_properties(dist.device()).total_memory
-    if found.needed <= has:
-        yield f"fits into {has / GIB:.1f} GiB"
-        return
-    problem = f"training needs {found.needed / GIB:.2f} GiB, which does not fit into {has / GIB:.1f} GiB"
-    yield f"does not fit into {has / GIB:.1f} GiB; trying settings that take less"
-    # Without validation images, if they set the peak: then nothing under `train` helps.
-    without = ""
-    if found.validation > found.activations:
-        without = "validation.prompts=[] "
-        cfg = cfg.model_copy(update={"validation": cfg.validation.model_copy(update={"prompts": ()})})
-        needed = replace(found, validation=0).needed
-        yield f"  {without}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
-        if needed <= has:
-            raise ConfigError(f"{problem}; use {without.strip()} (no validation images)")
-    # Smaller settings under `train`, one after the other.
-    for changes, other in cheaper(cfg):
-        words = without + " ".join(f"train.{name}={value}" for name, value in changes.items())
-        try:
-            needed = predict(other, base, device, ranks).needed
-        except ConfigError as error:  # a denoiser without transformer blocks
-            yield f"  {words}: {error}"
-            continue
-        yield f"  {words}: {needed / GIB:.2f}{', fits' if needed <= has else ''}"
-        if needed <= has:
-            raise ConfigError(f"{problem}; use {words}")
-    raise ConfigError(
-        f"{problem}, and neither do these settings; use a smaller adapter.rank or prepare.resolution, or a "
-        "larger GPU"
-    )
-
-
-def _table(found: Prediction, device: str) -> Iterator[str]:
-    rows = [
-        ("base", found.base), ("adapter", found.adapter), ("optimizer", found.moments),
-        ("activations", found.activations), ("accumulated gradients", found.gradients),
-        *([("or, instead, validation images", found.validation)] if found.validation else []),
-        ("peak", found.peak),
-    ]  # fmt: skip
-    if device == "cuda":
-        rows.append(("with context, workspaces, fragmentation (estimated)", found.needed))
-    yield from (f"  {name:46} {size / GIB:8.3f}" for name, size in rows)

@@ -1,0 +1,43 @@
+"""Run by torchrun: several runs one after the other, in the same processes. Two ranks are a node.
+
+torchrun --nproc-per-node 4 tests/multi/sharded.py PLAN: a file with [[CONFIG, OVERRIDE, ...], ...] in JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from torch._dynamo.backends.debugging import aot_eager
+
+from dbtrain.config import Config
+from dbtrain.export import export
+from dbtrain.models import kernels, quantization
+from dbtrain.runtime import dist
+from dbtrain.runtime.errors import Preempted
+from dbtrain.train import loop
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
+    quantization.WIDTH = 16  # of the small transformers
+    kernels.compile_module = partial(kernels.compile_module, backend=aot_eager)  # type: ignore[assignment]
+    dist.init()
+    for config, *overrides in json.loads(Path(sys.argv[1]).read_text()):
+        until = next((int(text[6:]) for text in overrides if text.startswith("until=")), None)
+        cfg = Config.load(config, [text for text in overrides if not text.startswith("until=")])
+        try:
+            loop.train(cfg, until)
+            export.finish(cfg)
+        except Preempted:
+            assert until
+    dist.finish(0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    main()

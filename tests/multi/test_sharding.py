@@ -1,0 +1,109 @@
+"""Sharded training: bit for bit as with whole weights, whatever is sharded, on however many ranks.
+
+With DBTRAIN_SHARDING every family, storage and number of ranks is tried, else some.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbtrain.models.quantization import STORAGE
+from dbtrain.prepare.prepare import prepare
+from tests import bases
+from tests.conftest import ROOT, config_in, finished
+from tests.runs import relative, tree
+from tests.session import once
+
+FAMILIES = ("sd", "sdxl", "flux1", "qwen-image")
+EVERY = [*itertools.product(FAMILIES, ("full", *STORAGE))] if "DBTRAIN_SHARDING" in os.environ else []
+COMBINATIONS = {
+    2: EVERY or [("sdxl", "int8"), ("flux1", "full")],
+    4: EVERY or [("sd", "full"), ("qwen-image", "fp8")],
+}
+SETTINGS: dict[str, Any] = {
+    "prepare__class_prompt": None, "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,
+    "train__gradient_checkpointing": "blocks", "sample__steps": 2,
+}  # fmt: skip
+PICTURES = {  # three batches, which 2 and 4 ranks share unevenly
+    "validation__prompts": ["a dog", "a cat", "sks dog"], "validation__images": 1, "validation__every": 8,
+    "prepare__held_out": 1,
+}  # fmt: skip
+
+
+def config(name: str, photos: Path, class_dir: Path) -> Path:
+    """The config of a base, with its shards."""
+
+    def fill(folder: Path) -> None:
+        base = {"model__path": str(bases.OF_FAMILY[name]()), "prepare__resolution": bases.SIDES[name]}
+        prepare(config_in(folder, photos, class_dir, **SETTINGS | PICTURES | base))
+
+    return once(f"sharding-{name}", fill) / "c.yaml"
+
+
+def run(folder: Path, ranks: int, plan: Sequence[Sequence[object]]) -> None:
+    """Several runs, one after the other, in one launch."""
+    path = folder / "plan.json"
+    path.write_text(json.dumps([[str(word) for word in line] for line in plan]))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    if ranks == 1:
+        torchrun = []
+    script = str(ROOT / "tests" / "multi" / "sharded.py")
+    assert finished([sys.executable, *torchrun, script, str(path)], RANK="0").returncode == 0
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """Weights, moments, losses and pictures; not the summary, which names the folder."""
+    kept = (".safetensors", ".png", "metrics.jsonl", "validation.jsonl")
+    return {name: data for name, data in tree(run).items() if name.endswith(kept)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", COMBINATIONS)
+def test_sharded_runs_are_those_with_whole_weights(
+    tmp_path: Path, photos: Path, class_dir: Path, ranks: int
+) -> None:
+    """Eight steps with accumulation and checkpointing, held-out losses, and validation images."""
+    ways = ("none", "all", "node")[: 3 if ranks > 2 else 2]
+    plan = [
+        (config(name, photos, class_dir), f"run_dir={tmp_path / f'{name}-{storage}-{way}'}",
+         f"train.base_linears={storage}", f"train.shard={way}")
+        for name, storage in COMBINATIONS[ranks] for way in ways
+    ]  # fmt: skip
+    run(tmp_path, ranks, plan)
+    for name, storage in COMBINATIONS[ranks]:
+        whole, *others = (results(tmp_path / f"{name}-{storage}-{way}") for way in ways)
+        assert len(whole) > 10
+        for other in others:
+            assert whole.keys() == other.keys()
+            assert not [file for file in whole if whole[file] != other[file]], (name, storage)
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_ways_and_numbers_of_ranks(tmp_path: Path, photos: Path, class_dir: Path) -> None:
+    path = config("flux1", photos, class_dir)
+    there, back = (
+        [path, f"run_dir={tmp_path / name}", f"train.shard={how}"]
+        for name, how in (("there", "all"), ("back", "none"))
+    )
+    run(tmp_path, 4, [[*there, "until=3"]])
+    run(tmp_path, 1, [[path, f"run_dir={tmp_path / 'one'}"], [*there[:2]], [*back, "until=3"]])
+    run(tmp_path, 4, [[*back[:2], "train.shard=all"]])
+    for name in ("there", "back"):
+        assert relative(tmp_path / "one", tmp_path / name) < 1e-5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir: Path) -> None:
+    path = config("flux1", photos, class_dir)
+    ways = ("none", "all")
+    run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.compile=regional",
+                       "train.steps=4"] for way in ways])  # fmt: skip
+    assert relative(*(tmp_path / way for way in ways)) < 1e-5
