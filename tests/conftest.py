@@ -270,7 +270,7 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(line: list[str], **options: Any) -> Any:
         if line[0] != sys.executable:
             return real(line, **options)
-        return finished(line, Path(options.get("cwd") or "."), **options.get("env") or {})
+        return finished(line, Path(options.get("cwd") or "").absolute(), **options.get("env") or {})
 
     monkeypatch.setattr(subprocess, "run", run)
 

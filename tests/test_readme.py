@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from dbtrain.__main__ import entry
 from tests import eyes
 from tests.cluster.machines import Cluster
-from tests.conftest import LONG, ROOT, draw_photo
+from tests.conftest import LONG, ROOT, command, draw_photo, finished
 
 # One after the other: some look at the runs of those before.
 pytestmark = pytest.mark.xdist_group("readme")
@@ -62,9 +63,32 @@ def shell(line: str, folder: Path, timeout: float = LONG) -> str:
     return done.stdout
 
 
+# How a page starts a verb, and what its `dbtrain` and torchrun are started as once: the others are forks.
+STARTS = re.compile(r"(torchrun --standalone --nproc-per-node \d+ -m |python -m )?dbtrain ")
+COLD = ("dbtrain run configs/mydog.yaml", "torchrun --standalone --nproc-per-node 4 -m dbtrain run")
+
+
+def verb(line: str, folder: Path) -> str:
+    """What a verb prints: started as the page says, or as forks, of two processes for torchrun's."""
+    if line.startswith(COLD):
+        return shell(re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", line), folder)
+    ranks = 2 if line.startswith("torchrun") else 1
+    done = finished(command(*shlex.split(STARTS.sub("", line)), ranks=ranks), cwd=folder)
+    assert done.returncode == 0
+    return done.stdout
+
+
+def exact(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`doctor --exact` in this process, which starts forks."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit) as left:
+        entry()
+    assert not left.value.code
+
+
 def small(line: str) -> str:
-    """A README command with the embedded base in place of a large one, on two processes at most."""
-    line = re.sub(r"--nproc-per-node \d+", "--nproc-per-node 2", line)
+    """A README command with the embedded base in place of a large one."""
     seen = [f"evaluation.dino={eyes.dino()}", f"evaluation.clip={eyes.clip()}", "evaluation.images=2",
             "evaluation.class_images=2"] if " evaluate " in line else []  # fmt: skip
     return f"{line} {shlex.join([*SMALL, *seen, 'train.steps=2'])}"  # the last of two overrides counts
@@ -90,7 +114,10 @@ def as_a_job(line: str, slurm: Cluster, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", BASH)
-def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("forks")
+def test_every_command_runs(
+    line: str, checkout: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if line.startswith("pip install"):
         assert "Would install dbtrain" in shell(f"python -m {line} --dry-run --no-deps", checkout)
     elif line.startswith("HEAD="):
@@ -110,13 +137,16 @@ def test_every_command_runs(line: str, checkout: Path, request: pytest.FixtureRe
         assert int(rows["of the way from base to real"]) >= 70, "what the README promises"
         assert int(rows["of the subject's images in the requested place"]) >= 75
     elif line.startswith("dbtrain report"):  # of the runs that the commands above left
-        assert (checkout / shell(line, checkout).strip().removeprefix("report: ")).is_file()
+        assert (checkout / verb(line, checkout).strip().removeprefix("report: ")).is_file()
     elif line.startswith("dbtrain init"):
         shell(line, checkout)
-    else:
-        known = r"dbtrain \S+ configs/(sd15|mydog)\.yaml|launch/torchrun\.sh run configs/sd15\.yaml"
-        assert re.search(known, line), f"no test for: {line}"
+    elif line.startswith("bash launch/torchrun.sh run configs/sd15.yaml"):
         shell(small(line), checkout)
+    elif line.endswith("--exact"):
+        exact(small(line), checkout, monkeypatch)
+    else:
+        assert re.search(r"dbtrain \S+ configs/(sd15|mydog)\.yaml", line), f"no test for: {line}"
+        verb(small(line), checkout)
 
 
 @pytest.mark.slow

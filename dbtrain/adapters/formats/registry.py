@@ -183,12 +183,13 @@ def read(path: Path, family: Family, skeleton: Callable[[str], nn.Module]) -> St
     if path.suffix.lower() in PICKLES:
         raise ConfigError(f"{path} is a pickle, which may run code; use a .safetensors file")
     try:
-        layers = {name: _sizes(skeleton(name)) for name in family.adaptable}
+        skeletons = {name: skeleton(name) for name in family.adaptable}
+        layers = {name: _sizes(module) for name, module in skeletons.items()}
         states = _read_folder(path, family, layers) if path.is_dir() else _read_file(path, family, layers)
         states = {component: limits.bounded(state) for component, state in states.items()}
         for component, state in states.items():
             _check(state)
-            inject.check_fit(skeleton(component), state)
+            inject.check_fit(skeletons[component], state)
     except ConfigError as problem:
         raise ConfigError(f"adapter {path}: {problem}") from problem
     except DAMAGED as error:
