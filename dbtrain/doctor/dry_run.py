@@ -24,7 +24,8 @@ from dbtrain.train import cuda_graph
 STEPS = 2
 IMAGES = 2  # photos, and class images
 # Variables of the launcher that started this process: a run that it starts has ranks of its own.
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+            "SLURM_STEP_NUM_TASKS")  # fmt: skip
 
 
 def dry_run(case: Case) -> Iterator[Finding]:

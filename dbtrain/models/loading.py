@@ -1,7 +1,6 @@
 """Loading a Diffusers model: its modules without weights, then each weight from the files to its place.
 
-A place may hold only some rows of a weight, or its codes. Diffusers' own loader reads whole weights, and
-without accelerate it holds the model twice.
+A place may hold only some rows of a weight, or its codes. Diffusers' own loader reads whole weights.
 """
 
 from __future__ import annotations
@@ -125,6 +124,7 @@ def fill(
 
 Place = tuple[str, nn.Module, tuple[str, ...], torch.Size]
 CODES = ("codes", "scale")  # of a quantized weight
+ENCODED = 2**21  # weights that are encoded at a time
 
 
 def _places(module: nn.Module) -> Iterator[Place]:
@@ -141,4 +141,8 @@ def _places(module: nn.Module) -> Iterator[Place]:
 
 def _stored(part: nn.Module, attributes: tuple[str, ...], weight: Tensor) -> tuple[Tensor, ...]:
     """What the attributes of a module hold of some rows of a weight."""
-    return encode(weight, part.storage) if attributes == CODES else (weight,)  # type: ignore[arg-type]
+    if attributes != CODES:
+        return (weight,)
+    few = max(1, ENCODED // weight.shape[1])  # encoding needs several fp32 copies
+    pieces = [encode(rows, part.storage) for rows in weight.split(few)]  # type: ignore[arg-type]
+    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))

@@ -12,8 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbtrain.config import Model
+from dbtrain.models import quantization
 from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
+from dbtrain.models.weight_files import WeightFiles
 from tests import bases
 
 PARTS = [
@@ -151,3 +153,51 @@ def test_a_variant_is_loaded_from_its_own_files(tmp_path: Path) -> None:
         plain = next(Pretrained("x", tmp_path, None).load(part).parameters())
         variant = next(Pretrained("x", tmp_path, "fp16").load(part).parameters())
         assert torch.equal(variant, (plain.half() + 1).float())
+
+
+@pytest.mark.parametrize("storage", ["full", "int8", "nf4"])
+@pytest.mark.parametrize("name", ["sd", "qwen-image"])
+def test_a_rank_reads_its_rows_and_they_are_those_of_the_whole(
+    name: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every matrix; vectors are read by all."""
+    monkeypatch.setattr(quantization, "WIDTH", 16)
+    base = Base.find(Model(path=str(bases.OF_FAMILY[name]())))
+    part, ranks = base.family.denoiser, 3
+    read: list[int] = []
+    real = WeightFiles.read
+
+    def counted(files: WeightFiles, label: str, rows: slice | None = None) -> torch.Tensor:
+        tensor = real(files, label, rows)
+        read.append(tensor.numel() if tensor.dim() > 1 else 0)
+        return tensor
+
+    def rows_of(parameter: torch.Tensor, rank: int) -> slice:
+        size, count = -(-len(parameter) // ranks), len(parameter)
+        return slice(min(rank * size, count), min((rank + 1) * size, count))
+
+    def filled(rank: int | None) -> dict[str, torch.Tensor]:
+        module = base.skeleton(part)
+        if storage != "full":
+            quantization.quantize(module, storage)
+        held: dict[torch.Tensor, tuple[torch.Tensor, slice]] = {}
+        for parameter in module.parameters():
+            if rank is not None and parameter.dim() > 1:
+                rows = rows_of(parameter, rank)
+                held[parameter] = torch.empty_like(parameter[rows], device="cpu"), rows
+        names = {parameter: label for label, parameter in module.named_parameters()}
+        base.fill(part, module, torch.float32, lambda parameter: held.get(parameter, (parameter, None)))
+        if rank is None:
+            return dict(module.named_parameters())
+        return {names[parameter]: rows for parameter, (rows, _) in held.items()}
+
+    monkeypatch.setattr(WeightFiles, "read", counted)
+    whole = filled(None)
+    matrices = [parameter for parameter in base.skeleton(part).parameters() if parameter.dim() > 1]
+    shares = []
+    for rank in range(ranks):
+        read.clear()
+        shares.append(filled(rank))
+        assert sum(read) == sum(matrix[rows_of(matrix, rank)].numel() for matrix in matrices)
+    for label in shares[0]:
+        assert torch.equal(torch.cat([share[label] for share in shares]), whole[label])

@@ -1,6 +1,6 @@
-"""Run by torchrun: real steps under DDP, compiled with a backend that counts; rank 0 prints JSON.
+"""Run by torchrun: real steps under DDP, maybe compiled with a backend that counts; prints JSON.
 
-torchrun --nproc-per-node 2 tests/multi/counted.py CONFIG
+torchrun --nproc-per-node 2 tests/multi/counted.py CONFIG [KEY=VALUE ...]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch._dynamo import utils as dynamo
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -21,6 +22,7 @@ from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.models import kernels
 from dbtrain.models.base import Base
+from dbtrain.models.blocks import blocks
 from dbtrain.runtime import dist
 from dbtrain.train import parallel
 from dbtrain.train.checkpoint import Progress
@@ -31,27 +33,39 @@ WARM_UP, STEPS = 2, 3
 
 
 def main() -> None:
-    cfg = Config.load(sys.argv[1])
+    cfg = Config.load(sys.argv[1], sys.argv[2:])
     dist.init()
     place = Storage(cfg.data.shards)
     manifest = shards.Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
-    model = DreamBooth.build(Base.find(cfg.model), manifest, table, cfg)
+    ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
+    model = DreamBooth.build(Base.find(cfg.model), manifest, table, cfg, ranks=ranks)
     compiled: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         compiled.append(len(graph.graph.nodes))
         return aot_eager(graph, inputs)
 
-    kernels.compile_module(model.denoiser, True, backend)
+    if cfg.train.compile:
+        kernels.compile_module(model.denoiser, True, backend)
     share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
     stream = LatentStream(place, manifest, share, {"instance": 1.0, "class": 1.0}, seed=0)
+    backward: set[nn.Module] = set()  # blocks that have a backward pass
+
+    def passed(block: nn.Module, _: Any, output: Any) -> None:
+        if any(tensor.requires_grad for tensor in (output if isinstance(output, tuple) else (output,))):
+            backward.add(block)
+
+    watched = [] if cfg.train.compile else blocks(model.denoiser)
+    hooks = [block.register_forward_hook(passed) for block in watched]
     progress = Progress.begin(model, cfg)
     ddp = parallel.wrap(model)
     graphs = []
     for step in range(WARM_UP):
         train_step(ddp, progress, stream, step, cfg)
         graphs.append(len(compiled))
+    for hook in hooks:
+        hook.remove()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for step in range(WARM_UP, WARM_UP + STEPS):
             train_step(ddp, progress, stream, step, cfg)
@@ -61,9 +75,12 @@ def main() -> None:
     if dist.is_main():
         print(json.dumps({
             "all_reduces": sum(count for name, count in named.items() if name == "gloo:all_reduce"),
-            "other_collectives": sorted(
-                name for name in named if name.startswith("gloo:") and name != "gloo:all_reduce"
-            ),
+            "other_collectives": {
+                name: count for name, count in named.items()
+                if name.startswith("gloo:") and name != "gloo:all_reduce"
+            },
+            "blocks": [len(hooks), len(backward)],
+            "host_reads": named.get("aten::_local_scalar_dense", 0),
             "gradient_bytes": sum(p.numel() * 4 for p in model.trainable().values()),
             "graph_breaks": sum(dynamo.counters["graph_break"].values()),
             "graphs": graphs,

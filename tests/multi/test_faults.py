@@ -28,18 +28,21 @@ STEP = Path("run") / "checkpoints" / "step-000005"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "number", "torchrun", "told"), [
-    (1, signal.SIGKILL, False, "rank 0: rank 1 (last heard of at step"),
-    (0, signal.SIGKILL, False, "rank 1: rank 0's node is gone"),  # it was the store's host
-    (0, signal.SIGKILL, True, "rank 1: rank 0 (last heard of at step"),
-    (1, signal.SIGSTOP, False, "rank 0: rank 1 (last heard of at step"),
+@pytest.mark.parametrize(("victim", "number", "torchrun", "shard", "told"), [
+    (1, signal.SIGKILL, False, "none", "rank 0: rank 1 (last heard of at step"),
+    (0, signal.SIGKILL, False, "none", "rank 1: rank 0's node is gone"),  # it was the store's host
+    (0, signal.SIGKILL, True, "none", "rank 1: rank 0 (last heard of at step"),
+    (1, signal.SIGSTOP, False, "none", "rank 0: rank 1 (last heard of at step"),
+    (1, signal.SIGKILL, False, "all", "rank 0: rank 1 (last heard of at step"),
+    (1, signal.SIGSTOP, False, "all", "rank 0: rank 1 (last heard of at step"),
 ])  # fmt: skip
 def test_survivors_name_who_is_gone_and_end(
-    make: Make, tmp_path: Path, prepared: Path, victim: int, number: int, torchrun: bool, told: str
-) -> None:
+    make: Make, tmp_path: Path, prepared: Path, victim: int, number: int, torchrun: bool, shard: str,
+    told: str,
+) -> None:  # fmt: skip
     os.symlink(prepared, tmp_path / "shards")
     # A killed process is noticed at once, a stopped one when this time is over.
-    make(**ENDLESS, faults__timeout_s=20.0 if number == signal.SIGSTOP else 600.0)
+    make(**ENDLESS, faults__timeout_s=20.0 if number == signal.SIGSTOP else 600.0, train__shard=shard)
     begun = Started("train", tmp_path / "c.yaml", ranks=2, cold=torchrun)
     begun.wait_for(lambda: (tmp_path / STEP).exists())
     begun.signal(number, rank=victim)

@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from dbtrain.models.quantization import STORAGE
+from dbtrain.config import Train
 from dbtrain.prepare.prepare import prepare
 from tests import bases
 from tests.conftest import ROOT, config_in, finished
@@ -23,10 +23,11 @@ from tests.runs import relative, tree
 from tests.session import once
 
 FAMILIES = ("sd", "sdxl", "flux1", "qwen-image")
-EVERY = [*itertools.product(FAMILIES, ("full", *STORAGE))] if "DBTRAIN_SHARDING" in os.environ else []
+LINEARS = get_args(Train.model_fields["base_linears"].annotation)
+EVERY = [*itertools.product(FAMILIES, LINEARS)] if "DBTRAIN_SHARDING" in os.environ else []
 COMBINATIONS = {
     2: EVERY or [("sdxl", "int8"), ("flux1", "full")],
-    4: EVERY or [("sd", "full"), ("qwen-image", "fp8")],
+    4: EVERY or [("sd", "full"), ("qwen-image", "nf4")],
 }
 SETTINGS: dict[str, Any] = {
     "prepare__class_prompt": None, "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,

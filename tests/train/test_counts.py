@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,21 +106,40 @@ def test_the_count_sees_what_autocast_costs() -> None:
     assert mode.total > 1.25 * (bare(torch.bfloat16) + 128 * LORA_OPS)
 
 
-@pytest.mark.slow
-def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: Path, prepared: Path) -> None:
-    """Two real ranks: DDP, LoRA, accumulation, gradient checkpointing, compiled."""
-    shutil.copytree(prepared, tmp_path / "shards")
+def counted(make: Make, folder: Path, prepared: Path, *overrides: str) -> Any:
+    """Real steps of two ranks: DDP, LoRA, accumulation, gradient checkpointing."""
+    shutil.copytree(prepared, folder / "shards", dirs_exist_ok=True)
     make(
         model__path=str(bases.sd(slim=True)), train__global_batch=8, train__micro_batch=2,
         train__gradient_checkpointing="blocks", train__precision="bf16", adapter__rank=512,
     )  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     counting = ROOT / "tests" / "multi" / "counted.py"
-    done = finished([sys.executable, *torchrun, str(counting), str(tmp_path / "c.yaml")])
+    done = finished([sys.executable, *torchrun, str(counting), str(folder / "c.yaml"), *overrides])
     assert done.returncode == 0
-    counted = json.loads(done.stdout.splitlines()[-1])
-    assert counted["gradient_bytes"] > 2**20, "more than DDP's first bucket, which would be one of its own"
-    assert counted["all_reduces"] == 3, "one a step, of 3 steps with 2 micro-batches each"
-    assert counted["other_collectives"] == []
-    assert counted["graph_breaks"] == 0
-    assert counted["graphs"] == [1, 1, 1], "one graph, in the first step"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: Path, prepared: Path) -> None:
+    found = counted(make, tmp_path, prepared, "train.compile=true")
+    assert found["gradient_bytes"] > 2**20, "more than DDP's first bucket, which would be one of its own"
+    assert found["all_reduces"] == 3, "one a step, of 3 steps with 2 micro-batches each"
+    assert found["other_collectives"] == {}
+    assert found["graph_breaks"] == 0
+    assert found["graphs"] == [1, 1, 1], "one graph, in the first step"
+
+
+@pytest.mark.slow
+def test_a_sharded_step_gathers_each_block_twice_and_reduces_nothing_else(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    """Blocks before the first adapter have no backward pass."""
+    found = counted(make, tmp_path, prepared, "train.shard=all", "train.base_linears=int8")
+    forward, backward = found["blocks"]
+    assert 0 < backward < forward
+    gathers = forward + backward + 2  # what is in no block, and one that is fetched ahead of no backward pass
+    assert found["other_collectives"] == {"gloo:all_gather": 3 * 2 * gathers}
+    assert found["all_reduces"] == 3
+    whole = counted(make, tmp_path, prepared, "train.base_linears=int8")
+    assert found["host_reads"] == whole["host_reads"]
