@@ -133,7 +133,7 @@ def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
 
 
 @cache
-def sdxl() -> Path:
+def sdxl(slim: bool = False) -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
 
     def fill(folder: Path) -> None:
@@ -145,12 +145,12 @@ def sdxl() -> Path:
                 "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
                 "unet": _unet(
                     cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-                    projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+                    projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SLIM if slim else {},
                 ),
             }  # fmt: skip
         _save(folder, "StableDiffusionXLPipeline", components)
 
-    return once("sdxl", fill)
+    return once("sdxl-slim" if slim else "sdxl", fill)
 
 
 def _t5(number: str = "", width: int = WIDTH) -> dict[str, Any]:
@@ -446,7 +446,8 @@ FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
-    **FLOW, "sd3-without-t5": lambda: sd3(with_t5=False),
+    "sd-slim": lambda: sd(slim=True), "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
+    "sd3-without-t5": lambda: sd3(with_t5=False),
 }  # fmt: skip
 OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}
 # px that these are made for

@@ -86,6 +86,7 @@ def test_a_mode_gives_the_plain_losses(make: Make, prepared: Path, name: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("inductor")  # the next one finds most kernels in the cache
 @pytest.mark.parametrize("backend", COMPILED)
 def test_a_compiled_step_gives_the_plain_losses(make: Make, prepared: Path, backend: str) -> None:
     slim = partial(make, model__path=str(bases.sd(slim=True)))
