@@ -124,7 +124,7 @@ def fill(
 
 Place = tuple[str, nn.Module, tuple[str, ...], torch.Size]
 CODES = ("codes", "scale")  # of a quantized weight
-ENCODED = 2**21  # weights that are encoded at a time
+ENCODED = 2**20  # weights that are encoded at a time
 
 
 def _places(module: nn.Module) -> Iterator[Place]:
@@ -143,6 +143,11 @@ def _stored(part: nn.Module, attributes: tuple[str, ...], weight: Tensor) -> tup
     """What the attributes of a module hold of some rows of a weight."""
     if attributes != CODES:
         return (weight,)
-    few = max(1, ENCODED // weight.shape[1])  # encoding needs several fp32 copies
-    pieces = [encode(rows, part.storage) for rows in weight.split(few)]  # type: ignore[arg-type]
-    return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+    few = max(1, ENCODED // weight.shape[1])
+    stored: tuple[Tensor, ...] = ()
+    for start in range(0, max(1, len(weight)), few):  # encoding needs several fp32 copies
+        encoded = encode(weight[start : start + few], part.storage)  # type: ignore[arg-type]
+        stored = stored or tuple(piece.new_empty(len(weight), piece.shape[1]) for piece in encoded)
+        for whole_rows, piece in zip(stored, encoded, strict=True):
+            whole_rows[start : start + few] = piece
+    return stored

@@ -124,8 +124,11 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The decoded weight in the base's dtype."""
-        return decode(self.codes, self.scale, self.table, self.storage, self.dtype, self.in_features)
+        """The decoded weight in the base's dtype; of a layer that is sharded by rows, those that are here."""
+        codes, scale = (
+            part.to_local() if hasattr(part, "to_local") else part for part in (self.codes, self.scale)
+        )
+        return decode(codes, scale, self.table, self.storage, self.dtype, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         dtype, kind = self.dtype, input.device.type

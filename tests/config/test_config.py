@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,19 @@ def test_class_images_are_only_held_out_where_there_are_any() -> None:
 def test_every_shipped_config_loads(path: Path) -> None:
     assert Config.load(path).run_dir
     assert yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["train.compile=true"], "compile is true, which shard: all does not allow; use regional"),
+        (["train.cuda_graph=true"], "cuda_graph is true, which shard: all does not allow; use false"),
+        (["train.channels_last=true"], "channels_last is true, which shard: all does not allow; use false"),
+        (["adapter.dora=true"], "adapter.dora is true, but train.shard is 'all'"),
+    ],
+)
+def test_what_sharded_weights_do_not_allow_is_refused(overrides: list[str], told: str) -> None:
+    values = {"run_dir": "x", "model": {"path": "tiny"}, "data": {"shards": "y"}}
+    Config.from_dict(values, [*overrides, "train.shard=none"])
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        Config.from_dict(values, [*overrides, "train.shard=all"])

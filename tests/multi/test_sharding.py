@@ -15,12 +15,15 @@ from typing import Any, get_args
 
 import pytest
 
-from dbtrain.config import Train
+from dbtrain.config import Model
+from dbtrain.config.training import Train
+from dbtrain.models.base import Base
 from dbtrain.prepare.prepare import prepare
 from tests import bases
 from tests.conftest import ROOT, config_in, finished
 from tests.runs import relative, tree
 from tests.session import once
+from tests.train.test_training_adapter import written
 
 FAMILIES = ("sd", "sdxl", "flux1", "qwen-image")
 LINEARS = get_args(Train.model_fields["base_linears"].annotation)
@@ -108,3 +111,16 @@ def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir
     run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.compile=regional",
                        "train.steps=4"] for way in ways])  # fmt: skip
     assert relative(*(tmp_path / way for way in ways)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_training_adapter_is_merged_into_rows_and_left_out_of_images(
+    tmp_path: Path, photos: Path, class_dir: Path
+) -> None:
+    base = Base.find(Model(path=str(bases.flux1())))
+    adapter, path = written(base, tmp_path / "adapter"), config("flux1", photos, class_dir)
+    run(tmp_path, 2, [
+        [path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.base_linears=int8", "train.steps=2",
+         f"model.training_adapter={adapter}"] for way in ("none", "all")
+    ])  # fmt: skip
+    assert results(tmp_path / "none") == results(tmp_path / "all")
