@@ -54,9 +54,7 @@ RANKS = {
     "bf16, sharded": ["train.shard=all"],
     "bf16, blocks, sharded": [BLOCKS, "train.shard=all"],
     "bf16, blocks, int8, sharded": [BLOCKS, EIGHT, "train.shard=all"],
-    "bf16, blocks, nf4, sharded": [BLOCKS, "train.base_linears=nf4", "train.shard=all"],
 }
-SMOKE = ("fp32, int8",)
 
 
 def configured(model: str, path: Path, work: Path, side: int, changes: Iterable[str]) -> Config:
@@ -113,8 +111,10 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     side = 64 if args.smoke else {"tiny": 256}.get(args.model) or bases.side_of(args.model)
     dist.init()
     ranks = dist.world()
-    modes, where = (RANKS, f"-{ranks}-ranks") if ranks > 1 else (MODES, "")
-    names = SMOKE if args.smoke else args.modes or list(modes)
+    modes, smoke, where = MODES, "fp32, int8", ""
+    if ranks > 1:
+        modes, smoke, where = RANKS, "bf16, blocks, int8, sharded", f"-{ranks}-ranks"
+    names = [smoke] if args.smoke else args.modes or list(modes)
     device = "cuda" if args.predict else args.device
     rows, worst = [], 0.0
     with bases.without_weights():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from benchmarks import bases as real
+from benchmarks.common import Result
 from benchmarks.memory import BOUND, configured, measured
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
@@ -20,7 +22,7 @@ from dbtrain.train import memory
 from dbtrain.train.memory import GIB
 from dbtrain.train.memory_counter import MemoryCounter, like_cuda
 from tests import bases
-from tests.conftest import Make, dbtrain, thinned
+from tests.conftest import Make, dbtrain, finished, thinned
 
 
 def test_a_tally_counts_each_storage_while_it_lives() -> None:
@@ -80,6 +82,17 @@ def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str,
     prepare(cfg)
     found = memory.predict(cfg, Base.find(cfg.model), "cpu")
     assert found.peak == pytest.approx(measured(cfg), rel=BOUND)
+
+
+@pytest.mark.slow
+def test_it_is_what_a_sharded_step_takes(tmp_path: Path) -> None:
+    """On each of two ranks, with quantized weights and recomputed blocks."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = ["-m", "benchmarks.memory", "--smoke", f"--out={tmp_path}", f"--work={tmp_path / 'work'}"]
+    assert finished([sys.executable, *torchrun, *words], RANK="0").returncode == 0
+    counts = Result.read(tmp_path / "memory-tiny-64-cpu-2-ranks.json").rows[0].counts
+    assert counts["predicted, MiB"] == pytest.approx(counts["measured, MiB"], rel=BOUND)
+    assert counts["gathered, MiB"] > 0
 
 
 @pytest.mark.slow
