@@ -43,13 +43,17 @@ def _watch(seen: dict[str, Any]) -> None:
     from dbtrain.runtime import hashing
 
     hashing.SMALL, hashing.REST_S = 0, -1.0
-    load = Pretrained.load
 
-    def noting(base: Pretrained, component: str, *args: Any, **options: Any) -> Any:
-        seen["loaded"].append(component)
-        return load(base, component, *args, **options)
+    def noting(method: Any) -> Any:
+        def noted(base: Pretrained, component: str, *args: Any, **options: Any) -> Any:
+            if component not in seen["loaded"]:  # to load a Diffusers model is to fill its skeleton
+                seen["loaded"].append(component)
+            return method(base, component, *args, **options)
 
-    Pretrained.load = noting  # type: ignore[method-assign]
+        return noted
+
+    for name in ("load", "fill"):
+        setattr(Pretrained, name, noting(getattr(Pretrained, name)))
 
 
 if __name__ == "__main__":

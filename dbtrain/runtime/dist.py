@@ -99,9 +99,9 @@ def sharing(how: str, timeout_s: float) -> torch_dist.ProcessGroup | None:
     """
     if how == "none" or world() == 1:
         return None
-    nodes: dict[int, list[int]] = {}
-    for number, node in enumerate(gather_json(_node())):
-        nodes.setdefault(node if how == "node" else 0, []).append(number)
+    nodes: dict[str, list[int]] = {}
+    for number, node in enumerate(gather_json(os.environ.get("GROUP_RANK", "0"))):
+        nodes.setdefault(node if how == "node" else "", []).append(number)
     groups = list(nodes.values())
     timeout = timedelta(seconds=timeout_s)
     mine, _ = torch_dist.new_subgroups_by_enumeration(groups, timeout=timeout, backend=_backend())
@@ -150,11 +150,6 @@ def world() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _node() -> int:
-    """The number of this rank's node."""
-    return int(os.environ.get("GROUP_RANK", "0"))
 
 
 def local_world() -> int:
