@@ -178,6 +178,17 @@ def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
         console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
 
 
+def kept_blocks(cfg: Config, base: Base, ranks: parallel.DeviceMesh | None) -> int:
+    """How many blocks each rank holds whole, if they share the others: as many as all GPUs have room for."""
+    if cfg.train.shard == "none":
+        return 0
+    kept, has = 0, memory.memory_of(dist.device())
+    with dist.agreed():
+        if ranks and has < inf:
+            kept = memory.predict(cfg, base, "cuda", dist.world(), ranks.size(), has).kept
+    return min(dist.gather_json(kept))
+
+
 def setup(cfg: Config, inputs: Inputs) -> Job:
     """Build the model, load the newest checkpoint, and start prefetching, on every rank.
 
@@ -186,11 +197,12 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     run, manifest = RunFolder(cfg.run_dir), inputs.manifest
     # The model with its adapter, validation, and the state of the newest checkpoint.
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
+    kept = kept_blocks(cfg, inputs.base, ranks)
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
         training = training_adapter.read(inputs.base, cfg.model)
-        model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks)
+        model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
             raise ConfigError(
                 "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "

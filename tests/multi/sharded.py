@@ -18,7 +18,7 @@ from dbtrain.export import export
 from dbtrain.models import kernels, quantization
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import Preempted
-from dbtrain.train import loop
+from dbtrain.train import loop, setup
 
 
 def main() -> None:
@@ -28,8 +28,11 @@ def main() -> None:
     kernels.compile_module = partial(kernels.compile_module, backend=aot_eager)  # type: ignore[assignment]
     dist.init()
     for config, *overrides in json.loads(Path(sys.argv[1]).read_text()):
-        until = next((int(text[6:]) for text in overrides if text.startswith("until=")), None)
-        cfg = Config.load(config, [text for text in overrides if not text.startswith("until=")])
+        given = dict(text.split("=") for text in overrides if text.startswith(("until=", "kept=")))
+        until = int(given["until"]) if "until" in given else None
+        kept = int(given.get("kept", 0))
+        setup.kept_blocks = lambda *_, kept=kept: kept  # a CPU keeps none
+        cfg = Config.load(config, [text for text in overrides if text.partition("=")[0] not in given])
         try:
             loop.train(cfg, until)
             export.finish(cfg)
