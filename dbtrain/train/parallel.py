@@ -44,6 +44,8 @@ def shard(denoiser: nn.Module, ranks: DeviceMesh | None, kept: int = 0) -> None:
     for module in (*sharded, denoiser) if sharded else ():
         fully_shard(module, mesh=ranks, ignored_params=whole)
     _leave_autograd_alone(denoiser)
+    # FSDP warns of outputs that are views, lest they are changed in place. No model changes them.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     device = dist.device()
     denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
 
@@ -52,10 +54,17 @@ def _leave_autograd_alone(denoiser: nn.Module) -> None:
     """Keep FSDP's nodes out of the graph: they would change the order in which gradients are summed.
 
     FSDP adds them to notice that a block's backward pass has ended, unless gradients are disabled. Here it
-    has ended when the backward pass reaches another block: autograd runs what was recorded last first.
+    has ended when the backward pass reaches another sharded block: autograd runs what was recorded last
+    first, so that all of the block's kernels are queued by then. Hooks of autograd run on the stream of the
+    forward pass, from which FSDP allocates what it frees here, so later kernels cannot write to it too early.
+    `reached` runs before FSDP's hook of the same output, which gathers: no more than two blocks are there.
+
+    The last block of a backward pass is freed by FSDP at its end. It stays in `gathered`, where freeing it
+    again does nothing. Nothing is left of a pass without gradients, which FSDP frees block by block. After an
+    exception in a pass, which ends the run, the state of FSDP is undefined too.
     """
-    enabled: list[bool] = []
-    gathered: list[FSDPModule] = []
+    enabled: list[bool] = []  # before the hooks of the modules that are being called
+    gathered: list[FSDPModule] = []  # the block whose backward pass was reached last
 
     def before(*_: Any) -> None:
         enabled.append(torch.is_grad_enabled())

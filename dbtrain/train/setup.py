@@ -179,14 +179,16 @@ def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
 
 
 def kept_blocks(cfg: Config, base: Base, ranks: parallel.DeviceMesh | None) -> int:
-    """How many blocks each rank holds whole, if they share the others: as many as all GPUs have room for."""
-    if cfg.train.shard == "none":
+    """How many blocks each rank holds whole if they share the denoiser: as many as all GPUs have room for."""
+    has = memory.memory_of(dist.device())
+    if cfg.train.shard == "none" or dist.world() == 1 or has == inf:
         return 0
-    kept, has = 0, memory.memory_of(dist.device())
     with dist.agreed():
-        if ranks and has < inf:
-            kept = memory.predict(cfg, base, "cuda", dist.world(), ranks.size(), has).kept
-    return min(dist.gather_json(kept))
+        together = ranks.size() if ranks else 1
+        found = memory.predict(cfg, base, "cuda", dist.world(), together, has)
+    kept = min(dist.gather_json(found.kept))
+    console.say(f"each rank holds {kept} of {len(found.weights.blocks)} blocks whole")
+    return kept
 
 
 def setup(cfg: Config, inputs: Inputs) -> Job:

@@ -52,15 +52,17 @@ def config(name: str, photos: Path, class_dir: Path) -> Path:
     return once(f"sharding-{name}", fill) / "c.yaml"
 
 
-def run(folder: Path, ranks: int, plan: Sequence[Sequence[object]]) -> None:
-    """Several runs, one after the other, in one launch."""
+def run(folder: Path, ranks: int, plan: Sequence[Sequence[object]]) -> str:
+    """Several runs, one after the other, in one launch; returns what they say."""
     path = folder / "plan.json"
     path.write_text(json.dumps([[str(word) for word in line] for line in plan]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     if ranks == 1:
         torchrun = []
     script = str(ROOT / "tests" / "multi" / "sharded.py")
-    assert finished([sys.executable, *torchrun, script, str(path)], RANK="0").returncode == 0
+    done = finished([sys.executable, *torchrun, script, str(path)], RANK="0")
+    assert done.returncode == 0
+    return done.stdout + done.stderr
 
 
 def results(run: Path) -> dict[str, bytes]:
@@ -74,14 +76,15 @@ def results(run: Path) -> dict[str, bytes]:
 def test_sharded_runs_are_those_with_whole_weights(
     tmp_path: Path, photos: Path, class_dir: Path, ranks: int
 ) -> None:
-    """Eight steps with accumulation and checkpointing, held-out losses, and validation images.
+    """Eight steps with accumulation, held-out losses, and validation images.
 
-    All blocks are sharded, or all but one.
+    With checkpointing if all blocks are sharded, and without if one stays whole.
     """
     ways = ("none", "all", "node")[: 3 if ranks > 2 else 2]
     plan = [
         (config(name, photos, class_dir), f"run_dir={tmp_path / f'{name}-{storage}-{way}'}",
-         f"train.base_linears={storage}", f"train.shard={way}", f"kept={number % 2}")
+         f"train.base_linears={storage}", f"train.shard={way}", f"kept={number % 2}",
+         f"train.gradient_checkpointing={'none' if number % 2 else 'blocks'}")
         for number, (name, storage) in enumerate(COMBINATIONS[ranks]) for way in ways
     ]  # fmt: skip
     run(tmp_path, ranks, plan)
@@ -114,6 +117,16 @@ def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir
     run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.compile=regional",
                        "train.steps=4", "kept=1"] for way in ways])  # fmt: skip
     assert relative(*(tmp_path / way for way in ways)) < 1e-5
+
+
+@pytest.mark.slow
+def test_as_many_blocks_stay_whole_as_all_gpus_have_room_for(
+    tmp_path: Path, photos: Path, class_dir: Path
+) -> None:
+    """The first has room for all blocks, the second for none. Both shard them all."""
+    words = (config("flux1", photos, class_dir), f"run_dir={tmp_path / 'run'}", "train.shard=all")
+    said = run(tmp_path, 2, [[*words, "train.steps=1", "validation.prompts=[]", "gpus=2,0.1"]])
+    assert "each rank holds 0 of 3 blocks whole" in said and "Warning" not in said
 
 
 @pytest.mark.slow
