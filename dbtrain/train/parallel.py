@@ -37,6 +37,8 @@ def shard(denoiser: nn.Module, ranks: DeviceMesh | None, kept: int = 0) -> None:
     """
     if ranks is None:
         return
+    # Blocks that return views, as FLUX's do, are safe: nothing changes their outputs in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     every = blocks(denoiser)
     sharded = block_swap.spread(every, len(every) - kept)
     matrices = {parameter for block in sharded for parameter in block.parameters() if parameter.dim() > 1}
@@ -44,8 +46,6 @@ def shard(denoiser: nn.Module, ranks: DeviceMesh | None, kept: int = 0) -> None:
     for module in (*sharded, denoiser) if sharded else ():
         fully_shard(module, mesh=ranks, ignored_params=whole)
     _leave_autograd_alone(denoiser)
-    # FSDP warns of outputs that are views, lest they are changed in place. No model changes them.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     device = dist.device()
     denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
 

@@ -200,6 +200,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     # The model with its adapter, validation, and the state of the newest checkpoint.
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
     kept = kept_blocks(cfg, inputs.base, ranks)
+    encoded = validation.encode(cfg, inputs.base, manifest)
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
@@ -214,7 +215,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             formats.check(name, inputs.base.family, states := model.states())
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
-    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
+    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint, encoded)
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)

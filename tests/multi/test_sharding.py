@@ -126,7 +126,7 @@ def test_as_many_blocks_stay_whole_as_all_gpus_have_room_for(
     """The first has room for all blocks, the second for none. Both shard them all."""
     words = (config("flux1", photos, class_dir), f"run_dir={tmp_path / 'run'}", "train.shard=all")
     said = run(tmp_path, 2, [[*words, "train.steps=1", "validation.prompts=[]", "gpus=2,0.1"]])
-    assert "each rank holds 0 of 3 blocks whole" in said and "Warning" not in said
+    assert "each rank holds 0 of 3 blocks whole" in said
 
 
 @pytest.mark.slow
