@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbtrain.models.quantization import BLOCK, KEPT, NF4
+from dbtrain.models.quantization import BLOCK, NF4, NF4_FP32
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -62,7 +62,7 @@ class Nf4Files(WeightFiles):
     def encoded(self, name: str, storage: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:
         """The codes and scales of a packed weight, if no block is in two rows; see `WeightFiles.encoded`."""
         state = self._state(name)
-        if not state or (storage, state["blocksize"], state["shape"][1] % BLOCK) != (KEPT, BLOCK, 0):
+        if not state or (storage, state["blocksize"], state["shape"][1] % BLOCK) != (NF4_FP32, BLOCK, 0):
             return None
         if not torch.equal(self.read(f"{name}.quant_map"), torch.tensor(NF4)):
             return None

@@ -15,7 +15,7 @@ import torch
 from dbtrain.config import Model
 from dbtrain.models import loading, locate, safety
 from dbtrain.models.nf4_files import Nf4Files, is_nf4
-from dbtrain.models.quantization import KEPT
+from dbtrain.models.quantization import NF4_FP32
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -248,7 +248,7 @@ class Pretrained:
 
     def storage(self, component: str, linears: str) -> str:
         """How the component's linear layers are stored with `train.base_linears`: nf4 keeps 4-bit weights."""
-        return KEPT if linears == "nf4" and self.packed(component) else linears
+        return NF4_FP32 if linears == "nf4" and self.packed(component) else linears
 
     def key(self, component: str) -> str:
         """sha256 over a component's config and all weights of the variant."""
