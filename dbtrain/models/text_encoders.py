@@ -124,8 +124,9 @@ class LayerByLayer:
 
     def _tensor(self, encoder: str, weight: Weight) -> Tensor:
         with self.base.reading(encoder):
-            # A copy: without one, the file would only be read when the layer runs.
-            return self.files[encoder].read(weight.source).to(self.device, weight.dtype, copy=True)
+            tensor = self.files[encoder].read(weight.source)
+        # A copy: without one, the file would only be read when the layer runs.
+        return tensor.to(self.device, weight.dtype, copy=True)
 
     def _drop(self, parts: Sequence[list[Weight]]) -> None:
         for part in parts:
