@@ -151,7 +151,7 @@ class Pretrained:
         """In the block, whatever the libraries raise for a broken folder is a ConfigError."""
         try:
             yield
-        except ConfigError:
+        except (ConfigError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ConfigError(
