@@ -105,7 +105,7 @@ class Train(Section):
     swap_blocks: Natural | Literal["auto"] = Field(
         0,
         description="blocks of the denoiser whose frozen weights stay in host memory and are copied to the "
-        "GPU when they are needed, two at a time; `auto`: as many as have to (0: none)",
+        "GPU when they are needed, two at a time; `auto`: as many as it takes to fit (0: none)",
     )
     shard: Literal["none", "node", "all"] = Field(
         "none",

@@ -46,7 +46,7 @@ def saved_bytes(sizes: Sequence[int], count: int) -> int:
 def count_that_saves(sizes: Sequence[int], missing: float) -> int:
     """The fewest blocks whose swapping saves `missing` bytes of device memory; 0 if none are missing.
 
-    `sizes`: `frozen_bytes` of every block. Swapping all of them may not save enough: that is what it gives.
+    `sizes`: `frozen_bytes` of every block. If even swapping all of them does not save enough, that is all.
     """
     if missing <= 0:
         return 0
