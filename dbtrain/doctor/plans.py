@@ -115,7 +115,8 @@ def _fitting(
     """
     for rows, step in sorted(steps.items(), reverse=True):
         takes = step.stored(weights) if weights.quantized else step
-        takes = takes.sharded(together, takes.blocks_to_keep(has, together))
+        recomputed = settings["gradient_checkpointing"] != "none"
+        takes = takes.sharded(together, takes.blocks_to_keep(has, together, recomputed), recomputed)
         if together > 1 and takes.kept == len(weights.blocks):
             return
         count = 0

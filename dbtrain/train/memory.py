@@ -30,7 +30,7 @@ from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_convolutions
+from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_a_cpu
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
@@ -72,10 +72,10 @@ class Prediction:
         """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
         return block_swap.count_that_saves(self.weights.blocks, (self.needed - has) / (1 + FRAGMENTED))
 
-    def blocks_to_keep(self, has: float, ranks: int) -> int:
+    def blocks_to_keep(self, has: float, ranks: int, recomputed: bool = True) -> int:
         """How many blocks each of `ranks` can hold whole in `has` bytes of GPU, if they share the others."""
         counts = range(len(self.weights.blocks), 0, -1)
-        return next((n for n in counts if self.sharded(ranks, n).needed <= has * (1 - SPARE)), 0)
+        return next((n for n in counts if self.sharded(ranks, n, recomputed).needed <= has * (1 - SPARE)), 0)
 
     # The same with its frozen weights elsewhere, if all of them are on the device.
 
@@ -92,12 +92,12 @@ class Prediction:
         saved, moved = block_swap.saved_bytes(sizes, count), sum(block_swap.spread(sizes, count))
         return replace(self, base=self.base - saved, in_host_memory=moved)
 
-    def sharded(self, ranks: int, kept: int = 0) -> Prediction:
-        """With all but `kept` blocks of the denoiser sharded over `ranks`."""
+    def sharded(self, ranks: int, kept: int = 0, recomputed: bool = True) -> Prediction:
+        """With all but `kept` blocks sharded over `ranks`. `recomputed`: with gradient checkpointing."""
         if ranks == 1:
             return self
         base = self.base - self.weights.saved(ranks, kept)
-        return replace(self, base=base, gathered=self.weights.gathered(ranks, kept), kept=kept)
+        return replace(self, base=base, gathered=self.weights.gathered(ranks, kept, recomputed), kept=kept)
 
 
 def sharing(shard: str, ranks: int, per_node: int) -> int:
@@ -124,7 +124,7 @@ def predict(
     # One step, counted in parts.
     kernels = like_cuda() if device == "cuda" else nullcontext()
     # Allocators round a tensor up to a multiple of 512 or 64 bytes.
-    counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_convolutions)
+    counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_a_cpu)
     with FakeTensorMode(), kernels, counter:
         _materialize(model)
         adapter = counter.of(model.trainable().values())
@@ -146,7 +146,8 @@ def predict(
         in_host_memory=in_host_memory, weights=weights, flops=flops,
     )  # fmt: skip
     together = sharing(cfg.train.shard, ranks, per_node)
-    return found.sharded(together, found.blocks_to_keep(has, together))
+    recomputed = cfg.train.gradient_checkpointing != "none"
+    return found.sharded(together, found.blocks_to_keep(has, together, recomputed), recomputed)
 
 
 def weights_of(cfg: Config, base: Base, storage: str) -> Weights:

@@ -52,9 +52,13 @@ class Weights:
         sharded = self._sharded(kept)
         return sum(_padded(part, 1) - _padded(part, ranks) // ranks for part in sharded)
 
-    def gathered(self, ranks: int, kept: int = 0) -> int:
-        """Bytes that a rank has gathered at most, beside those it holds."""
-        return GATHERED * max((_padded(part, ranks) for part in self._sharded(kept)), default=0)
+    def gathered(self, ranks: int, kept: int = 0, recomputed: bool = True) -> int:
+        """Bytes that a rank has gathered at the peak, beside those it holds.
+
+        Without recomputing the peak is where the forward pass ends, in the last block; else in the largest.
+        """
+        sizes = [_padded(part, ranks) for part in self._sharded(kept)]
+        return GATHERED * max(sizes if recomputed else sizes[-1:], default=0)
 
     def received(self, ranks: int, kept: int = 0) -> float:
         """Bytes that a rank receives in a micro-batch: blocks twice, for forward and backward pass."""
