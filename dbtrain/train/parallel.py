@@ -35,6 +35,8 @@ def shard(denoiser: nn.Module, ranks: DeviceMesh | None) -> None:
     """
     if ranks is None:
         return
+    # Blocks that return views, as FLUX's do, are safe: nothing changes their outputs in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     vectors = {parameter for parameter in denoiser.parameters() if parameter.dim() < 2}
     for module in (*blocks(denoiser), denoiser):
         fully_shard(module, mesh=ranks, ignored_params=vectors)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dbtrain.train import loop
 
 def main() -> None:
     rank = int(os.environ["RANK"])
+    warnings.filterwarnings("error", "FSDP2")  # a user could not know what to do about it
     os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
     quantization.WIDTH = 16  # of the small transformers
     kernels.compile_module = partial(kernels.compile_module, backend=aot_eager)  # type: ignore[assignment]
