@@ -26,6 +26,7 @@ from dbtrain.models.quantization import (
     quantize,
 )
 from dbtrain.prepare.prepare import prepare
+from dbtrain.report import report
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.memory_counter import MemoryCounter
@@ -274,6 +275,10 @@ def test_a_run_may_change_to_it_and_its_export_holds_the_adapter_only(make: Make
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 4, "it went on from step 2"
     file = export.export(cfg)
+    card = (folder / "export" / "README.md").read_text()
+    assert "| frozen linear layers | full to step 2, then int8 |" in card
+    page = report.report([folder]).read_text()
+    assert "frozen linear layers full to step 2, then int8" in page
     size = (file / diffusers_file.FILE if file.is_dir() else file).stat().st_size
     full = export.export(make(train__steps=4), out=folder / "again")
     assert size == (full / diffusers_file.FILE if full.is_dir() else full).stat().st_size
