@@ -108,7 +108,7 @@ def _each(table: Sequence[tuple[str, Check]], case: Case | None) -> Iterator[tup
 def memory(case: Case) -> Iterator[Finding]:
     """The memory that training takes on each device, if asked for: runs a step on fake tensors."""
     if not case.memory:
-        yield ok("not predicted; use --memory (half a minute for SDXL), or --gib SIZE for a GPU elsewhere")
+        yield ok("not predicted; use --memory (a minute or two for SDXL), or --gib SIZE for a GPU elsewhere")
         return
     _ = case.base  # raises Unknown instead of downloading it
     with importing():

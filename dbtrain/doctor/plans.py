@@ -111,7 +111,9 @@ def _fitting(
 ) -> Iterator[Plan]:
     """The plan with the largest micro-batch that fits, or with the smallest; none if nothing has to swap."""
     for rows, step in sorted(steps.items(), reverse=True):
-        takes = (step.stored(weights) if weights.quantized else step).sharded(together)
+        takes = (step.stored(weights) if weights.quantized else step).sharded(
+            together, settings["gradient_checkpointing"] != "none"
+        )
         count = 0
         if settings["swap_blocks"]:
             count = takes.blocks_to_swap(has)

@@ -63,7 +63,7 @@ def _dtype(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> 
 
 def names(module: nn.Module, files: WeightFiles) -> dict[str, str]:
     """The name in `files` of each weight there, by its name in `module`; old VAEs have other names."""
-    found = {name: name for name in files.places}
+    found = {name: name for name in files.names}
     module._fix_state_dict_keys_on_load(found)  # type: ignore[operator]  # renames keys
     return found
 

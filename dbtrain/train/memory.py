@@ -30,7 +30,7 @@ from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_convolutions
+from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_a_cpu
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
@@ -85,12 +85,12 @@ class Prediction:
         saved, moved = block_swap.saved_bytes(sizes, count), sum(block_swap.spread(sizes, count))
         return replace(self, base=self.base - saved, in_host_memory=moved)
 
-    def sharded(self, ranks: int) -> Prediction:
-        """With the denoiser sharded over `ranks`."""
+    def sharded(self, ranks: int, recomputed: bool = True) -> Prediction:
+        """With the denoiser sharded over `ranks`. `recomputed`: with gradient checkpointing."""
         if ranks == 1:
             return self
         base = self.base - self.weights.held(1) + self.weights.held(ranks)
-        return replace(self, base=base, gathered=self.weights.gathered(ranks))
+        return replace(self, base=base, gathered=self.weights.gathered(ranks, recomputed))
 
 
 def sharing(shard: str, ranks: int, per_node: int) -> int:
@@ -114,7 +114,7 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int 
     # One step, counted in parts.
     kernels = like_cuda() if device == "cuda" else nullcontext()
     # Allocators round a tensor up to a multiple of 512 or 64 bytes.
-    counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_convolutions)
+    counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_a_cpu)
     with FakeTensorMode(), kernels, counter:
         _materialize(model)
         adapter = counter.of(model.trainable().values())
@@ -135,7 +135,8 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int 
         base_bytes, adapter, moments, activations, gradients, validation,
         in_host_memory=in_host_memory, weights=weights, flops=flops,
     )  # fmt: skip
-    return found.sharded(sharing(cfg.train.shard, ranks, per_node))
+    together = sharing(cfg.train.shard, ranks, per_node)
+    return found.sharded(together, cfg.train.gradient_checkpointing != "none")
 
 
 def weights_of(cfg: Config, base: Base, storage: str) -> Weights:

@@ -46,7 +46,7 @@ class MemoryCounter(TorchDispatchMode):
         operator = func.overloadpacket
         if operator in flop_registry:
             self.flops += flop_registry[operator](*args, **(kwargs or {}), out_val=output)
-            self.peak = max(self.peak, self.live + self.workspace(operator, args))
+        self.peak = max(self.peak, self.live + self.workspace(operator, args))
         return output
 
     def of(self, tensors: Iterable[Tensor]) -> int:
@@ -70,12 +70,15 @@ class MemoryCounter(TorchDispatchMode):
         self.live -= size
 
 
-def of_convolutions(operator: Any, args: Sequence[Any]) -> int:
-    """Bytes that convolutions in half precision take on a CPU while they run; those of GPUs need no copies.
+def of_a_cpu(operator: Any, args: Sequence[Any]) -> int:
+    """Bytes that some operators take on a CPU while they run, where those of GPUs need no copies.
 
-    Where oneDNN has the dtype, its backward pass sums the input's gradient in fp32. Elsewhere torch unrolls
+    A product of two dtypes, as decoding has, copies both sides to the wider one. Of convolutions in half
+    precision, oneDNN's backward pass sums the input's gradient in fp32; if it lacks the dtype, torch unrolls
     the input, so that the convolution is a matrix product.
     """
+    if operator is aten.mul_ and isinstance(args[1], Tensor) and args[0].dtype != args[1].dtype:
+        return 2 * args[0].numel() * args[1].itemsize
     if operator not in (aten.convolution, aten.convolution_backward):
         return 0
     backward = operator is aten.convolution_backward

@@ -52,9 +52,13 @@ class Weights:
         """Bytes of matrices that each of `ranks` holds. Rows are padded to a multiple of them."""
         return sum(_padded(part, ranks) // ranks for part in (*self.matrices, self.root))
 
-    def gathered(self, ranks: int) -> int:
-        """Bytes that a rank has gathered at most, beside those it holds; the root stays so in a step."""
-        return _padded(self.root, ranks) + GATHERED * max(self._gathers(ranks), default=0)
+    def gathered(self, ranks: int, recomputed: bool = True) -> int:
+        """Bytes that a rank has gathered at the peak, beside those it holds; the root stays so in a step.
+
+        Without recomputing the peak is where the forward pass ends, in the last block; else in the largest.
+        """
+        sizes = self._gathers(ranks)
+        return _padded(self.root, ranks) + GATHERED * max(sizes if recomputed else sizes[-1:], default=0)
 
     def received(self, ranks: int) -> float:
         """Bytes that a rank receives in a micro-batch: blocks twice, for forward and backward pass."""

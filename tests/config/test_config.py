@@ -259,9 +259,9 @@ def test_every_shipped_config_loads(path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["train.compile=true"], "compile is true, which shard: all does not allow; use regional"),
-        (["train.cuda_graph=true"], "cuda_graph is true, which shard: all does not allow; use false"),
-        (["train.channels_last=true"], "channels_last is true, which shard: all does not allow; use false"),
+        (["train.compile=true"], "compile is true; set compile to regional, or shard to none"),
+        (["train.cuda_graph=true"], "cuda_graph is true; set cuda_graph to false, or shard to none"),
+        (["train.channels_last=true"], "channels_last is true; set channels_last to false, or shard to none"),
         (["adapter.dora=true"], "adapter.dora is true, but train.shard is 'all'"),
     ],
 )

@@ -409,7 +409,7 @@ def test_auto_swaps_nothing_on_a_cpu(make: Make) -> None:
 
 
 def test_auto_swaps_what_is_missing_on_a_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = memory.Prediction(10 * memory.GIB, 0, 0, 0, 0, blocks=(memory.GIB,) * 12)
+    found = memory.Prediction(10 * memory.GIB, 0, 0, 0, 0, weights=memory.Weights(blocks=(memory.GIB,) * 12))
     monkeypatch.setattr(memory, "predict", lambda *_: found)
     for gib, count in ((6.0, 7), (11.0, 0), (2.0, 11), (0.5, 12)):
         monkeypatch.setattr(memory, "memory_of", lambda device, gib=gib: gib * memory.GIB)
