@@ -213,6 +213,14 @@ def int8_matmul(left: Tensor, right: Tensor, cuda: bool) -> Tensor:
     return torch._int_mm(left, right)[:rows]
 
 
+def parameters(module: nn.Module) -> int:
+    """How many parameters a module has. Of quantized layers, the weights that the bytes stand for count."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    stored = sum(part.numel() for layer in layers for part in (layer.codes, layer.scale))
+    return sum(parameter.numel() for parameter in module.parameters()) - stored + weights
+
+
 def quantize(module: nn.Module, storage: str) -> None:
     """Replace the wide linear layers of a frozen component, one by one, so that memory never grows.
 

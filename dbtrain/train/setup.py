@@ -18,7 +18,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.models import block_swap, kernels
+from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare import plan
@@ -174,7 +174,8 @@ def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
     if count == "auto":
         has = memory.memory_of(device)
         count = memory.predict(cfg, base, "cuda", dist.world()).blocks_to_swap(has) if has < inf else 0
-    if moved := block_swap.swap(model.denoiser, count, device):
+    moved = block_swap.swap(model.denoiser, count, device)
+    if cfg.train.swap_blocks:
         console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
 
 
@@ -273,8 +274,10 @@ def _describe(
     sizes = []
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
-        sizes.append(f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters of {name}")
+        sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
+    if parallel.is_sharded(model):
+        where += f", frozen weights sharded ({cfg.train.shard})"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "

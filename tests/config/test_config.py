@@ -82,6 +82,15 @@ def test_a_wrong_value_is_named(tmp_path: Path, override: str, told: str) -> Non
     assert any(told in line for line in problems(tmp_path, MINIMAL, override))
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [("-1", "-1: should be greater than or equal to 0"), ("few", "'few': should be a valid integer")],
+)
+def test_a_number_or_a_word_has_one_message(tmp_path: Path, value: str, told: str) -> None:
+    lines = problems(tmp_path, MINIMAL, f"train.swap_blocks={value}")
+    assert lines == (f"train.swap_blocks is {told}, or 'auto'",)
+
+
 PREPARE = "prepare: {photos: p, instance_prompt: a, class_prompt: b}\nadapter: {alpha: 3}\n"
 READ = [  # override, and the value that it means: the type of the setting decides
     ("prepare.photos=/data/My Photos #2", "/data/My Photos #2"),
