@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,10 +124,14 @@ def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir
 def test_as_many_blocks_stay_whole_as_all_gpus_have_room_for(
     tmp_path: Path, photos: Path, class_dir: Path
 ) -> None:
-    """The first has room for all blocks, the second for none. Both shard them all."""
-    words = (config("flux1", photos, class_dir), f"run_dir={tmp_path / 'run'}", "train.shard=all")
-    said = run(tmp_path, 2, [[*words, "train.steps=1", "validation.prompts=[]", "gpus=2,0.1"]])
-    assert "each rank holds 0 of 3 blocks whole" in said
+    """One has room for all blocks, but the other for none; then both have."""
+    path, words = config("flux1", photos, class_dir), ("train.shard=all", "train.steps=1")
+    said = run(tmp_path, 2, [
+        [path, f"run_dir={tmp_path / gpus}", *words, "validation.prompts=[]", f"gpus={gpus}"]
+        for gpus in ("2,0.1", "2,2")
+    ])  # fmt: skip
+    assert re.findall(r"each rank holds (\d) of 3 blocks whole", said) == ["0", "3"]
+    assert results(tmp_path / "2,0.1") == results(tmp_path / "2,2")
 
 
 @pytest.mark.slow
