@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,8 @@ class Drawn(WeightFiles):
         self.component, self.tensors = component, module.state_dict()
 
     @property
-    def places(self) -> dict[str, Tensor]:  # type: ignore[override]
-        return self.tensors
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from benchmarks import common, memory, trainer
 from benchmarks.common import Measure, Result, Row
-from dbtrain.models.quantization import KEPT, STORAGE, WIDTH, QuantizedLinear, quantize
+from dbtrain.models.quantization import NF4_FP32, STORAGE, WIDTH, QuantizedLinear, quantize
 from dbtrain.runtime import console
 from dbtrain.tiny import world
 
-STORAGES = [storage for storage in STORAGE if storage != KEPT]
+STORAGES = [storage for storage in STORAGE if storage != NF4_FP32]
 WIDE, TOKENS, ROWS = 3072, 128, 4  # the block's width; of its input
 
 

@@ -27,6 +27,7 @@ from dbtrain.config import Model
 from dbtrain.models import encoder_plan, text_encoders
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
+from dbtrain.runtime.memory import GIB
 
 MIB = 2**20
 SHARES = {"whole": None, "layer by layer, half": 0.5, "layer by layer, least": 0.0}  # of the memory to spare
@@ -75,7 +76,7 @@ def measured(folder: Path, share: float | None) -> dict[str, Any]:
     began = time.process_time()
     with torch.no_grad():
         found = text_encoders.encoded(
-            base, torch.bfloat16, limit / encoder_plan.GIB, lambda it: partial(base.family.embed, it, ids)
+            base, torch.bfloat16, limit / GIB, lambda it: partial(base.family.embed, it, ids)
         )
     seconds = time.process_time() - began
     ended.set()

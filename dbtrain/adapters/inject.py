@@ -93,7 +93,7 @@ def attach(
     without: Sequence[str] = (),
     presets: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Add a new adapter to `module`, with fp32 weights that depend on `seed` alone.
+    """Add a new adapter to `module`, with fp32 weights on the CPU that depend on `seed` alone.
 
     `part`: "denoiser" or "text_encoder". Modules in `without` and their submodules get no adapter.
     `presets`: the family's own.
@@ -112,9 +112,10 @@ def attach(
         raise ConfigError(f"{targets.SECTIONS[part]}.{why}") from error
     for name in without:  # whose biases no gradient reaches
         module.get_submodule(name).requires_grad_(False)
-    # Initialize in fp32 whatever the base's dtype, so that every precision starts from the same weights.
+    # Initialize in fp32 on the CPU, whatever the base's dtype and device, so that all start from the same
+    # weights. The device has a generator of its own.
     for parameter in trainable(module).values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to("meta" if parameter.is_meta else "cpu", torch.float32)
     with rng.seeded(seed, "adapter"):
         for layer in module.modules():
             if isinstance(layer, kind.layer):

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -223,14 +224,17 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
 def problems(error: ValidationError, known: Sequence[str]) -> list[str]:
     """One message per invalid setting. `known`: the dotted names of all settings."""
     told: dict[str, str] = {}
-    for detail in error.errors():  # a union reports every branch: keep the first
-        told.setdefault(_place(detail["loc"]), _explain(dict(detail), known))
+    for detail in error.errors():  # a union reports every branch: keep the first, and the words of the others
+        place = _place(detail["loc"], known)
+        if place in told and detail["type"] == "literal_error":
+            told[place] += f", or {detail['ctx']['expected']}"
+        else:
+            told.setdefault(place, _explain(dict(detail), place, known))
     return list(told.values())
 
 
-def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
-    """One message for a pydantic error: what is wrong, which value, what to do."""
-    place = _place(error["loc"])
+def _explain(error: dict[str, Any], place: str, known: Sequence[str]) -> str:
+    """One message for a pydantic error at a dotted key: what is wrong, which value, what to do."""
     value, context = error.get("input"), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
         return f"unknown key '{place}'{_did_you_mean(place, known)}"
@@ -247,9 +251,12 @@ def _explain(error: dict[str, Any], known: Sequence[str]) -> str:
     return f"{place} is {value!r}: {error['msg'].removeprefix('Input ')}"
 
 
-def _place(loc: Sequence[str | int]) -> str:
+def _place(loc: Sequence[str | int], known: Sequence[str]) -> str:
     """The dotted key of an error, without pydantic's names for the branches of a union."""
-    return ".".join(str(part) for part in loc if re.fullmatch(r"[\w-]+", str(part)))
+    parts = [str(part) for part in loc if re.fullmatch(r"[\w-]+", str(part))]
+    named = [name for name in accumulate(parts, "{}.{}".format) if name in known]
+    items = [part for part in parts if part.isdigit()]
+    return ".".join([named[0], *items]) if named else ".".join(parts)
 
 
 def _did_you_mean(place: str, known: Sequence[str]) -> str:

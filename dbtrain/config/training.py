@@ -105,7 +105,7 @@ class Train(Section):
     swap_blocks: Natural | Literal["auto"] = Field(
         0,
         description="blocks of the denoiser whose frozen weights stay in host memory and are copied to the "
-        "GPU when they are needed, two at a time; `auto`: as many as have to (0: none)",
+        "GPU when they are needed, two at a time; `auto`: as many as it takes to fit (0: none)",
     )
     shard: Literal["none", "node", "all"] = Field(
         "none",
@@ -118,15 +118,6 @@ class Train(Section):
     wandb: str | None = Field(None, description="Weights & Biases project (null: off)")
 
     @model_validator(mode="after")
-    def _what_shards_allow(self) -> Train:
-        for key, value, instead in (
-            ("compile", True, "regional"), ("cuda_graph", True, "false"), ("channels_last", True, "false"),
-        ):  # fmt: skip
-            if self.shard != "none" and getattr(self, key) is value:
-                raise ValueError(f"{key} is true, which shard: {self.shard} does not allow; use {instead}")
-        return self
-
-    @model_validator(mode="after")
     def _budget_of_a_compiled_graph(self) -> Train:
         if self.activation_memory and not self.compile:
             raise ValueError(
@@ -136,23 +127,26 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
-    def _blocks_that_can_be_swapped(self) -> Train:
-        if not self.swap_blocks:
-            return self
+    def _weights_that_are_elsewhere(self) -> Train:
         if self.swap_blocks in (1, 2):
             raise ValueError(
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
-        for name, fit in (
-            ("gradient_checkpointing", ("transformer", "blocks")), ("compile", (False, "regional")),
-            ("cuda_graph", (False,)), ("shard", ("none",)),
+        common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
+        for setting, off, fitting in (
+            ("shard", "none", common | {"channels_last": (False,)}),
+            ("swap_blocks", 0,
+             {"gradient_checkpointing": ("transformer", "blocks"), **common, "shard": ("none",)}),
         ):  # fmt: skip
-            if (value := getattr(self, name)) not in fit:
-                raise ValueError(
-                    f"swap_blocks is {self.swap_blocks}, but {name} is {str(value).lower()}; set {name} to "
-                    f"{str(fit[-1]).lower()}, or swap_blocks to 0"
-                )
+            if (used := getattr(self, setting)) == off:
+                continue
+            for name, allowed in fitting.items():
+                if (value := getattr(self, name)) not in allowed:
+                    raise ValueError(
+                        f"{setting} is {used}, but {name} is {str(value).lower()}; set {name} to "
+                        f"{str(allowed[-1]).lower()}, or {setting} to {off}"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from pathlib import Path
 
 from dbtrain.config import Config
@@ -67,7 +68,10 @@ def check(
 
     Writes, downloads and loads nothing, unless `dry_run`. `ranks`: processes that will train. `gib`: memory
     of the GPU that will train, if it is not in this machine.
+    Raises ConfigError if `gib` is not a size.
     """
+    if gib is not None and not 0 < gib < inf:
+        raise ConfigError(f"--gib is {gib:g}, which is not the size of a GPU's memory; use e.g. --gib 24")
     # The config itself.
     cfg = None
     try:

@@ -27,14 +27,16 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
     # The prediction.
     base = Base.find(cfg.model)
     device = "cuda" if gib or torch.cuda.is_available() else "cpu"
-    found = predict(cfg, base, device, ranks)
     has = gib * GIB if gib else memory_of(dist.device())
+    found = predict(cfg, base, device, ranks, has=has if device == "cuda" else 0.0)
     count = found.blocks_to_swap(has) if cfg.train.swap_blocks == "auto" else 0
     found = found.swapped(count) if count else found
     yield f"for training on a {'GPU' if device == 'cuda' else 'CPU (--gib SIZE: on a GPU)'}, GiB"
     yield from _parts(found, device)
     if count:
         yield f"train.swap_blocks=auto swaps {count} of {len(found.weights.blocks)} blocks"
+    if cfg.train.shard != "none" and ranks > 1:
+        yield f"each GPU holds {found.kept} of {len(found.weights.blocks)} blocks whole"
     if cfg.train.compile:
         yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
     if device == "cpu":

@@ -109,11 +109,16 @@ def _steps(
 def _fitting(
     steps: dict[int, Prediction], settings: dict[str, Any], weights: Weights, has: float, together: int
 ) -> Iterator[Plan]:
-    """The plan with the largest micro-batch that fits, or with the smallest; none if nothing has to swap."""
+    """The plan with the largest micro-batch that fits, or with the smallest.
+
+    None if nothing has to be swapped or sharded for that: it would be that of another combination.
+    """
     for rows, step in sorted(steps.items(), reverse=True):
-        takes = (step.stored(weights) if weights.quantized else step).sharded(
-            together, settings["gradient_checkpointing"] != "none"
-        )
+        takes = step.stored(weights) if weights.quantized else step
+        recomputed = settings["gradient_checkpointing"] != "none"
+        takes = takes.sharded(together, takes.blocks_to_keep(has, together, recomputed), recomputed)
+        if together > 1 and takes.kept == len(weights.blocks):
+            return
         count = 0
         if settings["swap_blocks"]:
             count = takes.blocks_to_swap(has)
@@ -130,5 +135,5 @@ def _seconds(takes: Prediction, settings: dict[str, Any], together: int) -> floa
     """A micro-batch, s. Copies of weights run beside the products."""
     products = 2 if settings["gradient_checkpointing"] == "none" else 3  # of each weight
     decoding = products * takes.weights.quantized * DECODING.get(settings["base_linears"], 0) / MEMORY
-    copied = 2 * takes.in_host_memory + (takes.weights.received(together) if together > 1 else 0)
+    copied = 2 * takes.in_host_memory + takes.weights.received(together, takes.kept)
     return max(takes.flops / RATE + decoding, copied / LINK)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from dbtrain.doctor.case import Case, Finding, ok
-from dbtrain.models.encoder_plan import GIB, Room, peak, plans_of, to_read, whole
+from dbtrain.models import encoder_plan
+from dbtrain.models.encoder_plan import Room, peak, plans_of, to_read
 from dbtrain.runtime import dist
+from dbtrain.runtime.memory import GIB
 
 
 def text_encoders(case: Case) -> Iterator[Finding]:
@@ -21,7 +23,7 @@ def text_encoders(case: Case) -> Iterator[Finding]:
     if card is None and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(dist.device()).total_memory
     room = Room.here(case.cfg.prepare.memory_gib if case.cfg.prepare else None, card)
-    sizes = whole(base, dtype)
+    sizes = encoder_plan.sizes(base, dtype)
     each = ", ".join(f"{name} {count / GIB:.2f} GiB" for name, count in sizes.items())
     if sum(sizes.values()) <= room.whole:
         yield ok(f"{each}: prepare loads them one at a time, into RAM and then onto the device")

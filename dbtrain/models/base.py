@@ -47,11 +47,9 @@ class Base(Pretrained):
 
     def drop_unread(self, component: str, module: nn.Module) -> None:
         """Replace the modules of a text encoder that prompts do not pass, as far as it has them."""
-        there = (
-            {name for name, _ in module.named_modules()} if component in self.family.text_encoders else set()
-        )
-        for name in there.intersection(self.family.unread):
-            module.set_submodule(name, nn.Identity())
+        if component in self.family.text_encoders:
+            for name in dict(module.named_modules()).keys() & set(self.family.unread):
+                module.set_submodule(name, nn.Identity())
 
     def check_trains(self, adapter: Adapter, training_adapter: str | None = None) -> None:
         """Raise ConfigError unless an adapter with these settings can be trained on this base.

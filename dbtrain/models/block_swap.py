@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dbtrain.models.blocks import blocks
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.memory import GIB
 
 BUFFERS = 2
 ALIGNED = 512  # bytes, like CUDA's allocator, so that kernels are chosen as for weights of their own
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
-GIB = 2**30
 IN_HOST_MEMORY = "in_host_memory"  # attribute of a layer in a swapped block
+Slot = tuple[dict[str, Any], str]
+"""A layer's parameters or buffers by name, and the name of one."""
 
 
 def frozen_bytes(block: nn.Module) -> int:
@@ -44,7 +46,7 @@ def saved_bytes(sizes: Sequence[int], count: int) -> int:
 def count_that_saves(sizes: Sequence[int], missing: float) -> int:
     """The fewest blocks whose swapping saves `missing` bytes of device memory; 0 if none are missing.
 
-    `sizes`: `frozen_bytes` of every block. Swapping all of them may not save enough: that is what it gives.
+    `sizes`: `frozen_bytes` of every block. If even swapping all of them does not save enough, that is all.
     """
     if missing <= 0:
         return 0
@@ -114,7 +116,7 @@ class _Frozen:
     """The frozen tensors of a block."""
 
     memory: Tensor  # (bytes,) uint8, on the host
-    places: Sequence[tuple[dict[str, Any], str]]  # where the block's layers have them
+    slots: Sequence[Slot]  # where the block's layers have them
     views: Sequence[Sequence[Tensor]]  # by buffer
 
 
@@ -150,32 +152,30 @@ class Ring:
 
     def turn_to(self, block: nn.Module) -> None:
         """Put the block's weights in place for the work that is queued next, and prefetch another's."""
-        place = self._holding(block)
-        if place is None:
-            place = self._fill(1 - self.current, block)
-        self.runtime.current_stream(self.device).wait_event(self.ready[place])
-        frozen = self.frozen[block]
-        for (registry, name), view in zip(frozen.places, frozen.views[place], strict=True):
-            registry[name] = view
-        self.current = place
+        number = self._holding(block)
+        if number is None:
+            number = self._fill(1 - self.current, block)
+        self.runtime.current_stream(self.device).wait_event(self.ready[number])
+        _show(self.frozen[block], number)
+        self.current = number
         following = self._following(block)
         if following is not None and self._holding(following) is None:
-            self._fill(1 - place, following)
+            self._fill(1 - number, following)
 
     def _holding(self, block: nn.Module) -> int | None:
-        """The buffer that has the weights of `block` as they are now."""
+        """The number of the buffer that has the weights of `block` as they are now."""
         wanted = (block, self.frozen[block].memory._version)
         return self.holds.index(wanted) if wanted in self.holds else None
 
-    def _fill(self, place: int, block: nn.Module) -> int:
+    def _fill(self, number: int, block: nn.Module) -> int:
         """Copy a block's weights to a buffer once the work that was queued so far has run."""
         memory = self.frozen[block].memory
         self.stream.wait_event(self.runtime.current_stream(self.device).record_event())
         with self.runtime.stream(self.stream):
-            self.buffers[place][: len(memory)].copy_(memory, non_blocking=True)
-            self.ready[place] = self.stream.record_event()
-        self.holds[place] = (block, memory._version)
-        return place
+            self.buffers[number][: len(memory)].copy_(memory, non_blocking=True)
+            self.ready[number] = self.stream.record_event()
+        self.holds[number] = (block, memory._version)
+        return number
 
     def _following(self, block: nn.Module) -> nn.Module | None:
         """The block that is likely to be called after this one, if that is known.
@@ -199,18 +199,16 @@ class Ring:
         return self.order[wanted] if 0 <= wanted < len(self.order) else None
 
     def _take(self, block: nn.Module, memory: Tensor) -> _Frozen:
-        """Move a block's frozen tensors to `memory`, and put views of the buffers in their places."""
-        found = list(_frozen(block))
-        tensors = [tensor for _, _, tensor in found]
-        places = [(getattr(layer, registry), name) for layer, (registry, name), _ in found]
-        views = [_views(buffer, tensors) for buffer in self.buffers]
+        """Move a block's frozen tensors to `memory`, and put views of a buffer in their place."""
+        layers, slots, tensors = zip(*_frozen(block), strict=True)
+        copies = _views(memory, tensors)
         with torch.no_grad():
-            for (layer, (_, name), tensor), copy in zip(found, _views(memory, tensors), strict=True):
+            for layer, (_, name), tensor, copy in zip(layers, slots, tensors, copies, strict=True):
                 copy.copy_(tensor)
                 vars(layer).setdefault(IN_HOST_MEMORY, {})[name] = copy
-        for (registry, name), view in zip(places, views[0], strict=True):
-            registry[name] = view
-        return _Frozen(memory, places, views)
+        frozen = _Frozen(memory, slots, [_views(buffer, tensors) for buffer in self.buffers])
+        _show(frozen, 0)
+        return frozen
 
 
 def spread(every: Sequence[Any], count: int) -> list[Any]:
@@ -218,11 +216,17 @@ def spread(every: Sequence[Any], count: int) -> list[Any]:
     return [every[number * len(every) // count] for number in range(count)]
 
 
-def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, str], Tensor]]:
-    """(layer, (registry, name), tensor) of each parameter and buffer that is not trained."""
+def _show(frozen: _Frozen, number: int) -> None:
+    """Make a block's layers read that buffer."""
+    for (registry, name), view in zip(frozen.slots, frozen.views[number], strict=True):
+        registry[name] = view
+
+
+def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, Slot, Tensor]]:
+    """(layer, slot, tensor) of each parameter and buffer that is not trained."""
     for layer in block.modules():
-        for registry in ("_parameters", "_buffers"):
-            for name, tensor in getattr(layer, registry).items():
+        for registry in (layer._parameters, layer._buffers):
+            for name, tensor in registry.items():
                 if tensor is not None and not tensor.requires_grad:
                     yield layer, (registry, name), tensor
 

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
-from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import dist, memory
-from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.memory import GIB
 
-GIB = 2**30
 SHARE = 0.8  # of the free memory; the rest is for activations
 
 
-def whole(base: Base, dtype: torch.dtype) -> dict[str, int]:
+def sizes(base: Base, dtype: torch.dtype) -> dict[str, int]:
     """Bytes of each text encoder in `dtype`, from the headers of its files."""
     found = {}
     for name in base.family.text_encoders:
-        with reading(base, name):
+        with base.reading(name):
             files = base.weights(name)
-            found[name] = dtype.itemsize * sum(math.prod(files.shape(tensor)) for tensor in files.places)
+            found[name] = dtype.itemsize * sum(math.prod(files.shape(tensor)) for tensor in files.names)
     return found
-
-
-@contextmanager
-def reading(base: Base, component: str) -> Iterator[None]:
-    """In the block, an error of a component's files is a ConfigError that names the component."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"cannot load '{component}' of base model {base.name}: {reason(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -83,48 +71,46 @@ class Weight:
             owner._parameters[name] = parameter
 
 
-Part = list[Weight]
-
-
-def size(*parts: Part) -> int:
+def size(*parts: Sequence[Weight]) -> int:
     """Bytes of the weights."""
     return sum(weight.bytes for part in parts for weight in part)
 
 
 @dataclass(frozen=True)
-class Plan:
+class EncoderPlan:
     """A text encoder without weights, and which of them have to be read. Made without reading any."""
 
     name: str
     module: Any  # real buffers, and parameters on the meta device
-    weights: Part  # all, but for modules that prompts do not pass
+    weights: list[Weight]  # all, but for modules that prompts do not pass
     layers: list[nn.Module]
     kept: frozenset[int]  # layers whose output is read by more than the next layer
-    rest: Part  # weights outside the layers
-    parts: list[Part]  # the weights of each layer, to the last one that is needed
+    rest: list[Weight]  # weights outside the layers
+    parts: list[list[Weight]]  # the weights of each layer, to the last one that is needed
 
     @classmethod
-    def of(cls, base: Base, name: str, dtype: torch.dtype) -> Plan:
+    def of(cls, base: Base, name: str, dtype: torch.dtype) -> EncoderPlan:
         module: Any = base.skeleton(name, dtype)
         base.drop_unread(name, module)
         layers = blocks(module)
         states = base.family.hidden.get(name, range(1, len(layers) + 1))
         kept = frozenset(state - 1 if state > 0 else len(layers) + state for state in states)
         numbers = {inner: number for number, layer in enumerate(layers) for inner in layer.modules()}
-        by_layer: dict[int | None, Part] = defaultdict(list)
-        with reading(base, name):
-            weights = _weights(module, dtype, _sources(module, base.weights(name)))
+        by_layer: dict[int | None, list[Weight]] = defaultdict(list)
+        with base.reading(name):
+            sources = _sources(module, base.weights(name).names)
+        weights = _weights(module, dtype, sources)
         for weight in weights:
             by_layer[numbers.get(weight.owners[0][0])].append(weight)
         parts = [by_layer[number] for number in range(max(kept, default=-1) + 1)]
         return cls(name, module, weights, layers, kept, by_layer[None], parts)
 
 
-def plans_of(base: Base, dtype: torch.dtype) -> list[Plan]:
-    return [Plan.of(base, name, dtype) for name in base.family.text_encoders]
+def plans_of(base: Base, dtype: torch.dtype) -> list[EncoderPlan]:
+    return [EncoderPlan.of(base, name, dtype) for name in base.family.text_encoders]
 
 
-def _weights(module: Any, dtype: torch.dtype, sources: Mapping[str, str]) -> Part:
+def _weights(module: Any, dtype: torch.dtype, sources: Mapping[str, str]) -> list[Weight]:
     """Every parameter, in the dtype that `from_pretrained` gives it.
 
     Like there, a parameter that modules share is one for each of its names that the files have.
@@ -145,7 +131,7 @@ def _weights(module: Any, dtype: torch.dtype, sources: Mapping[str, str]) -> Par
     return found
 
 
-def _sources(module: Any, files: WeightFiles) -> dict[str, str]:
+def _sources(module: Any, names: Collection[str]) -> dict[str, str]:
     """Name of a parameter -> its name in the files, by transformers' own rules."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -154,7 +140,7 @@ def _sources(module: Any, files: WeightFiles) -> dict[str, str]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     found = {}
-    for name in files.places:
+    for name in names:
         target, converted = rename_source_key(name, renamings, converters, module.base_model_prefix, known)
         if target not in known and name in known:
             target, converted = rename_source_key(name, [], [], module.base_model_prefix, known)
@@ -163,27 +149,27 @@ def _sources(module: Any, files: WeightFiles) -> dict[str, str]:
     return found
 
 
-Group = list[tuple[Plan, int]]  # layers
+Group = list[tuple[EncoderPlan, int]]  # layers
 
 
-def groups(plans: Sequence[Plan], limit: float) -> tuple[list[Group], bool]:
+def groups(plans: Sequence[EncoderPlan], limit: float) -> tuple[list[Group], bool]:
     """The layers to hold at once, one group after the other; and whether the next can be read meanwhile.
 
     The first layers of all encoders are together. Raises ConfigError if a single layer is beyond the limit.
     """
     first = [(plan, 0) for plan in plans if plan.parts]
     units = [first, *([(plan, number)] for plan in plans for number in range(1, len(plan.parts)))]
-    sizes = [_size(unit) for unit in units]
+    each = [_size(unit) for unit in units]
     room = limit - size(*(plan.rest for plan in plans))
-    if max(sizes) > room:
-        least = -(-100 * int(limit - room + max(sizes)) // GIB) / 100  # rounded up
+    if max(each) > room:
+        least = -(-100 * int(limit - room + max(each)) // GIB) / 100  # rounded up
         raise ConfigError(
             f"the text encoders need {least} GiB even layer by layer, but may take {limit / GIB:.2f} GiB; "
             f"set prepare.memory_gib to {least} or more"
         )
-    ahead = 2 * max(sizes) <= room < sum(sizes)
+    ahead = 2 * max(each) <= room < sum(each)
     found: list[Group] = [[]]
-    for unit, its in zip(units, sizes, strict=True):
+    for unit, its in zip(units, each, strict=True):
         if found[-1] and _size(found[-1]) + its > (room / 2 if ahead else room):
             found.append([])
         found[-1] += unit
@@ -194,15 +180,13 @@ def _size(group: Group) -> int:
     return size(*(plan.parts[number] for plan, number in group))
 
 
-def peak(plans: Sequence[Plan], limit: float) -> int:
+def peak(plans: Sequence[EncoderPlan], limit: float) -> int:
     """Bytes of weights held at once, layer by layer."""
     found, ahead = groups(plans, limit)
-    sizes = [*map(_size, found), 0]
-    return size(*(plan.rest for plan in plans)) + max(
-        one + (two if ahead else 0) for one, two in pairwise(sizes)
-    )
+    pairs = pairwise([*map(_size, found), 0])
+    return size(*(plan.rest for plan in plans)) + max(one + two * ahead for one, two in pairs)
 
 
-def to_read(plans: Sequence[Plan]) -> int:
+def to_read(plans: Sequence[EncoderPlan]) -> int:
     """Bytes of weights that are needed, each read once."""
     return sum(size(plan.rest, *plan.parts) for plan in plans)

@@ -63,7 +63,7 @@ def _dtype(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> 
 
 def names(module: nn.Module, files: WeightFiles) -> dict[str, str]:
     """The name in `files` of each weight there, by its name in `module`; old VAEs have other names."""
-    found = {name: name for name in files.places}
+    found = {name: name for name in files.names}
     module._fix_state_dict_keys_on_load(found)  # type: ignore[operator]  # renames keys
     return found
 
@@ -93,7 +93,8 @@ def fill(
 ) -> Plain:
     """Read the weights of a `skeleton`, whose layers may have been quantized or sharded by rows since.
 
-    Of a sharded weight no more is read than the rows that are `local`, unless it has a change.
+    Parameters that are not on the meta device are filled where they are. Of a sharded weight no more is read
+    than the rows that are `local`, unless it has a change.
     Raises KeyError if `files` lack a weight.
     """
     named, plain = names(module, files), []
@@ -113,12 +114,13 @@ def fill(
                 weight = change(weight)[cut]
             values = _stored(part, attributes, weight)
         for attribute, value in zip(attributes, values, strict=True):
+            held = local(getattr(part, attribute))[0]
             if attribute in part._buffers:
                 setattr(part, attribute, value)
-            elif rows:
-                local(getattr(part, attribute))[0].copy_(value)
-            else:
+            elif held.is_meta:
                 setattr(part, attribute, nn.Parameter(value, requires_grad=False))
+            else:
+                held.copy_(value)
     return plain
 
 

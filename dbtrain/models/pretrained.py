@@ -15,7 +15,7 @@ import torch
 from dbtrain.config import Model
 from dbtrain.models import loading, locate, safety
 from dbtrain.models.nf4_files import Nf4Files, is_nf4
-from dbtrain.models.quantization import KEPT
+from dbtrain.models.quantization import NF4_FP32
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -111,11 +111,11 @@ class Pretrained:
             options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
         folder: Path | None = self.folder
-        with self._reading(component):
+        with self.reading(component):
             if weights and self.packed(component):  # transformers would ask for bitsandbytes
                 config = {k: v for k, v in self.config(component).items() if k != "quantization_config"}
                 packed, folder = self.weights(component), None
-                options["state_dict"] = {name: packed.read(name).to(dtype) for name in packed.places}
+                options["state_dict"] = {name: packed.read(name).to(dtype) for name in packed.names}
                 options["config"] = kind.config_class.from_dict(config)
             loaded = kind.from_pretrained(folder, subfolder=component, **options)
         # Refuse what the libraries would complete with defaults.
@@ -124,7 +124,7 @@ class Pretrained:
                 raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
         module, info = loaded
-        self._complete(component, [*info["missing_keys"], *map(str, info["mismatched_keys"])])
+        self.check_complete(component, [*info["missing_keys"], *map(str, info["mismatched_keys"])])
         return module.requires_grad_(False).eval()
 
     def fill(
@@ -139,26 +139,26 @@ class Pretrained:
 
         Raises ConfigError if they are broken or incomplete.
         """
-        with self._reading(component):
+        with self.reading(component):
             files = self.weights(component)
             unfit = loading.unfit(module, files)
-        self._complete(component, unfit)
-        with self._reading(component):
+        self.check_complete(component, unfit)
+        with self.reading(component):
             return loading.fill(module, files, dtype, local, changes)
 
     @contextmanager
-    def _reading(self, component: str) -> Iterator[None]:
-        """Turn what the libraries raise for a broken folder, which has many types, into a ConfigError."""
+    def reading(self, component: str) -> Iterator[None]:
+        """In the block, whatever the libraries raise for a broken folder is a ConfigError."""
         try:
             yield
-        except ConfigError:
+        except (ConfigError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ConfigError(
                 f"cannot load '{component}' of base model {self.name}: {reason(error)}"
             ) from error
 
-    def _complete(self, component: str, lacking: list[str]) -> None:
+    def check_complete(self, component: str, lacking: Collection[str]) -> None:
         """Raise ConfigError if weights are `lacking`."""
         if lacking:
             raise ConfigError(
@@ -195,7 +195,7 @@ class Pretrained:
     def skeleton(self, component: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """A component's modules from its config alone: frozen, with weights in `dtype` on the meta device."""
         kind, config = self._class(component), self.config(component)
-        with self._reading(component):
+        with self.reading(component):
             if kind.__module__.startswith("diffusers"):
                 module = loading.skeleton(kind, config, dtype)
             else:
@@ -248,7 +248,7 @@ class Pretrained:
 
     def storage(self, component: str, linears: str) -> str:
         """How the component's linear layers are stored with `train.base_linears`: nf4 keeps 4-bit weights."""
-        return KEPT if linears == "nf4" and self.packed(component) else linears
+        return NF4_FP32 if linears == "nf4" and self.packed(component) else linears
 
     def key(self, component: str) -> str:
         """sha256 over a component's config and all weights of the variant."""

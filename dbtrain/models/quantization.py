@@ -87,7 +87,7 @@ def _block_scales(double: bool, scale: Tensor) -> Tensor:
     return scale[:, 4:] * scale[:, :4].contiguous().view(torch.float32)
 
 
-KEPT = "nf4-fp32"  # with fp32 scales, as 4-bit weights in files have them
+NF4_FP32 = "nf4-fp32"  # with fp32 scales, as 4-bit weights in files have them
 # The steps of int8 are 1/127 of a row's largest weight, those of fp8 (e4m3) 1/16 to 1/8 of each weight. For
 # normally distributed weights int8 has a third of fp8's error, and NF4 15 times int8's.
 _INT8 = Storage(partial(_encode_8bit, torch.int8, 127.0), partial(_decode_8bit, torch.int8))
@@ -96,7 +96,7 @@ STORAGE = {
     "int8": _INT8,
     "fp8": Storage(partial(_encode_8bit, _FP8, 448.0), partial(_decode_8bit, _FP8)),
     "nf4": Storage(partial(_encode_nf4, True), partial(_decode_nf4, True), PAIRS),
-    KEPT: Storage(partial(_encode_nf4, False), partial(_decode_nf4, False), PAIRS),
+    NF4_FP32: Storage(partial(_encode_nf4, False), partial(_decode_nf4, False), PAIRS),
     "int8-dynamic": Storage(_INT8.encode, _INT8.decode, dynamic=True),
 }
 
@@ -211,6 +211,14 @@ def int8_matmul(left: Tensor, right: Tensor, cuda: bool) -> Tensor:
         left = nn.functional.pad(left, (0, 0, 0, max(0, 32 - rows))).contiguous()
         right = right.t().contiguous().t()
     return torch._int_mm(left, right)[:rows]
+
+
+def parameters(module: nn.Module) -> int:
+    """How many parameters a module has. Of quantized layers, the weights that the bytes stand for count."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    stored = sum(part.numel() for layer in layers for part in (layer.codes, layer.scale))
+    return sum(parameter.numel() for parameter in module.parameters()) - stored + weights
 
 
 def quantize(module: nn.Module, storage: str) -> None:

@@ -14,25 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from dbtrain.models.base import Base
-from dbtrain.models.encoder_plan import (
-    GIB,
-    Part,
-    Plan,
-    Room,
-    Weight,
-    groups,
-    plans_of,
-    reading,
-    to_read,
-    whole,
-)
+from dbtrain.models.encoder_plan import EncoderPlan, Room, Weight, groups, plans_of, sizes, to_read
 from dbtrain.runtime import console, dist, preemption
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.memory import GIB
 
-CPU = torch.device("cpu")
 Result = TypeVar("Result")
 Use = Callable[[Mapping[str, nn.Module]], Callable[[], Result]]
 
@@ -44,7 +32,7 @@ def encoded(base: Base, dtype: torch.dtype, gib: float | None, use: Use[Result])
     several times, and must call them alike each time. Raises ConfigError if a single layer needs more.
     """
     room = Room.here(gib)
-    if sum(whole(base, dtype).values()) <= room.whole:
+    if sum(sizes(base, dtype).values()) <= room.whole:
         return use(_OneAtATime(base, dtype))()
     return LayerByLayer(base, plans_of(base, dtype), room.layers).run(use)
 
@@ -72,7 +60,7 @@ class _OneAtATime(Mapping[str, nn.Module]):
 class LayerByLayer:
     """Text encoders whose layers are read in groups."""
 
-    def __init__(self, base: Base, plans: Sequence[Plan], limit: float) -> None:
+    def __init__(self, base: Base, plans: Sequence[EncoderPlan], limit: float) -> None:
         """Reads the names of the weights. `limit`: bytes of weights to hold at once.
 
         Raises ConfigError if the limit is too small for a layer, or if weights are missing.
@@ -91,18 +79,14 @@ class LayerByLayer:
             f"{len(self.groups)} groups of layers, within {limit / GIB:.1f} GiB"
         )
 
-    def _check(self, plan: Plan) -> None:
+    def _check(self, plan: EncoderPlan) -> None:
         """Raise ConfigError if a weight that is needed is missing, or has another shape."""
         self.base.check(plan.name)
         shape = self.files[plan.name].shape
         needed = [weight for part in (plan.rest, *plan.parts) for weight in part]
-        with reading(self.base, plan.name):
-            bad = [one.name for one in needed if not one.source or shape(one.source) != one.shape]
-        if bad:
-            raise ConfigError(
-                f"'{plan.name}' of base model {self.base.name} is incomplete: {len(bad)} weights are missing "
-                f"or have another shape, e.g. {bad[0]}"
-            )
+        with self.base.reading(plan.name):
+            unfit = [one.name for one in needed if not one.source or shape(one.source) != one.shape]
+        self.base.check_complete(plan.name, unfit)
 
     def run(self, use: Use[Result]) -> Result:
         """What the function returns in its last call, in which each layer returns what the model's does."""
@@ -134,16 +118,17 @@ class LayerByLayer:
                 bar.update()
         return result
 
-    def _read(self, parts: Sequence[tuple[Plan, Part]]) -> list[tuple[Weight, Tensor]]:
+    def _read(self, parts: Sequence[tuple[EncoderPlan, list[Weight]]]) -> list[tuple[Weight, Tensor]]:
         """The weights of these parts, on the device."""
         return [(weight, self._tensor(plan.name, weight)) for plan, part in parts for weight in part]
 
     def _tensor(self, encoder: str, weight: Weight) -> Tensor:
-        with reading(self.base, encoder):
-            # A copy: without one, the file would only be read when the layer runs.
-            return self.files[encoder].read(weight.source).to(self.device, weight.dtype, copy=True)
+        with self.base.reading(encoder):
+            tensor = self.files[encoder].read(weight.source)
+        # A copy: without one, the file would only be read when the layer runs.
+        return tensor.to(self.device, weight.dtype, copy=True)
 
-    def _drop(self, parts: Sequence[Part]) -> None:
+    def _drop(self, parts: Sequence[list[Weight]]) -> None:
         for part in parts:
             for weight in part:
                 weight.put(torch.empty(0, dtype=weight.dtype, device=self.device))
@@ -162,7 +147,7 @@ class _Run:
     What they return is held on the CPU.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: EncoderPlan, device: torch.device) -> None:
         self.device = device
         self.layers = [_Layer(self, layer, n in plan.kept) for n, layer in enumerate(plan.layers)]
         self.latest: dict[int, Any] = {}  # call -> what the last layer so far returned
@@ -183,7 +168,7 @@ class _Run:
 
         So is T5's position bias, eight times as large as its hidden states.
         """
-        leaves, tree = tree_flatten(tree_map(lambda value: _moved(value, CPU), output))
+        leaves, tree = tree_flatten(tree_map_only(Tensor, Tensor.cpu, output))
         before = tree_leaves(self.latest.get(call - 1))
         if len(before) == len(leaves):
             leaves = [old if _equal(old, new) else new for old, new in zip(before, leaves, strict=True)]
@@ -194,7 +179,7 @@ class _Run:
     def show(self, held: Any) -> Any:
         """A held output on the device."""
         if self.shown[0] is not held:
-            self.shown = (held, tree_map(lambda value: _moved(value, self.device), held))
+            self.shown = (held, tree_map_only(Tensor, lambda one: one.to(self.device), held))
         return self.shown[1]
 
 
@@ -218,10 +203,6 @@ class _Layer:
             if self.kept:
                 self.outputs[call] = held
         return output
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _equal(one: Any, other: Any) -> bool:

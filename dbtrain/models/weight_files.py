@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,23 @@ class WeightFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+        return self._files.keys()
+
     @cached_property
-    def places(self) -> dict[str, Any]:
+    def _files(self) -> dict[str, Any]:
         """The open file of each tensor."""
         files = [safe_open(path, "pt") for path in self.paths]
         return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.places[name].get_slice(name).get_shape())
+        return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor as it is stored, or some rows of it. Raises KeyError if no file has it."""
-        file = self.places[name]
+        file = self._files[name]
         return file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
 
     def encoded(self, name: str, storage: str, rows: slice | None = None) -> tuple[Tensor, Tensor] | None:

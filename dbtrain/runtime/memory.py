@@ -1,4 +1,4 @@
-"""Free memory of the machine."""
+"""Memory of the machine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+GIB = 2**30  # bytes
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 

@@ -73,12 +73,13 @@ class DreamBooth(nn.Module):
         cfg: Config,
         training: AdapterState | None = None,
         ranks: parallel.DeviceMesh | None = None,
+        kept: int = 0,
     ) -> DreamBooth:
         """Load the base's denoiser, and text encoders if they are trained, with new adapters, on the CPU.
 
         `table` is the shards' prompt table. Frozen text encoders need its embeddings, trained ones its
         token ids. `training`: an adapter that is part of the base in training only. `ranks`: those that
-        hold the denoiser together; its weights are then on their devices.
+        hold the denoiser together, but for `kept` blocks; its weights are then on their devices.
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
@@ -89,7 +90,7 @@ class DreamBooth(nn.Module):
         changes = merging(denoiser, training) if training else {}
         if cfg.train.base_linears != "full":
             quantization.quantize(denoiser, base.storage(name, cfg.train.base_linears))
-        parallel.shard(denoiser, ranks)
+        parallel.shard(denoiser, ranks, kept)
         plain = base.fill(name, denoiser, dtype, parallel.local, changes)
         left_out = LeftOut(denoiser, plain if cfg.validation.prompts else [])
         if cfg.train.channels_last:

@@ -60,13 +60,14 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     mine: dict[int, list[float]] = {}
     for number, keep in parallel.rounds(len(batches), parallel.is_sharded(model)):
         with PRECISIONS[cfg.train.precision].forward(dist.device()):
-            losses = model(batch_of(batches[number]).to(dist.device())).tolist()
-        mine |= {number: losses} if keep else {}
-    found = {int(number): each for part in dist.gather_json(mine) for number, each in part.items()}
-    every = [loss for number in range(len(batches)) for loss in found[number]]
+            found = model(batch_of(batches[number]).to(dist.device())).tolist()
+        if keep:
+            mine[number] = found
+    gathered = {int(number): each for part in dist.gather_json(mine) for number, each in part.items()}
+    losses = [loss for number in range(len(batches)) for loss in gathered[number]]
     means, by_timestep = {}, {}
     for role, metric in METRICS.items():
-        pairs = [(one.number, loss) for one, loss in zip(held_out, every, strict=True) if one.role == role]
+        pairs = [(one.number, loss) for one, loss in zip(held_out, losses, strict=True) if one.role == role]
         if pairs:
             means[metric] = fmean(loss for _, loss in pairs)
             by_timestep["prior" if role == "class" else role] = [

@@ -38,6 +38,7 @@ GIB = 2**30
 # Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
 # of memory lost to fragmentation.
 CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
+SPARE = 0.1  # of a GPU's memory, left free where blocks stay whole only because there is room
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Prediction:
     gradients: int  # that stay alive: of earlier micro-batches, or in DDP's buckets
     validation: int = 0  # generating its images, between steps and so in place of the activations
     gathered: int = 0  # frozen weights of other ranks, while they are here
+    kept: int = 0  # blocks that each rank holds whole, if it shares others
     in_host_memory: int = 0  # frozen weights of swapped blocks; not on the device
     weights: Weights = field(default_factory=Weights)  # the denoiser's, wherever they are
     flops: int = 0  # of a micro-batch
@@ -70,6 +72,11 @@ class Prediction:
         """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
         return block_swap.count_that_saves(self.weights.blocks, (self.needed - has) / (1 + FRAGMENTED))
 
+    def blocks_to_keep(self, has: float, ranks: int, recomputed: bool = True) -> int:
+        """How many blocks each of `ranks` can hold whole in `has` bytes of GPU, if they share the others."""
+        counts = range(len(self.weights.blocks), 0, -1)
+        return next((n for n in counts if self.sharded(ranks, n, recomputed).needed <= has * (1 - SPARE)), 0)
+
     # The same with its frozen weights elsewhere, if all of them are on the device.
 
     def stored(self, weights: Weights) -> Prediction:
@@ -85,12 +92,12 @@ class Prediction:
         saved, moved = block_swap.saved_bytes(sizes, count), sum(block_swap.spread(sizes, count))
         return replace(self, base=self.base - saved, in_host_memory=moved)
 
-    def sharded(self, ranks: int, recomputed: bool = True) -> Prediction:
-        """With the denoiser sharded over `ranks`. `recomputed`: with gradient checkpointing."""
+    def sharded(self, ranks: int, kept: int = 0, recomputed: bool = True) -> Prediction:
+        """With all but `kept` blocks sharded over `ranks`. `recomputed`: with gradient checkpointing."""
         if ranks == 1:
             return self
-        base = self.base - self.weights.held(1) + self.weights.held(ranks)
-        return replace(self, base=base, gathered=self.weights.gathered(ranks, recomputed))
+        base = self.base - self.weights.saved(ranks, kept)
+        return replace(self, base=base, gathered=self.weights.gathered(ranks, kept, recomputed), kept=kept)
 
 
 def sharing(shard: str, ranks: int, per_node: int) -> int:
@@ -98,9 +105,12 @@ def sharing(shard: str, ranks: int, per_node: int) -> int:
     return {"none": 1, "node": min(per_node, ranks), "all": ranks}[shard]
 
 
-def predict(cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int = 8) -> Prediction:
+def predict(
+    cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int = 8, has: float = 0.0
+) -> Prediction:
     """The memory that training with `cfg` takes on each of `ranks` devices; `device` is `cuda` or `cpu`.
 
+    Of a denoiser that is shared, as many blocks stay whole as go into a GPU of `has` bytes, if that is given.
     Reads the base's config files and tokenizers, no weights. Predicts eager training; a compiled run keeps
     less. `train.swap_blocks: auto` counts as 0, see `blocks_to_swap`.
     Raises ConfigError where training would.
@@ -136,7 +146,8 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1, per_node: int 
         in_host_memory=in_host_memory, weights=weights, flops=flops,
     )  # fmt: skip
     together = sharing(cfg.train.shard, ranks, per_node)
-    return found.sharded(together, cfg.train.gradient_checkpointing != "none")
+    recomputed = cfg.train.gradient_checkpointing != "none"
+    return found.sharded(together, found.blocks_to_keep(has, together, recomputed), recomputed)
 
 
 def weights_of(cfg: Config, base: Base, storage: str) -> Weights:

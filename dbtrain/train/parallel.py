@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dbtrain.models import block_swap
 from dbtrain.models.blocks import blocks
 from dbtrain.runtime import dist, preemption
 
@@ -27,30 +28,43 @@ def mesh(how: str, timeout_s: float) -> DeviceMesh | None:
     return DeviceMesh.from_group(group, dist.device().type) if group else None
 
 
-def shard(denoiser: nn.Module, ranks: DeviceMesh | None) -> None:
-    """Shard the matrices of a `skeleton` by rows, block by block; its rows are on the device, but not filled.
+def shard(denoiser: nn.Module, ranks: DeviceMesh | None, kept: int = 0) -> None:
+    """Shard the matrices of a `skeleton` by rows, block by block; its weights are on the device, not filled.
 
-    Each block is gathered for its forward pass, and again for its backward pass. Vectors stay whole: they
-    are small, and biases may be trained. What is attached later, such as adapters, is not sharded.
+    Each sharded block is gathered for its forward pass, and again for its backward pass. `kept` blocks stay
+    whole, evenly spread, and so does what is in no block: it is needed all the time. Vectors stay whole too:
+    they are small, and biases may be trained. What is attached later, such as adapters, is not sharded.
     """
     if ranks is None:
         return
-    vectors = {parameter for parameter in denoiser.parameters() if parameter.dim() < 2}
-    for module in (*blocks(denoiser), denoiser):
-        fully_shard(module, mesh=ranks, ignored_params=vectors)
+    # Blocks that return views, as FLUX's do, are safe: nothing changes their outputs in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    every = blocks(denoiser)
+    sharded = block_swap.spread(every, len(every) - kept)
+    matrices = {parameter for block in sharded for parameter in block.parameters() if parameter.dim() > 1}
+    whole = set(denoiser.parameters()) - matrices
+    for module in (*sharded, denoiser) if sharded else ():
+        fully_shard(module, mesh=ranks, ignored_params=whole)
     _leave_autograd_alone(denoiser)
     device = dist.device()
-    denoiser._apply(lambda t: torch.empty_like(t, device=device) if isinstance(t, DTensor) else t)
+    denoiser._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
 
 
 def _leave_autograd_alone(denoiser: nn.Module) -> None:
     """Keep FSDP's nodes out of the graph: they would change the order in which gradients are summed.
 
     FSDP adds them to notice that a block's backward pass has ended, unless gradients are disabled. Here it
-    has ended when the backward pass reaches another block: autograd runs what was recorded last first.
+    has ended when the backward pass reaches another sharded block: autograd runs what was recorded last
+    first, so that all of the block's kernels are queued by then. Hooks of autograd run on the stream of the
+    forward pass, from which FSDP allocates what it frees here, so later kernels cannot write to it too early.
+    `reached` runs before FSDP's hook of the same output, which gathers: no more than two blocks are there.
+
+    The last block of a backward pass is freed by FSDP at its end. It stays in `gathered`, where freeing it
+    again does nothing. Nothing is left of a pass without gradients, which FSDP frees block by block. After an
+    exception in a pass, which ends the run, the state of FSDP is undefined too.
     """
-    enabled: list[bool] = []
-    gathered: list[FSDPModule] = []
+    enabled: list[bool] = []  # before the hooks of the modules that are being called
+    gathered: list[FSDPModule] = []  # the block whose backward pass was reached last
 
     def before(*_: Any) -> None:
         enabled.append(torch.is_grad_enabled())
@@ -65,9 +79,11 @@ def _leave_autograd_alone(denoiser: nn.Module) -> None:
                 gathered.pop().reshard()
             gathered[:] = [block]
 
-        for output in outputs if isinstance(outputs, tuple) else (outputs,):
-            if isinstance(output, Tensor) and output.requires_grad:
-                output.register_hook(reached)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        graded = [output for output in outputs if isinstance(output, Tensor) and output.requires_grad]
+        for output in graded:
+            output.register_hook(reached)
+        block.set_unshard_in_backward(bool(graded))  # else it has no backward pass to be gathered for
 
     for module in denoiser.modules():
         if isinstance(module, FSDPModule):

@@ -22,12 +22,11 @@ Part = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Weights:
-    """Sizes of a denoiser's frozen weights, bytes. Its matrices are what ranks can share."""
+    """Sizes of a denoiser's frozen weights, bytes. The matrices in its blocks are what ranks can share."""
 
     size: int = 0  # of all
     blocks: tuple[int, ...] = ()  # of each block
     matrices: tuple[Part, ...] = ()  # in each block
-    root: Part = ()  # matrices around the blocks
     decoded: int = 0  # that the largest quantized weight takes for a product
     quantized: int = 0  # how many weights are decoded
 
@@ -35,7 +34,6 @@ class Weights:
     def of(cls, denoiser: nn.Module) -> Weights:
         """Those of a denoiser on whatever device, with adapters or without."""
         found = blocks(denoiser)
-        inner = {parameter for block in found for parameter in block.parameters()}
         linears = [layer for layer in denoiser.modules() if isinstance(layer, QuantizedLinear)]
         counts = [layer.in_features * layer.out_features for layer in linears]
         each = [layer.dtype.itemsize + INDICES.get(layer.storage, 0) for layer in linears]
@@ -43,29 +41,31 @@ class Weights:
             size=block_swap.frozen_bytes(denoiser),
             blocks=tuple(map(block_swap.frozen_bytes, found)),
             matrices=tuple(_part(block.parameters()) for block in found),
-            root=_part(parameter for parameter in denoiser.parameters() if parameter not in inner),
             decoded=max((one * count for one, count in zip(each, counts, strict=True)), default=0),
             quantized=sum(counts),
         )
 
-    def held(self, ranks: int) -> int:
-        """Bytes of matrices that each of `ranks` holds. Rows are padded to a multiple of them."""
-        return sum(_padded(part, ranks) // ranks for part in (*self.matrices, self.root))
+    # With all but `kept` blocks sharded over `ranks`. Rows are padded to a multiple of the ranks.
 
-    def gathered(self, ranks: int, recomputed: bool = True) -> int:
-        """Bytes that a rank has gathered at the peak, beside those it holds; the root stays so in a step.
+    def saved(self, ranks: int, kept: int = 0) -> int:
+        """Bytes that each rank does not hold."""
+        sharded = self._sharded(kept)
+        return sum(_padded(part, 1) - _padded(part, ranks) // ranks for part in sharded)
+
+    def gathered(self, ranks: int, kept: int = 0, recomputed: bool = True) -> int:
+        """Bytes that a rank has gathered at the peak, beside those it holds.
 
         Without recomputing the peak is where the forward pass ends, in the last block; else in the largest.
         """
-        sizes = self._gathers(ranks)
-        return _padded(self.root, ranks) + GATHERED * max(sizes if recomputed else sizes[-1:], default=0)
+        sizes = [_padded(part, ranks) for part in self._sharded(kept)]
+        return GATHERED * max(sizes if recomputed else sizes[-1:], default=0)
 
-    def received(self, ranks: int) -> float:
+    def received(self, ranks: int, kept: int = 0) -> float:
         """Bytes that a rank receives in a micro-batch: blocks twice, for forward and backward pass."""
-        return (_padded(self.root, ranks) + 2 * sum(self._gathers(ranks))) * (1 - 1 / ranks)
+        return 2 * sum(_padded(part, ranks) for part in self._sharded(kept)) * (1 - 1 / ranks)
 
-    def _gathers(self, ranks: int) -> list[int]:
-        return [_padded(part, ranks) for part in self.matrices]
+    def _sharded(self, kept: int) -> list[Part]:
+        return block_swap.spread(self.matrices, len(self.matrices) - kept)
 
 
 def _part(parameters: Iterable[nn.Parameter]) -> Part:

@@ -18,7 +18,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
-from dbtrain.models import block_swap, kernels
+from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare import plan
@@ -174,8 +174,22 @@ def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
     if count == "auto":
         has = memory.memory_of(device)
         count = memory.predict(cfg, base, "cuda", dist.world()).blocks_to_swap(has) if has < inf else 0
-    if moved := block_swap.swap(model.denoiser, count, device):
+    moved = block_swap.swap(model.denoiser, count, device)
+    if cfg.train.swap_blocks:
         console.say(f"swapping {count} blocks, whose weights take {moved / 2**30:.2f} GiB of host memory")
+
+
+def kept_blocks(cfg: Config, base: Base, ranks: parallel.DeviceMesh | None) -> int:
+    """How many blocks each rank holds whole if they share the denoiser: as many as all GPUs have room for."""
+    has = memory.memory_of(dist.device())
+    if cfg.train.shard == "none" or dist.world() == 1 or has == inf:
+        return 0
+    with dist.agreed():
+        together = ranks.size() if ranks else 1
+        found = memory.predict(cfg, base, "cuda", dist.world(), together, has)
+    kept = min(dist.gather_json(found.kept))
+    console.say(f"each rank holds {kept} of {len(found.weights.blocks)} blocks whole")
+    return kept
 
 
 def setup(cfg: Config, inputs: Inputs) -> Job:
@@ -186,11 +200,13 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     run, manifest = RunFolder(cfg.run_dir), inputs.manifest
     # The model with its adapter, validation, and the state of the newest checkpoint.
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
+    kept = kept_blocks(cfg, inputs.base, ranks)
+    encoded = validation.encode(cfg, inputs.base, manifest)
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
         training = training_adapter.read(inputs.base, cfg.model)
-        model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks)
+        model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
             raise ConfigError(
                 "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "
@@ -200,7 +216,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             formats.check(name, inputs.base.family, states := model.states())
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
-    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint)
+    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint, encoded)
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)
@@ -258,8 +274,10 @@ def _describe(
     sizes = []
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
-        sizes.append(f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters of {name}")
+        sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
+    if parallel.is_sharded(model):
+        where += f", frozen weights sharded ({cfg.train.shard})"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "

@@ -65,6 +65,20 @@ def forget_after(cfg: Config, fingerprint: Mapping[str, Any], step: int) -> None
     keep_lines(run.table("validation"), lambda line: line["step"] <= step and line.get("key") == key)
 
 
+def encode(cfg: Config, base: Base, manifest: Manifest) -> list[dict[str, Tensor]] | None:
+    """The prompts of the images as the base encodes them; None without any, or if training changes that.
+
+    Rank 0 encodes them on its device, so call this while no denoiser is there.
+    """
+    trained = base.family.adaptable_text if cfg.adapter.text_encoder else ()
+    if not cfg.validation.prompts or set(trained) == base.family.text_encoders.keys():
+        return None
+    return sampler.encode_once(
+        RunFolder(cfg.run_dir).validation, base, manifest.components, cfg.validation.prompts,
+        cfg.sample.guidance, cfg.train.precision, cfg.prepare.memory_gib if cfg.prepare else None,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Validator:
     """Validates a run. It is built once, before the first step."""
@@ -78,24 +92,14 @@ class Validator:
 
     @classmethod
     def build(
-        cls, cfg: Config, base: Base, model: DreamBooth, manifest: Manifest, fingerprint: Mapping[str, Any]
-    ) -> Validator:
-        """Read the held-out rows, and encode the prompts on rank 0 while `model` is still on the CPU.
-
-        Raises ConfigError for anything a user can fix.
-        """
+        cls, cfg: Config, base: Base, model: DreamBooth, manifest: Manifest,
+        fingerprint: Mapping[str, Any], encoded: list[dict[str, Tensor]] | None,
+    ) -> Validator:  # fmt: skip
+        """Read the held-out rows. `encoded`: see `encode`. Raises ConfigError for anything a user can fix."""
         generator = None
-        if cfg.validation.prompts:
-            encoded = None
-            if model.text_encoders.keys() != base.family.text_encoders.keys():
-                encoded = sampler.encode_once(
-                    RunFolder(cfg.run_dir).validation, base, manifest.components,
-                    cfg.validation.prompts, cfg.sample.guidance, cfg.train.precision,
-                    cfg.prepare.memory_gib if cfg.prepare else None,
-                )  # fmt: skip
-            with dist.agreed():
-                generator = ImageGenerator(cfg, base, model, manifest.request["resolution"], encoded)
         with dist.agreed():
+            if cfg.validation.prompts:
+                generator = ImageGenerator(cfg, base, model, manifest.request["resolution"], encoded)
             storage = Storage(cfg.data.shards, cfg.faults.retries)
             held_out = [
                 row

@@ -97,6 +97,18 @@ def test_the_same_seed_gives_the_same_start_in_every_precision() -> None:
         assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", adapters.KINDS)
+def test_the_same_seed_gives_the_same_start_to_a_base_on_a_gpu(kind: str) -> None:
+    """A GPU's generator would draw other numbers, and is not seeded."""
+    starts = []
+    for device in ("cpu", "cuda"):
+        unet = Base.find(Model(path=str(bases.sd()))).load("unet").to(device)
+        adapters.attach(unet, AdapterSettings(kind=kind, rank=4), "denoiser", 3)
+        starts.append(adapters.collect(unet).tensors)
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "scale"),
     [({}, 2.0), ({"rslora": True}, 4.0), ({"alpha": 3}, 0.75), ({"dora": True}, 2.0),

@@ -82,6 +82,15 @@ def test_a_wrong_value_is_named(tmp_path: Path, override: str, told: str) -> Non
     assert any(told in line for line in problems(tmp_path, MINIMAL, override))
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [("-1", "-1: should be greater than or equal to 0"), ("few", "'few': should be a valid integer")],
+)
+def test_a_number_or_a_word_has_one_message(tmp_path: Path, value: str, told: str) -> None:
+    lines = problems(tmp_path, MINIMAL, f"train.swap_blocks={value}")
+    assert lines == (f"train.swap_blocks is {told}, or 'auto'",)
+
+
 PREPARE = "prepare: {photos: p, instance_prompt: a, class_prompt: b}\nadapter: {alpha: 3}\n"
 READ = [  # override, and the value that it means: the type of the setting decides
     ("prepare.photos=/data/My Photos #2", "/data/My Photos #2"),
@@ -250,9 +259,9 @@ def test_every_shipped_config_loads(path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["train.compile=true"], "compile is true, which shard: all does not allow; use regional"),
-        (["train.cuda_graph=true"], "cuda_graph is true, which shard: all does not allow; use false"),
-        (["train.channels_last=true"], "channels_last is true, which shard: all does not allow; use false"),
+        (["train.compile=true"], "compile is true; set compile to regional, or shard to none"),
+        (["train.cuda_graph=true"], "cuda_graph is true; set cuda_graph to false, or shard to none"),
+        (["train.channels_last=true"], "channels_last is true; set channels_last to false, or shard to none"),
         (["adapter.dora=true"], "adapter.dora is true, but train.shard is 'all'"),
     ],
 )

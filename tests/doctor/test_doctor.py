@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dbtrain.doctor.case import Case, Finding
 from dbtrain.models.base import Base
 from dbtrain.prepare import duration
 from dbtrain.runtime import lock
+from dbtrain.runtime.errors import ConfigError
 from tests import bases
 from tests.conftest import Make, config_in, dbtrain, draw_photo, train
 
@@ -692,3 +694,9 @@ def test_the_disk_check_counts_a_diff_in_full(make: Make) -> None:
     sizes = [{what: size for what, _, size in disk._needs(case)} for case in cases]
     (name,) = (what for what in sizes[0] if "export" in what)
     assert sizes[1][name] - sizes[0][name] == whole
+
+
+@pytest.mark.parametrize("gib", [0.0, -1.0, inf, nan])
+def test_a_gpu_has_a_size(tmp_path: Path, gib: float) -> None:
+    with pytest.raises(ConfigError, match=rf"--gib is {gib:g}, .* use e.g. --gib 24"):
+        next(doctor.check(tmp_path / "c.yaml", gib=gib))

@@ -12,7 +12,7 @@ from dbtrain.doctor import forecast, plans
 from dbtrain.doctor.plans import Plan
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.memory import GIB, Prediction
+from dbtrain.train.memory import GIB, Prediction, sharing
 from dbtrain.train.placement import Weights
 from tests import bases
 from tests.conftest import Make
@@ -29,13 +29,15 @@ def weights_of(cfg: Config, base: Base, storage: str) -> Weights:
     return Weights(size, (size // 10,) * 10, (rows,) * 10, quantized=10**10 * (storage != "full"))
 
 
-def predict(cfg: Config, base: Base, device: str, ranks: int = 1) -> Prediction:
+def predict(cfg: Config, base: Base, device: str, ranks: int = 1, has: float = 0.0) -> Prediction:
     train = cfg.train
     weights = weights_of(cfg, base, train.base_linears)
     activations = PER_ROW[train.gradient_checkpointing] * train.micro_batch * GIB
     flops = (2 + (train.gradient_checkpointing != "none")) * train.micro_batch * 10**14
     images = 9 * GIB if cfg.validation.prompts else 0
-    return Prediction(weights.size, 0, 0, activations, 0, images, weights=weights, flops=flops)
+    found = Prediction(weights.size, 0, 0, activations, 0, images, weights=weights, flops=flops)
+    together = sharing(train.shard, ranks, 8)
+    return found.sharded(together, found.blocks_to_keep(has, together))
 
 
 @pytest.fixture
@@ -121,6 +123,18 @@ def test_the_fastest_that_fits_is_named(make: Make, ask: Ask, gib: float, ranks:
     """Of equally fast ones, that with the most precise weights."""
     cfg = make(model__path=str(bases.flux1()), train__micro_batch=16, train__global_batch=16)
     assert told(cfg, gib, ranks) == changes
+
+
+def test_blocks_for_which_there_is_room_stay_whole(make: Make, ask: Ask) -> None:
+    """Each of the 8 GiB takes 6 more than its quarter; 18 are taken by two gathered ones and activations."""
+    shared = {"train__shard": "all", "train__gradient_checkpointing": "blocks", "train__global_batch": 4}
+    cfg = make(model__path=str(bases.flux1()), **shared)
+    assert "each GPU holds 2 of 10 blocks whole" in list(forecast.report(cfg, 60, ranks=4))
+    plan = next(plan for plan in ask(60, ranks=4, **shared) if not plan.changes(cfg))
+    assert plan.takes == predict(cfg, Base.find(cfg.model), "cuda", 4, 60 * GIB)
+    assert plan.takes.peak == (20 + 2 * 6 + 18) * GIB
+    assert plan.step_s == pytest.approx(2 * 8 * 8 * GIB * 3 / 4 / 2e10), "to receive the other eight twice"
+    assert {shard for _, _, shard, _ in combinations(ask(1000, ranks=4))} == {"none"}
 
 
 def test_images_are_given_up_last(make: Make, ask: Ask) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dbtrain.config import Model
 from dbtrain.models.base import Base
 from dbtrain.models.nf4_files import STATE, Nf4Files
-from dbtrain.models.quantization import KEPT, QuantizedLinear, quantize
+from dbtrain.models.quantization import NF4_FP32, QuantizedLinear, quantize
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from tests import bases, nf4
@@ -37,7 +37,7 @@ def test_packed_weights_are_decoded_whole_or_by_rows(
     tensors, decoded = nf4.packed("a.weight", weight, double)
     save_file(tensors | {"a.bias": weight[0].contiguous()}, tmp_path / "a.safetensors")
     files = Nf4Files([tmp_path / "a.safetensors"])
-    assert files.places.keys() == {"a.weight", "a.bias"} and files.shape("a.weight") == shape
+    assert set(files.names) == {"a.weight", "a.bias"} and files.shape("a.weight") == shape
     assert torch.equal(files.read("a.weight"), decoded)
     assert torch.equal(files.read("a.bias"), weight[0])
     for start in range(shape[0]):
@@ -82,7 +82,7 @@ def test_a_packed_base_is_prepared_and_trained(make: Make, base: Path, linears: 
     cfg = make(model__path=str(base), train__base_linears=linears, prepare__class_prompt=None, train__steps=1)
     prepare(cfg)
     layers = [m for m in build(cfg, Path(cfg.data.shards)).modules() if isinstance(m, QuantizedLinear)]
-    assert {layer.storage for layer in layers} == ({KEPT} if linears == "nf4" else set())
+    assert {layer.storage for layer in layers} == ({NF4_FP32} if linears == "nf4" else set())
     assert (train(cfg) / "export").is_dir()
 
 

@@ -201,3 +201,14 @@ def test_a_rank_reads_its_rows_and_they_are_those_of_the_whole(
         assert sum(read) == sum(matrix[rows_of(matrix, rank)].numel() for matrix in matrices)
     for label in shares[0]:
         assert torch.equal(torch.cat([share[label] for share in shares]), whole[label])
+
+
+def test_a_full_gpu_is_not_taken_for_a_broken_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sharded weights are read to the GPU; its error has a remedy of its own."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dbtrain.models.loading.fill", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        found("sd").load("unet")

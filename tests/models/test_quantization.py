@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from dbtrain.doctor.memory_counter import MemoryCounter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -16,10 +15,21 @@ from dbtrain.adapters.formats import diffusers_file
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.export import export
 from dbtrain.models.base import Base
-from dbtrain.models.quantization import NF4, STORAGE, QuantizedLinear, decode, encode, int8_matmul, quantize
+from dbtrain.models.quantization import (
+    NF4,
+    STORAGE,
+    QuantizedLinear,
+    decode,
+    encode,
+    int8_matmul,
+    parameters,
+    quantize,
+)
 from dbtrain.prepare.prepare import prepare
+from dbtrain.report import report
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
+from dbtrain.train.memory_counter import MemoryCounter
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make, slow, train
@@ -187,7 +197,7 @@ def test_a_gpu_computes_the_same(storage: str, rows: int) -> None:
 def test_a_denoiser_shrinks_by_its_wide_linears(storage: str) -> None:
     base = Base.find(Model(path=str(bases.sd())))
     unet = base.load("unet", torch.bfloat16)
-    whole = sum(p.nbytes for p in unet.parameters())
+    whole, count = sum(p.nbytes for p in unet.parameters()), parameters(unet)
     wide = [m for m in unet.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64]
     freed = sum(m.weight.nbytes for m in wide)
     names = {name for name, _ in unet.named_modules()}
@@ -196,6 +206,7 @@ def test_a_denoiser_shrinks_by_its_wide_linears(storage: str) -> None:
     stored = sum(m.codes.nbytes + m.scale.nbytes for m in quantized)
     assert len(wide) == len(quantized) > 10 and stored < 0.6 * freed
     assert sum(p.nbytes for p in unet.parameters()) == whole - freed + stored
+    assert parameters(unet) == count > sum(m.weight.numel() for m in wide), "weights count, not their bytes"
     assert {name for name, _ in unet.named_modules()} == names
     assert not any(p.requires_grad for p in unet.parameters())
     weight = quantized[0].weight
@@ -264,6 +275,10 @@ def test_a_run_may_change_to_it_and_its_export_holds_the_adapter_only(make: Make
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 4, "it went on from step 2"
     file = export.export(cfg)
+    card = (folder / "export" / "README.md").read_text()
+    assert "| frozen linear layers | full to step 2, then int8 |" in card
+    page = report.report([folder]).read_text()
+    assert "frozen linear layers full to step 2, then int8" in page
     size = (file / diffusers_file.FILE if file.is_dir() else file).stat().st_size
     full = export.export(make(train__steps=4), out=folder / "again")
     assert size == (full / diffusers_file.FILE if full.is_dir() else full).stat().st_size

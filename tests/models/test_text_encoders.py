@@ -16,10 +16,10 @@ from torch import Tensor
 from dbtrain.config import Model
 from dbtrain.models import encoder_plan, sampler, text_encoders
 from dbtrain.models.base import Base
-from dbtrain.models.encoder_plan import GIB
 from dbtrain.models.text_encoders import LayerByLayer
 from dbtrain.runtime import dist, memory, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.memory import GIB
 from tests import bases
 
 PROMPTS = ["a dog", "a photo of a small dog on the grass"]
@@ -60,7 +60,7 @@ def test_layer_by_layer_is_whole_bit_for_bit(name: str, dtype: torch.dtype) -> N
     base = found(name)
     whole = table(base, dtype, GIB)
     most = limit(base, dtype, 0.15 if dtype == torch.bfloat16 else 0.4)
-    assert most < sum(encoder_plan.whole(base, dtype).values())
+    assert most < sum(encoder_plan.sizes(base, dtype).values())
     parts = table(base, dtype, most)
     assert parts.keys() == whole.keys()
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
@@ -134,7 +134,7 @@ def test_a_gpu_holds_no_more_than_the_limit() -> None:
         before = torch.cuda.memory_allocated()
         table(base, dtype, most)
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[1] - peaks[0] > 0.5 * sum(encoder_plan.whole(base, dtype).values())
+    assert peaks[1] - peaks[0] > 0.5 * sum(encoder_plan.sizes(base, dtype).values())
 
 
 def test_a_stop_between_two_groups_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:

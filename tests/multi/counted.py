@@ -1,6 +1,6 @@
 """Run by torchrun: real steps under DDP, maybe compiled with a backend that counts; prints JSON.
 
-torchrun --nproc-per-node 2 tests/multi/counted.py CONFIG [KEY=VALUE ...]
+torchrun --nproc-per-node 2 tests/multi/counted.py CONFIG [KEY=VALUE ...] [kept=BLOCKS]
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ WARM_UP, STEPS = 2, 3
 
 
 def main() -> None:
-    cfg = Config.load(sys.argv[1], sys.argv[2:])
+    path, *words = sys.argv[1:]
+    cfg = Config.load(path, [word for word in words if not word.startswith("kept=")])
+    kept = next((int(word[5:]) for word in words if word.startswith("kept=")), 0)
     dist.init()
     place = Storage(cfg.data.shards)
     manifest = shards.Manifest.read(place)
     table = shards.read_prompts(place, manifest.prompts)
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
-    model = DreamBooth.build(Base.find(cfg.model), manifest, table, cfg, ranks=ranks)
+    model = DreamBooth.build(Base.find(cfg.model), manifest, table, cfg, ranks=ranks, kept=kept)
     compiled: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -56,7 +58,7 @@ def main() -> None:
         if any(tensor.requires_grad for tensor in (output if isinstance(output, tuple) else (output,))):
             backward.add(block)
 
-    watched = [] if cfg.train.compile else blocks(model.denoiser)
+    watched = [block for block in blocks(model.denoiser) if parallel.is_sharded(block)]
     hooks = [block.register_forward_hook(passed) for block in watched]
     progress = Progress.begin(model, cfg)
     ddp = parallel.wrap(model)

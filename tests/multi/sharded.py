@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -16,20 +17,29 @@ from torch._dynamo.backends.debugging import aot_eager
 from dbtrain.config import Config
 from dbtrain.export import export
 from dbtrain.models import kernels, quantization
-from dbtrain.runtime import dist
+from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import Preempted
-from dbtrain.train import loop
+from dbtrain.train import loop, memory, setup
 
 
 def main() -> None:
     rank = int(os.environ["RANK"])
+    warnings.filterwarnings("error", "FSDP2")  # a user could not know what to do about it
     os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
     quantization.WIDTH = 16  # of the small transformers
     kernels.compile_module = partial(kernels.compile_module, backend=aot_eager)  # type: ignore[assignment]
     dist.init()
+    console.start()
     for config, *overrides in json.loads(Path(sys.argv[1]).read_text()):
-        until = next((int(text[6:]) for text in overrides if text.startswith("until=")), None)
-        cfg = Config.load(config, [text for text in overrides if not text.startswith("until=")])
+        given = dict(text.split("=") for text in overrides if text.startswith(("until=", "kept=", "gpus=")))
+        until = int(given["until"]) if "until" in given else None
+        if "gpus" in given:  # GiB of each rank's
+            room = float(given["gpus"].split(",")[rank]) * memory.GIB
+            memory.memory_of = lambda _, room=room: room
+        else:
+            kept = int(given.get("kept", 0))
+            setup.kept_blocks = lambda *_, kept=kept: kept
+        cfg = Config.load(config, [text for text in overrides if text.partition("=")[0] not in given])
         try:
             loop.train(cfg, until)
             export.finish(cfg)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,15 +53,17 @@ def config(name: str, photos: Path, class_dir: Path) -> Path:
     return once(f"sharding-{name}", fill) / "c.yaml"
 
 
-def run(folder: Path, ranks: int, plan: Sequence[Sequence[object]]) -> None:
-    """Several runs, one after the other, in one launch."""
+def run(folder: Path, ranks: int, plan: Sequence[Sequence[object]]) -> str:
+    """Several runs, one after the other, in one launch; returns what they say."""
     path = folder / "plan.json"
     path.write_text(json.dumps([[str(word) for word in line] for line in plan]))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     if ranks == 1:
         torchrun = []
     script = str(ROOT / "tests" / "multi" / "sharded.py")
-    assert finished([sys.executable, *torchrun, script, str(path)], RANK="0").returncode == 0
+    done = finished([sys.executable, *torchrun, script, str(path)], RANK="0")
+    assert done.returncode == 0
+    return done.stdout + done.stderr
 
 
 def results(run: Path) -> dict[str, bytes]:
@@ -74,12 +77,16 @@ def results(run: Path) -> dict[str, bytes]:
 def test_sharded_runs_are_those_with_whole_weights(
     tmp_path: Path, photos: Path, class_dir: Path, ranks: int
 ) -> None:
-    """Eight steps with accumulation and checkpointing, held-out losses, and validation images."""
+    """Eight steps with accumulation, held-out losses, and validation images.
+
+    With checkpointing if all blocks are sharded, and without if one stays whole.
+    """
     ways = ("none", "all", "node")[: 3 if ranks > 2 else 2]
     plan = [
         (config(name, photos, class_dir), f"run_dir={tmp_path / f'{name}-{storage}-{way}'}",
-         f"train.base_linears={storage}", f"train.shard={way}")
-        for name, storage in COMBINATIONS[ranks] for way in ways
+         f"train.base_linears={storage}", f"train.shard={way}", f"kept={number % 2}",
+         f"train.gradient_checkpointing={'none' if number % 2 else 'blocks'}")
+        for number, (name, storage) in enumerate(COMBINATIONS[ranks]) for way in ways
     ]  # fmt: skip
     run(tmp_path, ranks, plan)
     for name, storage in COMBINATIONS[ranks]:
@@ -109,8 +116,22 @@ def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir
     path = config("flux1", photos, class_dir)
     ways = ("none", "all")
     run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.compile=regional",
-                       "train.steps=4"] for way in ways])  # fmt: skip
+                       "train.steps=4", "kept=1"] for way in ways])  # fmt: skip
     assert relative(*(tmp_path / way for way in ways)) < 1e-5
+
+
+@pytest.mark.slow
+def test_as_many_blocks_stay_whole_as_all_gpus_have_room_for(
+    tmp_path: Path, photos: Path, class_dir: Path
+) -> None:
+    """One has room for all blocks, but the other for none; then both have."""
+    path, words = config("flux1", photos, class_dir), ("train.shard=all", "train.steps=1")
+    said = run(tmp_path, 2, [
+        [path, f"run_dir={tmp_path / gpus}", *words, "validation.prompts=[]", f"gpus={gpus}"]
+        for gpus in ("2,0.1", "2,2")
+    ])  # fmt: skip
+    assert re.findall(r"each rank holds (\d) of 3 blocks whole", said) == ["0", "3"]
+    assert results(tmp_path / "2,0.1") == results(tmp_path / "2,2")
 
 
 @pytest.mark.slow
@@ -121,6 +142,6 @@ def test_a_training_adapter_is_merged_into_rows_and_left_out_of_images(
     adapter, path = written(base, tmp_path / "adapter"), config("flux1", photos, class_dir)
     run(tmp_path, 2, [
         [path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.base_linears=int8", "train.steps=2",
-         f"model.training_adapter={adapter}"] for way in ("none", "all")
+         f"model.training_adapter={adapter}", "kept=1"] for way in ("none", "all")
     ])  # fmt: skip
     assert results(tmp_path / "none") == results(tmp_path / "all")

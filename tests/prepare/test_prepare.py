@@ -20,6 +20,7 @@ from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, encode
 from dbtrain.prepare import prepare as verb
 from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.memory import GIB
 from tests import bases
 from tests.conftest import Make, at, draw_photo
 
@@ -86,7 +87,7 @@ def test_a_limit_of_memory_changes_no_byte_and_makes_nothing_anew(
 ) -> None:
     """Of the prompt table and of class images, whose prompt is encoded layer by layer too."""
     base = Base.find(Model(path=str(bases.sd())))
-    gib = 0.9 * sum(encoder_plan.whole(base, base.family.text_dtype).values()) / encoder_plan.GIB
+    gib = 0.9 * sum(encoder_plan.sizes(base, base.family.text_dtype).values()) / GIB
 
     def made(name: str, limit: float | None) -> dict[str, bytes]:
         folder = prepare(make(

@@ -134,12 +134,13 @@ def test_one_all_reduce_a_step_one_graph_and_no_recompile(make: Make, tmp_path: 
 def test_a_sharded_step_gathers_each_block_twice_and_reduces_nothing_else(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:
-    """Blocks before the first adapter have no backward pass."""
-    found = counted(make, tmp_path, prepared, "train.shard=all", "train.base_linears=int8")
-    forward, backward = found["blocks"]
-    assert 0 < backward < forward
-    gathers = forward + backward + 2  # what is in no block, and one that is fetched ahead of no backward pass
-    assert found["other_collectives"] == {"gloo:all_gather": 3 * 2 * gathers}
-    assert found["all_reduces"] == 3
+    """Blocks before the first adapter have no backward pass, and those that stay whole are not gathered."""
+    for kept, sharded in ((0, 9), (4, 5)):
+        words = ("train.shard=all", "train.base_linears=int8", f"kept={kept}")
+        found = counted(make, tmp_path, prepared, *words)
+        forward, backward = found["blocks"]
+        assert 0 < backward < forward == sharded
+        assert found["other_collectives"] == {"gloo:all_gather": 3 * 2 * (forward + backward)}
+        assert found["all_reduces"] == 3
     whole = counted(make, tmp_path, prepared, "train.base_linears=int8")
     assert found["host_reads"] == whole["host_reads"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dbtrain.models import block_swap, quantization
-from dbtrain.train.memory import Prediction
+from dbtrain.train.memory import SPARE, Prediction
 from dbtrain.train.memory_counter import MemoryCounter
 from dbtrain.train.placement import Weights
 
@@ -33,7 +33,6 @@ class Denoiser(nn.Module):
 
 
 MATRIX, ROOT = 66 * 64 * 4, 64 * 8 * 4  # bytes in fp32
-WHOLE = 5 * MATRIX + ROOT
 
 
 def prediction(weights: Weights) -> Prediction:
@@ -42,21 +41,39 @@ def prediction(weights: Weights) -> Prediction:
 
 def test_trained_weights_are_not_counted_and_vectors_are_not_shared() -> None:
     weights = Weights.of(Denoiser())
-    assert weights.held(1) == WHOLE
+    assert weights.saved(1) == 0
+    assert weights.saved(2) == 5 * MATRIX / 2
     assert weights.blocks == (MATRIX + 2 * 512,) * 5, "a norm's two vectors take 512 bytes each"
     assert weights.size == sum(weights.blocks) + ROOT + 512
     assert Weights.of(Denoiser().to("meta")) == weights
 
 
 @pytest.mark.parametrize(("ranks", "rows"), [(2, 66), (4, 68), (8, 72)])
-def test_each_rank_holds_padded_rows_and_gathers_two_blocks_and_the_root(ranks: int, rows: int) -> None:
+def test_each_rank_holds_padded_rows_and_gathers_two_blocks(ranks: int, rows: int) -> None:
+    """Of the blocks that it does not keep whole."""
     weights, padded = Weights.of(Denoiser()), rows * 64 * 4
-    assert weights.held(ranks) == (5 * padded + ROOT) / ranks
-    assert weights.gathered(ranks) == 2 * padded + ROOT
-    assert weights.received(ranks) == (2 * 5 * padded + ROOT) * (ranks - 1) / ranks
-    found = prediction(weights).sharded(ranks)
-    assert found.peak == prediction(weights).peak - WHOLE + weights.held(ranks) + weights.gathered(ranks)
+    for kept in (0, 2):
+        sharded = 5 - kept
+        assert weights.saved(ranks, kept) == sharded * (MATRIX - padded / ranks)
+        assert weights.gathered(ranks, kept) == 2 * padded
+        assert weights.received(ranks, kept) == 2 * sharded * padded * (ranks - 1) / ranks
+        found = prediction(weights).sharded(ranks, kept)
+        moved = weights.gathered(ranks, kept) - weights.saved(ranks, kept)
+        assert found.peak == prediction(weights).peak + moved
+    assert prediction(weights).sharded(ranks, 5).peak == prediction(weights).peak
     assert prediction(weights).sharded(1) == prediction(weights)
+
+
+@pytest.mark.parametrize(("kept", "fewer"), [(5, 2), (2, 1), (1, 0), (0, 0)])
+def test_as_many_blocks_stay_whole_as_leave_a_tenth_of_the_gpu_free(kept: int, fewer: int) -> None:
+    """Sharding one or two blocks saves nothing: two are gathered."""
+    block = 2**30
+    weights = Weights(8 * 5 * block, (8 * block,) * 5, (((8, block),),) * 5)
+    step = prediction(weights)
+    has = step.sharded(8, kept).needed / (1 - SPARE)
+    assert step.blocks_to_keep(has + 1024, 8) == kept
+    assert step.blocks_to_keep(has - 1024, 8) == fewer
+    assert step.blocks_to_keep(0.0, 8) == 0
 
 
 def test_swapped_blocks_take_two_buffers() -> None:

@@ -66,6 +66,24 @@ def test_pictures_change_no_loss_by_a_bit(make: Make, tmp_path: Path, prepared: 
     assert not (tmp_path / "off" / "validation").exists()
 
 
+def test_prompts_are_encoded_before_the_denoiser_takes_memory(
+    make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sharded one is loaded to the GPU."""
+
+    class Loading(Exception):
+        pass
+
+    def build(*_: Any, **__: Any) -> None:
+        raise Loading
+
+    monkeypatch.setattr(setup.DreamBooth, "build", build)
+    cfg = make(data__shards=str(prepared), validation__prompts=PROMPTS)
+    with pytest.raises(Loading):
+        loop.train(cfg)
+    assert list(RunFolder(cfg.run_dir).validation.glob("prompts-*"))
+
+
 def test_the_pictures_are_those_of_sample(make: Make, tmp_path: Path, prepared: Path) -> None:
     cfg = make(data__shards=str(prepared), validation__prompts=PROMPTS, optim__lr=1e-2)
     train(cfg)
