@@ -84,6 +84,8 @@ def _schema() -> dict[str, Any]:
 def _of_type(node: dict[str, Any]) -> str:
     if "anyOf" in node:
         return " or ".join(_of_type(option) for option in node["anyOf"] if option["type"] != "null")
+    if "const" in node:
+        return f"`{node['const']}`"
     if "enum" in node:
         return ", ".join(f"`{_yaml(value)}`" for value in node["enum"])
     if node["type"] == "array":

@@ -104,8 +104,9 @@ class Train(Section):
     )
     swap_blocks: Natural | Literal["auto"] = Field(
         0,
-        description="blocks of the denoiser whose frozen weights stay in host memory and are copied to the "
-        "GPU when they are needed, two at a time; `auto`: as many as it takes to fit (0: none)",
+        description="blocks of the denoiser whose frozen weights stay in RAM and are copied to the GPU when "
+        "they are needed: 3 or more, as two are on the GPU at any time; `auto`: as many as it takes to fit "
+        "(0: none); changes no result",
     )
     shard: Literal["none", "node", "all"] = Field(
         "none",

@@ -63,7 +63,7 @@ def plans(cfg: Config, base: Base, has: float, ranks: int, micro_batches: Sequen
                 found += _fitting(steps, settings, stored[storage], has, sharing(shard, ranks, PER_NODE))
     factor = cfg.train.global_batch / ranks
     found = [replace(plan, step_s=plan.step_s * factor / plan.settings["micro_batch"]) for plan in found]
-    return sorted(found, key=lambda plan: (round(plan.step_s, 3), plan.takes.needed))
+    return sorted(found, key=lambda plan: (float(f"{plan.step_s:.3g}"), plan.takes.needed))
 
 
 def _weights(cfg: Config, base: Base, storage: str) -> Weights | None:

@@ -81,6 +81,13 @@ def test_every_combination_is_there_and_the_fastest_first(ask: Ask) -> None:
     assert {shard for _, _, shard, _ in combinations(ask(30, ranks=16))} == {"none", "node", "all"}
 
 
+def test_short_steps_are_in_order_too(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "RATE", plans.RATE * 1e6)
+    monkeypatch.setattr(plans, "MEMORY", plans.MEMORY * 1e6)
+    times = [plan.step_s for plan in ask(1000)]
+    assert times == sorted(times) and times[-1] < 1e-4
+
+
 def test_what_does_not_go_together_is_left_out(ask: Ask) -> None:
     assert {swapped for *_, swapped in combinations(ask(30, train__compile=True))} == {0}
     assert {shard for _, _, shard, _ in combinations(ask(30, ranks=4, adapter__dora=True))} == {"none"}
