@@ -15,6 +15,7 @@ import importlib
 import itertools
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -136,16 +137,27 @@ def _server() -> socket.socket:
 def serve(control: socket.socket) -> list[str]:
     """Fork for every request. Returns in each rank, with what it is to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets those that end
-    for port in itertools.cycle([*PORTS[os.getpid() % len(PORTS) :], *PORTS]):
+    start = random.SystemRandom().randrange(len(PORTS))  # apart from the servers of other workers
+    ports = itertools.cycle([*PORTS[start:], *PORTS[:start]])
+    while True:
         message, fds, *_ = socket.recv_fds(control, 1 << 20, 3)
         if not message:
             os._exit(0)
+        port = next(port for port in ports if _is_free(port))
         if os.fork() == 0:
             control.close()
             return agent(json.loads(message), fds, port)
         for fd in fds:
             os.close(fd)
-    raise AssertionError
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def agent(request: dict[str, Any], fds: list[int], port: int) -> list[str]:

@@ -12,7 +12,10 @@ from pathlib import Path
 from filelock import FileLock
 
 WORKER, FOLDER = "PYTEST_XDIST_WORKER", "DBTRAIN_TESTS_FOLDER"
-OURS = ("DBTRAIN_CLUSTER", "DBTRAIN_KILLS", "DBTRAIN_REFERENCE", "DBTRAIN_REFERENCE_PYTHON", FOLDER)
+OURS = (
+    "DBTRAIN_CLUSTER", "DBTRAIN_KILLS", "DBTRAIN_REFERENCE", "DBTRAIN_REFERENCE_PYTHON", "DBTRAIN_SHARDING",
+    FOLDER,
+)  # fmt: skip
 # Variables of launchers, batch systems and libraries, by how their names begin; and of launch/'s scripts.
 PREFIXES = (
     "DBTRAIN_", "DIFFUSERS_", "GLOO_", "GROUP_", "HF_", "HUGGINGFACE_", "LOCAL_", "MASTER_", "NCCL_", "PET_",
