@@ -251,7 +251,7 @@ def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
     """Compile the denoiser; on each node one rank compiles first, and the others use its cache."""
     model, device = progress.model, dist.device()
     kernels.compile_module(model.denoiser, cfg.train.compile, activation_memory=cfg.train.activation_memory)
-    if dist.world() == 1 or parallel.is_sharded(model):  # ranks that share weights compile together
+    if dist.world() == 1 or cfg.train.shard != "none":  # ranks that share weights compile together
         return
     with dist.leaders_first(), model.working_copies.in_place():
         with PRECISIONS[cfg.train.precision].forward(device):
