@@ -47,7 +47,7 @@ def predicted(path: Path, base: Base, side: int) -> dict[str, Any]:
     cfg = configured(path, side)
     step = memory.predict(cfg, base, "cuda")
     stored = {name: memory.weights_of(cfg, base, name) for name in STORAGES}
-    takes = {name: step.stored(weights) if weights.quantized else step for name, weights in stored.items()}
+    takes = {name: step.stored(weights) for name, weights in stored.items()}
     shared = replace(takes["int8"].sharded(RANKS), gradients=step.adapter)  # DDP's buckets
     found: dict[str, Any] = {"activations, GiB": round(step.activations / GIB, 1)}
     found |= {f"{STORAGES[name]}, GiB": round(one.needed / GIB, 1) for name, one in takes.items()}

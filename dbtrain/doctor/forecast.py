@@ -12,7 +12,8 @@ from dbtrain.doctor.plans import Plan, plans
 from dbtrain.models.base import Base
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.memory import GIB, Prediction, memory_of, predict
+from dbtrain.runtime.memory import GIB
+from dbtrain.train.memory import Prediction, memory_of, predict
 
 NOTABLY = 0.95  # of a step's time: shorter ones are worth a change
 PRECISE = ("full", "int8", "int8-dynamic", "fp8", "nf4")  # in order of their errors

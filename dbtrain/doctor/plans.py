@@ -11,7 +11,7 @@ from dbtrain.config import Config
 from dbtrain.models import activation_checkpointing, block_swap
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.memory import Prediction, predict, sharing, weights_of
+from dbtrain.train.memory import Prediction, predict, ranks_together, weights_of
 from dbtrain.train.placement import Weights
 
 # A model of time, for comparisons: of products, FLOP/s; of copies of weights from the host or other GPUs
@@ -60,7 +60,8 @@ def plans(cfg: Config, base: Base, has: float, ranks: int, micro_batches: Sequen
                 "swap_blocks": len(stored[storage].blocks) if swaps else 0,
             }  # fmt: skip
             if _allowed(cfg, settings):
-                found += _fitting(steps, settings, stored[storage], has, sharing(shard, ranks, PER_NODE))
+                together = ranks_together(shard, ranks, PER_NODE)
+                found += _fitting(steps, settings, stored[storage], has, together)
     factor = cfg.train.global_batch / ranks
     found = [replace(plan, step_s=plan.step_s * factor / plan.settings["micro_batch"]) for plan in found]
     return sorted(found, key=lambda plan: (float(f"{plan.step_s:.3g}"), plan.takes.needed))
@@ -114,7 +115,7 @@ def _fitting(
     None if nothing has to be swapped or sharded for that: it would be that of another combination.
     """
     for rows, step in sorted(steps.items(), reverse=True):
-        takes = step.stored(weights) if weights.quantized else step
+        takes = step.stored(weights)
         recomputed = settings["gradient_checkpointing"] != "none"
         takes = takes.sharded(together, takes.blocks_to_keep(has, together, recomputed), recomputed)
         if together > 1 and takes.kept == len(weights.blocks):

@@ -39,6 +39,7 @@ class Storage:
     decode: Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
     """(codes, scale, table, dtype) -> the rows, maybe with padding behind."""
     table: Tensor = NO_TABLE  # that `decode` reads, fp32
+    indices: int = 0  # bytes a weight that `decode` takes besides the decoded weight
     dynamic: bool = False  # multiplies the codes with activations and gradients in 8 bits
 
 
@@ -95,8 +96,8 @@ _FP8 = torch.float8_e4m3fn
 STORAGE = {
     "int8": _INT8,
     "fp8": Storage(partial(_encode_8bit, _FP8, 448.0), partial(_decode_8bit, _FP8)),
-    "nf4": Storage(partial(_encode_nf4, True), partial(_decode_nf4, True), PAIRS),
-    NF4_FP32: Storage(partial(_encode_nf4, False), partial(_decode_nf4, False), PAIRS),
+    "nf4": Storage(partial(_encode_nf4, True), partial(_decode_nf4, True), PAIRS, 2),
+    NF4_FP32: Storage(partial(_encode_nf4, False), partial(_decode_nf4, False), PAIRS, 2),
     "int8-dynamic": Storage(_INT8.encode, _INT8.decode, dynamic=True),
 }
 

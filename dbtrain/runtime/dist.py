@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ def sharing(how: str, timeout_s: float) -> torch_dist.ProcessGroup | None:
     if how == "none" or world() == 1:
         return None
     nodes: dict[str, list[int]] = {}
-    for number, node in enumerate(gather_json(os.environ.get("GROUP_RANK", "0"))):
+    for number, node in enumerate(gather_json(os.environ.get("GROUP_RANK") or socket.gethostname())):
         nodes.setdefault(node if how == "node" else "", []).append(number)
     groups = list(nodes.values())
     timeout = timedelta(seconds=timeout_s)
@@ -124,7 +125,6 @@ def adopt_slurm() -> None:
         return
     for ours, slurms in (
         ("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
-        ("GROUP_RANK", "SLURM_NODEID"),
     ):  # fmt: skip
         os.environ[ours] = os.environ[slurms]
     if "MASTER_ADDR" not in os.environ:

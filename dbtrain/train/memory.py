@@ -26,6 +26,7 @@ from dbtrain.models import block_swap, loading, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.precision import PRECISIONS
+from dbtrain.runtime.memory import GIB
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
@@ -34,7 +35,6 @@ from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_a_cpu
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
-GIB = 2**30
 # Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
 # of memory lost to fragmentation.
 CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
@@ -80,7 +80,7 @@ class Prediction:
     # The same with its frozen weights elsewhere, if all of them are on the device.
 
     def stored(self, weights: Weights) -> Prediction:
-        """With the denoiser's weights quantized, if they are not; no less than that takes."""
+        """With these weights of the denoiser, quantized or not; no less than that takes."""
         return replace(
             self, base=self.base - self.weights.size + weights.size, weights=weights,
             activations=self.activations + weights.decoded,
@@ -100,7 +100,7 @@ class Prediction:
         return replace(self, base=base, gathered=self.weights.gathered(ranks, kept, recomputed), kept=kept)
 
 
-def sharing(shard: str, ranks: int, per_node: int) -> int:
+def ranks_together(shard: str, ranks: int, per_node: int) -> int:
     """How many of `ranks`, `per_node` of them on each node, hold the denoiser together. See train.shard."""
     return {"none": 1, "node": min(per_node, ranks), "all": ranks}[shard]
 
@@ -145,7 +145,7 @@ def predict(
         base_bytes, adapter, moments, activations, gradients, validation,
         in_host_memory=in_host_memory, weights=weights, flops=flops,
     )  # fmt: skip
-    together = sharing(cfg.train.shard, ranks, per_node)
+    together = ranks_together(cfg.train.shard, ranks, per_node)
     recomputed = cfg.train.gradient_checkpointing != "none"
     return found.sharded(together, found.blocks_to_keep(has, together, recomputed), recomputed)
 

@@ -12,10 +12,9 @@ from torch import nn
 
 from dbtrain.models import block_swap
 from dbtrain.models.blocks import blocks
-from dbtrain.models.quantization import QuantizedLinear
+from dbtrain.models.quantization import STORAGE, QuantizedLinear
 
 GATHERED = 2  # blocks: the one at work, and the buffer in which the next one arrives
-INDICES = {"nf4": 2, "nf4-fp32": 2}  # bytes a weight that decoding takes besides the decoded weight
 Part = tuple[tuple[int, int], ...]
 """(rows, bytes of a row) of each matrix."""
 
@@ -36,7 +35,7 @@ class Weights:
         found = blocks(denoiser)
         linears = [layer for layer in denoiser.modules() if isinstance(layer, QuantizedLinear)]
         counts = [layer.in_features * layer.out_features for layer in linears]
-        each = [layer.dtype.itemsize + INDICES.get(layer.storage, 0) for layer in linears]
+        each = [layer.dtype.itemsize + STORAGE[layer.storage].indices for layer in linears]
         return cls(
             size=block_swap.frozen_bytes(denoiser),
             blocks=tuple(map(block_swap.frozen_bytes, found)),

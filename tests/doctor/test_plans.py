@@ -12,7 +12,8 @@ from dbtrain.doctor import forecast, plans
 from dbtrain.doctor.plans import Plan
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.memory import GIB, Prediction, sharing
+from dbtrain.runtime.memory import GIB
+from dbtrain.train.memory import Prediction, ranks_together
 from dbtrain.train.placement import Weights
 from tests import bases
 from tests.conftest import Make
@@ -36,7 +37,7 @@ def predict(cfg: Config, base: Base, device: str, ranks: int = 1, has: float = 0
     flops = (2 + (train.gradient_checkpointing != "none")) * train.micro_batch * 10**14
     images = 9 * GIB if cfg.validation.prompts else 0
     found = Prediction(weights.size, 0, 0, activations, 0, images, weights=weights, flops=flops)
-    together = sharing(train.shard, ranks, 8)
+    together = ranks_together(train.shard, ranks, 8)
     return found.sharded(together, found.blocks_to_keep(has, together))
 
 
