@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 from dbtrain.config import Config
 from dbtrain.data.storage import Storage
+from dbtrain.runtime import console
 from tests import bases
 from tests.forkserver import Forked, can_fork
 from tests.session import once
@@ -242,10 +243,14 @@ class Started:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
-    """Whatever a test started ends with it."""
+    """Whatever a test started ends with it, and so does what a verb in its process shows of messages."""
+    logger = console.logger
+    level, propagate, handlers = logger.level, logger.propagate, logger.handlers[:]
     yield
     while Started.running:
         Started.running.pop().kill()
+    logger.setLevel(level)
+    logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 def finished(command: list[str], cwd: Path = ROOT, cold: bool = False, **env: str) -> Done:

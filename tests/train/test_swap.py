@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -202,8 +202,10 @@ class Clocks(TorchDispatchMode):
 def clocked(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[trainer.Steps, Clocks, Ring]]:
     """Steps whose accesses to the ring's buffers are watched."""
     clocks = Clocks()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: clocks)
-    with trainer.steps(cfg) as job:
+    with ExitStack() as stack:
+        with monkeypatch.context() as patch:  # while the ring is made: others ask for the module too
+            patch.setattr(torch, "get_device_module", lambda device: clocks)
+            job = stack.enter_context(trainer.steps(cfg))
         ring = ring_of(job.model)
         clocks.buffers = ring.buffers
         with clocks:
