@@ -86,7 +86,14 @@ def shown(scores: JudgeScores) -> list[tuple[str, str]]:
     return rows
 
 
-def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None) -> JudgeScores | None:
+def evaluate(
+    cfg: Config,
+    adapter: str,
+    out: Path,
+    base_out: Path | None = None,
+    real: Sequence[Image.Image] = (),
+    subject_images: int | None = None,
+) -> JudgeScores | None:
     """Generate and judge images; returns the scores on rank 0, None on the others.
 
     Writes `scores.json` and `sheet.png` to `out`, and the base's images to `base_out`, which several runs can
@@ -100,7 +107,7 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     prompts = [subject, *(f"{subject} {words}" for words in world.PLACE_WORDS.values())]
     mix = Mix.parse(adapter)
     base_out = base_out or out / "base"
-    few, many = (subjects.sampling(cfg, count, FIRST_SEED) for count in (SUBJECT_IMAGES, CLASS_IMAGES))
+    few, many = (subjects.sampling(cfg, count, FIRST_SEED) for count in (subject_images or SUBJECT_IMAGES, CLASS_IMAGES))
     sample(many, [of_class], [NO_ADAPTER], base_out)
     sample(many, [of_class], [mix], out / "class")
     sample(few, prompts, [mix], out / "subject")
@@ -109,7 +116,7 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     # Score.
     base, adapted = (_images(folder, 0) for folder in (base_out, out / "class"))
     plain, *placed = (_images(out / "subject", prompt) for prompt in range(len(prompts)))
-    scores = judged(Judge.load(), kind, photos, base, adapted, plain, placed)
+    scores = judged(Judge.load(), kind, photos, base, adapted, plain, placed, real)
     values = asdict(scores) | {"labels": LABELS}
     files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
     # The contact sheet.
@@ -133,6 +140,7 @@ def judged(
     adapted: Sequence[Image.Image],
     plain: Sequence[Image.Image],
     placed: Sequence[Sequence[Image.Image]],
+    real: Sequence[Image.Image] = (),
 ) -> JudgeScores:
     """The scores of images of the class (`base`, and `adapted`: with the adapter) and of the subject.
 
@@ -145,7 +153,7 @@ def judged(
     return JudgeScores(
         likeness_base=of_base.mean().item(),
         likeness=judge.likeness(plain, photos).mean().item(),
-        likeness_real=judge.likeness(_held_out(kind), photos).mean().item(),
+        likeness_real=(judge.likeness(real, photos) if real else judge.each_to_others(photos)).mean().item(),
         place=sum(reading.places.count(place) for place, reading in wanted) / count,
         kind=sum(reading.kinds.count(kind) for _, reading in wanted) / count,
         drift=(of_adapted > SAME).float().mean().item(),
@@ -171,18 +179,13 @@ def _subject(cfg: Config) -> tuple[str, list[Image.Image]]:
             f"subjects: {', '.join(KINDS)}"
         )
     photos = [images.load(path) for path in images.find(cfg.prepare.photos, "prepare.photos")]
-    if not photos or Judge.load().likeness(_held_out(kind), photos).mean().item() < SAME:
+    judge = Judge.load()
+    if judge.read(photos).kinds.count(kind) <= len(photos) / 2 or judge.each_to_others(photos).mean() < SAME:
         raise ConfigError(
             f"the photos in {cfg.prepare.photos} do not show the embedded base's {kind}; "
             f"create its photos: python -m dbtrain.tiny.world {cfg.prepare.photos} {kind}"
         )
     return kind, photos
-
-
-@cache
-def _held_out(kind: str) -> list[Image.Image]:
-    """Renders of the subject that are not among the photos."""
-    return [render(world.subject_scene(kind, number)) for number in HELD_OUT]
 
 
 def _images(folder: Path, prompt: int) -> list[Image.Image]:

@@ -78,6 +78,12 @@ class Judge(nn.Module):
         centre = normalize(self(as_tensor(photos))["likeness"].mean(0), dim=0)
         return self(as_tensor(images))["likeness"] @ centre
 
+    def each_to_others(self, photos: Sequence[Image.Image]) -> Tensor:
+        """Cosine of each photo's embedding to the mean of the others', (photos,); 1 for a single photo."""
+        found = self(as_tensor(photos))["likeness"]
+        others = found.sum(0) - found if len(photos) > 1 else found
+        return (found * normalize(others)).sum(1)
+
 
 def as_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Images as the judge expects them, (B, 3, SIDE, SIDE) in [-1, 1]."""
