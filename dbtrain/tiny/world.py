@@ -26,7 +26,6 @@ CAPTIONS = 4  # per image; a training step uses one
 IDENTIFIERS = ("sks", "xyz", "zwx", "ohwx")  # in no caption, so that they can name a subject
 
 
-
 class Subject(NamedTuple):
     """What DreamBooth must learn: an object with two looks and a mark, its shape and colour."""
 
