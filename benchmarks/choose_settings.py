@@ -43,6 +43,7 @@ CONFIG = common.ROOT / "configs" / "quickstart.yaml"
 LOWEST = {"closed": 0.5, "place": 0.6}  # less than this and DreamBooth does not work
 HELD_OUT = range(100, 132)  # renders of a subject that are not among its photos, by number
 TE, SNR, G1 = ("adapter.text_encoder={rank: 8}",), "loss.min_snr_gamma=5", "prepare.sampling.guidance=1"
+COS = ("optim.schedule=cosine", "optim.warmup_steps=10")
 RECIPES = {
     "quickstart": (),
     "no class images": ("prepare.class_prompt=null",),
@@ -58,6 +59,9 @@ RECIPES = {
     "te8 snr5 g1": (*TE, SNR, G1),
     "te8 3e-3 snr5 g1": (*TE, SNR, G1, "optim.text_encoder_lr=3e-3"),
     "te8 snr5 g1 p0.5": (*TE, SNR, G1, "loss.prior_weight=0.5"),
+    "cosine 2e-3": (*TE, SNR, G1, *COS, "optim.lr=2e-3", "optim.text_encoder_lr=2e-3"),
+    "cosine 2e-3 te 4e-3": (*TE, SNR, G1, *COS, "optim.lr=2e-3", "optim.text_encoder_lr=4e-3"),
+    "cosine 3e-3": (*TE, SNR, G1, *COS, "optim.lr=3e-3", "optim.text_encoder_lr=3e-3"),
     "te8 snr5 g1 lr2e-3": (*TE, SNR, G1, "optim.lr=2e-3"),
 }  # name: what is put over the quickstart's settings
 FIGURES = {
