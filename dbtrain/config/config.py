@@ -182,16 +182,21 @@ class Config(Section):
         return [self._about(one) for one in self.subjects] or [self]
 
     def _about(self, one: OneOfSeveral) -> Config:
-        """The config of one subject of several, without prompts that name another one."""
-        others = {other.token for other in self.subjects} - {one.token}
+        """The config of one subject of several, without prompts that are about others only."""
+        mine = {one.token, one.class_word}
+        others = {word for other in self.subjects for word in (other.token, other.class_word)} - mine
         changes: dict[str, Any] = {
             "subjects": (),
             "subject": self.subject.model_copy(update={"token": one.token, "class_word": one.class_word}),
         }
         for name in ("validation", "sample"):
             section = getattr(self, name)
-            mine = tuple(text for text in section.prompts if not others & set(text.split()))
-            changes[name] = section.model_copy(update={"prompts": mine})
+            kept = tuple(
+                text
+                for text in section.prompts
+                if any(word in text for word in mine) or not any(word in text for word in others)
+            )
+            changes[name] = section.model_copy(update={"prompts": kept})
         if self.prepare:
             words = {"photos": one.photos, "instance_prompt": one.prompt, "class_prompt": one.class_prompt}
             changes["prepare"] = self.prepare.model_copy(update=words)

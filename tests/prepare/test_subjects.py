@@ -56,6 +56,8 @@ Several = Callable[..., Config]
 
 def test_prompts_are_filled_for_each_subject_and_stay_so(several: Several) -> None:
     cfg = several(sample__prompts=["a {} in the snow", "a {class}", "a photo"])
+    kept = [one.sample.prompts for one in cfg.each_subject()]
+    assert kept[2] == ("a zwx cat in the snow", "a cat", "a photo") and "a zwx cat in the snow" not in kept[0]
     assert cfg.sample.prompts == (
         "a sks dog in the snow", "a xyz dog in the snow", "a zwx cat in the snow",
         "a dog", "a cat", "a photo",
