@@ -78,8 +78,9 @@ class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
     `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
-    description -> further conditions. `stored`: the names of each row's tensors. `next` raises ConfigError
-    if a shard is missing or damaged.
+    description -> further conditions. `stored`: the names of each row's tensors. `class_prompt`: class rows
+    are instance rows with this prompt, by its index, in an order of their own; the base's predictions for
+    them are their targets. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -97,7 +98,12 @@ class LatentStream:
         resident_gib: float = 0.0,
         extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
         stored: Collection[str] = (),
+        class_prompt: int | None = None,
     ) -> None:
+        self.class_prompt = class_prompt
+        self.shards = {
+            role: manifest.roles["instance" if class_prompt is not None else role] for role in role_weights
+        }
         self.manifest = manifest
         self.share = share
         self.role_weights = role_weights
@@ -107,15 +113,17 @@ class LatentStream:
         self.device = device or torch.device("cpu")
         self.extra = extra or (lambda meta: {})
         self.orders = {
-            role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
+            role: Order(tuple(len(shard.keys) for shard in every), share.global_batch, seed, role)
+            for role, every in self.shards.items()
         }
         self.cache = ShardCache(storage, cache_gib * 2**30, manifest, stored)
-        mine = [
-            manifest.roles[role][shard]
+        mine = {
+            shard.file: shard
             for role, order in self.orders.items()
-            for shard in order.shards_of(share)
-        ]
-        self.resident = Resident(mine) if sum(s.bytes for s in mine) <= resident_gib * 2**30 else None
+            for shard in (self.shards[role][number] for number in order.shards_of(share))
+        }
+        size = sum(shard.bytes for shard in mine.values())
+        self.resident = Resident(list(mine.values())) if size <= resident_gib * 2**30 else None
         self.ahead: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self.peeked: Batch | None = None
         self.closed = threading.Event()
@@ -159,6 +167,11 @@ class LatentStream:
         ]
         locations = [self._locate(role, position) for role, position in positions]
         rows = [self.cache.rows(shard)[row] for shard, row in locations]
+        if self.class_prompt is not None:
+            rows = [
+                replace(row, meta=row.meta | {"prompt": self.class_prompt}) if role == "class" else row
+                for (role, _), row in zip(positions, rows, strict=True)
+            ]
         draws = [
             rng.sample_noise(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
             for role, position in positions
@@ -170,6 +183,7 @@ class LatentStream:
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
+            preserved=0 if self.class_prompt is None else sum(role == "class" for role, _ in positions),
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
@@ -178,7 +192,7 @@ class LatentStream:
 
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)
-        return self.manifest.roles[role][location.shard], location.row
+        return self.shards[role][location.shard], location.row
 
     def _read_ahead(self) -> None:
         step = self.start

@@ -125,6 +125,16 @@ class Manifest(Section):
         """The number of rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
 
+    def class_prompt(self) -> int:
+        """The index of the class prompt in the prompt table. Raises ConfigError if it is not there."""
+        prompt = self.request.get("class_prompt")
+        if prompt not in self.prompts.texts:
+            raise ConfigError(
+                "loss.prior is prediction, but the shards have no class prompt; set prepare.class_prompt, "
+                f"then {CURE}"
+            )
+        return self.prompts.texts.index(prompt)
+
     def check_files(self, storage: Storage) -> None:
         """Raise a ConfigError that lists all files that are missing or have the wrong size.
 

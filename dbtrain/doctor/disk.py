@@ -42,7 +42,7 @@ def _folders(case: Case) -> Iterator[tuple[str, Path]]:
     shards = Storage(cfg.data.shards).folder
     if cfg.prepare and shards:
         yield "data.shards", shards
-        if cfg.prepare.class_prompt:
+        if cfg.prepare.has_class_images:
             yield "prepare.class_dir", class_images.root(cfg.prepare)
     yield "cache", files.cache()
 
@@ -88,14 +88,14 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
         return
     # Shards.
     latent = 4 * math.prod(case.base.family.space(case.base, prepare.resolution).shape)
-    count = prepare.class_images if prepare.class_prompt else 0
+    count = prepare.class_images if prepare.has_class_images else 0
     if case.manifest is None:
         crops = len(case.photos) * prepare.variants * (1 + prepare.flip) if case.knows("photos") else 0
         # Pixel-space models store uint8 instead of fp32.
         row = len(case.base.family.stored) * latent if case.base.family.vae else latent / 4
         yield "shards", shards, (crops + count) * row
     # Class images.
-    if prepare.class_prompt and case.base.family.enlarges == 1:
+    if prepare.has_class_images and case.base.family.enlarges == 1:
         count -= len(class_images.find_own(prepare))
         missing = count - sum(path.exists() for path in class_images.generated(case.base, prepare, count))
         png = prepare.resolution**2 * PNG

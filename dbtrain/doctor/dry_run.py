@@ -84,7 +84,7 @@ def shortened(cfg: Config, folder: Path) -> Config:
         changes["data"] = cfg.data.model_copy(update={"shards": str(folder / "shards")})
         changes["prepare"] = cfg.prepare.model_copy(update={
             "photos": str(_some_photos(cfg, folder / "photos")), "class_dir": str(folder / "class"),
-            "class_images": IMAGES, "held_out": 0, "class_held_out": 0,
+            "class_images": min(IMAGES, cfg.prepare.class_images), "held_out": 0, "class_held_out": 0,
             "sampling": sampling.model_copy(update={"steps": min(sampling.steps, STEPS)}),
         })  # fmt: skip
     return cfg.model_copy(update=changes)

@@ -173,6 +173,9 @@ def of_class(case: Case) -> Iterator[Finding]:
     if cfg is None or not cfg.class_prompt:
         yield ok("no prepare.class_prompt: no prior preservation")
         return
+    if not cfg.class_images:
+        yield ok(f"none needed: loss.prior is {case.cfg.loss.prior}")
+        return
     own = class_images.find_own(cfg)
     yield from findings_of(ConfigError(*class_images.unused(cfg)), level="warning")
     for path in own:

@@ -86,7 +86,7 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
             plan.check(cfg, base, manifest)
             return 0, 0
     own, wanted = 0, 0
-    if cfg.prepare.class_prompt:
+    if cfg.prepare.has_class_images:
         own = len(class_images.find_own(cfg.prepare))
         wanted = cfg.prepare.class_images - own
         if base:
@@ -99,7 +99,7 @@ def _held_out(cfg: Config) -> int:
     """Held-out images, as far as the config says."""
     if cfg.prepare is None:
         return 0
-    return cfg.prepare.held_out + (cfg.prepare.class_held_out if cfg.prepare.class_prompt else 0)
+    return cfg.prepare.held_out + cfg.prepare.class_held_out
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,7 @@ def _folder(cfg: Config) -> Path | None:
     settings = [
         torch.__version__, cfg.model.model_dump(mode="json"), cfg.adapter.model_dump(mode="json"),
         cfg.train.model_dump(mode="json", exclude=NOT_TRAIN), bool(cfg.loss.prior_weight),
+        *([cfg.loss.prior] if cfg.loss.prior != "images" else []),
         cfg.sample.model_dump(mode="json", include=SAMPLING),
         prepare and prepare.model_dump(mode="json", include=PREPARE),
         prepare and prepare.sampling.model_dump(mode="json", include=SAMPLING),

@@ -42,7 +42,7 @@ def request(prepare: Prepare, family: Family) -> dict[str, Any]:
     """The settings that determine the shards' content, as the manifest records them."""
     settings = prepare.model_dump(mode="json", exclude={"memory_gib": True, "sampling": {"batch", "compile"}})
     settings["class_pictures"] = not class_images.as_latents(family, prepare)
-    if prepare.class_prompt is None:  # the class settings have no effect
+    if not prepare.has_class_images:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):
             del settings[name]
     return settings
@@ -74,6 +74,8 @@ def plan_shards(
                 rows += _rows(path, texts.index(text), settings, seed, encoder)
         count = _shard_count(len(rows))
         plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
+    if prepare.class_prompt and prepare.class_prompt not in texts:  # without images of it
+        texts.append(prepare.class_prompt)
     return texts, components, plans
 
 
@@ -146,7 +148,7 @@ def sources_of(prepare: Prepare) -> dict[str, dict[str, shards.Source]]:
     own = {}
     if photo_dir.is_dir():
         own["instance"] = listing(photo_dir).photos
-    if prepare.class_prompt and prepare.class_dir and class_dir.is_dir():
+    if prepare.has_class_images and prepare.class_dir and class_dir.is_dir():
         own["class"] = listing(class_dir).photos[: prepare.class_images]
     return {role: {printable(path.name): _source(path, role, prepare) for path in paths}
             for role, paths in own.items()}  # fmt: skip

@@ -61,7 +61,7 @@ def prepare(cfg: Config) -> Path:
         base.family.space(base, cfg.prepare.resolution)  # fail now, not after encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
-    if cfg.prepare.class_prompt:
+    if cfg.prepare.has_class_images:
         images["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
