@@ -69,6 +69,18 @@ class Config(Section):
                 derived[section] = part | {key: _filled(part[key], words)}
         return derived
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_images_that_are_used(cls, values: Any) -> Any:
+        """Derive that there are no class images if the loss reads none."""
+        try:
+            prior, prepare = values["loss"]["prior"], values["prepare"]
+        except (LookupError, TypeError):
+            return values
+        if prior not in ("prediction", "none") or not isinstance(prepare, dict):
+            return values
+        return values | {"prepare": prepare | {"class_images": 0}}
+
     @model_validator(mode="after")
     def _words_for_every_prompt(self) -> Config:
         for section, key in PROMPTS:
@@ -88,6 +100,21 @@ class Config(Section):
             raise ValueError(f"subjects: '{twice}' is the token of more than one; give each its own")
         if self.subjects and not self.prepare:
             raise ValueError("subjects need a prepare section, which has their prompts; add it")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_preserve(self) -> Config:
+        if not (prepare := self.prepare):
+            return self
+        if self.loss.prior == "prediction" and not prepare.class_prompt:
+            raise ValueError(
+                "loss.prior is prediction, but there is no prompt to predict for; set prepare.class_prompt"
+            )
+        if self.loss.prior == "images" and prepare.class_prompt and not prepare.class_images:
+            raise ValueError(
+                "prepare.class_images is 0, but loss.prior is images; set it to 50 or more, or loss.prior to "
+                "prediction or none"
+            )
         return self
 
     @model_validator(mode="after")

@@ -97,7 +97,9 @@ class Prepare(Section):
     class_prompt: Text | None = Field(
         None, description="prompt for the class images (null: no prior preservation)"
     )
-    class_images: Count = Field(200, description="number of class images")
+    class_images: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        200, description="number of class images (0 unless `loss.prior` is `images`)"
+    )
     class_dir: Text | None = Field(
         None,
         description="folder with your own class images; missing ones are generated into a subfolder (null: "
@@ -130,12 +132,16 @@ class Prepare(Section):
     )
     sampling: Sampling = Field(default=Sampling(), description="how class images are generated")
 
+    @property
+    def has_class_images(self) -> bool:
+        return self.class_prompt is not None and self.class_images > 0
+
     @model_validator(mode="after")
     def _class_images_to_hold_out(self) -> Prepare:
-        if self.class_held_out and not self.class_prompt:
+        if self.class_held_out and not self.has_class_images:
             raise ValueError(
                 f"class_held_out is {self.class_held_out}, but there are no class images; "
-                "set class_prompt too"
+                "set class_prompt too, and loss.prior to images"
             )
         return self
 

@@ -42,7 +42,7 @@ def _folders(case: Case) -> Iterator[tuple[str, Path]]:
     shards = Storage(cfg.data.shards).folder
     if cfg.prepare and shards:
         yield "data.shards", shards
-        if cfg.prepare.class_prompt:
+        if cfg.prepare.has_class_images:
             yield "prepare.class_dir", class_images.root(cfg.prepare)
     yield "cache", files.cache()
 

@@ -171,7 +171,9 @@ def of_class(case: Case) -> Iterator[Finding]:
     """How many class images there are, and how many have to be generated."""
     classes = subjects.parts(case.cfg)["class"]
     if not classes:
-        yield ok("no prepare.class_prompt: no prior preservation")
+        prompt = case.cfg.prepare and case.cfg.prepare.class_prompt
+        why = f"none needed: loss.prior is {case.cfg.loss.prior}"
+        yield ok(why if prompt else "no prepare.class_prompt: no prior preservation")
         return
     subjects.check_class_images(case.cfg)
     for part in classes:

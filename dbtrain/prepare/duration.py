@@ -253,6 +253,7 @@ def _folder(cfg: Config) -> Path | None:
     settings = [
         torch.__version__, cfg.model.model_dump(mode="json"), cfg.adapter.model_dump(mode="json"),
         cfg.train.model_dump(mode="json", exclude=NOT_TRAIN), bool(cfg.loss.prior_weight),
+        *([cfg.loss.prior] if cfg.loss.prior != "images" else []),
         cfg.sample.model_dump(mode="json", include=SAMPLING),
         prepare and prepare.model_dump(mode="json", include=PREPARE),
         prepare and prepare.sampling.model_dump(mode="json", include=SAMPLING),

@@ -46,7 +46,7 @@ def request(cfg: Config, family: Family) -> dict[str, Any]:
     assert prepare is not None
     settings = prepare.model_dump(mode="json", exclude={"memory_gib": True, "sampling": {"batch", "compile"}})
     settings["class_pictures"] = not class_images.as_latents(family, prepare)
-    if prepare.class_prompt is None:  # the class settings have no effect
+    if not prepare.has_class_images:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):
             del settings[name]
     if cfg.subjects:
@@ -93,6 +93,9 @@ def plan_shards(
         planned = plans.setdefault(role, [])
         count = _shard_count(len(rows))
         planned += [_planned(role, len(planned) + k, rows[k::count], number) for k in range(count)]
+    for one in cfg.each_subject():  # without images of them
+        if one.prepare and one.prepare.class_prompt and one.prepare.class_prompt not in texts:
+            texts.append(one.prepare.class_prompt)
     return texts, components, plans
 
 

@@ -21,7 +21,7 @@ PREPARE = (
     "held_out", "class_held_out", "vae_precision",
 )  # fmt: skip
 # Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
-LATER = {"timesteps", "weighting"}
+LATER = {"timesteps", "weighting", "prior", "huber"}
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
