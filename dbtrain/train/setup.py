@@ -274,8 +274,8 @@ def _describe(
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    if parallel.is_sharded(model):
-        where += f", frozen weights sharded ({cfg.train.shard})"
+    if (together := parallel.holders(model)) > 1:
+        where += f", frozen weights sharded over {together} ranks"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
