@@ -233,6 +233,7 @@ def test_every_verb_knows_it(make: Make, tmp_path: Path, name: str) -> None:
         sample__prompts=["a photo of sks dog"], sample__images=1, sample__steps=2,
         export__formats=["diffusers", "comfyui"], evaluation__dino=str(eyes.dino()),
         evaluation__clip=str(eyes.clip()), evaluation__images=2, evaluation__class_images=2,
+        evaluation__prompts=["a {} in the snow"],
     )  # fmt: skip
     for verb in ("run", "evaluate", "report", "doctor"):
         what = tmp_path / ("run" if verb == "report" else "c.yaml")
