@@ -97,7 +97,8 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     # Class images.
     if prepare.class_prompt and case.base.family.enlarges == 1:
         count -= len(class_images.find_own(prepare))
-        missing = count - sum(path.exists() for path in class_images.generated(case.base, prepare, count))
+        made = class_images.generated(case.base, prepare, cfg.train.base_linears, count)
+        missing = count - sum(path.exists() for path in made)
         png = prepare.resolution**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
         yield "class images", class_images.root(prepare), missing * each

@@ -90,7 +90,8 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
         own = len(class_images.find_own(cfg.prepare))
         wanted = cfg.prepare.class_images - own
         if base:
-            wanted -= sum(path.exists() for path in class_images.generated(base, cfg.prepare, wanted))
+            made = class_images.generated(base, cfg.prepare, cfg.train.base_linears, wanted)
+            wanted -= sum(path.exists() for path in made)
     crops = len(photos.of_subject(cfg.prepare)) * cfg.prepare.variants * (1 + cfg.prepare.flip)
     return wanted, crops + own + (wanted if cfg.prepare.class_pictures else 0)
 

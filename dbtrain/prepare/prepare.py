@@ -62,7 +62,7 @@ def prepare(cfg: Config) -> Path:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
     if cfg.prepare.class_prompt:
-        images["class"] = class_images.ensure(base, cfg.prepare)
+        images["class"] = class_images.ensure(base, cfg.prepare, cfg.train)
 
     with lock.held(folder, "data.shards"):
         _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), images)
