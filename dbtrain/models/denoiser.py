@@ -39,7 +39,7 @@ class Work:
         beside: Collection[str] = (),
     ) -> Work:  # fmt: skip
         """Generating `images` at once of prompts that `sampler.encode` encoded."""
-        tokens = max(row["prompt_embeds"].shape[1] for row in encoded)
+        tokens = max((row["prompt_embeds"].shape[1] for row in encoded), default=0)
         return cls(images * (2 if guidance > 1 else 1), side, tokens, beside)
 
 
