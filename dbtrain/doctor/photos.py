@@ -191,7 +191,8 @@ def _of_class(case: Case, cfg: Prepare) -> Iterator[Finding]:
         yield from found
         return
     plan.left(cfg, "class", cfg.class_images)
-    kept = sum(path.exists() for path in class_images.generated(case.base, cfg, count))
+    made = class_images.generated(case.base, cfg, case.cfg.train.base_linears, count)
+    kept = sum(path.exists() for path in made)
     yield ok(f"{cfg.class_images}: {len(own)} of your own, {kept} already generated, "
              f"{count - kept} to generate, in {class_images.root(cfg)}")  # fmt: skip
 

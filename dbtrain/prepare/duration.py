@@ -91,7 +91,8 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
         mine = len(class_images.find_own(part.prepare))
         missing = part.prepare.class_images - mine
         if base:
-            missing -= sum(path.exists() for path in class_images.generated(base, part.prepare, missing))
+            made = class_images.generated(base, part.prepare, cfg.train.base_linears, missing)
+            missing -= sum(path.exists() for path in made)
         own, wanted = own + mine, wanted + missing
     count = sum(len(photos.of_subject(part.prepare)) for part in parts["instance"])
     crops = count * cfg.prepare.variants * (1 + cfg.prepare.flip)

@@ -292,7 +292,8 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
     for guidance in (1.0, 3.0):
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         pipe = sampler.build(base, torch.float32, torch.device("cpu"))
-        ours = sampler.generate(pipe, base.family, ["a dog", "a dog"], generators, 2, guidance, SIDE)
+        rows = 2 * sampler.encode(pipe, base.family, ["a dog"], guidance)
+        ours = sampler.generate_encoded(pipe, base.family, rows, generators, 2, guidance, SIDE)
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         theirs = stock(base)(
             prompt="a dog", num_images_per_prompt=2, generator=generators, num_inference_steps=2, height=SIDE,
