@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -46,8 +46,16 @@ class Loss(Section):
     )
 
 
+LEAST_FACTOR = 0.01  # of the rate that an optimizer finds; what is below is a rate meant for another
+
+
 class Optim(Section):
-    lr: Positive = Field(1e-4, description="peak learning rate")
+    name: Literal["adamw", "prodigy"] = Field(
+        "adamw", description="optimizer; `prodigy` finds the learning rate, so that none has to be chosen"
+    )
+    lr: Positive = Field(
+        1e-4, description="peak learning rate; for `prodigy` a factor of the rate that it finds, by default 1"
+    )
     text_encoder_lr: Positive | None = Field(
         None, description="peak learning rate of the text encoder adapters (null: `optim.lr`)"
     )
@@ -59,8 +67,26 @@ class Optim(Section):
         description="learning rate after warm-up; `linear` and `cosine` decay to 0 at `train.steps`",
     )
     warmup_steps: Natural = Field(0, description="steps of linear learning rate warm-up")
-    weight_decay: NonNegative = Field(1e-2, description="AdamW weight decay")
+    weight_decay: NonNegative = Field(1e-2, description="decoupled weight decay")
     clip: Positive = Field(1.0, description="gradient norm above which gradients are clipped")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _factor_of_a_found_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "prodigy":
+            return {"lr": 1.0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _no_rate_for_prodigy(self) -> Optim:
+        for name in ("lr", "text_encoder_lr"):
+            value = getattr(self, name)
+            if self.name == "prodigy" and value and value < LEAST_FACTOR:
+                raise ValueError(
+                    f"{name} is {value:g}, but of prodigy it is a factor of the rate that it finds; "
+                    f"set optim.{name}=1, or remove it"
+                )
+        return self
 
 
 class Train(Section):

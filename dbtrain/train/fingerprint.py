@@ -58,6 +58,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json", exclude=LATER).items()},
         **{f"loss.{key}": value for key, value in later.items()},
+        **({"optim.name": cfg.optim.name} if cfg.optim.name != "adamw" else {}),  # whose state is another
         "train.global_batch": cfg.train.global_batch,
         **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
     }
