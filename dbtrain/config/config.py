@@ -83,6 +83,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _an_average_to_export(self) -> Config:
+        if self.export.ema and self.train.ema is None:
+            raise ValueError(
+                "export.ema is true, but train.ema is null, so there is no average; set train.ema=0.99, or "
+                "export.ema=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_ends(self) -> Config:
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(

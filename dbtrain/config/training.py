@@ -139,6 +139,11 @@ class Train(Section):
         description="GPUs that hold the denoiser's frozen weights together, a part each: `all`, those of a "
         "`node`, or `none`: each holds them whole, which is faster if they fit; changes no result",
     )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of a moving average of the adapter's weights, e.g. 0.99, which checkpoints keep "
+        "and `export.ema` exports (null: none)",
+    )
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")

@@ -78,8 +78,9 @@ class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
     `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
-    description -> further conditions. `stored`: the names of each row's tensors. `next` raises ConfigError
-    if a shard is missing or damaged.
+    description -> further conditions. `stored`: the names of each row's tensors. `prompt_dropout`: the share
+    of rows that get the empty prompt, which the shards then have. `next` raises ConfigError if a shard is
+    missing or damaged.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LatentStream:
         seed: int,
         start: int = 0,
         noise_offset: float = 0.0,
+        prompt_dropout: float = 0.0,
         cache_gib: float = 1.0,
         device: torch.device | None = None,
         resident_gib: float = 0.0,
@@ -104,6 +106,7 @@ class LatentStream:
         self.seed = seed
         self.start = start
         self.noise_offset = noise_offset
+        self.prompt_dropout = prompt_dropout
         self.device = device or torch.device("cpu")
         self.extra = extra or (lambda meta: {})
         self.orders = {
@@ -170,11 +173,20 @@ class LatentStream:
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
+            prompts=[
+                self._prompt(role, position, row)
+                for (role, position), row in zip(positions, rows, strict=True)
+            ],
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
             ),
         )
+
+    def _prompt(self, role: str, position: int, row: shards.Row) -> int:
+        """The prompt of the row at a position: its own, or the empty one."""
+        dropped = rng.seed_of(self.seed, "prompt dropout", role, position) < self.prompt_dropout * 2**63
+        return self.manifest.prompts.texts.index("") if dropped else row.meta["prompt"]
 
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)

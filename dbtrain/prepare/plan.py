@@ -26,6 +26,7 @@ from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
+EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 CHANGES = 4  # most changed files to name
 
 
@@ -49,9 +50,12 @@ def request(prepare: Prepare, family: Family) -> dict[str, Any]:
 
 
 def plan_shards(
-    base: Base, prepare: Prepare, seed: int, images: dict[str, list[Path]]
+    base: Base, prepare: Prepare, seed: int, images: dict[str, list[Path]], empty: bool = False
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """Return (prompts, keys of the base's components, planned shards by role), JSON-able."""
+    """Return (prompts, keys of the base's components, planned shards by role), JSON-able.
+
+    `empty`: the empty prompt is one of them.
+    """
     encoders = base.family.text_encoders
     vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
@@ -74,7 +78,7 @@ def plan_shards(
                 rows += _rows(path, texts.index(text), settings, seed, encoder)
         count = _shard_count(len(rows))
         plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
-    return texts, components, plans
+    return [*texts, *([EMPTY] if empty else [])], components, plans
 
 
 # Variants and flips augment the few training photos only.
@@ -190,6 +194,11 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
     made_in = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
     if made_in != space:
         raise ConfigError(f"{cfg.data.shards} has {made_in}, but the base has {space}; {shards.CURE}")
+    if cfg.data.prompt_dropout and EMPTY not in manifest.prompts.texts:
+        raise ConfigError(
+            f"data.prompt_dropout is {cfg.data.prompt_dropout:g}, but {cfg.data.shards} was made without the "
+            f"empty prompt; {shards.CURE}"
+        )
     if cfg.prepare:
         now = request(cfg.prepare, base.family)
         made = manifest.request

@@ -36,6 +36,7 @@ class Task:
     folder: Path
     storage: Storage  # of the same folder
     old: shards.Manifest | None
+    empty: bool  # whether rows are trained with the empty prompt
 
 
 def prepare(cfg: Config) -> Path:
@@ -65,7 +66,8 @@ def prepare(cfg: Config) -> Path:
         images["class"] = class_images.ensure(base, cfg.prepare)
 
     with lock.held(folder, "data.shards"):
-        _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), images)
+        empty = cfg.data.prompt_dropout > 0
+        _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage), empty), images)
     duration.remember(cfg, "prepare")
     return folder
 
@@ -74,7 +76,9 @@ def _fill(task: Task, images: dict[str, list[Path]]) -> None:
     """Encode the planned shards that the folder lacks, and publish the manifest."""
     # Rank 0 plans, and finds the shards that are already valid.
     with dist.agreed():
-        plan = plan_shards(task.base, task.settings, task.seed, images) if dist.is_main() else None
+        plan = None
+        if dist.is_main():
+            plan = plan_shards(task.base, task.settings, task.seed, images, task.empty)
         sources = sources_of(task.settings) if dist.is_main() else {}  # before hours of encoding
     texts, components, plans = dist.from_main(plan)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}

@@ -31,6 +31,7 @@ from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.ema import Ema
 from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_a_cpu
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
@@ -263,7 +264,7 @@ class _Shapes:
             side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
             texts = (cfg.prepare.instance_prompt, *filter(None, [cfg.prepare.class_prompt]))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
-            prompts = 1000 if cfg.prepare.captions else roles
+            prompts = 1000 if cfg.prepare.captions else roles + bool(cfg.data.prompt_dropout)
         roles = roles if cfg.loss.prior_weight else 1
         return cls(side, base.family.space(base, side), roles, prompts, texts)
 
@@ -291,4 +292,5 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+    ema = Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None
+    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64), ema)
