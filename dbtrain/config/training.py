@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, PositiveShare, Section, no_number
+from dbtrain.config.base import (
+    Count,
+    Natural,
+    NonNegative,
+    Patterns,
+    Positive,
+    PositiveShare,
+    Section,
+    no_number,
+)
 
 
 class Timesteps(Section):
@@ -61,6 +70,11 @@ class Optim(Section):
     )
     lora_plus_ratio: Positive = Field(
         1.0, description="LoRA+: learning rate of the up projections as a multiple of `optim.lr`"
+    )
+    lrs: Patterns[Positive] = Field(
+        {},
+        description="factors of the learning rate of some modules, e.g. `{up_blocks.*: 0.5}`, named as in "
+        "`adapter.ranks`; the component may come first: `{text_encoder_2.*: 0.1}`",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",

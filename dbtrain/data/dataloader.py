@@ -173,10 +173,7 @@ class LatentStream:
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
-            prompts=[
-                self._prompt(role, position, row)
-                for (role, position), row in zip(positions, rows, strict=True)
-            ],
+            prompts=[self._prompt(*place, row) for place, row in zip(positions, rows, strict=True)],
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)

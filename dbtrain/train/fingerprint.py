@@ -54,7 +54,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         for part, one in parts.items()
         if one
         for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
-        if key != "text_encoder"
+        if key != "text_encoder" and (key, value) != ("ranks", {})
     }
     return {
         "seed": cfg.seed,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dbtrain.adapters import targets
 from dbtrain.config import Optim
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.prodigy import Prodigy
@@ -56,11 +58,13 @@ def build(
 
 def _factors(names: Sequence[str], cfg: Optim) -> dict[str, float]:
     """Each parameter's learning rate as a multiple of `cfg.lr`."""
+    modules = {name: re.split(r"\.(?:lora|hada|lokr)_|\.base_layer\.|\.bias$", name)[0] for name in names}
+    chosen = targets.by_pattern(set(modules.values()), cfg.lrs, "optim.lrs", r"[^.]+\.")
     factors = {}
     for name in names:
-        factor = 1.0
+        factor = chosen.get(modules[name], 1.0)
         if name.startswith("text_encoder") and cfg.text_encoder_lr:
-            factor = cfg.text_encoder_lr / cfg.lr
+            factor *= cfg.text_encoder_lr / cfg.lr
         factors[name] = factor * (cfg.lora_plus_ratio if ".lora_B." in name else 1.0)
     return factors
 

@@ -152,10 +152,9 @@ def test_some_rows_lose_their_prompt_by_their_position(make: Make, tmp_path: Pat
             for step, micro in product(range(100), range(slots.micro_batches)):
                 batch = rows.micro_batch(step, micro)
                 assert batch.prompt.tolist() == list(batch.prompts)
-                roles = [number // micro_batch for number in range(2 * micro_batch)]
-                found |= dict(
-                    zip(zip(roles, batch.position.tolist(), strict=True), batch.prompts, strict=True)
-                )
+                places = batch.position.tolist()
+                for number, (place, prompt) in enumerate(zip(places, batch.prompts, strict=True)):
+                    found[number // micro_batch, place] = prompt
             rows.close()
         return found
 
