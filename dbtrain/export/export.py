@@ -17,7 +17,7 @@ from dbtrain.export.model_card import card
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of, read_state, step_of
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
 from dbtrain.train import checkpoint
 
 DATE = "SOURCE_DATE_EPOCH"  # environment variable
@@ -40,19 +40,20 @@ def export(
         with dist.agreed():
             states = formats.read(formats.find(adapter), base.family, base.skeleton)
         return save(cfg, base, states, {}, out, name_of(adapter))
-    states, state = _trained(run, base, step)
+    states, state = _trained(cfg, run, base, step)
     return save(cfg, base, states, state, out or run.export, name_of(run.path))
 
 
-def _trained(run: RunFolder, base: Base, step: int | None) -> tuple[States, dict[str, Any]]:
+def _trained(cfg: Config, run: RunFolder, base: Base, step: int | None) -> tuple[States, dict[str, Any]]:
     """The adapter in the newest checkpoint, or that of `step`, and the checkpoint's state, on every rank."""
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         state = read_state(path)
-        components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
-        return {name: peft_folder.read(path / name) for name in components}, state
+        folder = adapter_in(path, cfg.export.ema)
+        names = [name for name in base.family.adaptable if (folder / name / peft_folder.CONFIG).is_file()]
+        return {name: peft_folder.read(folder / name) for name in names}, state
 
 
 def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str) -> Path:
@@ -143,7 +144,7 @@ def show(cfg: Config, sheet: Path | None) -> None:
                 files.write_atomically(copy, sheet.read_bytes())
     if dist.from_main(changed):
         base = Base.find(cfg.model)
-        states, state = _trained(run, base, None)
+        states, state = _trained(cfg, run, base, None)
         with dist.agreed():
             if dist.is_main():
                 _write_card(cfg, base, states, state, run.export, name_of(run.path))
@@ -155,6 +156,7 @@ def _done(cfg: Config) -> str:
     weights = sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
     lines = [f"export {path.relative_to(folder)} {hashing.sha256_of(path)}" for path in weights]
     names = ", ".join(cfg.export.formats) or "natural"
+    names += " of the moving average" if cfg.export.ema else ""
     return "\n".join([f"step {cfg.train.steps}", f"formats {names}", *lines]) + "\n"
 
 

@@ -144,7 +144,7 @@ class Job:
                 _compile(self.progress, self.stream, self.cfg)
             with dist.training(self.cfg.faults.timeout_s):
                 ddp, stop = parallel.wrap(self.progress.model), Stop(until)
-                self.validation.run(self.start, self.metrics)
+                self._validate(self.start)
                 yield ddp, stop
 
     def is_save_step(self, step: int) -> bool:
@@ -161,11 +161,16 @@ class Job:
         if not self.validation.is_due(step):
             return
         try:
-            self.validation.run(step, self.metrics)
+            self._validate(step)
         except (Preempted, ConfigError):  # on all ranks; a resumed run repeats the validation
             if not saved:
                 self.save(step)
             raise
+
+    def _validate(self, step: int) -> None:
+        """Validate what is exported: the adapter, or its moving average."""
+        with self.progress.averaged(self.cfg.export.ema):
+            self.validation.run(step, self.metrics)
 
 
 def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
@@ -227,7 +232,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
-        weights=subjects.weights(cfg),
+        weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),

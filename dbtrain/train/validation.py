@@ -287,12 +287,13 @@ def _held_out_roles(manifest: Manifest) -> list[str]:
 def _images_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A hash of everything that a step's images depend on, except the step."""
     settings = cfg.sample.model_dump(mode="json", exclude={"prompts", "images", "batch", "precision"})
-    return content_key([fingerprint, cfg.validation.prompts, cfg.validation.images, settings])
+    about = [fingerprint, cfg.validation.prompts, cfg.validation.images, settings]
+    return content_key([*about, *(["average"] if cfg.export.ema else [])])
 
 
 def _losses_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A hash of everything that a step's held-out losses depend on, except the step."""
-    return content_key([fingerprint, cfg.validation.timesteps])[:12]
+    return content_key([fingerprint, cfg.validation.timesteps, *(["average"] if cfg.export.ema else [])])[:12]
 
 
 def _name(prompt: int, seed: int) -> str:
