@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import trainer
 from dbtrain.adapters import inject
+from dbtrain.config import Model
 from dbtrain.data.batch import Batch
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
@@ -234,3 +235,19 @@ def test_the_step_takes_at_most_1_4_of_the_operations(make: Make, name: str) -> 
     )
     assert 1.15 < prediction.flops / images.flops < 1.4
     assert prediction.activations < 1.02 * images.activations, "the base's pass is over before the other"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "if-1", "if-2", "flux1", slow("sd3")])
+def test_families_with_text_encoders_and_upscalers_ask_their_base(make: Make, name: str) -> None:
+    folder = bases.ALL[name]()
+    family = Base.find(Model(path=str(folder))).family
+    cfg = make(
+        model__path=str(folder), prepare__resolution=bases.SIDES[family.name],
+        adapter__text_encoder={"kind": "lora", "rank": 2}, **PREDICTED,
+    )  # fmt: skip
+    folder = prepare(cfg)
+    model, batch = build(cfg, folder), first(cfg, folder)
+    with torch.no_grad():
+        new, trained = model(batch), awake(model)(batch)
+    assert new[2:].max() < 1e-4 * new[:2].min(), "but for the rounding of the prompt table"
+    assert trained[2:].min() > 10 * new[2:].max()
