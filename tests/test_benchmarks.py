@@ -143,7 +143,8 @@ SMOKE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
     "script",
-    [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end, text_encoders, prior_step))],
+    [prior, memory, quantization,
+     *map(slow, (throughput, ladder, data, end_to_end, text_encoders, prior_step))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.train import memory
+from dbtrain.train import fingerprint, memory
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import train_step
@@ -206,6 +206,13 @@ def test_shards_with_class_images_can_be_trained_by_prediction_and_without(
         )
         train(cfg)
         assert ("loss_prior" in (tmp_path / prior / "metrics.jsonl").read_text()) == (roles == 2)
+
+
+def test_runs_and_shards_without_it_are_as_they_were(make: Make, prepared: Path) -> None:
+    later = {"loss.prior", "loss.huber", "loss.timesteps"}
+    assert not later & fingerprint.of_settings(make(), Manifest.read(at(prepared)).request).keys()
+    changed = make(loss__prior="prediction", loss__huber=0.1, loss__timesteps={"low": 0.2})
+    assert later <= fingerprint.of_settings(changed, {}).keys()
 
 
 @pytest.mark.parametrize(("changes", "words"), [
