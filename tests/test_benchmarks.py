@@ -21,6 +21,7 @@ from benchmarks import (
     ladder,
     memory,
     prior,
+    prior_step,
     quantization,
     report,
     scaling,
@@ -130,7 +131,7 @@ SMOKE = {
     data: ("data-cpu", "data wait"),
     end_to_end: ("end_to_end-tiny-cpu", "photos to adapter"), prior: ("prior-tiny-cpu", "class images"),
     memory: ("memory-tiny-64-cpu", None), quantization: ("quantization-cpu", None),
-    text_encoders: ("text_encoders-t5-cpu", "CPU time"),
+    text_encoders: ("text_encoders-t5-cpu", "CPU time"), prior_step: ("prior_step-cpu", "step"),
 }  # fmt: skip
 
 
@@ -138,7 +139,8 @@ SMOKE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
     "script",
-    [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end, text_encoders))],
+    [prior, memory, quantization,
+     *map(slow, (throughput, ladder, data, end_to_end, text_encoders, prior_step))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

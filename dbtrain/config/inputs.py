@@ -95,7 +95,7 @@ class Prepare(Section):
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: bool = Field(False, description="read each photo's prompt from the .txt file of the same name")
     class_prompt: Text | None = Field(
-        None, description="prompt for the class images (null: no prior preservation)"
+        None, description="prompt of the class, for prior preservation (null: none)"
     )
     class_images: Annotated[int, Field(ge=0, le=10**6)] = Field(
         200, description="number of class images (0 unless `loss.prior` is `images`)"
