@@ -53,6 +53,7 @@ def build(
             pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
         )
     pipe.set_progress_bar_config(disable=True)
+    pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt  # tokenizers know what words stand for
     return pipe.to(device)
 
 

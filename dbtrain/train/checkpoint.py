@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from dbtrain.adapters import inject as adapters
-from dbtrain.adapters.formats import peft_folder
+from dbtrain.adapters.formats import peft_folder, word_file
 from dbtrain.config import Config
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import console, dist, files, hashing
@@ -74,15 +74,17 @@ def check_ranks(model: DreamBooth) -> None:
 
 
 def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, Any]) -> None:
+    if not all(parameter.isfinite().all() for parameter in progress.model.trainable().values()):
+        raise ConfigError(
+            f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
+            "lower optim.lr"
+        )
     for component, adapter in progress.model.states().items():
-        if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
-            raise ConfigError(
-                f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
-                "lower optim.lr"
-            )
         (part / component).mkdir()
         for name, content in peft_folder.contents(adapter).items():
             files.write(part / component / name, content)
+    if words := progress.model.words:
+        files.write(part / word_file.CHECKPOINT, word_file.checkpoint(progress.model.word, words))
     moments = optim.state(progress.optimizer, progress.model.trainable())
     files.write(part / OPTIMIZER, safetensors.torch.save(moments))
     written = {str(path.relative_to(part)): hashing.sha256_of(path) for path in part.rglob("*.*")}
@@ -126,6 +128,8 @@ def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, An
         check_unchanged(path, state["identity"], fingerprint)
         for component, module in progress.model.trained.items():
             adapters.restore(module, peft_folder.read(path / component).tensors)
+        if words := progress.model.words:
+            word_file.restore(path / word_file.CHECKPOINT, words)
         saved = safetensors.torch.load_file(path / OPTIMIZER)
         optim.load_state(progress.optimizer, progress.model.trainable(), saved)
         progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints, as are the segments

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dbtrain.adapters.tokens import DIRECTION
 from dbtrain.config import Optim
 from dbtrain.runtime.errors import ConfigError
 
@@ -28,11 +29,13 @@ def build(parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool =
     Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
     et al. 2024, arXiv:2402.12354.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault(_factor(name, cfg), []).append(parameter)
+        decay = 0.0 if name.endswith(DIRECTION) else cfg.weight_decay  # a length has nothing to decay
+        groups.setdefault((_factor(name, cfg), decay), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": group, "factor": factor} for factor, group in groups.items()],
+        [{"params": group, "factor": factor, "weight_decay": decay}
+         for (factor, decay), group in groups.items()],
         lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True, capturable=capturable,
     )  # fmt: skip
     if capturable:
@@ -43,6 +46,8 @@ def build(parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool =
 
 def _factor(name: str, cfg: Optim) -> float:
     """A parameter's learning rate as a multiple of `cfg.lr`."""
+    if name.endswith(DIRECTION):
+        return cfg.token_lr / cfg.lr
     factor = 1.0
     if name.startswith("text_encoder") and cfg.text_encoder_lr:
         factor = cfg.text_encoder_lr / cfg.lr

@@ -13,7 +13,9 @@ Segments = list[dict[str, Any]]  # "from": the step after which its "settings" c
 
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings that shape the weights, but are not in the fingerprint, by config key."""
-    found = {f"optim.{key}": value for key, value in cfg.optim.model_dump(mode="json").items()}
+    unused = set() if cfg.adapter.token else {"token_lr"}
+    optim = cfg.optim.model_dump(mode="json", exclude=unused)
+    found = {f"optim.{key}": value for key, value in optim.items()}
     if cfg.optim.schedule != "constant":
         found["train.steps"] = cfg.train.steps  # where the schedule ends
     return found | {"train.precision": cfg.train.precision, "train.base_linears": cfg.train.base_linears}

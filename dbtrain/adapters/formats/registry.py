@@ -32,9 +32,11 @@ from dbtrain.adapters.formats import (
     names,
     peft_folder,
     reading,
-)
+    word_file,
+)  # fmt: skip
 from dbtrain.adapters.formats.common import Content, Names, States, by_module, strength
 from dbtrain.adapters.state import AdapterState
+from dbtrain.adapters.tokens import Words
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -96,12 +98,14 @@ def caveat(name: str, states: States, forms: Collection[str]) -> str | None:
 
     `forms`: all formats that are written.
     """
-    if name == "comfyui" and any(state.config.get("use_dora") for state in states.values()):
+    if not any(state.config.get("use_dora") for state in states.values()):
+        return None
+    if name == "comfyui":
         return "ComfyUI computes DoRA in another way than it was trained; for it, set adapter.dora=false"
-    cure = "add the format diff to export.formats, or set adapter.dora=false"
-    if "diff" in forms:
-        cure = "use the file of the format diff"
-    if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
+    if name == "kohya":
+        cure = "add the format diff to export.formats, or set adapter.dora=false"
+        if "diff" in forms:
+            cure = "use the file of the format diff"
         return (
             "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
             f"ComfyUI, A1111, Forge and InvokeAI give other images; for them, {cure}"
@@ -118,6 +122,7 @@ def write(
     about: Mapping[str, str] | None = None,
     name: str = OLD_NAME,
     load: Callable[[str], nn.Module] | None = None,
+    words: Words = (),
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
@@ -125,7 +130,7 @@ def write(
     """
     path = FORMATS[form].path(folder, name)
     try:
-        FORMATS[form].write(path, Content(family, states, modules, about or {}, load))
+        FORMATS[form].write(path, Content(family, states, modules, about or {}, load, words))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
     return path
@@ -171,6 +176,7 @@ def _find_in(folder: Path) -> Path | None:
 def content_of(path: Path) -> str:
     """A hash of an adapter's content."""
     found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
+    found += word_file.beside(path)  # learned words
     return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found if file.is_file()])
 
 
@@ -238,7 +244,7 @@ def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in word_file.without(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     if not tensors:
