@@ -77,10 +77,7 @@ def _named(family: Family, word: Word, alone: str) -> dict[str, Tensor]:
 
 
 def old_ends(base: Base) -> dict[str, str]:
-    """The CLIPs whose pooled output Diffusers takes at a word, unless told where prompts end; their tokenizers.
-
-    See `tokens.OLD_END`.
-    """
+    """The CLIPs that Diffusers must be told where prompts end, and their tokenizers. See `tokens.OLD_END`."""
     inner = {name: f"{name}.text_model" if base.index[name][1].endswith("WithProjection") else name
              for name in base.family.adaptable_text}  # fmt: skip
     pooled = any("pooled" in name for name in base.family.conditions(base))
