@@ -220,13 +220,15 @@ def test_converting_keeps_the_word(exported: Path, tmp_path: Path, make: Make) -
 
 @pytest.mark.parametrize(
     ("tensors", "problem"),
-    [({"sks": torch.ones(1, 32)}, "have 32 values; those of the base's text_encoder have 64"),
+    [({"bundle_emb.sks.t5xxl": torch.ones(1, 64)}, "its tensor sks.t5xxl is for no text encoder of"),
+     ({"sks": torch.ones(1, 32)}, "have 32 values; those of the base's text_encoder have 64"),
      ({"sks": torch.full((1, 64), torch.nan)}, "are NaN or infinite"),
      ({"clip_g": torch.ones(1, 64)}, "its tensor clip_g is for no text encoder of sd models")],
 )  # fmt: skip
 def test_a_word_of_another_base_is_refused(tmp_path: Path, tensors: dict[str, Any], problem: str) -> None:
     (tmp_path / "embeddings").mkdir()
-    save_file(tensors, tmp_path / "embeddings" / "sks.safetensors")
+    file = "it" if "bundle" in min(tensors) else "embeddings/sks"
+    save_file(tensors, tmp_path / f"{file}.safetensors")
     found = base("sd")
     with pytest.raises(ConfigError, match=problem):
         word_file.read(tmp_path / "it.safetensors", found.family, found.skeleton)

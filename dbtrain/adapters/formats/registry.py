@@ -98,14 +98,12 @@ def caveat(name: str, states: States, forms: Collection[str]) -> str | None:
 
     `forms`: all formats that are written.
     """
-    if not any(state.config.get("use_dora") for state in states.values()):
-        return None
-    if name == "comfyui":
+    if name == "comfyui" and any(state.config.get("use_dora") for state in states.values()):
         return "ComfyUI computes DoRA in another way than it was trained; for it, set adapter.dora=false"
-    if name == "kohya":
-        cure = "add the format diff to export.formats, or set adapter.dora=false"
-        if "diff" in forms:
-            cure = "use the file of the format diff"
+    cure = "add the format diff to export.formats, or set adapter.dora=false"
+    if "diff" in forms:
+        cure = "use the file of the format diff"
+    if name == "kohya" and any(state.config.get("use_dora") for state in states.values()):
         return (
             "of the programs that load kohya's file, only LyCORIS applies DoRA as it was trained; "
             f"ComfyUI, A1111, Forge and InvokeAI give other images; for them, {cure}"
@@ -175,8 +173,7 @@ def _find_in(folder: Path) -> Path | None:
 
 def content_of(path: Path) -> str:
     """A hash of an adapter's content."""
-    found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
-    found += word_file.beside(path)  # learned words
+    found = [*([path] if path.is_file() else sorted(path.glob("**/adapter_*"))), *word_file.beside(path)]
     return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found if file.is_file()])
 
 
@@ -279,6 +276,7 @@ def _check(state: AdapterState) -> None:
             raise ConfigError(f"its settings say rank {rank} for {module}, its tensors have rank {its}")
 
 
+EVERY, WEBUIS = ("lora", "loha", "lokr"), "ComfyUI, A1111, Forge, InvokeAI"
 FORMATS = {
     "diffusers": Format(
         diffusers_file.FILE,
@@ -287,18 +285,12 @@ FORMATS = {
         "Diffusers",
         components=lambda family: family.lora_loads or family.adaptable,
     ),
-    "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), "PEFT", biases=True),
-    "kohya": Format(
-        kohya_file.FILE,
-        kohya_file.write,
-        ("lora", "loha", "lokr"),
-        "ComfyUI, A1111, Forge, InvokeAI",
-        components=lambda family: family.kohya,
-    ),
+    "peft": Format("", peft_folder.write, EVERY, "PEFT", biases=True),
+    "kohya": Format(kohya_file.FILE, kohya_file.write, EVERY, WEBUIS, components=lambda family: family.kohya),
     "comfyui": Format(
         kohya_file.FILE,
         comfyui_file.write,
-        ("lora", "loha", "lokr"),
+        EVERY,
         "ComfyUI",
         components=comfyui_file.components,
         refuses=comfyui_file.refuses,
@@ -306,8 +298,8 @@ FORMATS = {
     "diff": Format(
         diff_file.FILE,
         diff_file.write,
-        ("lora", "loha", "lokr"),
-        "ComfyUI, A1111, Forge, InvokeAI",
+        EVERY,
+        WEBUIS,
         biases=True,
         readable=False,
         components=lambda family: family.kohya,
