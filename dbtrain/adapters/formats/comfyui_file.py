@@ -20,7 +20,6 @@ from dbtrain.adapters.formats import fused
 from dbtrain.adapters.formats.common import Content, States, alpha_key, by_module, strength
 from dbtrain.adapters.formats.kohya_file import CONFIGS
 from dbtrain.adapters.formats.names import nested, original_names
-from dbtrain.adapters.formats.word_file import bundled
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
@@ -73,7 +72,6 @@ def write(path: Path, content: Content) -> None:
         }
     configs = {component: _unscaled(one.config) for component, one in sorted(content.states.items())}
     header = {**content.about, CONFIGS: json.dumps(configs)}
-    tensors |= bundled(content.family, content.words)
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))
 
