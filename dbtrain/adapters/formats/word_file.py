@@ -3,7 +3,7 @@
 | file | for | tensors, (vectors, D) each |
 |---|---|---|
 | `embeddings/<word>.safetensors` | Diffusers, ComfyUI, A1111 | `<word>`; of two encoders `clip_l`, `clip_g` |
-| kohya's file of the adapter | A1111, Forge | `bundle_emb.<word>.string_to_param.*`, or `.clip_l`, `.clip_g` |
+| kohya's adapter file | A1111, Forge | `bundle_emb.<word>.string_to_param.*`, or `.clip_l`, `.clip_g` |
 | a checkpoint's `tokens.safetensors` | resuming | `<text encoder>.direction`, `.norm` |
 """
 
