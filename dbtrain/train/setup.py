@@ -277,6 +277,8 @@ def _describe(
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
+    if model.word:
+        sizes.append(f"the word '{model.word}' of {', '.join(model.words)}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
     if parallel.is_sharded(model):
         where += f", frozen weights sharded ({cfg.train.shard})"

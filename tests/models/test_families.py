@@ -531,7 +531,8 @@ def test_a_base_without_a_text_encoder_that_it_can_lack_goes_the_whole_way(
 def test_clip_is_trained_beside_a_frozen_t5(make: Make, tmp_path: Path, base: str) -> None:
     """Its validation images are encoded by the CLIP of the step and by the base's T5, which is not loaded."""
     cfg = configured(
-        make, tmp_path, base, adapter__text_encoder=TEXT, validation__prompts=["a dog"], validation__every=1,
+        make, tmp_path, base, adapter__text_encoder=TEXT, validation__prompts=["a sks"], validation__every=1,
+        adapter__token={}, subject__token="sks",
         sample__steps=2, validation__images=1,
     )  # fmt: skip
     prepare(cfg)
