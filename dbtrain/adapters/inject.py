@@ -15,7 +15,7 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dbtrain.adapters import targets
+from dbtrain.adapters import targets, tokens
 from dbtrain.adapters.state import MAGNITUDE, AdapterState, patterns
 from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
 from dbtrain.models.block_swap import stored
@@ -159,8 +159,12 @@ def drops(cfg: Adapter) -> bool:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+    """The trainable parameters by name, without the embeddings of a learned word."""
+    return {
+        name: p
+        for name, p in module.named_parameters()
+        if p.requires_grad and not name.endswith(tokens.DIRECTION)
+    }
 
 
 def name_in_files(parameter: str, adapter: str = NAME) -> str | None:

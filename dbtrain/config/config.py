@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -134,6 +135,25 @@ class Config(Section):
                 "export.ema is true, but train.ema is null, so there is no average; set train.ema=0.99, or "
                 "export.ema=false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_word_to_learn(self) -> Config:
+        if self.adapter.token is None:
+            return self
+        word, problem = self.subject.token, ""
+        if len(self.subjects) > 1:
+            raise ValueError(
+                f"adapter.token learns one word, but there are {len(self.subjects)} subjects; set it to null"
+            )
+        if word is None:
+            problem = "is not set; set it, e.g. to sks"
+        elif not re.fullmatch(r"[^\s/.]+", word):  # names a file, and an entry in others
+            problem = f"is '{word}'; use one word without '.' and '/'"
+        elif self.prepare and not self.prepare.captions and word not in self.prepare.instance_prompt:
+            problem = f"is '{word}', which is not in prepare.instance_prompt; put {{token}} into it"
+        if problem:
+            raise ValueError(f"adapter.token learns the word in subject.token, which {problem}")
         return self
 
     @model_validator(mode="after")

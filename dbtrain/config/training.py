@@ -98,6 +98,11 @@ class Optim(Section):
     text_encoder_lr: Positive | None = Field(
         None, description="peak learning rate of the text encoder adapters (null: `optim.lr`)"
     )
+    token_lr: Positive = Field(
+        1e-3,
+        description="`adapter.token`: peak learning rate of the embeddings, as unit vectors: their length "
+        "stays",
+    )
     lora_plus_ratio: Positive = Field(
         1.0, description="LoRA+: learning rate of the up projections as a multiple of `optim.lr`"
     )

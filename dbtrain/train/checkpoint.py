@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from dbtrain.adapters import inject as adapters
-from dbtrain.adapters.formats import peft_folder
+from dbtrain.adapters.formats import peft_folder, word_file
 from dbtrain.config import Config
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import console, dist, files, hashing
@@ -97,20 +97,26 @@ def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, 
 
 
 def _write_adapters(folder: Path, step: int, model: DreamBooth) -> None:
+    """Write the adapter and the learned word. Raises ConfigError unless they are finite."""
+    if not all(parameter.isfinite().all() for parameter in model.trainable().values()):
+        raise ConfigError(
+            f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
+            "lower optim.lr"
+        )
+    folder.mkdir(exist_ok=True)
     for component, adapter in model.states().items():
-        if not all(tensor.isfinite().all() for tensor in adapter.tensors.values()):
-            raise ConfigError(
-                f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
-                "lower optim.lr"
-            )
-        (folder / component).mkdir(parents=True)
+        (folder / component).mkdir()
         for name, content in peft_folder.contents(adapter).items():
             files.write(folder / component / name, content)
+    if words := model.words:
+        files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.word, words))
 
 
 def _read_adapters(folder: Path, model: DreamBooth) -> None:
     for component, module in model.trained.items():
         adapters.restore(module, peft_folder.read(folder / component).tensors)
+    if words := model.words:
+        word_file.restore(folder / word_file.CHECKPOINT, words)
 
 
 def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
