@@ -47,6 +47,7 @@ COS = ("optim.schedule=cosine", "optim.warmup_steps=10")
 RECIPES = {
     "quickstart": (),
     "no class images": ("prepare.class_prompt=null",),
+    "prior by prediction": ("loss.prior=prediction",),
     "prior_weight 0.3": ("loss.prior_weight=0.3",),
     "prior_weight 3": ("loss.prior_weight=3",),
     "rank 4": ("adapter.rank=4",),

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from dbtrain.config import Config
 from dbtrain.data import photos as images
@@ -184,6 +186,13 @@ def judged(
         class_distance=frechet(judge.texture(adapted), second),
         class_distance_base=frechet(first, second),
     )
+
+
+@torch.no_grad()
+def likeness(cfg: Config, out: Path, subjects: Sequence[Config]) -> Tensor:
+    """How like each subject's photos a subject's images in `out` are, (images, subjects)."""
+    judge, pictures = Judge.load(), _images(out / "subject", 0)
+    return torch.stack([judge.likeness(pictures, _subject(one)[1]) for one in subjects], 1)
 
 
 def diversity(judge: Judge, images: Sequence[Image.Image]) -> float:

@@ -40,7 +40,7 @@ PROMPT = Measure(
 CLASS = Measure(
     "Keeps the class", 0.9, 0.7,
     ("keeps the class", "has begun to change the class", "has turned much of the class into the subject"),
-    "To keep the class: class images (prepare.class_prompt), a higher loss.prior_weight, fewer steps.",
+    "To keep the class: prior preservation (loss.prior), a higher loss.prior_weight, fewer steps.",
 )  # fmt: skip
 QUALITY = Measure(
     "Keeps the class's quality", 0.67, 0.5,

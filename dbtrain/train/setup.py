@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dbtrain.adapters import inject as adapters
+from dbtrain.adapters import tokens
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import shards
@@ -21,7 +22,7 @@ from dbtrain.data.storage import Storage
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.prepare import plan
+from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
@@ -144,7 +145,7 @@ class Job:
                 _compile(self.progress, self.stream, self.cfg)
             with dist.training(self.cfg.faults.timeout_s):
                 ddp, stop = parallel.wrap(self.progress.model), Stop(until)
-                self.validation.run(self.start, self.metrics)
+                self._validate(self.start)
                 yield ddp, stop
 
     def is_save_step(self, step: int) -> bool:
@@ -161,11 +162,16 @@ class Job:
         if not self.validation.is_due(step):
             return
         try:
-            self.validation.run(step, self.metrics)
+            self._validate(step)
         except (Preempted, ConfigError):  # on all ranks; a resumed run repeats the validation
             if not saved:
                 self.save(step)
             raise
+
+    def _validate(self, step: int) -> None:
+        """Validate what is exported: the adapter, or its moving average."""
+        with self.progress.averaged(self.cfg.export.ema):
+            self.validation.run(step, self.metrics)
 
 
 def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
@@ -205,6 +211,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
+        table |= tokens.read_again(inputs.base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
         training = training_adapter.read(inputs.base, cfg.model)
         model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
@@ -224,13 +231,15 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     checkpoint.check_ranks(model)
 
     # The data, from the next step on.
-    weights = _role_weights(cfg, manifest)
+    weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
+        weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
         stored=inputs.base.family.stored,
+        class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.
@@ -260,24 +269,22 @@ def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
     progress.optimizer.zero_grad()
 
 
-def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
-    """Weight of each role's mean loss; class images with weight 0 are not loaded at all."""
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    return {role: weights[role] for role in ("instance", "class") if role in manifest.roles and weights[role]}
-
-
 def _describe(
     cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: Mapping[str, float], start: int
 ) -> str:
     """The log line that says what is trained, on which data and devices."""
-    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in role_weights)
+    images = ("instance",) if cfg.loss.prior == "prediction" else role_weights
+    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in images)
+    rows += ", also with the class prompt" if len(images) < len(role_weights) else ""
     sizes = []
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
+    if model.word:
+        sizes.append(f"the word '{model.word}' of {', '.join(model.words)}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    if parallel.is_sharded(model):
-        where += f", frozen weights sharded ({cfg.train.shard})"
+    if (together := parallel.holders(model)) > 1:
+        where += f", frozen weights sharded over {together} ranks"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "

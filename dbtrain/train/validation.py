@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dbtrain.adapters import tokens
 from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
 from dbtrain.data.shards import HELD_OUT, Manifest
@@ -70,7 +71,7 @@ def encode(cfg: Config, base: Base, manifest: Manifest) -> list[dict[str, Tensor
 
     Rank 0 encodes them on its device, so call this while no denoiser is there.
     """
-    trained = base.family.adaptable_text if cfg.adapter.text_encoder else ()
+    trained = base.family.adaptable_text if cfg.adapter.text_encoder or cfg.adapter.token else ()
     if not cfg.validation.prompts or set(trained) == base.family.text_encoders.keys():
         return None
     return sampler.encode_once(
@@ -167,7 +168,9 @@ class ImageGenerator:
     def pipe(self) -> Any:
         """The pipeline. It is built on first use, when the model is on its device."""
         family = self.family
-        given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.trained
+        given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.live
+        readers = tokens.readers(self.base, self.cfg.subject.token, self.cfg.adapter.token)
+        given |= {family.text_encoders[name]: tokenizer for name, tokenizer in readers.items()}
         dtype = PRECISIONS[self.cfg.train.precision].dtype
         if family.vae:
             return sampler.without_vae(self.base, self.side, dtype, given)
@@ -181,7 +184,7 @@ class ImageGenerator:
             return sampler.encode(self.pipe, family, prompts, self.cfg.sample.guidance)
         if not encoders:
             return self.encoded
-        tokenizers = {name: self.base.load(family.text_encoders[name]) for name in encoders}
+        tokenizers = {name: getattr(self.pipe, family.text_encoders[name]) for name in encoders}
         return [
             sampler.reencoded(family, encoders, tokenizers, prompt, row)
             for prompt, row in zip(prompts, self.encoded, strict=True)
@@ -287,12 +290,13 @@ def _held_out_roles(manifest: Manifest) -> list[str]:
 def _images_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A hash of everything that a step's images depend on, except the step."""
     settings = cfg.sample.model_dump(mode="json", exclude={"prompts", "images", "batch", "precision"})
-    return content_key([fingerprint, cfg.validation.prompts, cfg.validation.images, settings])
+    about = [fingerprint, cfg.validation.prompts, cfg.validation.images, settings]
+    return content_key([*about, *(["average"] if cfg.export.ema else [])])
 
 
 def _losses_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A hash of everything that a step's held-out losses depend on, except the step."""
-    return content_key([fingerprint, cfg.validation.timesteps])[:12]
+    return content_key([fingerprint, cfg.validation.timesteps, *(["average"] if cfg.export.ema else [])])[:12]
 
 
 def _name(prompt: int, seed: int) -> str:

@@ -300,6 +300,14 @@ def test_each_program_is_told_its_file(
             assert list(Config.load(run.names.config, rest).export.formats) == missing.split(",")
 
 
+def test_a_learned_word_is_not_forgotten(runs: list[Path], tmp_path: Path) -> None:
+    run = made(tmp_path / "word", runs, (usage.DIFFUSERS, KOHYA, "embeddings/sks.safetensors"))
+    notes = {program.name: program.note for program in usage.programs(run)}
+    assert notes["Diffusers"] == usage.LEARNED
+    assert "embeddings/sks.safetensors" in notes["ComfyUI"] and "write embedding:sks" in notes["ComfyUI"]
+    assert not notes["A1111, Forge"], "kohya's file has it"
+
+
 def test_dora_in_kohya_s_file_is_warned_of(runs: list[Path], tmp_path: Path) -> None:
     notes = {
         program.name: program.note
