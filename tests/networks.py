@@ -18,6 +18,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
+from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.train.dreambooth import DreamBooth
 from tests.conftest import at
@@ -31,9 +32,13 @@ def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> Dr
 
 
 def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
-    return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, **options)
+    manifest, weights = Manifest.read(at(folder)), {"instance": 1.0, "class": cfg.loss.prior_weight}
+    options.setdefault("share", RankSlice(cfg.train.global_batch, cfg.train.micro_batch))
+    options["class_prompts"] = manifest.class_prompts() if cfg.loss.prior == "prediction" else None
+    return LatentStream(
+        at(folder), manifest, role_weights=weights, seed=cfg.seed,
+        extra=lambda meta: families.get(manifest.family).row(meta, manifest.request["resolution"]), **options,
+    )  # fmt: skip
 
 
 def awake(model: DreamBooth) -> DreamBooth:

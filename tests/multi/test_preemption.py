@@ -21,6 +21,10 @@ SETTINGS = {
     "train__log_every": 1, "sample__prompts": ["a dog"], "sample__images": 6, "sample__steps": 12,
     "sample__batch": 1,
 }  # fmt: skip
+FEW = {  # of what comes before and after the training that is stopped
+    "prepare__class_images": 1, "prepare__sampling__steps": 1, "prepare__variants": 1, "sample__images": 1,
+    "sample__steps": 1,
+}  # fmt: skip
 SIGNS = {  # that a phase is on
     "class images": "class/**/00001.safetensors",
     "encoding": "shards/instance-*.tar",
@@ -30,7 +34,7 @@ SIGNS = {  # that a phase is on
 
 
 def config(home: Path, photos: Path, base: str = "tiny") -> Path:
-    model = {"model__path": str(bases.ALL[base]())} if base != "tiny" else {}
+    model = {"model__path": str(bases.ALL[base]()), **FEW} if base != "tiny" else {}
     config_in(home, photos, home / "class", **SETTINGS | model)
     return home / "c.yaml"
 
