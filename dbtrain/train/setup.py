@@ -16,8 +16,10 @@ from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
-from dbtrain.data.shards import Manifest
+from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.data.storage import Storage
+from dbtrain.evaluate import scoring
+from dbtrain.evaluate.scoring import Scoring
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
@@ -26,8 +28,10 @@ from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import (
+    best,
     checkpoint,
     cuda_graph,
+    due,
     fingerprint,
     memory,
     parallel,
@@ -51,6 +55,7 @@ class Inputs:
     manifest: Manifest
     share: RankSlice
     fingerprint: Mapping[str, Any]
+    scoring: Scoring | None  # on rank 0, of a run that stops at its best
 
     @classmethod
     def find(cls, cfg: Config) -> Inputs:
@@ -63,35 +68,37 @@ class Inputs:
             share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
             manifest = Manifest.read(storage)
             cuda_graph.check(cfg.train.cuda_graph, dist.device())
-            found = None
+            found = scores = None
             if dist.is_main():
                 manifest.check_files(storage)
                 plan.check(cfg, base, manifest)
                 found = fingerprint.of(cfg, base, manifest)
-        return cls(base, storage, manifest, share, dist.from_main(found))
+                if cfg.train.stop == "best":
+                    scores = scoring.of(cfg, HELD_OUT["instance"] in manifest.roles)
+        return cls(base, storage, manifest, share, dist.from_main(found), scores)
 
-    def is_trained(self, cfg: Config) -> bool:
-        """Whether all steps and validations are done.
+    def trained_to(self, cfg: Config) -> int:
+        """The last step, if all steps and validations are done, else 0.
 
         Raises ConfigError if the newest checkpoint belongs to another run or is past `train.steps`, or if
         settings have changed that only steps can apply.
         """
+        end = 0
         with dist.agreed():
             found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
             if found:
                 fingerprint.check_continues(*found, self.fingerprint, cfg.train.steps)
-            trained = (
-                found is not None
-                and found[1]["step"] == cfg.train.steps
-                and not validation.missing(cfg, self.manifest, self.fingerprint, cfg.train.steps)
-            )
-            late = segments.changes(found[1].get("segments", []), cfg) if trained and found else []
+                step, about = found[1]["step"], (self.fingerprint, self.scoring)
+                ends = best.decide(cfg, *about, step) or step == cfg.train.steps
+                end = step if ends and not due.missing(cfg, self.manifest, *about, step) else 0
+            late = segments.changes(found[1].get("segments", []), cfg) if end and found else []
             if late:
+                more = "train.steps" if end == cfg.train.steps else "train.patience"
                 raise ConfigError(
-                    f"{cfg.run_dir} is already trained to step {cfg.train.steps}, too far for "
-                    f"{' '.join(late)}; increase train.steps to continue with that, or change run_dir"
+                    f"{cfg.run_dir} is already trained to step {end}, too far for "
+                    f"{' '.join(late)}; increase {more} to continue with that, or change run_dir"
                 )
-        return dist.from_main(trained)
+        return dist.from_main(end)
 
 
 def check_settings(cfg: Config) -> None:
@@ -147,14 +154,27 @@ class Job:
                 self.validation.run(self.start, self.metrics)
                 yield ddp, stop
 
+    def steps(self) -> Iterator[int]:
+        """The steps that are left; the validation after one of them can make it the last."""
+        for step in range(self.start, self.cfg.train.steps):
+            if self.validation.stopped:
+                return
+            yield step
+
     def is_save_step(self, step: int) -> bool:
-        return step == self.cfg.train.steps or step % self.cfg.train.checkpoint_every == 0
+        """Whether to save after `step` steps: what is validated has to be there if it turns out the best."""
+        train = self.cfg.train
+        chosen_from = train.stop == "best" and self.validation.is_due(step)
+        return step == train.steps or step % train.checkpoint_every == 0 or chosen_from
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`, after its log lines, so that a kill cannot lose them."""
         self.metrics.report()
         with self.metrics.interrupted("checkpoint"):
-            checkpoint.save(self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep)
+            best = self.validation.contenders()
+            checkpoint.save(
+                self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep, best
+            )
 
     def validate(self, step: int, saved: bool) -> None:
         """Validate if it is due. If that is interrupted, save first, unless `step` is saved already."""
@@ -216,7 +236,9 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             formats.check(name, inputs.base.family, states := model.states())
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
-    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint, encoded)
+    validator = Validator.build(
+        cfg, inputs.base, model, manifest, inputs.fingerprint, encoded, inputs.scoring
+    )
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)
@@ -237,7 +259,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         metrics = Metrics(run, cfg, start, list(weights), stream.source)
         if dist.is_main():
-            validation.forget_after(cfg, inputs.fingerprint, start)
+            due.forget_after(cfg, inputs.fingerprint, inputs.scoring, start)
             files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
             run.done.unlink(missing_ok=True)
     console.say(_describe(cfg, model, manifest, weights, start))

@@ -1,0 +1,115 @@
+"""Score the validation images of a run while it trains, with the models of `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dbtrain.config import Config, subject_words
+from dbtrain.data import photos as images
+from dbtrain.evaluate import encoders
+from dbtrain.evaluate.choice import CLASSIFIER, DINO_AND_CLIP, HELD_OUT, Rule, uses_classifier
+from dbtrain.evaluate.scores import between
+from dbtrain.runtime import hashing
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.hashing import content_key
+from dbtrain.tiny import judge, world
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How validations are scored, and the rule that chooses among them."""
+
+    rule: Rule
+    said: str  # what is scored, in words
+    prompts: Sequence[int] = ()  # the validation prompts that count, by number; none for held-out losses
+    key: str = ""  # a hash of everything that the scores depend on, except the images
+    score: Callable[[Sequence[Sequence[Path]]], Scores] = lambda _: {}  # image files, by prompt
+
+
+def of(cfg: Config, holds_out: bool) -> Scoring:
+    """The best scoring that is possible: of images of the subject, or else the held-out loss of its photos.
+
+    `holds_out`: whether there are held-out photos. Downloads nothing. Raises ConfigError if neither is
+    possible.
+    """
+    try:
+        return _of_images(cfg)
+    except ConfigError as problem:
+        (why, *_) = problem.problems
+        if holds_out:
+            return Scoring(HELD_OUT, f"the loss on held-out photos ({why})")
+        raise ConfigError(
+            f"train.stop is best, but there is nothing to choose by: {why}; or set prepare.held_out=1, to go "
+            "by the loss on a photo that is not trained on"
+        ) from None
+
+
+def _of_images(cfg: Config) -> Scoring:
+    """Scoring of the validation images that show the subject. Raises ConfigError if it is not possible."""
+    about = subject_words.of(cfg.prepare, cfg.subject)
+    told = list(enumerate(cfg.validation.prompts))
+    named = {number: about.put(prompt)[1] for number, prompt in told if about.names(prompt)}
+    if not named:
+        raise ConfigError(f"no prompt of validation.prompts names the subject, with '{about.token}'")
+    assert cfg.prepare
+    photos = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
+    if not photos:
+        raise ConfigError("prepare.photos: there are no photos of the subject here")
+    make = _by_classifier if uses_classifier(cfg) else _by_dino_and_clip
+    scoring = make(cfg, photos, list(named.values()))
+    scored = " and ".join(filter(None, (scoring.rule.subject, scoring.rule.prompt)))
+    content = [scoring.key, [hashing.sha256_of(path) for path in photos], sorted(named.items())]
+    return replace(
+        scoring, prompts=list(named), key=content_key(content),
+        said=f"{scored} of {len(named) * cfg.validation.images} validation images",
+    )  # fmt: skip
+
+
+def _by_classifier(cfg: Config, photos: Sequence[Path], prompts: Sequence[str]) -> Scoring:
+    """By the embedded base's classifier; its `place` is the share of images where their prompt says."""
+    words = world.PLACE_WORDS
+    places = [next((place for place in words if words[place] in prompt), "") for prompt in prompts]
+    placed = cfg.validation.images * sum(map(bool, places))
+
+    def score(paths: Sequence[Sequence[Path]]) -> Scores:
+        by = judge.Judge.load()
+        pictures = [[images.load(path) for path in each] for each in paths]
+        every = [picture for each in pictures for picture in each]
+        found = {"likeness": by.likeness(every, [images.load(path) for path in photos]).mean().item()}
+        if placed:
+            right = [by.read(each).places.count(place) for each, place in zip(pictures, places, strict=True)]
+            found["place"] = sum(right) / placed
+        return found
+
+    rule = CLASSIFIER.over(placed) if placed else Rule(CLASSIFIER.subject)
+    return Scoring(rule, "", key=hashing.cached_sha256_of(judge.WEIGHTS), score=score)
+
+
+def _by_dino_and_clip(cfg: Config, photos: Sequence[Path], prompts: Sequence[str]) -> Scoring:
+    """By DINO and CLIP, which are on this process's device only while they score."""
+    dino, clip = encoders.of(cfg.evaluation, download=False)
+    size = cfg.evaluation.batch
+
+    def score(paths: Sequence[Sequence[Path]]) -> Scores:
+        files = [*photos, *(path for each in paths for path in each)]
+        see, (look, read) = encoders.dino_images(dino), encoders.clip_images_and_texts(clip)
+        by_dino, by_clip = (
+            torch.cat([
+                encoders.embed(files[k : k + size], images.load, view, network)
+                for k in range(0, len(files), size)
+            ]).tensor_split([len(photos)])
+            for view, network in ((dino.view, see), (clip.view, look))
+        )  # fmt: skip
+        told = torch.no_grad()(read)(prompts).cpu().repeat_interleave(cfg.validation.images, 0)
+        return {
+            "dino": between(by_dino[1], by_dino[0]), "clip_i": between(by_clip[1], by_clip[0]),
+            "clip_t": (by_clip[1].double() * told.double()).sum(-1).mean().item(),
+        }  # fmt: skip
+
+    return Scoring(DINO_AND_CLIP, "", key=content_key([dino.key(), clip.key()]), score=score)
