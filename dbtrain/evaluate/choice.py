@@ -10,7 +10,7 @@ from dbtrain.config import Config
 from dbtrain.models.locate import EMBEDDED
 
 Rows = Sequence[Mapping[str, Any]]  # "step" and scores of each checkpoint or validation, in order of steps
-WORTH = 0.05  # of what training has gained so far: a smaller improvement does not prolong it
+WORTH = 0.1  # of what training has gained so far: a smaller improvement does not prolong it
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dbtrain.config import Config, subject_words
 from dbtrain.data import photos as images
 from dbtrain.evaluate import encoders
 from dbtrain.evaluate.choice import CLASSIFIER, DINO_AND_CLIP, HELD_OUT, Rule, uses_classifier
+from dbtrain.evaluate.encoders import View
 from dbtrain.evaluate.scores import between
 from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
@@ -64,10 +66,11 @@ def _of_images(cfg: Config) -> Scoring:
     make = _by_classifier if uses_classifier(cfg) else _by_dino_and_clip
     scoring = make(cfg, photos, list(named.values()))
     scored = " and ".join(filter(None, (scoring.rule.subject, scoring.rule.prompt)))
+    count = len(named) * cfg.validation.images
     content = [scoring.key, [hashing.sha256_of(path) for path in photos], sorted(named.items())]
     return replace(
         scoring, prompts=list(named), key=content_key(content),
-        said=f"{scored} of {len(named) * cfg.validation.images} validation images",
+        said=f"{scored} of {count} validation image{'s' * (count > 1)}",
     )  # fmt: skip
 
 
@@ -95,21 +98,23 @@ def _by_dino_and_clip(cfg: Config, photos: Sequence[Path], prompts: Sequence[str
     """By DINO and CLIP, which are on this process's device only while they score."""
     dino, clip = encoders.of(cfg.evaluation, download=False)
     size = cfg.evaluation.batch
+    known: dict[str, Tensor] = {}  # what does not change during a run
+
+    def embed(paths: Sequence[Path], view: View, network: Callable[[Tensor], Tensor]) -> Tensor:
+        batches = [paths[k : k + size] for k in range(0, len(paths), size)]
+        return torch.cat([encoders.embed(batch, images.load, view, network) for batch in batches])
 
     def score(paths: Sequence[Sequence[Path]]) -> Scores:
-        files = [*photos, *(path for each in paths for path in each)]
         see, (look, read) = encoders.dino_images(dino), encoders.clip_images_and_texts(clip)
-        by_dino, by_clip = (
-            torch.cat([
-                encoders.embed(files[k : k + size], images.load, view, network)
-                for k in range(0, len(files), size)
-            ]).tensor_split([len(photos)])
-            for view, network in ((dino.view, see), (clip.view, look))
-        )  # fmt: skip
-        told = torch.no_grad()(read)(prompts).cpu().repeat_interleave(cfg.validation.images, 0)
+        if not known:
+            known["dino"], known["clip"] = embed(photos, dino.view, see), embed(photos, clip.view, look)
+            known["texts"] = torch.no_grad()(read)(prompts).cpu().double()
+        files = [path for each in paths for path in each]
+        by_dino, by_clip = embed(files, dino.view, see), embed(files, clip.view, look)
+        told = known["texts"].repeat_interleave(cfg.validation.images, 0)
         return {
-            "dino": between(by_dino[1], by_dino[0]), "clip_i": between(by_clip[1], by_clip[0]),
-            "clip_t": (by_clip[1].double() * told.double()).sum(-1).mean().item(),
+            "dino": between(by_dino, known["dino"]), "clip_i": between(by_clip, known["clip"]),
+            "clip_t": (by_clip.double() * told).sum(-1).mean().item(),
         }  # fmt: skip
 
     return Scoring(DINO_AND_CLIP, "", key=content_key([dino.key(), clip.key()]), score=score)
