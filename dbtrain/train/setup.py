@@ -263,6 +263,8 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
             run.done.unlink(missing_ok=True)
     console.say(_describe(cfg, model, manifest, weights, start))
+    if inputs.scoring:
+        console.say(f"stops at the best {inputs.scoring.said}")
     compute = compute_step
     if cfg.train.cuda_graph:
         compute = cuda_graph.Recorded(compute_step, dist.world() > 1)

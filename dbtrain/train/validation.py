@@ -96,6 +96,8 @@ class Validator:
         with dist.agreed():
             stops = dist.is_main() and best.decide(*state, step)
         self.stopped = dist.from_main(stops)
+        if self.stopped:
+            console.say(f"stops at step {step}: no validation was better for {self.cfg.train.patience}")
 
     def _produce(self, step: int, wanted: Sequence[str], metrics: Metrics) -> None:
         with (
