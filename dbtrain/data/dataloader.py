@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
-from dbtrain.data.order import Order, RankSlice
+from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import rng
 
@@ -77,7 +77,8 @@ class Resident:
 class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
-    `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
+    `role_weights`: the roles to train on and the weight of each role's mean loss. `weights`: how often
+    each of several subjects, or of their classes, is trained on, by role. `extra`: a row's
     description -> further conditions. `stored`: the names of each row's tensors. `next` raises ConfigError
     if a shard is missing or damaged.
     """
@@ -90,6 +91,7 @@ class LatentStream:
         role_weights: dict[str, float],
         *,
         seed: int,
+        weights: Mapping[str, Sequence[float]] | None = None,
         start: int = 0,
         noise_offset: float = 0.0,
         cache_gib: float = 1.0,
@@ -107,7 +109,8 @@ class LatentStream:
         self.device = device or torch.device("cpu")
         self.extra = extra or (lambda meta: {})
         self.orders = {
-            role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
+            role: manifest.order(role, (weights or {}).get(role, (1.0,)), share.global_batch, seed)
+            for role in role_weights
         }
         self.cache = ShardCache(storage, cache_gib * 2**30, manifest, stored)
         mine = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,8 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr, Va
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dbtrain.config.base import Names, Section, listed
+from dbtrain.config.base import Names, Natural, Section, listed
+from dbtrain.data.order import Order, Turns
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
@@ -51,6 +52,7 @@ class Shard(Section):
     bytes: Annotated[int, Field(ge=0, le=files.FILE_BYTES)]
     sha256: Sha256
     keys: Annotated[Names, Field(min_length=1)]
+    part: Natural = Field(0, exclude_if=lambda part: not part)  # of several subjects or classes, which one
 
 
 class Prompts(Section):
@@ -124,6 +126,19 @@ class Manifest(Section):
     def rows(self, role: str) -> tuple[int, ...]:
         """The number of rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
+
+    def order(self, role: str, weights: Sequence[float], global_batch: int, seed: int) -> Order | Turns:
+        """The order in which the rows of a role are trained on.
+
+        `weights`: of each subject, or of each class, in the order of the config.
+        """
+        rows = self.rows(role)
+        if len(weights) == 1:
+            return Order(rows, global_batch, seed, role)
+        parts: list[list[int]] = [[] for _ in weights]
+        for number, shard in enumerate(self.roles[role]):
+            parts[shard.part].append(number)
+        return Turns(rows, parts, weights, seed, role)
 
     def check_files(self, storage: Storage) -> None:
         """Raise a ConfigError that lists all files that are missing or have the wrong size.

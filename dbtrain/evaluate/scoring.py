@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -53,10 +54,30 @@ def of(cfg: Config, holds_out: bool) -> Scoring:
 
 
 def _of_images(cfg: Config) -> Scoring:
-    """Scoring of the validation images that show the subject. Raises ConfigError if it is not possible."""
+    """Scoring of the validation images that show the subject, or the mean over several subjects.
+
+    Raises ConfigError if it is not possible.
+    """
+    parts = [_of_subject(one, cfg.validation.prompts) for one in cfg.each_subject()]
+    prompts = sorted({number for part in parts for number in part.prompts})
+
+    def score(paths: Sequence[Sequence[Path]]) -> Scores:
+        files = dict(zip(prompts, paths, strict=True))
+        found = [part.score([files[number] for number in part.prompts]) for part in parts]
+        names = dict.fromkeys(name for each in found for name in each)
+        return {name: fmean(each[name] for each in found if name in each) for name in names}
+
+    rule = max((part.rule for part in parts), key=lambda rule: bool(rule.prompt))
+    scored = " and ".join(filter(None, (rule.subject, rule.prompt)))
+    count = len(prompts) * cfg.validation.images
+    said = f"{scored} of {count} validation image{'s' * (count > 1)}"
+    return Scoring(rule, said, prompts, content_key([part.key for part in parts]), score)
+
+
+def _of_subject(cfg: Config, prompts: Sequence[str]) -> Scoring:
+    """Scoring of the images that show the subject of `cfg`."""
     about = subject_words.of(cfg.prepare, cfg.subject)
-    told = list(enumerate(cfg.validation.prompts))
-    named = {number: about.put(prompt)[1] for number, prompt in told if about.names(prompt)}
+    named = {number: about.put(prompt)[1] for number, prompt in enumerate(prompts) if about.names(prompt)}
     if not named:
         raise ConfigError(f"no prompt of validation.prompts names the subject, with '{about.token}'")
     assert cfg.prepare
@@ -65,13 +86,8 @@ def _of_images(cfg: Config) -> Scoring:
         raise ConfigError("prepare.photos: there are no photos of the subject here")
     make = _by_classifier if uses_classifier(cfg) else _by_dino_and_clip
     scoring = make(cfg, photos, list(named.values()))
-    scored = " and ".join(filter(None, (scoring.rule.subject, scoring.rule.prompt)))
-    count = len(named) * cfg.validation.images
     content = [scoring.key, [hashing.sha256_of(path) for path in photos], sorted(named.items())]
-    return replace(
-        scoring, prompts=list(named), key=content_key(content),
-        said=f"{scored} of {count} validation image{'s' * (count > 1)}",
-    )  # fmt: skip
+    return replace(scoring, prompts=list(named), key=content_key(content))
 
 
 def _by_classifier(cfg: Config, photos: Sequence[Path], prompts: Sequence[str]) -> Scoring:

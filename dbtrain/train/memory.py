@@ -261,9 +261,11 @@ class _Shapes:
             prompts = len(texts)
         else:
             side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
-            texts = (cfg.prepare.instance_prompt, *filter(None, [cfg.prepare.class_prompt]))
+            each = [one.prepare for one in cfg.each_subject() if one.prepare]
+            both = (text for one in each for text in (one.instance_prompt, one.class_prompt) if text)
+            texts = tuple(dict.fromkeys(both))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
-            prompts = 1000 if cfg.prepare.captions else roles
+            prompts = 1000 if cfg.prepare.captions else len(texts)
         roles = roles if cfg.loss.prior_weight else 1
         return cls(side, base.family.space(base, side), roles, prompts, texts)
 

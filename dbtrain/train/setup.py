@@ -23,7 +23,7 @@ from dbtrain.evaluate.scoring import Scoring
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.prepare import plan
+from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
@@ -249,6 +249,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     weights = _role_weights(cfg, manifest)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
+        weights=subjects.weights(cfg),
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
