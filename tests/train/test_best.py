@@ -204,6 +204,25 @@ def test_what_it_goes_by(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert why in str(problem.value) and "prepare.held_out=1" in str(problem.value)
 
 
+def test_several_subjects_are_scored_each_by_its_own_photos(make: Make, tmp_path: Path) -> None:
+    for name in ("mug", "ball"):
+        world.main(tmp_path / name, name)
+    several = [
+        {"token": token, "class_word": name, "photos": str(tmp_path / name)}
+        for token, name in (("sks", "mug"), ("ohwx", "ball"))
+    ]
+    cfg = Config.from_dict(make(model__path="tiny").model_dump(mode="json") | {
+        "subject": {}, "subjects": several,
+        "prepare": {"instance_prompt": "a {}", "class_prompt": "a {class}", "resolution": 64},
+        "validation": {"prompts": ["a {}"], "images": 2},
+    })  # fmt: skip
+    assert cfg.validation.prompts == ("a sks mug", "a ohwx ball")
+    found = scoring.of(cfg, False)
+    files = [sorted((tmp_path / name).glob("*.png"))[:2] for name in ("mug", "ball")]
+    right, wrong = (found.score(order)["likeness"] for order in (files, files[::-1]))
+    assert found.said == "likeness of 4 validation images" and right > 0.9 > 0.5 > wrong
+
+
 def test_doctor_says_what_it_goes_by_and_warns(make: Make, prepared: Path) -> None:
     def found(**changes: Any) -> list[tuple[str, str]]:
         return [(one.level, one.what) for one in shards_and_run.stopping(Case(make(**settings(**changes))))]
