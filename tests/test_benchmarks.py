@@ -25,6 +25,7 @@ from benchmarks import (
     quantization,
     report,
     scaling,
+    stopping,
     subject_fidelity,
     text_encoders,
     throughput,
@@ -33,7 +34,7 @@ from benchmarks import (
 from benchmarks.common import Hardware, Measure, Result, Row
 from benchmarks.subject_fidelity import Cell
 from dbtrain.config import Adapter, Model
-from dbtrain.evaluate import tiny_judge
+from dbtrain.evaluate import choice, tiny_judge
 from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.models.base import Base
 from dbtrain.models.families import sd
@@ -124,6 +125,20 @@ def test_a_row_of_the_fidelity_table_is_over_all_runs() -> None:
     assert table["no prior, 100 steps"].measures["drift"].median == pytest.approx(60)
     assert table["mug: no prior"].measures["drift"].samples == pytest.approx((20, 20)), "after all steps"
     assert table["mug: no prior"].config["runs"] == ["mug, seed 0", "mug, seed 1"]
+
+
+def test_where_a_run_stops_is_told_by_images_that_the_rule_has_not_seen() -> None:
+    def rows(*likeness: float) -> list[dict[str, float]]:
+        return [{"step": 10 * n, "likeness": value, "place": 1.0} for n, value in enumerate(likeness)]
+
+    curve = stopping.Curve(
+        choice.CLASSIFIER, rows(0, 0.5, 0.8, 0.82, 0.81, 0.9), rows(0.1, 0.4, 0.7, 0.9, 0.6, 0.8)
+    )
+    told = {"end": 40, "saved": 20, "exported": 30, "gained": 100, "place": 100}
+    assert curve.outcome(2) == pytest.approx(told)
+    assert curve.outcome(9) == pytest.approx(told | {"end": 50, "saved": 0, "exported": 50, "gained": 87.5})
+    by = {row.label: row for row in stopping.rows({"mug": curve}, [2])}
+    assert by["all: 2 validations"].measures["saved"].median == pytest.approx(20)
 
 
 SMOKE = {
