@@ -203,6 +203,12 @@ DINO = {"dino": 0.6, "dino_base": 0.4, "dino_real": 0.8, "clip_t": 0.27, "clip_t
     [
         (TINY, [(0.5, "fair"), (0.5, "poor"), (0.6, "poor")]),
         ({**TINY, "likeness": 0.95, "place": 1.0, "drift": 0.0}, [(1, "good"), (1, "good"), (1, "good")]),
+        ({"class_distance": 4.0, "class_distance_base": 3.0}, [(0.75, "good")]),
+        ({"class_distance": 2.9, "class_distance_base": 3.0}, [(1, "good")]),
+        (
+            {**TINY, "class_distance": 5.0, "class_distance_base": 3.0},
+            [(0.5, "fair"), (0.5, "poor"), (0.6, "poor"), (0.6, "fair")],
+        ),
         (DINO, [(0.5, "fair"), (0.5, "poor"), (0.875, "fair")]),
         ({**DINO, "clip_t": 0.32, "preservation": 0.3}, [(0.5, "fair"), (1, "good"), (1, "good")]),
         ({name: value for name, value in DINO.items() if name != "dino_real"}, [(0.5, "poor")]),
