@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,14 @@ def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path
         together = model(batch)
         alone = torch.cat([model(row_of(batch, number)) for number in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        # The same where the base is asked what it predicts for the class rows.
+        model = build(cfg, Path(cfg.data.shards))
+        new = model(replace(batch, preserved=2))
+        together = awake(model)(replace(batch, preserved=2))
+        alone_too = [model(replace(row_of(batch, number), preserved=int(number > 1))) for number in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone_too), rtol=1e-5, atol=0)
+    assert new[2:].max() < 1e-9 < together[2:].min()
 
 
 @pytest.mark.parametrize("name", FLOW)
