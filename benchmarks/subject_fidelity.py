@@ -29,11 +29,12 @@ from dbtrain.tiny.paint import render
 
 CONFIG = common.ROOT / "configs" / "quickstart.yaml"
 LOWEST = {"closed": 0.5, "place": 0.6}  # less than this and DreamBooth does not work
-USUAL, BARE = "the quickstart's", "no class images"
+USUAL, BARE, PREDICTION = "the quickstart's", "no class images", "prior by prediction"
 CHANGES = {
     USUAL: (),
     "no prior": ("loss.prior_weight=0",),
     BARE: ("prepare.class_prompt=null",),
+    PREDICTION: ("loss.prior=prediction",),
     "rank 4": ("adapter.rank=4",),
     "rank 64": ("adapter.rank=64",),
     "lr 3e-4": ("optim.lr=3e-4",),
@@ -71,7 +72,8 @@ class Cell:
 def settings(cell: Cell, work: Path, steps: Sequence[int], overrides: Sequence[str]) -> Config:
     """The quickstart's config, for this cell."""
     every = min(b - a for a, b in zip([0, *steps], steps, strict=False))
-    data = f"{cell.subject}-seed{cell.seed}-{cell.photos}{'-bare' if cell.change == BARE else ''}"
+    data = f"{cell.subject}-seed{cell.seed}-{cell.photos}"
+    data += {BARE: "-bare", PREDICTION: "-predicted"}.get(cell.change, "")
     return Config.load(CONFIG, [
         f"run_dir={_folder(cell, work)}", f"seed={cell.seed}", f"data.shards={work / f'shards-{data}'}",
         f"prepare.photos={work / f'photos-{cell.subject}-{cell.photos}'}",

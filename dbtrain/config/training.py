@@ -29,12 +29,34 @@ class Timesteps(Section):
         description="flow matching: shift of the noise levels towards noise, sigma -> s sigma / (1 + (s - 1) "
         "sigma) (null: the base's own, for this resolution; 1: none)",
     )
+    low: float = Field(
+        0.0, ge=0, lt=1, description="lowest noise level to train at, as a fraction of the timesteps"
+    )
+    high: float = Field(
+        1.0, gt=0, le=1, description="highest noise level; 0.5 leaves out the noisier half of the timesteps"
+    )
+
+    @model_validator(mode="after")
+    def _some_levels(self) -> Timesteps:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}; use a low that is less than high")
+        return self
 
 
 class Loss(Section):
-    prior_weight: NonNegative = Field(1.0, description="weight of the loss on class images")
+    prior: Literal["images", "prediction", "none"] = Field(
+        "images",
+        description="what preserves the class: `images` of it, or the base's own `prediction` for the "
+        "photos with `prepare.class_prompt`, which needs no class images",
+    )
+    prior_weight: NonNegative = Field(1.0, description="weight of the loss that preserves the class")
     min_snr_gamma: Positive | None = Field(
         None, description="min-SNR-gamma loss weighting, usually 5 (null: off)"
+    )
+    huber: PositiveShare | None = Field(
+        None,
+        description="pseudo-Huber loss, with this threshold at pure noise (usually 0.1) that rises to 1 "
+        "without noise; protects against outliers in the photos (null: squared error)",
     )
     noise_offset: NonNegative = Field(
         0.0,
@@ -44,6 +66,14 @@ class Loss(Section):
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
         "none", description="flow matching: loss weight by noise level, as in Diffusers' scripts"
     )
+
+    def role_weights(self, class_images: bool) -> dict[str, float]:
+        """The roles to train on, and the weight of each role's mean loss.
+
+        `class_images`: whether there are any. Those of weight 0 are not loaded at all.
+        """
+        there = {"images": class_images, "prediction": True, "none": False}[self.prior]
+        return {"instance": 1.0} | ({"class": self.prior_weight} if there and self.prior_weight else {})
 
 
 class Optim(Section):
@@ -139,6 +169,9 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
+        # What fetches weights runs before and after each block, which would break up a graph of all blocks;
+        # it frees and fills memory in between, as a CUDA graph could not. FSDP gathers rows, never NHWC, and
+        # could not find the rows of a block that is swapped.
         common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
         for setting, off, fitting in (
             ("shard", "none", common | {"channels_last": (False,)}),

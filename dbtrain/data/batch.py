@@ -28,6 +28,7 @@ class Batch:
     position: Tensor  # (rows,) fp64
     extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
     first: int  # position of the first instance row
+    preserved: int  # how many of the last rows have the base's own prediction as their target
     seen: int  # checksum of the rows' roles, positions and content, to compare runs
 
     @classmethod
@@ -40,6 +41,7 @@ class Batch:
         stored: Mapping[str, Tensor] | None = None,
         weights: Sequence[float] | None = None,
         positions: Sequence[int] | None = None,
+        preserved: int = 0,
         seen: int = 0,
     ) -> Batch:
         """The batch of these rows and their random numbers, on the CPU.
@@ -60,6 +62,7 @@ class Batch:
             position=torch.tensor(positions or zeros, dtype=torch.float64),
             extra=_stacked(extras),
             first=(positions or zeros)[0],
+            preserved=preserved,
             seen=seen,
         )
 

@@ -84,7 +84,7 @@ def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, 
         for name, content in peft_folder.contents(adapter).items():
             files.write(part / component / name, content)
     if words := progress.model.words:
-        files.write(part / word_file.CHECKPOINT, word_file.checkpoint(progress.model.word, words))
+        files.write(part / word_file.CHECKPOINT, word_file.checkpoint(progress.model.learned, words))
     moments = optim.state(progress.optimizer, progress.model.trainable())
     files.write(part / OPTIMIZER, safetensors.torch.save(moments))
     written = {str(path.relative_to(part)): hashing.sha256_of(path) for path in part.rglob("*.*")}

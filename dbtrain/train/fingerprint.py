@@ -21,7 +21,7 @@ PREPARE = (
     "held_out", "class_held_out", "vae_precision",
 )  # fmt: skip
 # Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
-LATER = {"timesteps", "weighting"}
+LATER = {"timesteps", "weighting", "prior", "huber"}
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
@@ -55,13 +55,14 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
     }
     if cfg.adapter.token:
         settings |= {f"adapter.token.{key}": value for key, value in cfg.adapter.token.model_dump().items()}
-        settings["subject.token"] = cfg.subject.token
+        settings["adapter.token"] = ", ".join(cfg.learned_words)
     return {
         "seed": cfg.seed,
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json", exclude=LATER).items()},
         **{f"loss.{key}": value for key, value in later.items()},
         "train.global_batch": cfg.train.global_batch,
+        **({"subjects.weight": [one.weight for one in cfg.subjects]} if cfg.subjects else {}),
         **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
     }
 

@@ -22,7 +22,7 @@ from dbtrain.data.storage import Storage
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.prepare import plan
+from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
@@ -206,7 +206,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
-        table |= tokens.read_again(inputs.base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
+        table |= tokens.read_again(inputs.base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
         training = training_adapter.read(inputs.base, cfg.model)
         model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
@@ -226,13 +226,15 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     checkpoint.check_ranks(model)
 
     # The data, from the next step on.
-    weights = _role_weights(cfg, manifest)
+    weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
+        weights=subjects.weights(cfg),
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
         stored=inputs.base.family.stored,
+        class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.
@@ -262,26 +264,22 @@ def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
     progress.optimizer.zero_grad()
 
 
-def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
-    """Weight of each role's mean loss; class images with weight 0 are not loaded at all."""
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    return {role: weights[role] for role in ("instance", "class") if role in manifest.roles and weights[role]}
-
-
 def _describe(
     cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: Mapping[str, float], start: int
 ) -> str:
     """The log line that says what is trained, on which data and devices."""
-    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in role_weights)
+    images = ("instance",) if cfg.loss.prior == "prediction" else role_weights
+    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in images)
+    rows += ", also with the class prompt" if len(images) < len(role_weights) else ""
     sizes = []
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
-    if model.word:
-        sizes.append(f"the word '{model.word}' of {', '.join(model.words)}")
+    if model.learned:
+        sizes.append(f"{', '.join(map(repr, model.learned))} of {', '.join(model.words)}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    if parallel.is_sharded(model):
-        where += f", frozen weights sharded ({cfg.train.shard})"
+    if (together := parallel.holders(model)) > 1:
+        where += f", frozen weights sharded over {together} ranks"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
