@@ -74,7 +74,7 @@ def network(cfg: Config) -> DreamBooth:
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
     table = shards.read_prompts(at(folder), manifest.prompts)
-    table |= tokens.read_again(base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
+    table |= tokens.read_again(base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
     model = DreamBooth.build(base, manifest, table, cfg)
     newest = RunFolder(cfg.run_dir).checkpoints()[-1]
     for component, module in model.trained.items():
