@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Patterns, Positive, Rank, Section, Share, Targets
+from dbtrain.config.base import Patterns, Positive, Rank, Section, Share, Targets, Text
 
 
 class AdapterSettings(Section):
@@ -64,7 +64,7 @@ class AdapterSettings(Section):
         return self
 
 
-COMMON_OPTIONS = ("kind", "rank", "ranks", "alpha", "targets", "text_encoder")
+COMMON_OPTIONS = ("kind", "rank", "ranks", "alpha", "targets", "text_encoder", "token")
 _LYCORIS = ("rank_dropout", "module_dropout", "effective_conv2d")
 OPTIONS = {
     "lora": ("dropout", "init", "rslora", "dora", "bias"),
@@ -73,10 +73,24 @@ OPTIONS = {
 }
 
 
+class Token(Section):
+    """Learned embeddings for the word of the subject, in place of those that the text encoders have."""
+
+    init: Text | None = Field(
+        None, description="words whose embeddings they start from (null: those of `subject.token` itself)"
+    )
+    vectors: int = Field(1, ge=1, le=32, description="how many embeddings stand for the word")
+
+
 class Adapter(AdapterSettings):
     text_encoder: AdapterSettings | None = Field(
         None,
         description="adapter for the text encoders (of FLUX.1 and SD 3: the CLIPs); null: they stay frozen",
+    )
+    token: Token | None = Field(
+        None,
+        description="`{}`: also learn what the word `subject.token` means to the text encoders (of FLUX.1 "
+        "and SD 3: to the CLIPs); null: it keeps its meaning",
     )
 
 

@@ -28,6 +28,7 @@ class Batch:
     position: Tensor  # (rows,) fp64
     extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
     first: int  # position of the first instance row
+    preserved: int  # how many of the last rows have the base's own prediction as their target
     seen: int  # checksum of the rows' roles, positions and content, to compare runs
 
     @classmethod
@@ -41,6 +42,7 @@ class Batch:
         weights: Sequence[float] | None = None,
         positions: Sequence[int] | None = None,
         prompts: Sequence[int] | None = None,
+        preserved: int = 0,
         seen: int = 0,
     ) -> Batch:
         """The batch of these rows and their random numbers, on the CPU.
@@ -62,6 +64,7 @@ class Batch:
             position=torch.tensor(positions or zeros, dtype=torch.float64),
             extra=_stacked(extras),
             first=(positions or zeros)[0],
+            preserved=preserved,
             seen=seen,
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from dbtrain.adapters import targets
+from dbtrain.adapters import targets, tokens
 from dbtrain.config import Model
 from dbtrain.config.adapter import AdapterSettings
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
@@ -179,6 +179,11 @@ def adapter(case: Case) -> Iterator[Finding]:
             chosen = targets.select(modules, cfg.targets, part, presets)
             found = problems_of(lambda: targets.ranks(modules, chosen, cfg, part), "use another name")  # noqa: B023
         yield from found
+    if word := case.cfg.adapter.token:
+        yield from problems_of(
+            lambda: tokens.readers(case.base, case.cfg.subject.token, word),
+            "set subject.token, e.g. to <sks>",
+        )
     total = adapter_bytes(case) // 4
     names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, *_ in parts)
     yield ok(f"{names}: about {total:,} parameters" if total else "unknown without weights")

@@ -24,7 +24,7 @@ PREPARE = (
 OPTIONAL = ("data.prompt_dropout", "optim.name")
 DEFAULTS = {name: field.get_default() for name, field in fields() if name in OPTIONAL}
 # Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
-LATER = {"timesteps", "weighting"}
+LATER = {"timesteps", "weighting", "prior", "huber"}
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
     Models and shards are represented by hashes. Steps, learning rate, micro-batch, precision, memory
     settings, and ranks can change: the data and noise of a step do not depend on them.
     """
-    trained = base.family.adaptable_text if cfg.adapter.text_encoder else ()
+    trained = base.family.adaptable_text if cfg.adapter.text_encoder or cfg.adapter.token else ()
     training = training_adapter.content(cfg.model)
     base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
     return {
@@ -54,8 +54,11 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         for part, one in parts.items()
         if one
         for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
-        if key != "text_encoder" and (key, value) != ("ranks", {})
+        if key not in ("text_encoder", "token") and (key, value) != ("ranks", {})
     }
+    if cfg.adapter.token:
+        settings |= {f"adapter.token.{key}": value for key, value in cfg.adapter.token.model_dump().items()}
+        settings["subject.token"] = cfg.subject.token
     return {
         "seed": cfg.seed,
         **settings,
@@ -63,6 +66,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         **{f"loss.{key}": value for key, value in later.items()},
         **{key: value for key in OPTIONAL if (value := cfg.get(key)) != DEFAULTS[key]},
         "train.global_batch": cfg.train.global_batch,
+        **({"subjects.weight": [one.weight for one in cfg.subjects]} if cfg.subjects else {}),
         **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
     }
 

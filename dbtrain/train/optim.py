@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.adapters import targets
+from dbtrain.adapters.tokens import DIRECTION
 from dbtrain.config import Optim
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.prodigy import Prodigy
@@ -39,10 +40,14 @@ def build(
     Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
     et al. 2024, arXiv:2402.12354.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, factor in _factors(list(parameters), cfg).items():
-        groups.setdefault(factor, []).append(parameters[name])
-    chosen = [{"params": group, "factor": factor} for factor, group in groups.items()]
+        decay = 0.0 if name.endswith(DIRECTION) else cfg.weight_decay  # a length has nothing to decay
+        groups.setdefault((factor, decay), []).append(parameters[name])
+    chosen = [
+        {"params": group, "factor": factor, "weight_decay": decay}
+        for (factor, decay), group in groups.items()
+    ]
     optimizer: torch.optim.Optimizer
     if cfg.name == "prodigy":
         optimizer = Prodigy(chosen, cfg.lr, cfg.weight_decay)
@@ -62,6 +67,9 @@ def _factors(names: Sequence[str], cfg: Optim) -> dict[str, float]:
     chosen = targets.by_pattern(set(modules.values()), cfg.lrs, "optim.lrs", r"[^.]+\.")
     factors = {}
     for name in names:
+        if name.endswith(DIRECTION):
+            factors[name] = cfg.token_lr / cfg.lr
+            continue
         factor = chosen.get(modules[name], 1.0)
         if name.startswith("text_encoder") and cfg.text_encoder_lr:
             factor *= cfg.text_encoder_lr / cfg.lr

@@ -13,7 +13,8 @@ Segments = list[dict[str, Any]]  # "from": the step after which its "settings" c
 
 def settings(cfg: Config) -> dict[str, Any]:
     """The settings that shape the weights, but are not in the fingerprint, by config key."""
-    optim = cfg.optim.model_dump(mode="json")
+    unused = set() if cfg.adapter.token else {"token_lr"}
+    optim = cfg.optim.model_dump(mode="json", exclude=unused)
     found: dict[str, Any] = {f"optim.{key}": value for key, value in optim.items()}
     if cfg.optim.schedule != "constant":
         found["train.steps"] = cfg.train.steps  # where the schedule ends
