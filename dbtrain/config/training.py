@@ -101,7 +101,7 @@ class Optim(Section):
     token_lr: Positive = Field(
         1e-3,
         description="`adapter.token`: peak learning rate of the embeddings, as unit vectors: their length "
-        "stays",
+        "stays; for `prodigy` a factor, by default 1",
     )
     lora_plus_ratio: Positive = Field(
         1.0, description="LoRA+: learning rate of the up projections as a multiple of `optim.lr`"
@@ -123,18 +123,18 @@ class Optim(Section):
     @classmethod
     def _factor_of_a_found_rate(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "prodigy":
-            return {"lr": 1.0} | values
+            return {"lr": 1.0, "token_lr": 1.0} | values
         return values
 
     @model_validator(mode="after")
     def _no_rate_for_prodigy(self) -> Optim:
-        for name in ("lr", "text_encoder_lr"):
-            value = getattr(self, name)
-            if self.name == "prodigy" and value and value < LEAST_FACTOR:
-                raise ValueError(
-                    f"{name} is {value:g}, but of prodigy it is a factor of the rate that it finds; "
-                    f"set optim.{name}=1, or remove it"
-                )
+        values = {name: getattr(self, name) for name in ("lr", "text_encoder_lr", "token_lr")}
+        small = [name for name, value in values.items() if value and value < LEAST_FACTOR]
+        if self.name == "prodigy" and small:
+            raise ValueError(
+                f"{' and '.join(f'{name} is {values[name]:g}' for name in small)}, but for prodigy that is a "
+                f"factor of the rate that it finds; set {' '.join(f'optim.{name}=1' for name in small)}"
+            )
         return self
 
 
