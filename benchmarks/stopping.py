@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks import common, trainer
+from benchmarks.choose_settings import Cell, Plan, photograph
 from benchmarks.common import Measure, Result, Row
-from benchmarks.subject_fidelity import USUAL, Cell, settings
 from dbtrain.config import Config
 from dbtrain.evaluate import scoring
 from dbtrain.evaluate.choice import Rows, Rule
@@ -62,16 +62,15 @@ class Curve:
 UNITS = {"end": "", "saved": "%", "exported": "", "gained": "%", "place": "%"}
 
 
-def curve(subject: str, work: Path, steps: int, every: int, overrides: Sequence[str]) -> Curve:
+def curve(subject: world.Subject, work: Path, steps: int, every: int, overrides: Sequence[str]) -> Curve:
     """Train a subject, and score its validations."""
-    cfg = settings(Cell(subject, 0, USUAL), work, [every, steps], [
-        f"subject.class_word={subject}", f"validation.every={every}",
-        f"validation.prompts={json.dumps(PROMPTS)}", f"validation.images={2 * IMAGES}",
-        "sample.batch=8", *overrides,
-    ])  # fmt: skip
+    cfg = Plan(work, [every, steps], 0, [
+        f"validation.every={every}", f"validation.prompts={json.dumps(PROMPTS)}",
+        f"validation.images={2 * IMAGES}", "sample.batch=8", *overrides,
+    ]).config(Cell(subject, 0, "quickstart"))  # fmt: skip
     with dist.agreed():
-        if dist.is_main() and cfg.prepare:
-            world.main(Path(cfg.prepare.photos), subject)
+        if dist.is_main():
+            photograph(subject, cfg)
     trainer.prepare(cfg)
     trainer.train(cfg)
     half = cfg.override(f"validation.images={IMAGES}")
@@ -110,13 +109,17 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     dist.init()
     if args.smoke:
         args.subjects, args.steps, args.every, args.patience = args.subjects[:1], 4, 2, [1]
-    curves = {one: curve(one, work, args.steps, args.every, args.set) for one in args.subjects}
+    subjects = [world.drawn_subject(args.looks, number, "choosing") for number in args.subjects]
+    curves = {
+        f"{one.kind} {one.name}": curve(one, work, args.steps, args.every, args.set) for one in subjects
+    }
     return common.result(args, "stopping", f"tiny-{args.device}", rows(curves, args.patience), ABOUT)
 
 
 def parser() -> argparse.ArgumentParser:
     words = common.parser(__doc__, "set")
-    words.add_argument("--subjects", nargs="+", default=list(world.SUBJECTS), choices=list(world.SUBJECTS))
+    words.add_argument("--subjects", type=int, nargs="+", default=list(range(8)))
+    words.add_argument("--looks", type=int, default=0, help="seed from which the subjects are drawn")
     words.add_argument("--steps", type=int, default=400)
     words.add_argument("--every", type=int, default=50)
     words.add_argument("--patience", type=int, nargs="+", default=[1, 2, 3])

@@ -154,10 +154,10 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
         from dbtrain.export import export, hub
         from dbtrain.prepare import duration, prepare
         from dbtrain.sample import sample
-        from dbtrain.train import loop, setup, summary
+        from dbtrain.train import inputs, loop, summary
 
     hub.check(cfg)
-    setup.check_settings(cfg)
+    inputs.check_settings(cfg)
     duration.announce(cfg, *duration.JOB)
     prepare.prepare(cfg)
     loop.train(cfg)

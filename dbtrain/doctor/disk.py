@@ -42,7 +42,7 @@ def _folders(case: Case) -> Iterator[tuple[str, Path]]:
     shards = Storage(cfg.data.shards).folder
     if cfg.prepare and shards:
         yield "data.shards", shards
-        if cfg.prepare.class_prompt:
+        if cfg.prepare.has_class_images:
             yield "prepare.class_dir", class_images.root(cfg.prepare)
     yield "cache", files.cache()
 
@@ -101,7 +101,8 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
         missing = 0
         for one in (part.prepare for part in classes):
             count = one.class_images - len(class_images.find_own(one))
-            missing += count - sum(path.exists() for path in class_images.generated(case.base, one, count))
+            made = class_images.generated(case.base, one, cfg.train.base_linears, count)
+            missing += count - sum(path.exists() for path in made)
         png = prepare.resolution**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
         yield "class images", class_images.root(prepare), missing * each

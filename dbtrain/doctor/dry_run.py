@@ -88,7 +88,7 @@ def shortened(cfg: Config, folder: Path) -> Config:
         )
         changes["prepare"] = cfg.prepare.model_copy(update={
             "photos": found[0], "class_dir": str(_own_class_images(cfg, folder / "class")),
-            "class_images": IMAGES, "held_out": 0, "class_held_out": 0,
+            "class_images": min(IMAGES, cfg.prepare.class_images), "held_out": 0, "class_held_out": 0,
             "sampling": sampling.model_copy(update={"steps": min(sampling.steps, STEPS)}),
         })  # fmt: skip
     return cfg.model_copy(update=changes)

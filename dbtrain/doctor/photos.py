@@ -171,7 +171,9 @@ def of_class(case: Case) -> Iterator[Finding]:
     """How many class images there are, and how many have to be generated."""
     classes = subjects.parts(case.cfg)["class"]
     if not classes:
-        yield ok("no prepare.class_prompt: no prior preservation")
+        prompt = case.cfg.prepare and case.cfg.prepare.class_prompt
+        why = f"none needed: loss.prior is {case.cfg.loss.prior}"
+        yield ok(why if prompt else "no prepare.class_prompt: no prior preservation")
         return
     subjects.check_class_images(case.cfg)
     for part in classes:
@@ -189,7 +191,8 @@ def _of_class(case: Case, cfg: Prepare) -> Iterator[Finding]:
         yield from found
         return
     plan.left(cfg, "class", cfg.class_images)
-    kept = sum(path.exists() for path in class_images.generated(case.base, cfg, count))
+    made = class_images.generated(case.base, cfg, case.cfg.train.base_linears, count)
+    kept = sum(path.exists() for path in made)
     yield ok(f"{cfg.class_images}: {len(own)} of your own, {kept} already generated, "
              f"{count - kept} to generate, in {class_images.root(cfg)}")  # fmt: skip
 

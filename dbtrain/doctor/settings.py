@@ -53,10 +53,15 @@ def prompts(case: Case) -> Iterator[Finding]:
                 "use the same class word in both, e.g. 'a photo of sks dog' and 'a photo of a dog'",
             )
     yield from _about_the_subject(case.cfg, cfg)
-    if cfg.class_prompt and not case.cfg.loss.prior_weight:
+    if cfg.has_class_images and not case.cfg.loss.prior_weight:
         yield warning(
             f"loss.prior_weight is 0: {cfg.class_images} class images are generated but never trained on",
-            "remove prepare.class_prompt, or set loss.prior_weight=1",
+            "set loss.prior=none, or loss.prior_weight=1",
+        )
+    if case.cfg.loss.prior == "prediction" and not case.cfg.loss.prior_weight:
+        yield warning(
+            "loss.prior is prediction, but loss.prior_weight is 0: nothing preserves the class",
+            "set loss.prior=none, or loss.prior_weight=1",
         )
     yield ok(f"'{cfg.instance_prompt}'" + (f", class '{cfg.class_prompt}'" if cfg.class_prompt else ""))
 

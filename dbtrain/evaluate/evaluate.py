@@ -24,7 +24,7 @@ from dbtrain.evaluate.choice import Rule
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, read_state, step_of
+from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, adapter_in, read_state, step_of
 
 FEW = 3  # fewer checkpoints than this are hardly a choice
 
@@ -142,25 +142,26 @@ def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
     paths = run.checkpoints()
     for path in paths:
         read_state(path)
+    adapters = {path: adapter_in(path, cfg.export.ema) for path in paths}
     try:
         export = formats.find(run.path)
     except ConfigError:
         export = None  # the run is not done
     if not paths and export is None:
         raise ConfigError(f"{run.path} has neither a checkpoint nor an export; run: dbtrain train")
-    source = _source(cfg, base, export, paths) if export else None
-    found = [Candidate(f"step {step_of(path)}", step_of(path), path,
+    source = _source(base, export, adapters) if export else None
+    found = [Candidate(f"step {step_of(path)}", step_of(path), adapters[path],
                        run.scores / path.name, path == source) for path in paths]  # fmt: skip
     if export and source is None:
         found.append(Candidate("export", None, export, run.scores, True))
     return found
 
 
-def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Path | None:
+def _source(base: Base, export: Path, adapters: Mapping[Path, Path]) -> Path | None:
     """The checkpoint that was exported; None if it was deleted."""
     ours = formats.read(export, base.family, base.skeleton)
-    for path in reversed(paths):
-        theirs = formats.read(path, base.family, base.skeleton)
+    for path, adapter in reversed(list(adapters.items())):
+        theirs = formats.read(adapter, base.family, base.skeleton)
         if theirs.keys() == ours.keys() and all(
             mine.tensors.keys() == theirs[name].tensors.keys()
             and all(tensor.equal(theirs[name].tensors[key]) for key, tensor in mine.tensors.items())

@@ -12,7 +12,9 @@ import jinja2
 import yaml
 
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.common import States, alpha_in
+from dbtrain.adapters.tokens import Words
 from dbtrain.config import Config
 from dbtrain.models.base import Base
 from dbtrain.models.locate import EMBEDDED
@@ -25,8 +27,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def card(
-    cfg: Config, base: Base, states: States, state: Mapping[str, Any], name: str, forms: Sequence[str],
-    images: Sequence[str],
+    cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], name: str,
+    forms: Sequence[str], images: Sequence[str],
 ) -> str:  # fmt: skip
     """Return the README.md of an export of the adapter `name` in the formats `forms`.
 
@@ -60,5 +62,8 @@ def card(
         chosen=best["why"] if best and best["step"] == state.get("step") else "",
         files={form: formats.FORMATS[form].file.format(name=name) for form in forms}, images=images,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},
+        words=[(word.text, word.vectors, f"{word_file.FOLDER}/{word.text}.safetensors") for word in words],
+        encoders=dict(zip(base.family.adaptable_text, word_file.CLIPS, strict=False)),
+        ends=word_file.old_ends(base) if words else {},
         adapters=[(name, state.config["r"], alpha_in(state.config)) for name, state in states.items()],
     )  # fmt: skip

@@ -92,7 +92,8 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
         mine = len(class_images.find_own(part.prepare))
         missing = part.prepare.class_images - mine
         if base:
-            missing -= sum(path.exists() for path in class_images.generated(base, part.prepare, missing))
+            made = class_images.generated(base, part.prepare, cfg.train.base_linears, missing)
+            missing -= sum(path.exists() for path in made)
         own, wanted = own + mine, wanted + missing
     count = sum(len(photos.of_subject(part.prepare)) for part in parts["instance"])
     crops = count * cfg.prepare.variants * (1 + cfg.prepare.flip)
@@ -254,6 +255,7 @@ def _folder(cfg: Config) -> Path | None:
     settings = [
         torch.__version__, cfg.model.model_dump(mode="json"), cfg.adapter.model_dump(mode="json"),
         cfg.train.model_dump(mode="json", exclude=NOT_TRAIN), bool(cfg.loss.prior_weight),
+        *([cfg.loss.prior] if cfg.loss.prior != "images" else []),
         cfg.sample.model_dump(mode="json", include=SAMPLING),
         prepare and prepare.model_dump(mode="json", include=PREPARE),
         prepare and prepare.sampling.model_dump(mode="json", include=SAMPLING),

@@ -64,7 +64,7 @@ def prepare(cfg: Config) -> Path:
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
         subjects.check_class_images(cfg)
     if classes := of_role["class"]:
-        images["class"] = [class_images.ensure(base, part.prepare) for part in classes]
+        images["class"] = [class_images.ensure(base, part.prepare, cfg.train) for part in classes]
 
     with lock.held(folder, "data.shards"):
         _fill(Task(cfg, cfg.prepare, base, folder, storage, _old_manifest(storage)), images)

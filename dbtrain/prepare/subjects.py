@@ -27,7 +27,7 @@ def parts(cfg: Config) -> dict[str, list[Part]]:
     subjects = [Part(one, weight) for one, weight in zip(settings, weights, strict=True) if one]
     classes: dict[str, Part] = {}
     for one in subjects:
-        if prompt := one.prepare.class_prompt:
+        if (prompt := one.prepare.class_prompt) and one.prepare.has_class_images:
             so_far = classes.get(prompt, replace(one, weight=0.0))
             classes[prompt] = replace(so_far, weight=so_far.weight + one.weight)
     return {"instance": subjects, "class": list(classes.values())}
@@ -35,7 +35,10 @@ def parts(cfg: Config) -> dict[str, list[Part]]:
 
 def weights(cfg: Config) -> dict[str, tuple[float, ...]]:
     """How often each of several subjects, and each of their classes, is trained on, by role."""
-    return {role: tuple(part.weight for part in found) for role, found in parts(cfg).items() if found}
+    found = {role: tuple(part.weight for part in several) for role, several in parts(cfg).items() if several}
+    if cfg.loss.prior == "prediction":  # for each subject's photos
+        return dict.fromkeys(("instance", "class"), found.get("instance", (1.0,)))
+    return found
 
 
 def check_class_images(cfg: Config) -> None:

@@ -27,6 +27,7 @@ from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import sha256_of
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"  # in a checkpoint
+EMA = "ema"  # in a checkpoint: the moving average of the adapter, in folders of the same form
 SHEET = "sheet.png"  # in a folder of images
 CONFUSION = "confusion.json"  # which of several subjects the images of each are like
 SCORES = "scores.json"  # in a folder of scores
@@ -157,6 +158,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         names = ", ".join(damaged)
         raise ConfigError(f"checkpoint {checkpoint} is damaged: {names} does not match its sha256")
     return state
+
+
+def adapter_in(checkpoint: Path, ema: bool) -> Path:
+    """The folder of a checkpoint's adapter, or of its moving average. Raises ConfigError without one."""
+    if not ema:
+        return checkpoint
+    if not (checkpoint / EMA).is_dir():
+        raise ConfigError(
+            f"export.ema is true, but checkpoint {checkpoint} has no moving average, as train.ema was null; "
+            "set export.ema=false"
+        )
+    return checkpoint / EMA
 
 
 def _step_name(step: int) -> str:

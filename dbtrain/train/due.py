@@ -54,10 +54,15 @@ def held_out_roles(manifest: Manifest) -> list[str]:
 def images_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
     """A hash of everything that a step's images depend on, except the step."""
     settings = cfg.sample.model_dump(mode="json", exclude={"prompts", "images", "batch", "precision"})
-    return content_key([fingerprint, cfg.validation.prompts, cfg.validation.images, settings])
+    about = [fingerprint, cfg.validation.prompts, cfg.validation.images, settings]
+    return content_key([*about, *_averaged(cfg)])
 
 
 def losses_key(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | None) -> str:
     """A hash of everything that a step's held-out losses and scores depend on, except the step."""
     scores = [scoring.key, images_key(cfg, fingerprint)] if scoring and scoring.prompts else []
-    return content_key([fingerprint, cfg.validation.timesteps, *scores])[:12]
+    return content_key([fingerprint, cfg.validation.timesteps, *scores, *_averaged(cfg)])[:12]
+
+
+def _averaged(cfg: Config) -> list[str]:
+    return ["average"] if cfg.export.ema else []

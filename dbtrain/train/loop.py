@@ -10,7 +10,8 @@ from dbtrain.runtime import console, dist, lock
 from dbtrain.runtime.errors import Preempted
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder
-from dbtrain.train.setup import Inputs, setup
+from dbtrain.train.inputs import Inputs
+from dbtrain.train.setup import setup
 from dbtrain.train.step import train_step
 
 

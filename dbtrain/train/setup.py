@@ -6,20 +6,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from torch import nn
 
 from dbtrain.adapters import inject as adapters
+from dbtrain.adapters import tokens
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice
-from dbtrain.data.shards import HELD_OUT, Manifest
-from dbtrain.data.storage import Storage
-from dbtrain.evaluate import scoring
-from dbtrain.evaluate.scoring import Scoring
+from dbtrain.data.shards import Manifest
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
@@ -28,11 +24,9 @@ from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import (
-    best,
     checkpoint,
     cuda_graph,
     due,
-    fingerprint,
     memory,
     parallel,
     segments,
@@ -41,77 +35,10 @@ from dbtrain.train import (
 )
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Metrics
 from dbtrain.train.step import Compute, compute_step
 from dbtrain.train.validation import Validator
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The base and the shards of a run, checked before anything is loaded; the same on every rank."""
-
-    base: Base
-    storage: Storage
-    manifest: Manifest
-    share: RankSlice
-    fingerprint: Mapping[str, Any]
-    scoring: Scoring | None  # on rank 0, of a run that stops at its best
-
-    @classmethod
-    def find(cls, cfg: Config) -> Inputs:
-        """Find them. Raises ConfigError if the shards are missing, or made for another base or settings."""
-        storage = Storage(cfg.data.shards, cfg.faults.retries)
-        base = Base.find(cfg.model)
-        training_adapter.fetch(cfg.model)
-        with dist.agreed():
-            base.check_trains(cfg.adapter, cfg.model.training_adapter)
-            share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
-            manifest = Manifest.read(storage)
-            cuda_graph.check(cfg.train.cuda_graph, dist.device())
-            found = scores = None
-            if dist.is_main():
-                manifest.check_files(storage)
-                plan.check(cfg, base, manifest)
-                found = fingerprint.of(cfg, base, manifest)
-                if cfg.train.stop == "best":
-                    scores = scoring.of(cfg, HELD_OUT["instance"] in manifest.roles)
-        return cls(base, storage, manifest, share, dist.from_main(found), scores)
-
-    def trained_to(self, cfg: Config) -> int:
-        """The last step, if all steps and validations are done, else 0.
-
-        Raises ConfigError if the newest checkpoint belongs to another run or is past `train.steps`, or if
-        settings have changed that only steps can apply.
-        """
-        end = 0
-        with dist.agreed():
-            found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
-            if found:
-                fingerprint.check_continues(*found, self.fingerprint, cfg.train.steps)
-                step, about = found[1]["step"], (self.fingerprint, self.scoring)
-                ends = best.decide(cfg, *about, step) or step == cfg.train.steps
-                end = step if ends and not due.missing(cfg, self.manifest, *about, step) else 0
-            late = segments.changes(found[1].get("segments", []), cfg) if end and found else []
-            if late:
-                more = "train.steps" if end == cfg.train.steps else "train.patience"
-                raise ConfigError(
-                    f"{cfg.run_dir} is already trained to step {end}, too far for "
-                    f"{' '.join(late)}; increase {more} to continue with that, or change run_dir"
-                )
-        return dist.from_main(end)
-
-
-def check_settings(cfg: Config) -> None:
-    """Raise ConfigError for settings that cannot train, before anything is downloaded or encoded for them.
-
-    That is a batch that the ranks cannot share, or a run that other settings began.
-    """
-    dist.init()
-    training_adapter.fetch(cfg.model)
-    with dist.agreed():
-        RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
-        if dist.is_main():
-            fingerprint.check_settings(cfg)
 
 
 class Stop:
@@ -151,7 +78,7 @@ class Job:
                 _compile(self.progress, self.stream, self.cfg)
             with dist.training(self.cfg.faults.timeout_s):
                 ddp, stop = parallel.wrap(self.progress.model), Stop(until)
-                self.validation.run(self.start, self.metrics)
+                self._validate(self.start)
                 yield ddp, stop
 
     def steps(self) -> Iterator[int]:
@@ -181,11 +108,16 @@ class Job:
         if not self.validation.is_due(step):
             return
         try:
-            self.validation.run(step, self.metrics)
+            self._validate(step)
         except (Preempted, ConfigError):  # on all ranks; a resumed run repeats the validation
             if not saved:
                 self.save(step)
             raise
+
+    def _validate(self, step: int) -> None:
+        """Validate what is exported: the adapter, or its moving average."""
+        with self.progress.averaged(self.cfg.export.ema):
+            self.validation.run(step, self.metrics)
 
 
 def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
@@ -225,6 +157,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
+        table |= tokens.read_again(inputs.base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
         training = training_adapter.read(inputs.base, cfg.model)
         model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
@@ -246,14 +179,15 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     checkpoint.check_ranks(model)
 
     # The data, from the next step on.
-    weights = _role_weights(cfg, manifest)
+    weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
-        weights=subjects.weights(cfg),
+        weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
         stored=inputs.base.family.stored,
+        class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.
@@ -285,24 +219,22 @@ def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
     progress.optimizer.zero_grad()
 
 
-def _role_weights(cfg: Config, manifest: Manifest) -> dict[str, float]:
-    """Weight of each role's mean loss; class images with weight 0 are not loaded at all."""
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    return {role: weights[role] for role in ("instance", "class") if role in manifest.roles and weights[role]}
-
-
 def _describe(
     cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: Mapping[str, float], start: int
 ) -> str:
     """The log line that says what is trained, on which data and devices."""
-    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in role_weights)
+    images = ("instance",) if cfg.loss.prior == "prediction" else role_weights
+    rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in images)
+    rows += ", also with the class prompt" if len(images) < len(role_weights) else ""
     sizes = []
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
+    if model.word:
+        sizes.append(f"the word '{model.word}' of {', '.join(model.words)}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    if parallel.is_sharded(model):
-        where += f", frozen weights sharded ({cfg.train.shard})"
+    if (together := parallel.holders(model)) > 1:
+        where += f", frozen weights sharded over {together} ranks"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dbtrain.adapters import tokens
 from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
 from dbtrain.data.shards import Manifest
@@ -40,7 +41,7 @@ def encode(cfg: Config, base: Base, manifest: Manifest) -> list[dict[str, Tensor
 
     Rank 0 encodes them on its device, so call this while no denoiser is there.
     """
-    trained = base.family.adaptable_text if cfg.adapter.text_encoder else ()
+    trained = base.family.adaptable_text if cfg.adapter.text_encoder or cfg.adapter.token else ()
     if not cfg.validation.prompts or set(trained) == base.family.text_encoders.keys():
         return None
     return sampler.encode_once(
@@ -160,7 +161,9 @@ class ImageGenerator:
     def pipe(self) -> Any:
         """The pipeline. It is built on first use, when the model is on its device."""
         family = self.family
-        given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.trained
+        given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.live
+        readers = tokens.readers(self.base, self.cfg.subject.token, self.cfg.adapter.token)
+        given |= {family.text_encoders[name]: tokenizer for name, tokenizer in readers.items()}
         dtype = PRECISIONS[self.cfg.train.precision].dtype
         if family.vae:
             return sampler.without_vae(self.base, self.side, dtype, given)
@@ -174,7 +177,7 @@ class ImageGenerator:
             return sampler.encode(self.pipe, family, prompts, self.cfg.sample.guidance)
         if not encoders:
             return self.encoded
-        tokenizers = {name: self.base.load(family.text_encoders[name]) for name in encoders}
+        tokenizers = {name: getattr(self.pipe, family.text_encoders[name]) for name in encoders}
         return [
             sampler.reencoded(family, encoders, tokenizers, prompt, row)
             for prompt, row in zip(prompts, self.encoded, strict=True)

@@ -154,3 +154,15 @@ def test_own_class_images_are_of_one_class(several: Several, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="'a photo of a dog' and 'a photo of a cat'; use an empty folder"):
         prepare(several(prepare__class_dir=str(own)))
     shutil.rmtree(own)
+
+
+def test_each_subject_s_own_class_is_what_the_base_predicts_for(several: Several) -> None:
+    cfg = several(loss__prior="prediction")
+    folder = prepare(cfg)
+    manifest = Manifest.read(at(folder))
+    assert set(manifest.roles) == {"instance"}, "class images were made"
+    stream = LatentStream(at(folder), manifest, RankSlice(4, 4), {"instance": 1.0, "class": 1.0}, seed=3,
+                          weights=subjects.weights(cfg), class_prompts=manifest.class_prompts())  # fmt: skip
+    rows = [manifest.prompts.texts[prompt] for prompt in next(stream).prompts]
+    stream.close()
+    assert Counter(rows[4:]) == {"a photo of a dog": 2, "a photo of a cat": 2}
