@@ -62,7 +62,7 @@ def steps(cfg: Config) -> Iterator[Steps]:
     stream = LatentStream(
         place, manifest, share, weights, seed=0, device=dist.device(),
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
-        class_prompt=manifest.class_prompt() if cfg.loss.prior == "prediction" else None,
+        class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
     )  # fmt: skip
     with closing(stream), dist.training(cfg.faults.timeout_s):
         yield Steps(cfg, model, parallel.wrap(model), progress, stream)

@@ -189,7 +189,7 @@ def sample(
         from dbtrain.sample import sample as verb
 
     mixes = [verb.Mix.parse(text) for text in adapter or ()]
-    prompts = [cfg.subject.filled(text) for text in prompt or cfg.sample.prompts]
+    prompts = cfg.filled(prompt or cfg.sample.prompts)
     verb.sample(cfg, prompts, mixes or verb.without_and_with(cfg.run_dir), out)
 
 

@@ -34,7 +34,7 @@ def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> Dr
 def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
     manifest, weights = Manifest.read(at(folder)), {"instance": 1.0, "class": cfg.loss.prior_weight}
     options.setdefault("share", RankSlice(cfg.train.global_batch, cfg.train.micro_batch))
-    options["class_prompt"] = manifest.class_prompt() if cfg.loss.prior == "prediction" else None
+    options["class_prompts"] = manifest.class_prompts() if cfg.loss.prior == "prediction" else None
     return LatentStream(
         at(folder), manifest, role_weights=weights, seed=cfg.seed,
         extra=lambda meta: families.get(manifest.family).row(meta, manifest.request["resolution"]), **options,

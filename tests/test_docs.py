@@ -70,7 +70,7 @@ def _values(prefix: str, name: str) -> str:
     node = schema = _schema()
     for part in [*prefix.split(".")[:-1], name]:
         node = node["properties"][part]
-        for option in (node, *node.get("anyOf", ())):
+        for option in (node, *node.get("anyOf", ()), node.get("items", {})):
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].split("/")[-1]]
     return _of_type(node)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dbtrain.adapters import targets
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
+from dbtrain.models.block_swap import stored
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -232,7 +233,12 @@ def fill(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
 
 def bias_changes(module: nn.Module, state: AdapterState) -> dict[nn.Parameter, Tensor]:
     """What an adapter adds to the base's biases."""
-    biases = {unwrapped(label): p for label, p in module.named_parameters() if label.endswith("bias")}
+    biases = {
+        unwrapped(f"{name}.{label}"): p
+        for name, layer in module.named_modules()
+        for label, p in stored(layer).items()
+        if label.endswith("bias") and isinstance(p, nn.Parameter)
+    }
     named = {unwrapped(label): tensor for label, tensor in state.tensors.items()}
     return {bias: named[label].to(bias) - bias.detach() for label, bias in biases.items() if label in named}
 

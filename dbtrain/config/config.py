@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dbtrain.config import folders, loading
 from dbtrain.config.adapter import Adapter
-from dbtrain.config.base import Section, Seed, Text
-from dbtrain.config.inputs import PLACEHOLDER, Data, Model, Prepare, Subject
+from dbtrain.config.base import Section, Seed, Text, listed
+from dbtrain.config.inputs import PLACEHOLDER, Data, Model, OneOfSeveral, Prepare, Subject
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
 from dbtrain.config.training import Faults, Loss, Optim, Train
 from dbtrain.runtime.errors import ConfigError
@@ -26,6 +26,10 @@ class Config(Section):
     run_dir: Text = Field(description="run folder: checkpoints, logs, exported files, samples")
     seed: Seed = Field(0, description="seed of everything random in the run")
     subject: Subject = Field(default=Subject(), description="what the photos show, in words")
+    subjects: Annotated[tuple[OneOfSeveral, ...], BeforeValidator(listed)] = Field(
+        (), description="the subjects, if one adapter learns several; instead of `subject`'s words and "
+        "`prepare.photos`; prompts with `{}` stand for one of each"
+    )  # fmt: skip
     model: Model = Field(description="the base model")
     prepare: Prepare | None = Field(None, description="how photos are turned into shards")
     data: Data = Field(description="where the shards are, and how they are read")
@@ -49,16 +53,20 @@ class Config(Section):
     def _of_the_subject(cls, values: Any) -> Any:
         """Derive from the subject what is not set: the run folder, the shards, and its words in prompts."""
         try:
-            subject = Subject.model_validate(values["subject"])
-        except (ValidationError, LookupError, TypeError):
-            return values  # without a subject, or told once the sections are read
+            subject = Subject.model_validate(values.get("subject", {}))
+            several = [OneOfSeveral.model_validate(one) for one in values.get("subjects", ())]
+        except (ValidationError, AttributeError, TypeError):
+            return values  # told once the sections are read
         derived: dict[str, Any] = {"run_dir": f"runs/{subject.name}"} if subject.name else {}
         derived |= values
         if subject.name and isinstance(data := derived.setdefault("data", {}), dict):
             derived["data"] = {"shards": f"shards/{subject.name}"} | data
+        if several:
+            _describe_first(derived, several)
+        words = [one.words for one in several] or [subject]
         for section, key in PROMPTS:
             if isinstance(part := derived.get(section), dict) and key in part:
-                derived[section] = part | {key: _filled(part[key], subject)}
+                derived[section] = part | {key: _filled(part[key], words)}
         return derived
 
     @model_validator(mode="before")
@@ -83,6 +91,15 @@ class Config(Section):
                         f"{section}.{key}: '{prompt}' needs words for the subject; set subject.token and "
                         "subject.class_word, e.g. to sks and dog"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _a_word_for_each_subject(self) -> Config:
+        tokens = [one.token for one in self.subjects]
+        if twice := next((token for token in tokens if tokens.count(token) > 1), None):
+            raise ValueError(f"subjects: '{twice}' is the token of more than one; give each its own")
+        if self.subjects and not self.prepare:
+            raise ValueError("subjects need a prepare section, which has their prompts; add it")
         return self
 
     @model_validator(mode="after")
@@ -151,6 +168,7 @@ class Config(Section):
         inputs: dict[str, str | None] = {}
         if prepare := self.prepare:
             inputs = {"prepare.photos": prepare.photos, "prepare.class_dir": prepare.class_dir}
+        inputs |= {f"subjects.{k}.photos": one.photos for k, one in enumerate(self.subjects)}
         if problems := folders.problems(self.run_dir, self.data.shards, inputs):
             raise ValueError("; also, ".join(problems))
         return self
@@ -186,6 +204,35 @@ class Config(Section):
         """
         return self.from_dict(self.model_dump(mode="json"), overrides)
 
+    def each_subject(self) -> list[Config]:
+        """This config, or, if it lists several subjects, one for each, with its words, photos and prompts."""
+        return [self._about(one) for one in self.subjects] or [self]
+
+    def _about(self, one: OneOfSeveral) -> Config:
+        """The config of one subject of several, without prompts that are about others only."""
+        mine = {one.token, one.class_word}
+        others = {word for other in self.subjects for word in (other.token, other.class_word)} - mine
+        changes: dict[str, Any] = {
+            "subjects": (),
+            "subject": self.subject.model_copy(update={"token": one.token, "class_word": one.class_word}),
+        }
+        for name in ("validation", "sample"):
+            section = getattr(self, name)
+            kept = tuple(
+                text
+                for text in section.prompts
+                if any(word in text for word in mine) or not any(word in text for word in others)
+            )
+            changes[name] = section.model_copy(update={"prompts": kept})
+        if self.prepare:
+            words = {"photos": one.photos, "instance_prompt": one.prompt, "class_prompt": one.class_prompt}
+            changes["prepare"] = self.prepare.model_copy(update=words)
+        return self.model_copy(update=changes)
+
+    def filled(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts with the words in place of `{}`, `{token}` and `{class}`, for each of several subjects."""
+        return _filled(prompts, [one.words for one in self.subjects] or [self.subject])
+
     def get(self, key: str) -> Any:
         """The value of a dotted key, or a whole section. Raises ConfigError if there is none."""
         value: Any = self
@@ -220,8 +267,41 @@ def kinds() -> dict[str, loading.Kinds]:
     return {name: loading.kinds_of(field.annotation) for name, field in fields()}
 
 
-def _filled(value: Any, subject: Subject) -> Any:
-    """A prompt, or each prompt of a list, with the subject's words; other values as they are."""
+def _describe_first(values: dict[str, Any], several: Sequence[OneOfSeveral]) -> None:
+    """Give each of several subjects its own prompts; `subject` and `prepare` then describe the first one."""
+    prepare = values.get("prepare") if isinstance(values.get("prepare"), dict) else None
+    own = [
+        one.model_copy(update={
+            key: _filled(text, [one.words])
+            for key, text in (
+                ("prompt", one.prompt or (prepare or {}).get("instance_prompt")),
+                ("class_prompt", one.class_prompt or (prepare or {}).get("class_prompt")),
+            )
+        })
+        for one in several
+    ]  # fmt: skip
+    first = own[0]
+    words = {"token": first.token, "class_word": first.class_word}
+    for section, derived in (("subject", words), ("prepare", {"photos": first.photos})):
+        given = values.get(section) or {}
+        for key, value in derived.items() if isinstance(given, dict) else ():
+            if given.get(key, value) != value:
+                raise ValueError(
+                    f"{section}.{key} is '{given[key]}', but each of subjects has its own; remove it"
+                )
+        if section == "subject" or prepare is not None:
+            values[section] = given | derived
+    if prepare is not None:
+        values["prepare"] |= {"instance_prompt": first.prompt, "class_prompt": first.class_prompt}
+    values["subjects"] = [one.model_dump(mode="json") for one in own]
+
+
+def _filled(value: Any, subjects: Sequence[Subject]) -> Any:
+    """A prompt with the first subject's words, or each prompt of a list with those of each subject.
+
+    Other values stay as they are.
+    """
     if isinstance(value, (list, tuple)):
-        return [_filled(one, subject) for one in value]
-    return subject.filled(value) if isinstance(value, str) else value
+        every = [one.filled(text) if isinstance(text, str) else text for text in value for one in subjects]
+        return [text for k, text in enumerate(every) if text not in every[:k]] if len(subjects) > 1 else every
+    return subjects[0].filled(value) if isinstance(value, str) else value

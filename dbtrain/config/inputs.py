@@ -34,6 +34,21 @@ class Subject(Section):
         return PLACEHOLDER.sub(lambda match: known.get(match[1]) or match[0], prompt)
 
 
+class OneOfSeveral(Section):
+    """One of the subjects that an adapter learns together."""
+
+    token: Text = Field(description="rare word that comes to mean this subject, another one for each")
+    class_word: Text = Field(description="what it is, e.g. `dog`; subjects of a class share its images")
+    photos: Text = Field(description="folder with photos of this subject")
+    prompt: Text | None = Field(None, description="its prompt (null: `prepare.instance_prompt`)")
+    class_prompt: Text | None = Field(None, description="its class's prompt (null: `prepare.class_prompt`)")
+    weight: Positive = Field(1.0, description="how often it is trained on, relative to the others")
+
+    @property
+    def words(self) -> Subject:
+        return Subject(token=self.token, class_word=self.class_word)
+
+
 class Model(Section):
     path: Text = Field(
         description="base model: a Diffusers folder, a Hub id, a checkpoint in one `.safetensors` file (SD, "

@@ -164,6 +164,9 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
+        # What fetches weights runs before and after each block, which would break up a graph of all blocks;
+        # it frees and fills memory in between, as a CUDA graph could not. FSDP gathers rows, never NHWC, and
+        # could not find the rows of a block that is swapped.
         common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
         for setting, off, fitting in (
             ("shard", "none", common | {"channels_last": (False,)}),

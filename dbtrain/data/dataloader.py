@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
-from dbtrain.data.order import Order, RankSlice
+from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import rng
 
@@ -77,10 +77,11 @@ class Resident:
 class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
-    `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
-    description -> further conditions. `stored`: the names of each row's tensors. `class_prompt`: class rows
-    are instance rows with this prompt, by its index, in an order of their own; the base's predictions for
-    them are their targets. `next` raises ConfigError if a shard is missing or damaged.
+    `role_weights`: the roles to train on and the weight of each role's mean loss. `weights`: how often
+    each of several subjects, or of their classes, is trained on, by role. `extra`: a row's description ->
+    further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows are instance
+    rows with these prompts, the index of one for each subject, in an order of their own; the base's
+    predictions for them are their targets. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class LatentStream:
         role_weights: dict[str, float],
         *,
         seed: int,
+        weights: Mapping[str, Sequence[float]] | None = None,
         start: int = 0,
         noise_offset: float = 0.0,
         cache_gib: float = 1.0,
@@ -98,12 +100,10 @@ class LatentStream:
         resident_gib: float = 0.0,
         extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
         stored: Collection[str] = (),
-        class_prompt: int | None = None,
+        class_prompts: Sequence[int] | None = None,
     ) -> None:
-        self.class_prompt = class_prompt
-        self.shards = {
-            role: manifest.roles["instance" if class_prompt is not None else role] for role in role_weights
-        }
+        self.class_prompts = class_prompts
+        self.images = {role: "instance" if class_prompts else role for role in role_weights}
         self.manifest = manifest
         self.share = share
         self.role_weights = role_weights
@@ -113,14 +113,16 @@ class LatentStream:
         self.device = device or torch.device("cpu")
         self.extra = extra or (lambda meta: {})
         self.orders = {
-            role: Order(tuple(len(shard.keys) for shard in every), share.global_batch, seed, role)
-            for role, every in self.shards.items()
+            role: manifest.order(
+                role, (weights or {}).get(role, (1.0,)), share.global_batch, seed, self.images[role]
+            )
+            for role in role_weights
         }
         self.cache = ShardCache(storage, cache_gib * 2**30, manifest, stored)
         mine = {
             shard.file: shard
             for role, order in self.orders.items()
-            for shard in (self.shards[role][number] for number in order.shards_of(share))
+            for shard in (manifest.roles[self.images[role]][number] for number in order.shards_of(share))
         }
         size = sum(shard.bytes for shard in mine.values())
         self.resident = Resident(list(mine.values())) if size <= resident_gib * 2**30 else None
@@ -167,10 +169,12 @@ class LatentStream:
         ]
         locations = [self._locate(role, position) for role, position in positions]
         rows = [self.cache.rows(shard)[row] for shard, row in locations]
-        if self.class_prompt is not None:
+        if self.class_prompts:
             rows = [
-                replace(row, meta=row.meta | {"prompt": self.class_prompt}) if role == "class" else row
-                for (role, _), row in zip(positions, rows, strict=True)
+                replace(row, meta=row.meta | {"prompt": self.class_prompts[shard.part]})
+                if role == "class"
+                else row
+                for (role, _), (shard, _), row in zip(positions, locations, rows, strict=True)
             ]
         draws = [
             rng.sample_noise(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
@@ -183,7 +187,7 @@ class LatentStream:
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
-            preserved=0 if self.class_prompt is None else sum(role == "class" for role, _ in positions),
+            preserved=sum(role == "class" for role, _ in positions) if self.class_prompts else 0,
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
@@ -192,7 +196,7 @@ class LatentStream:
 
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)
-        return self.shards[role][location.shard], location.row
+        return self.manifest.roles[self.images[role]][location.shard], location.row
 
     def _read_ahead(self) -> None:
         step = self.start

@@ -12,7 +12,7 @@ from pathlib import Path
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.base_model import adapter_bytes, diff_bytes
 from dbtrain.doctor.case import Case, Finding, error, ok
-from dbtrain.prepare import class_images
+from dbtrain.prepare import class_images, subjects
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import os_problem
 
@@ -88,16 +88,20 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
         return
     # Shards.
     latent = 4 * math.prod(case.base.family.space(case.base, prepare.resolution).shape)
-    count = prepare.class_images if prepare.has_class_images else 0
+    classes = subjects.parts(cfg)["class"]
+    count = len(classes) * prepare.class_images
     if case.manifest is None:
         crops = len(case.photos) * prepare.variants * (1 + prepare.flip) if case.knows("photos") else 0
         # Pixel-space models store uint8 instead of fp32.
         row = len(case.base.family.stored) * latent if case.base.family.vae else latent / 4
         yield "shards", shards, (crops + count) * row
     # Class images.
-    if prepare.has_class_images and case.base.family.enlarges == 1:
-        count -= len(class_images.find_own(prepare))
-        missing = count - sum(path.exists() for path in class_images.generated(case.base, prepare, count))
+    if case.base.family.enlarges == 1:
+        missing = 0
+        for one in (part.prepare for part in classes):
+            count = one.class_images - len(class_images.find_own(one))
+            made = class_images.generated(case.base, one, cfg.train.base_linears, count)
+            missing += count - sum(path.exists() for path in made)
         png = prepare.resolution**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
         yield "class images", class_images.root(prepare), missing * each

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dbtrain.data import shards as stored
-from dbtrain.data.order import Order, RankSlice
+from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.doctor.gpu import ranks_of
-from dbtrain.prepare import plan
+from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import files, lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, read_state
@@ -78,11 +78,15 @@ def _reading(case: Case, share: RankSlice) -> Iterator[Finding]:
     fewest = min(len(rows) for _, rows in roles)
     if fewest >= share.world:
         return
-    total = sum(shard.bytes for shard in manifest.shards)
+    total, weights = sum(shard.bytes for shard in manifest.shards), subjects.weights(cfg)
+    orders = {
+        role: manifest.order(role, weights.get(role, (1.0,)), share.global_batch, cfg.seed)
+        for role, _ in roles
+    }
     mine = sum(
         manifest.roles[role][number].bytes
-        for role, rows in roles
-        for number in Order(rows, share.global_batch, cfg.seed, role).shards_of(share)
+        for role, order in orders.items()
+        for number in order.shards_of(share)
     )
     part, whole = files.size_text(mine), files.size_text(total)
     text = f"{share.world} ranks, but {fewest} shards: rank 0 reads {part} of {whole}"

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.nn.functional import one_hot
+
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.evaluate import dino_clip, tiny_judge
@@ -21,7 +24,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import SHEET, RunFolder, read_state, step_of
+from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, read_state, step_of
 
 FEW = 3  # fewer checkpoints than this are hardly a choice
 
@@ -36,12 +39,17 @@ class Scorer:
     subject: str  # score of subject fidelity
     prompt: str  # score of prompt fidelity
     slack: float  # how far below the best prompt fidelity a checkpoint may be
+    likeness: Callable[[Config, Path, Sequence[Config]], Tensor]
+    """(a subject's config, the folder with its images, the configs of all) -> (images, subjects)."""
 
 
-DINO_AND_CLIP = Scorer(dino_clip.evaluate, fidelity.Scores.load, fidelity.shown, "dino", "clip_t", 0.01)
-CLASSIFIER = Scorer(
-    tiny_judge.evaluate, tiny_judge.JudgeScores.load, tiny_judge.shown, "likeness", "place", 0.1
+DINO_AND_CLIP = Scorer(
+    dino_clip.evaluate, fidelity.Scores.load, fidelity.shown, "dino", "clip_t", 0.01, dino_clip.likeness
 )
+CLASSIFIER = Scorer(
+    tiny_judge.evaluate, tiny_judge.JudgeScores.load, tiny_judge.shown, "likeness", "place", 0.1,
+    tiny_judge.likeness,
+)  # fmt: skip
 
 
 def judge_of(cfg: Config) -> Scorer:
@@ -57,10 +65,37 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
     dist.init()
     judge, out = judge_of(cfg), RunFolder(cfg.run_dir).scores
     with dist.agreed():
+        if beside and cfg.subjects:
+            raise ConfigError("--beside compares the scores of one subject; this config has several")
         other = judge.load(beside) if beside else None
-    if scores := judge.evaluate(cfg, cfg.run_dir, out, None):
-        yield fidelity.table(judge.shown(scores), judge.shown(other) if other else None)
-        yield f"contact sheet: {out / SHEET}"
+    each = cfg.each_subject()
+    folders = [out / f"{k}-{files.slug(one.subject.token or '')}" for k, one in enumerate(each, 1)]
+    for one, folder in zip(each, folders if cfg.subjects else [out], strict=True):
+        if scores := judge.evaluate(one, cfg.run_dir, folder, None):
+            if cfg.subjects:
+                yield f"{one.subject.token} {one.subject.class_word}"
+            yield fidelity.table(judge.shown(scores), judge.shown(other) if other else None)
+            yield f"contact sheet: {folder / SHEET}"
+    if cfg.subjects and dist.is_main():
+        found = [judge.likeness(one, folder, each) for one, folder in zip(each, folders, strict=True)]
+        yield from confusion([str(one.subject.token) for one in each], found, out / CONFUSION)
+
+
+def confusion(tokens: Sequence[str], likeness: Sequence[Tensor], file: Path) -> Iterator[str]:
+    """Write which subject's photos the images of each subject are like, and yield it as a table.
+
+    `likeness`: of each subject's images to each subject's photos, (images, subjects) each.
+    """
+    means = [of.mean(0).tolist() for of in likeness]
+    nearest = [one_hot(of.argmax(1), len(tokens)).float().mean(0).tolist() for of in likeness]
+    content = {"subjects": tokens, "likeness": means, "nearest": nearest}
+    files.write_atomically(file, json.dumps(content, indent=1) + "\n")
+    width = max(12, *(len(token) + 2 for token in tokens))
+    yield "each subject's images (rows) and each one's photos: mean likeness, share that is nearest to them"
+    yield "".join(f"{token:>{width}}" for token in ("", *tokens))
+    for token, mean, share in zip(tokens, means, nearest, strict=True):
+        cells = (f"{one:.2f} {100 * part:3.0f}%" for one, part in zip(mean, share, strict=True))
+        yield f"{token:>{width}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from dbtrain.config import Config
 from dbtrain.data import photos as images
@@ -153,6 +155,13 @@ def judged(
         diversity=diversity(judge, adapted),
         diversity_base=diversity(judge, base),
     )
+
+
+@torch.no_grad()
+def likeness(cfg: Config, out: Path, subjects: Sequence[Config]) -> Tensor:
+    """How like each subject's photos a subject's images in `out` are, (images, subjects)."""
+    judge, pictures = Judge.load(), _images(out / "subject", 0)
+    return torch.stack([judge.likeness(pictures, _subject(one)[1]) for one in subjects], 1)
 
 
 def diversity(judge: Judge, images: Sequence[Image.Image]) -> float:

@@ -94,15 +94,15 @@ def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, st
     found = {**base.family.header(base), "modelspec.sai_model_spec": "1.0.0"}
     if step is None:
         return found
-    prompt = cfg.prepare.instance_prompt if cfg.prepare else ""
+    prompts = [one.prepare.instance_prompt for one in cfg.each_subject() if one.prepare]
     found |= {
         "ss_output_name": name, "modelspec.title": name, "ss_sd_model_name": Path(base.name).name,
         "ss_steps": str(step), "modelspec.implementation": "diffusers",
     }  # fmt: skip
-    if prompt:  # a trigger for lists of tags, which count them by folder
+    if prompts:  # triggers for lists of tags, which count them by folder
         found |= {
-            "modelspec.trigger_phrase": prompt,
-            "ss_tag_frequency": json.dumps({name: {prompt: 1}}, ensure_ascii=False),
+            "modelspec.trigger_phrase": ", ".join(prompts),
+            "ss_tag_frequency": json.dumps({name: dict.fromkeys(prompts, 1)}, ensure_ascii=False),
         }
     return found | _date()
 

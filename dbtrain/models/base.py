@@ -10,6 +10,7 @@ from torch import nn
 
 from dbtrain.config import Model
 from dbtrain.config.adapter import Adapter
+from dbtrain.models import quantization
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
@@ -44,6 +45,16 @@ class Base(Pretrained):
         loaded = super().load(component, dtype)
         self.drop_unread(component, loaded)
         return loaded
+
+    def denoiser(self, linears: str, dtype: torch.dtype) -> nn.Module:
+        """The denoiser's `skeleton`, its linear layers stored as `train.base_linears` says.
+
+        Raises ConfigError if none of them can be stored so.
+        """
+        module = self.skeleton(self.family.denoiser, dtype)
+        if linears != "full":
+            quantization.quantize(module, self.storage(self.family.denoiser, linears))
+        return module
 
     def drop_unread(self, component: str, module: nn.Module) -> None:
         """Replace the modules of a text encoder that prompts do not pass, as far as it has them."""

@@ -103,10 +103,7 @@ def span(settings: Timesteps, level: Callable[[Tensor], Tensor]) -> Tensor | Non
 
 def between(ends: Tensor | None, u: Tensor) -> Tensor:
     """`u`, (rows,), uniform in [0, 1), moved to `span`."""
-    if ends is None:
-        return u
-    low, high = ends.unbind()
-    return low + (high - low) * u.double()
+    return u if ends is None else torch.lerp(ends[0], ends[1], u.double())
 
 
 def levels(u: Tensor, settings: Timesteps, usual: str) -> Tensor:

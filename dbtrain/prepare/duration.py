@@ -23,7 +23,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import class_images, plan
+from dbtrain.prepare import class_images, plan, subjects
 from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -86,12 +86,16 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
             plan.check(cfg, base, manifest)
             return 0, 0
     own, wanted = 0, 0
-    if cfg.prepare.has_class_images:
-        own = len(class_images.find_own(cfg.prepare))
-        wanted = cfg.prepare.class_images - own
+    parts = subjects.parts(cfg)
+    for part in parts["class"]:
+        mine = len(class_images.find_own(part.prepare))
+        missing = part.prepare.class_images - mine
         if base:
-            wanted -= sum(path.exists() for path in class_images.generated(base, cfg.prepare, wanted))
-    crops = len(photos.of_subject(cfg.prepare)) * cfg.prepare.variants * (1 + cfg.prepare.flip)
+            made = class_images.generated(base, part.prepare, cfg.train.base_linears, missing)
+            missing -= sum(path.exists() for path in made)
+        own, wanted = own + mine, wanted + missing
+    count = sum(len(photos.of_subject(part.prepare)) for part in parts["instance"])
+    crops = count * cfg.prepare.variants * (1 + cfg.prepare.flip)
     return wanted, crops + own + (wanted if cfg.prepare.class_pictures else 0)
 
 
@@ -99,7 +103,8 @@ def _held_out(cfg: Config) -> int:
     """Held-out images, as far as the config says."""
     if cfg.prepare is None:
         return 0
-    return cfg.prepare.held_out + cfg.prepare.class_held_out
+    parts = subjects.parts(cfg)
+    return len(parts["instance"]) * cfg.prepare.held_out + len(parts["class"]) * cfg.prepare.class_held_out
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from dbtrain.runtime.hashing import sha256_of
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"  # in a checkpoint
 SHEET = "sheet.png"  # in a folder of images
+CONFUSION = "confusion.json"  # which of several subjects the images of each are like
 SCORES = "scores.json"  # in a folder of scores
 SAMPLES = "samples.png"  # the contact sheet in an export
 WEIGHTS = ("pytorch_lora_weights", "adapter_model", "kohya")  # adapter files that are called alike everywhere

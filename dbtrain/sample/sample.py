@@ -14,7 +14,7 @@ from PIL import Image
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
-from dbtrain.models import sampler
+from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
 from dbtrain.prepare import duration
 from dbtrain.runtime import console, dist, files, hashing, preemption
@@ -129,6 +129,7 @@ class _Request:
             ],
             **self.cfg.sample.model_dump(exclude={"prompts", "low_res"}),
             "low_res": [hashing.sha256_of(files.expand(name)) for name in self.cfg.sample.low_res],
+            **denoiser.about(self.cfg.train.base_linears),
         })  # fmt: skip
 
     @property
@@ -154,7 +155,9 @@ class _Request:
             return
 
         # Load the base and all adapters.
-        pipe = AdapterPipeline(self.base, settings.precision)
+        gib = self.cfg.prepare.memory_gib if self.cfg.prepare else None
+        pipe = AdapterPipeline(self.base, settings.precision, train=self.cfg.train, memory_gib=gib)
+        pipe.encode([self.prompts[p] for batch in mine for _, p, _ in batch], settings.guidance)
         if dist.is_main():  # warns about prompts that are too long for the base
             encoders = self.base.family.text_encoders
             tokenizers = {name: getattr(pipe.pipe, part) for name, part in encoders.items()}

@@ -13,7 +13,7 @@ from dbtrain.adapters.switch import Switch
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
-from dbtrain.models import activation_checkpointing, quantization
+from dbtrain.models import activation_checkpointing
 from dbtrain.models.base import Base
 from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.family import Family, Sees
@@ -90,10 +90,8 @@ class DreamBooth(nn.Module):
         loaded = base.family.adaptable if settings else (base.family.denoiser,)
         console.say(f"loading {', '.join(loaded)} of {base.name}")
         family, name = base.family, base.family.denoiser
-        denoiser = base.skeleton(name, dtype)
-        changes = merging(denoiser, training) if training else {}
-        if cfg.train.base_linears != "full":
-            quantization.quantize(denoiser, base.storage(name, cfg.train.base_linears))
+        changes = merging(base.skeleton(name, dtype), training) if training else {}
+        denoiser = base.denoiser(cfg.train.base_linears, dtype)
         parallel.shard(denoiser, ranks, kept)
         plain = base.fill(name, denoiser, dtype, parallel.local, changes)
         left_out = LeftOut(denoiser, plain if cfg.validation.prompts else [])

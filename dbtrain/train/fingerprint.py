@@ -59,6 +59,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json", exclude=LATER).items()},
         **{f"loss.{key}": value for key, value in later.items()},
         "train.global_batch": cfg.train.global_batch,
+        **({"subjects.weight": [one.weight for one in cfg.subjects]} if cfg.subjects else {}),
         **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
     }
 

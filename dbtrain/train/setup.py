@@ -21,7 +21,7 @@ from dbtrain.data.storage import Storage
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.prepare import plan
+from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
@@ -227,11 +227,12 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
+        weights=subjects.weights(cfg),
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
         stored=inputs.base.family.stored,
-        class_prompt=manifest.class_prompt() if cfg.loss.prior == "prediction" else None,
+        class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.
@@ -273,8 +274,8 @@ def _describe(
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    if parallel.is_sharded(model):
-        where += f", frozen weights sharded ({cfg.train.shard})"
+    if (together := parallel.holders(model)) > 1:
+        where += f", frozen weights sharded over {together} ranks"
     resuming = f"resuming from step {start}; " if start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "

@@ -201,6 +201,7 @@ def test_training_moves_scores_the_way_it_should(tmp_path: Path, monkeypatch: py
             f"prepare.photos={tmp_path / 'photos'}", f"prepare.class_dir={tmp_path / 'class'}",
             f"loss.prior_weight={weight}", "prepare.class_images=16", "prepare.sampling.steps=6",
             "sample.steps=6", "sample.batch=8", "train.checkpoint_every=30", "train.micro_batch=4",
+            "validation.prompts=[]",
         ])  # fmt: skip
         prepare(cfg)
         train(cfg)

@@ -242,6 +242,7 @@ def test_every_verb_knows_it(make: Make, tmp_path: Path, name: str) -> None:
         sample__prompts=["a photo of sks dog"], sample__images=1, sample__steps=2,
         export__formats=["diffusers", "comfyui"], evaluation__dino=str(eyes.dino()),
         evaluation__clip=str(eyes.clip()), evaluation__images=2, evaluation__class_images=2,
+        evaluation__prompts=["a {} in the snow"],
     )  # fmt: skip
     for verb in ("run", "evaluate", "report", "doctor"):
         what = tmp_path / ("run" if verb == "report" else "c.yaml")
@@ -300,7 +301,8 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
     for guidance in (1.0, 3.0):
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         pipe = sampler.build(base, torch.float32, torch.device("cpu"))
-        ours = sampler.generate(pipe, base.family, ["a dog", "a dog"], generators, 2, guidance, SIDE)
+        rows = 2 * sampler.encode(pipe, base.family, ["a dog"], guidance)
+        ours = sampler.generate_encoded(pipe, base.family, rows, generators, 2, guidance, SIDE)
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         theirs = stock(base)(
             prompt="a dog", num_images_per_prompt=2, generator=generators, num_inference_steps=2, height=SIDE,

@@ -15,6 +15,7 @@ from dbtrain.adapters.formats import diffusers_file
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.export import export
 from dbtrain.models.base import Base
+from dbtrain.models.memory_counter import MemoryCounter
 from dbtrain.models.quantization import (
     NF4,
     STORAGE,
@@ -29,7 +30,6 @@ from dbtrain.prepare.prepare import prepare
 from dbtrain.report import report
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.memory_counter import MemoryCounter
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make, slow, train

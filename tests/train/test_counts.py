@@ -142,5 +142,4 @@ def test_a_sharded_step_gathers_each_block_twice_and_reduces_nothing_else(
         assert 0 < backward < forward == sharded
         assert found["other_collectives"] == {"gloo:all_gather": 3 * 2 * (forward + backward)}
         assert found["all_reduces"] == 3
-    whole = counted(make, tmp_path, prepared, "train.base_linears=int8")
-    assert found["host_reads"] == whole["host_reads"]
+        assert found["host_reads"] == 0, "the host waits for no GPU"

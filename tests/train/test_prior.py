@@ -228,7 +228,7 @@ def test_settings_that_preserve_nothing_are_refused(make: Make, changes: dict[st
 def test_shards_without_a_class_prompt_are_refused(make: Make, tmp_path: Path) -> None:
     prepare(make(prepare__class_prompt=None))
     values = make(loss__prior="prediction").model_dump(mode="json") | {"prepare": None}
-    with pytest.raises(ConfigError, match=r"the shards have no class prompt; set prepare.class_prompt"):
+    with pytest.raises(ConfigError, match=r"the shards lack the class prompt None; set prepare.class_prompt"):
         train(type(make()).from_dict(values))
 
 
