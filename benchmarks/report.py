@@ -21,6 +21,8 @@ from dbtrain.runtime import console, files
 # What a complete set of results has: script, subject, and what it says.
 EXPECTED = (
     ("cards", "predicted", "which GPU holds which model, predicted"),
+    ("choose_settings", "choosing", "recipes on eight subjects that settings may be chosen on"),
+    ("choose_settings", "proving", "the quickstart's recipe on eight subjects that it was not chosen on"),
     ("throughput", "tiny-cpu", "training speed of the embedded base on a CPU"),
     ("throughput", "sd15-cuda", "SD-1.5, 512 px, over batch sizes, on a GPU"),
     ("throughput", "sd15-cuda-compiled", "SD-1.5, 512 px, compiled, over batch sizes, on a GPU"),
@@ -114,7 +116,7 @@ def _parts(row: tuple[str, str, str], there: set[tuple[str, str]]) -> bool:
 # What a script's plot shows: the parts of a time, stacked, or one figure.
 PLOTS: dict[str, tuple[str, ...]] = {
     "throughput": ("samples",), "prior": ("class images",), "scaling": ("efficiency",),
-    "data": ("amplification, most",), "ladder": ("speed-up",), "subject_fidelity": ("closed",),
+    "data": ("amplification, most",), "ladder": ("speed-up",), "choose_settings": ("closed",),
     "end_to_end": ("imports", "class images", "encode", "train start", "steps", "export"),
 }  # fmt: skip
 FIRST_STEP = ("imports", "load", "first step")  # of throughput's results without a sweep

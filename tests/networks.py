@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbtrain.adapters import tokens
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Config
 from dbtrain.data import shards
@@ -28,6 +29,7 @@ def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> Dr
     manifest = Manifest.read(at(folder))
     base = Base.find(cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
+    table |= tokens.read_again(base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
     return DreamBooth.build(base, manifest, table, cfg, training)
 
 

@@ -27,6 +27,8 @@ SYNONYMS = {
     "instance_data_dir": "prepare.photos", "class_data_dir": "prepare.class_dir",
     "num_class_images": "prepare.class_images", "lora_alpha": "adapter.alpha",
     "target_modules": "adapter.targets", "output_dir": "run_dir",
+    "caption_dropout_rate": "data.prompt_dropout", "caption_dropout_probability": "data.prompt_dropout",
+    "proportion_empty_prompts": "data.prompt_dropout", "optimizer": "optim.name", "ema_decay": "train.ema",
     "pretrained_model_name_or_path": "model.path",
 }  # fmt: skip
 

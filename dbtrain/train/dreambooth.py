@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject as adapters
+from dbtrain.adapters import tokens
 from dbtrain.adapters.state import AdapterState
 from dbtrain.adapters.switch import Switch
 from dbtrain.config import Config
@@ -46,11 +47,13 @@ class DreamBooth(nn.Module):
         dtype: torch.dtype = torch.float32,
         left_out: LeftOut | None = None,
         huber: float | None = None,
+        word: str = "",
     ) -> None:
         super().__init__()
         self.family = family
         self.denoiser = denoiser
-        self.text_encoders = nn.ModuleDict(text_encoders)  # those that are trained
+        self.text_encoders = nn.ModuleDict(text_encoders)  # those with an adapter or a learned word
+        self.word = word  # that is learned; "" without
         self.objective = objective
         for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
@@ -81,13 +84,15 @@ class DreamBooth(nn.Module):
     ) -> DreamBooth:
         """Load the base's denoiser, and text encoders if they are trained, with new adapters, on the CPU.
 
-        `table` is the shards' prompt table. Frozen text encoders need its embeddings, trained ones its
-        token ids. `training`: an adapter that is part of the base in training only. `ranks`: those that
-        hold the denoiser together, but for `kept` blocks; its weights are then on their devices.
+        `table` is the shards' prompt table, with the ids of the learned word (`tokens.read_again`). Frozen
+        text encoders need its embeddings, trained ones its token ids. `training`: an adapter that is part of
+        the base in training only. `ranks`: those that hold the denoiser together, but for `kept` blocks; its
+        weights are then on their devices.
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
-        dtype, settings = PRECISIONS[cfg.train.precision].dtype, cfg.adapter.text_encoder
-        loaded = base.family.adaptable if settings else (base.family.denoiser,)
+        dtype = PRECISIONS[cfg.train.precision].dtype
+        settings, token = cfg.adapter.text_encoder, cfg.adapter.token
+        loaded = base.family.adaptable if settings or token else (base.family.denoiser,)
         console.say(f"loading {', '.join(loaded)} of {base.name}")
         family, name = base.family, base.family.denoiser
         changes = merging(base.skeleton(name, dtype), training) if training else {}
@@ -100,18 +105,21 @@ class DreamBooth(nn.Module):
         adapters.attach(
             denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets
         )
-        encoders = {name: base.load(name, dtype) for name in base.family.adaptable_text} if settings else {}
+        encoders = {name: base.load(name, dtype) for name in loaded[1:]}
         for number, (name, encoder) in enumerate(encoders.items()):
-            assert settings is not None
-            unused = base.family.idle(name, encoder)
-            adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, unused)
+            if settings:
+                unused = base.family.idle(name, encoder)
+                adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, unused)
+            if token:
+                assert cfg.subject.token
+                tokens.learn(encoder, base.load(family.text_encoders[name]), cfg.subject.token, token)
         activation_checkpointing.checkpoint_activations(
             denoiser, list(encoders.values()), cfg.train.gradient_checkpointing
         )
 
         # The objective, the prompts, and the latents' scale.
-        tokens = base.family.tokens(manifest.latent_shape)
-        objective = base.family.objective.of(base.config("scheduler"), cfg.loss, tokens)
+        length = base.family.tokens(manifest.latent_shape)
+        objective = base.family.objective.of(base.config("scheduler"), cfg.loss, length)
         frozen = family.text_encoders.keys() - encoders
         asked = cfg.loss.prior == "prediction"  # the base, whose text encoders are not trained
         needed = {"condition": bool(frozen) or asked, "ids": bool(encoders)}
@@ -124,23 +132,35 @@ class DreamBooth(nn.Module):
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
         noising = DDPM.of(base.config(base.family.noising)) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
+        word = cfg.subject.token if token and cfg.subject.token else ""
         return cls(
-            base.family, denoiser, encoders, objective, prompts, space, noising, sees, dtype, left_out,
-            cfg.loss.huber,
+            family, denoiser, encoders, objective, prompts, space, noising, sees, dtype, left_out,
+            cfg.loss.huber, word,
         )  # fmt: skip
 
     @property
-    def trained(self) -> dict[str, nn.Module]:
-        """The components with an adapter, by their name in the base's folder."""
+    def live(self) -> dict[str, nn.Module]:
+        """The components that take part in training, by their name in the base's folder."""
         return {self.family.denoiser: self.denoiser, **self.text_encoders}
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Those of them with an adapter."""
+        return {name: module for name, module in self.live.items() if hasattr(module, "peft_config")}
+
+    @property
+    def words(self) -> dict[str, tokens.Rows]:
+        """The embeddings of the learned word, by text encoder; {} if none is learned."""
+        return tokens.trained(dict(self.text_encoders.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The trained parameters, as `<component>.<parameter>`."""
-        return {
+        found = {
             f"{component}.{name}": parameter
             for component, module in self.trained.items()
             for name, parameter in adapters.trainable(module).items()
         }
+        return found | {f"{name}.{tokens.DIRECTION}": rows.direction for name, rows in self.words.items()}
 
     def states(self) -> dict[str, AdapterState]:
         """The adapters' weights, by component."""
