@@ -49,6 +49,7 @@ EXPECTED = (
     ("end_to_end", "sd15-cuda", "photos to adapter with SD-1.5 and 200 class images, on a GPU"),
     ("end_to_end", "sd15-cuda-no-class-images", "photos to adapter with SD-1.5, without class images"),
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
+    ("prior_step", "cpu", "what a step costs by the kind of prior preservation"),
     ("prior", "sd15-cuda", "class images of SD-1.5 on a GPU"),
     ("prior", "sdxl-cuda", "class images of SDXL on a GPU"),
     ("stopping", "tiny-cpu", "where a run stops that looks for its best step, on the embedded base"),
