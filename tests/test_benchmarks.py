@@ -60,6 +60,7 @@ def few_pictures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tiny_judge, "SUBJECT_IMAGES", 1)
 
 
+@pytest.mark.slow
 def test_dreambooth_that_does_not_work_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves no result; one that works does. What training reaches is in test_readme.py's quickstart."""
     words = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--smoke", "--set", *FEW]
@@ -138,7 +139,7 @@ SMOKE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
     "script",
-    [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end, text_encoders))],
+    [prior, *map(slow, (throughput, ladder, data, end_to_end, memory, quantization, text_encoders))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
