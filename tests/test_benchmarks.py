@@ -161,6 +161,7 @@ def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(scaling, monkeypatch, "--smoke", "--out", tmp_path)
