@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import photos as images
 from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
@@ -94,11 +95,13 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     """
     dist.init()
     # Generate what is missing.
+    mix = Mix.parse(adapter)
     with dist.agreed():
         kind, photos = _subject(cfg)
+        for path, _ in mix.parts:
+            formats.find(path)  # raises now, not after generating the base's images
     subject, of_class = cfg.prepare.instance_prompt if cfg.prepare else "", f"a photo of a {kind}"
     prompts = [subject, *(f"{subject} {words}" for words in world.PLACE_WORDS.values())]
-    mix = Mix.parse(adapter)
     base_out = base_out or out / "base"
     few, many = (subjects.sampling(cfg, count, FIRST_SEED) for count in (SUBJECT_IMAGES, CLASS_IMAGES))
     sample(many, [of_class], [NO_ADAPTER], base_out)
