@@ -118,15 +118,20 @@ class Plan:
         ])  # fmt: skip
 
 
+def photograph(subject: world.Subject, cfg: Config) -> None:
+    """Write the photos of a subject where `cfg` reads them."""
+    photos = Path(cfg.prepare.photos)  # type: ignore[union-attr]
+    photos.mkdir(parents=True, exist_ok=True)
+    for number in range(5):
+        render(subject.scene(number)).save(photos / f"{number:02d}.png")
+
+
 def train(plan: Plan, cell: Cell) -> dict[int, JudgeScores]:
     """Train a cell, unless that was done; scores after each of the plan's steps."""
     folders = {step: plan.folder(cell) / f"step{step}" for step in plan.steps}
     if not all((out / SCORES).exists() for out in folders.values()):
         cfg = plan.config(cell)
-        photos = Path(cfg.prepare.photos)  # type: ignore[union-attr]
-        photos.mkdir(parents=True, exist_ok=True)
-        for number in range(5):
-            render(cell.subject.scene(number)).save(photos / f"{number:02d}.png")
+        photograph(cell.subject, cfg)
         trainer.prepare(cfg)
         trainer.train(cfg)
         real = [render(cell.subject.scene(number)) for number in HELD_OUT]

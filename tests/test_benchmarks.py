@@ -25,6 +25,7 @@ from benchmarks import (
     quantization,
     report,
     scaling,
+    stopping,
     text_encoders,
     throughput,
     watch,
@@ -32,7 +33,7 @@ from benchmarks import (
 from benchmarks.choose_settings import Cell, Plan
 from benchmarks.common import Hardware, Measure, Result, Row
 from dbtrain.config import Adapter, Model
-from dbtrain.evaluate import tiny_judge
+from dbtrain.evaluate import choice, tiny_judge
 from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.models.base import Base
 from dbtrain.models.families import sd
@@ -61,6 +62,7 @@ def few_pictures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tiny_judge, "SUBJECT_IMAGES", 1)
 
 
+@pytest.mark.slow
 def test_dreambooth_that_does_not_work_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves no result; one that works does. What training reaches is in test_readme.py's quickstart."""
     words = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--smoke", "--set", *FEW]
@@ -143,6 +145,20 @@ def test_a_row_of_the_table_of_recipes_is_over_all_runs() -> None:
     assert [row.label for row in choose_settings.rows(results)] == [row.label for row in found[:4]]
 
 
+def test_where_a_run_stops_is_told_by_images_that_the_rule_has_not_seen() -> None:
+    def rows(*likeness: float) -> list[dict[str, float]]:
+        return [{"step": 10 * n, "likeness": value, "place": 1.0} for n, value in enumerate(likeness)]
+
+    curve = stopping.Curve(
+        choice.CLASSIFIER, rows(0, 0.5, 0.8, 0.82, 0.81, 0.9), rows(0.1, 0.4, 0.7, 0.9, 0.6, 0.8)
+    )
+    told = {"end": 40, "saved": 20, "exported": 30, "gained": 100, "place": 100}
+    assert curve.outcome(2) == pytest.approx(told)
+    assert curve.outcome(9) == pytest.approx(told | {"end": 50, "saved": 0, "exported": 50, "gained": 87.5})
+    by = {row.label: row for row in stopping.rows({"mug": curve}, [2])}
+    assert by["all: 2 validations"].measures["saved"].median == pytest.approx(20)
+
+
 SMOKE = {
     throughput: ("throughput-tiny-cpu", "samples"), ladder: ("ladder-tiny-batch1-cpu-memory", "speed-up"),
     data: ("data-cpu", "data wait"),
@@ -156,8 +172,9 @@ SMOKE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
     "script",
-    [prior, memory, quantization,
-     *map(slow, (throughput, ladder, data, end_to_end, text_encoders, prior_step))],
+    [prior, *map(slow, (
+        throughput, ladder, data, end_to_end, memory, quantization, text_encoders, prior_step,
+    ))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +196,7 @@ def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(scaling, monkeypatch, "--smoke", "--out", tmp_path)

@@ -27,7 +27,9 @@ DATE = "SOURCE_DATE_EPOCH"  # environment variable
 def export(
     cfg: Config, step: int | None = None, out: Path | None = None, adapter: Path | None = None
 ) -> Path:
-    """Export the newest checkpoint, or that of `step`, into `out`; return the path of the first format.
+    """Export a checkpoint into `out`; return the path of the first format.
+
+    It is that of `step`; by default the best one of a run that looks for it, or else the newest.
 
     `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Only the format
     `diff` loads the base's weights.
@@ -50,7 +52,7 @@ def export(
 def _trained(
     cfg: Config, run: RunFolder, base: Base, step: int | None
 ) -> tuple[States, Words, dict[str, Any]]:
-    """The adapter in the newest checkpoint, or that of `step`, its learned word, and the checkpoint's state.
+    """The adapter in the checkpoint of `step` or the default, its learned word, and the checkpoint's state.
 
     The same on every rank.
     """
@@ -164,16 +166,18 @@ def show(cfg: Config, sheet: Path | None) -> None:
 
 def _done(cfg: Config) -> str:
     """Content of DONE: the step, the formats, and the hashes of the exported weights."""
-    folder = RunFolder(cfg.run_dir).export
-    weights = sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
-    lines = [f"export {path.relative_to(folder)} {hashing.sha256_of(path)}" for path in weights]
+    run = RunFolder(cfg.run_dir)
+    weights = sorted(path for path in run.export.rglob("*.safetensors") if not path.name.startswith("."))
+    lines = [f"export {path.relative_to(run.export)} {hashing.sha256_of(path)}" for path in weights]
     names = ", ".join(cfg.export.formats) or "natural"
     names += " of the moving average" if cfg.export.ema else ""
-    return "\n".join([f"step {cfg.train.steps}", f"formats {names}", *lines]) + "\n"
+    return "\n".join([f"step {run.exported(cfg.train.steps)}", f"formats {names}", *lines]) + "\n"
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> Path:
     found = {step_of(path): path for path in run.checkpoints()}
+    if step is None and (best := run.read_best()):
+        step = best["step"]
     if not found:
         raise ConfigError(f"{run.path} has no checkpoint to export; run dbtrain train first")
     if step is None:

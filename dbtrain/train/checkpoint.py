@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from dbtrain.config import Config
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import EMA, OPTIMIZER, STATE, RunFolder, read_state
+from dbtrain.runtime.run_folder import EMA, OPTIMIZER, STATE, RunFolder, read_state, step_of
 from dbtrain.train import optim
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.ema import Ema
@@ -58,8 +58,11 @@ class Progress:
         return self.ema.in_place() if self.ema and wanted else nullcontext()
 
 
-def save(run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` on rank 0, then delete all but the newest `keep`.
+def save(
+    run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str, Any], keep: int,
+    best: Collection[int] = (),
+) -> None:  # fmt: skip
+    """Write the checkpoint of `step` on rank 0, then delete all but the newest `keep` and those of `best`.
 
     Raises ConfigError if the ranks' adapters differ, which would otherwise go unnoticed.
     """
@@ -69,7 +72,8 @@ def save(run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str
             path = run.checkpoint(step)
             files.write_folder_atomically(path, lambda part: _write(part, step, progress, fingerprint))
             for old in run.checkpoints()[:-keep]:
-                shutil.rmtree(old)
+                if step_of(old) not in best:
+                    shutil.rmtree(old)
 
 
 def check_ranks(model: DreamBooth) -> None:
@@ -109,7 +113,7 @@ def _write_adapters(folder: Path, step: int, model: DreamBooth) -> None:
         for name, content in peft_folder.contents(adapter).items():
             files.write(folder / component / name, content)
     if words := model.words:
-        files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.word, words))
+        files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.learned, words))
 
 
 def _read_adapters(folder: Path, model: DreamBooth) -> None:

@@ -18,7 +18,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train import setup
+from dbtrain.train.inputs import Inputs
 from tests.conftest import Make, at
 
 WEIGHTS = {"instance": 1.0, "class": 0.5}
@@ -136,11 +136,11 @@ def test_some_rows_lose_their_prompt_by_their_position(make: Make, tmp_path: Pat
     folder = Path(shutil.copytree(prepared, tmp_path / "shards"))
     cfg = make(data__prompt_dropout=0.25)
     with pytest.raises(ConfigError, match=r"is 0\.25, but .* without the empty prompt; rerun: dbtrain"):
-        setup.Inputs.find(cfg)
+        Inputs.find(cfg)
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
     prepare(cfg)
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
-    assert setup.Inputs.find(make()).manifest.prompts.texts[2:] == ("",)  # which needs none of it
+    assert Inputs.find(make()).manifest.prompts.texts[2:] == ("",)  # which needs none of it
 
     def prompts(share: float, ranks: int, micro_batch: int) -> dict[tuple[int, float], int]:
         """(role, position) -> prompt, over 100 steps."""
