@@ -46,6 +46,8 @@ COSINE = ("optim.schedule=cosine", "optim.warmup_steps=10")
 RECIPES = {
     "quickstart": (),
     "frozen text encoder": ("adapter.text_encoder=null",),
+    "learned word": ("adapter.token={}",),
+    "learned word, frozen text encoder": ("adapter.token={}", "adapter.text_encoder=null"),
     "text_encoder_lr 3e-3": ("optim.text_encoder_lr=3e-3",),
     "no min_snr_gamma": ("loss.min_snr_gamma=null",),
     "class images at guidance 3": ("prepare.sampling.guidance=3",),
@@ -101,7 +103,8 @@ class Plan:
 
     def folder(self, cell: Cell) -> Path:
         """Of a cell's run; it depends on all its settings."""
-        key = content_key([self.steps, self.pictures, RECIPES[cell.recipe], self.overrides])[:8]
+        about = [CONFIG.read_text(), self.steps, self.pictures, RECIPES[cell.recipe], self.overrides]
+        key = content_key(about)[:8]
         return self.work / cell.subject.name / f"{cell.recipe.replace(' ', '-')}-{cell.seed}-{key}"
 
     def config(self, cell: Cell) -> Config:
