@@ -21,7 +21,6 @@ from dbtrain.runtime import console, files
 # What a complete set of results has: script, subject, and what it says.
 EXPECTED = (
     ("cards", "predicted", "which GPU holds which model, predicted"),
-    ("choose_settings", "choosing", "recipes on eight subjects that settings may be chosen on"),
     ("choose_settings", "proving", "the quickstart's recipe on eight subjects that it was not chosen on"),
     ("throughput", "tiny-cpu", "training speed of the embedded base on a CPU"),
     ("throughput", "sd15-cuda", "SD-1.5, 512 px, over batch sizes, on a GPU"),
