@@ -25,6 +25,7 @@ from dbtrain.models.blocks import blocks
 from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.memory import GIB
 from dbtrain.train import memory
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
@@ -411,10 +412,10 @@ def test_auto_swaps_nothing_on_a_cpu(make: Make) -> None:
 
 
 def test_auto_swaps_what_is_missing_on_a_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = memory.Prediction(10 * memory.GIB, 0, 0, 0, 0, weights=memory.Weights(blocks=(memory.GIB,) * 12))
+    found = memory.Prediction(10 * GIB, 0, 0, 0, 0, weights=memory.Weights(blocks=(GIB,) * 12))
     monkeypatch.setattr(memory, "predict", lambda *_: found)
     for gib, count in ((6.0, 7), (11.0, 0), (2.0, 11), (0.5, 12)):
-        monkeypatch.setattr(memory, "memory_of", lambda device, gib=gib: gib * memory.GIB)
+        monkeypatch.setattr(memory, "memory_of", lambda device, gib=gib: gib * GIB)
         with trainer.steps(configs_of(make)(train__swap_blocks="auto")) as job:
             assert swapped(job.model) == count
 
