@@ -101,7 +101,7 @@ class Optim(Section):
     token_lr: Positive = Field(
         1e-3,
         description="`adapter.token`: peak learning rate of the embeddings, as unit vectors: their length "
-        "stays",
+        "stays; for `prodigy` a factor, by default 1",
     )
     lora_plus_ratio: Positive = Field(
         1.0, description="LoRA+: learning rate of the up projections as a multiple of `optim.lr`"
@@ -123,18 +123,18 @@ class Optim(Section):
     @classmethod
     def _factor_of_a_found_rate(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "prodigy":
-            return {"lr": 1.0} | values
+            return {"lr": 1.0, "token_lr": 1.0} | values
         return values
 
     @model_validator(mode="after")
     def _no_rate_for_prodigy(self) -> Optim:
-        for name in ("lr", "text_encoder_lr"):
-            value = getattr(self, name)
-            if self.name == "prodigy" and value and value < LEAST_FACTOR:
-                raise ValueError(
-                    f"{name} is {value:g}, but of prodigy it is a factor of the rate that it finds; "
-                    f"set optim.{name}=1, or remove it"
-                )
+        values = {name: getattr(self, name) for name in ("lr", "text_encoder_lr", "token_lr")}
+        small = [name for name, value in values.items() if value and value < LEAST_FACTOR]
+        if self.name == "prodigy" and small:
+            raise ValueError(
+                f"{' and '.join(f'{name} is {values[name]:g}' for name in small)}, but for prodigy that is a "
+                f"factor of the rate that it finds; set {' '.join(f'optim.{name}=1' for name in small)}"
+            )
         return self
 
 
@@ -198,7 +198,7 @@ class Train(Section):
         description="when to stop: after `steps`; or, for `best`, when no validation has been better for "
         "`patience` of them, at `steps` at the latest. The best checkpoint is kept and exported",
     )
-    patience: Count = Field(3, description="with `stop: best`: validations without improvement to wait for")
+    patience: Count = Field(2, description="with `stop: best`: validations without improvement to wait for")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
@@ -220,9 +220,9 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
-        # What fetches weights runs before and after each block, which would break up a graph of all blocks;
-        # it frees and fills memory in between, as a CUDA graph could not. FSDP gathers rows, never NHWC, and
-        # could not find the rows of a block that is swapped.
+        # Hooks around each block fetch its weights: they would break up a compiled graph of all blocks, and
+        # allocate as no CUDA graph can replay. FSDP cannot view weights in NHWC as rows, and block swap
+        # copies whole weights.
         common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
         for setting, off, fitting in (
             ("shard", "none", common | {"channels_last": (False,)}),

@@ -42,6 +42,7 @@ class Prodigy(torch.optim.Optimizer):
         d, numerator, step = self.shared["d"], self.shared["numerator"], self.shared["step"]
         counts = torch.ones_like(d) if found_inf is None else (found_inf == 0).to(d)  # () 0: change nothing
         step += counts
+        good, nothing = counts > 0, torch.zeros((), device=d.device)
         correction = (1 - BETA2**step).sqrt() / (1 - BETA1**step)
         scaled = d / D0  # the sums are in units of the first rate
 
@@ -55,7 +56,7 @@ class Prodigy(torch.optim.Optimizer):
                 continue
             grads = [parameter.grad for parameter in parameters]
             if found_inf is not None:
-                grads = [torch.where(counts > 0, grad, 0) for grad in grads]
+                grads = [torch.where(good, grad, nothing) for grad in grads]
             exp_avg, exp_avg_sq, s, p0 = self._moments(parameters)
             factor = group["factor"]
             rate = counts * d * group["lr"] * correction / factor
@@ -78,9 +79,10 @@ class Prodigy(torch.optim.Optimizer):
             if decay:
                 torch._foreach_mul_(parameters, (1 - decay * rate).float())
             below = torch._foreach_sqrt(exp_avg_sq)
-            torch._foreach_add_(below, (d * EPS).float())
+            torch._foreach_mul_(below, (1 / d).float())  # as EPS cannot be a tensor without a host read
+            torch._foreach_add_(below, EPS)
             change = torch._foreach_div(exp_avg, below)
-            torch._foreach_mul_(change, rate.float())
+            torch._foreach_mul_(change, (rate / d).float())
             torch._foreach_sub_(parameters, change)
 
     def _moments(self, parameters: list[Tensor]) -> tuple[list[Tensor], ...]:
