@@ -64,6 +64,15 @@ RECIPES = {
     "cosine 2e-3 te 4e-3": (*TE, SNR, G1, *COS, "optim.lr=2e-3", "optim.text_encoder_lr=4e-3"),
     "cosine 3e-3": (*TE, SNR, G1, *COS, "optim.lr=3e-3", "optim.text_encoder_lr=3e-3"),
     "predict 2e-3": (*TE, SNR, "loss.prior=prediction", *COS, "optim.lr=2e-3", "optim.text_encoder_lr=2e-3"),
+    "predict 1e-3": (*TE, SNR, "loss.prior=prediction"),
+    "predict 2e-3 b2": (
+        *TE,
+        SNR,
+        "loss.prior=prediction",
+        "optim.lr=2e-3",
+        "train.global_batch=2",
+        "train.micro_batch=2",
+    ),
     "te8 snr5 g1 lr2e-3": (*TE, SNR, G1, "optim.lr=2e-3"),
 }  # name: what is put over the quickstart's settings
 FIGURES = {

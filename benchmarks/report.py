@@ -49,8 +49,10 @@ EXPECTED = (
     ("end_to_end", "sd15-cuda", "photos to adapter with SD-1.5 and 200 class images, on a GPU"),
     ("end_to_end", "sd15-cuda-no-class-images", "photos to adapter with SD-1.5, without class images"),
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
+    ("prior_step", "cpu", "what a step costs by the kind of prior preservation"),
     ("prior", "sd15-cuda", "class images of SD-1.5 on a GPU"),
     ("prior", "sdxl-cuda", "class images of SDXL on a GPU"),
+    ("stopping", "tiny-cpu", "where a run stops that looks for its best step, on the embedded base"),
     ("quantization", "cpu", "errors of quantized base linears"),
     ("quantization", "cuda", "errors and speed of quantized base linears, on a GPU"),
     ("vs_diffusers", "step-tiny-fp32-cpu", "a step beside one of Diffusers' script, on a CPU"),
@@ -116,6 +118,7 @@ def _parts(row: tuple[str, str, str], there: set[tuple[str, str]]) -> bool:
 PLOTS: dict[str, tuple[str, ...]] = {
     "throughput": ("samples",), "prior": ("class images",), "scaling": ("efficiency",),
     "data": ("amplification, most",), "ladder": ("speed-up",), "choose_settings": ("closed",),
+    "stopping": ("gained",),
     "end_to_end": ("imports", "class images", "encode", "train start", "steps", "export"),
 }  # fmt: skip
 FIRST_STEP = ("imports", "load", "first step")  # of throughput's results without a sweep

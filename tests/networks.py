@@ -29,7 +29,7 @@ def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> Dr
     manifest = Manifest.read(at(folder))
     base = Base.find(cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
-    table |= tokens.read_again(base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
+    table |= tokens.read_again(base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
     return DreamBooth.build(base, manifest, table, cfg, training)
 
 

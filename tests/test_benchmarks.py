@@ -62,6 +62,7 @@ def few_pictures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tiny_judge, "SUBJECT_IMAGES", 1)
 
 
+@pytest.mark.slow
 def test_dreambooth_that_does_not_work_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves no result; one that works does. What training reaches is in test_readme.py's quickstart."""
     words = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--smoke", "--set", *FEW]
@@ -171,8 +172,9 @@ SMOKE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
     "script",
-    [prior, memory, quantization,
-     *map(slow, (throughput, ladder, data, end_to_end, text_encoders, prior_step))],
+    [prior, *map(slow, (
+        throughput, ladder, data, end_to_end, memory, quantization, text_encoders, prior_step,
+    ))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +196,7 @@ def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(scaling, monkeypatch, "--smoke", "--out", tmp_path)

@@ -123,20 +123,24 @@ def _expanded(text: Any, words: Mapping[str, int]) -> Any:
     return text
 
 
-def learn(encoder: Any, tokenizer: Any, text: str, cfg: Token) -> None:
-    """Give `encoder` trainable embeddings for the word `text`, which its `tokenizer` learns too.
+def learn(encoder: Any, tokenizer: Any, texts: Sequence[str], cfg: Token) -> None:
+    """Give `encoder` trainable embeddings for the words `texts`, which its `tokenizer` learns too.
 
     They start from the tokens that `cfg.init` is, each the mean of its share of them, or from the tokens that
     the word has been so far. Raises ConfigError as `teach`.
     """
     table = encoder.get_input_embeddings()
-    now = tokenizer(cfg.init or text, add_special_tokens=False).input_ids
-    starts = [number * len(now) // cfg.vectors for number in range(cfg.vectors + 1)]
-    shares = [now[start : max(end, start + 1)] for start, end in pairwise(starts)]
-    rows = torch.stack([table.weight.detach()[share].float().mean(0) for share in shares])
-    words = WordEmbedding(table, teach(tokenizer, {text: cfg.vectors}), rows)
-    words.words.direction.requires_grad_(True)
-    _put(encoder, tokenizer, words)
+    rows = []
+    for text in texts:
+        now = tokenizer(cfg.init or text, add_special_tokens=False).input_ids
+        starts = [number * len(now) // cfg.vectors for number in range(cfg.vectors + 1)]
+        for start, end in pairwise(starts):
+            share = now[start : max(end, start + 1)]
+            rows.append(table.weight.detach()[share].float().mean(0))
+    ids = teach(tokenizer, dict.fromkeys(texts, cfg.vectors))
+    embedding = WordEmbedding(table, ids, torch.stack(rows))
+    embedding.words.direction.requires_grad_(True)
+    _put(encoder, tokenizer, embedding)
 
 
 def speak(encoder: Any, tokenizer: Any, name: str, words: Words) -> None:
@@ -172,32 +176,33 @@ def trained(encoders: Mapping[str, Any]) -> dict[str, Rows]:
     return {name: table.words for name, table in tables.items() if isinstance(table, WordEmbedding)}
 
 
-def readers(base: Any, text: str | None, cfg: Token | None) -> dict[str, Any]:
-    """The tokenizers of the encoders that learn a word, by encoder, once they know it; {} without one.
+def readers(base: Any, texts: Sequence[str], cfg: Token | None) -> dict[str, Any]:
+    """The tokenizers of the encoders that learn words, by encoder, once they know them; {} without words.
 
     Raises ConfigError as `teach`.
     """
-    if not (text and cfg):
+    if not (texts and cfg):
         return {}
     found = {name: base.load(base.family.text_encoders[name]) for name in base.family.adaptable_text}
     for tokenizer in found.values():
-        teach(tokenizer, {text: cfg.vectors})
+        teach(tokenizer, dict.fromkeys(texts, cfg.vectors))
     return found
 
 
-def read_again(base: Any, text: str | None, cfg: Token | None, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The part of the prompt table that changes with a learned word: the token ids that its encoders read.
+def read_again(
+    base: Any, texts: Sequence[str], cfg: Token | None, prompts: Sequence[str]
+) -> dict[str, Tensor]:
+    """The part of the prompt table that changes with learned words: the token ids that their encoders read.
 
-    Raises ConfigError as `teach`, or if no prompt has the word.
+    Raises ConfigError as `teach`, or if no prompt has a word.
     """
-    found = readers(base, text, cfg)
+    found = readers(base, texts, cfg)
     table = base.family.tokenize(found, prompts) if found else {}
     for name, tokenizer in found.items():
-        assert text and cfg
-        new = torch.tensor(tokenizer.convert_tokens_to_ids(tokens_of(text, cfg.vectors)))
-        if not (table[name][..., None] == new).any(1).all(-1).any():
-            raise ConfigError(
-                f"adapter.token: the tokenizer of {name} finds the word '{text}' in no prompt; write it as "
-                "in subject.token (DeepFloyd IF: in lower case), and where a long prompt is not yet cut"
-            )
+        for text in texts:
+            if not (table[name] == tokenizer.convert_tokens_to_ids(text)).any():
+                raise ConfigError(
+                    f"adapter.token: the tokenizer of {name} finds the word '{text}' in no prompt; write it "
+                    "as the token is (DeepFloyd IF: in lower case), and where a long prompt is not yet cut"
+                )
     return {f"ids.{name}": tensor for name, tensor in table.items()}

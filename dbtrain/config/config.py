@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Annotated, Any, get_origin
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from dbtrain.config import folders, loading
+from dbtrain.config import folders, loading, subject_words
 from dbtrain.config.adapter import Adapter
 from dbtrain.config.base import Section, Seed, Text, listed
 from dbtrain.config.inputs import PLACEHOLDER, Data, Model, OneOfSeveral, Prepare, Subject
@@ -102,6 +101,7 @@ class Config(Section):
             raise ValueError(f"subjects: '{twice}' is the token of more than one; give each its own")
         if self.subjects and not self.prepare:
             raise ValueError("subjects need a prepare section, which has their prompts; add it")
+        subject_words.check_learned(self.learned_words, self.prepare)
         return self
 
     @model_validator(mode="after")
@@ -120,11 +120,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _whole_weights_for_dora(self) -> Config:
+    def _plain_weights_for_dora(self) -> Config:
         if self.adapter.dora and self.train.shard != "none":
             raise ValueError(
                 f"adapter.dora is true, but train.shard is '{self.train.shard}': DoRA starts from the norms "
                 "of whole weights; set one of them to its default"
+            )
+        if self.adapter.dora and self.model.training_adapter:
+            raise ValueError(
+                "adapter.dora is true, but DoRA's magnitudes would hold those of model.training_adapter too; "
+                "set it to false"
             )
         return self
 
@@ -135,25 +140,6 @@ class Config(Section):
                 "export.ema is true, but train.ema is null, so there is no average; set train.ema=0.99, or "
                 "export.ema=false"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_word_to_learn(self) -> Config:
-        if self.adapter.token is None:
-            return self
-        word, problem = self.subject.token, ""
-        if len(self.subjects) > 1:
-            raise ValueError(
-                f"adapter.token learns one word, but there are {len(self.subjects)} subjects; set it to null"
-            )
-        if word is None:
-            problem = "is not set; set it, e.g. to sks"
-        elif not re.fullmatch(r"[^\s/.]+", word):  # names a file, and an entry in others
-            problem = f"is '{word}'; use one word without '.' and '/'"
-        elif self.prepare and not self.prepare.captions and word not in self.prepare.instance_prompt:
-            problem = f"is '{word}', which is not in prepare.instance_prompt; put {{token}} into it"
-        if problem:
-            raise ValueError(f"adapter.token learns the word in subject.token, which {problem}")
         return self
 
     @model_validator(mode="after")
@@ -182,15 +168,6 @@ class Config(Section):
                 raise ValueError(
                     f"{setting}, but {why} the adapter's dropout masks; set {instead}, or the dropout to 0"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _no_magnitudes_of_a_merged_base(self) -> Config:
-        if self.model.training_adapter and self.adapter.dora:
-            raise ValueError(
-                "adapter.dora is true, but DoRA's magnitudes would hold those of model.training_adapter too; "
-                "set it to false"
-            )
         return self
 
     @model_validator(mode="after")
@@ -233,6 +210,11 @@ class Config(Section):
         Raises a ConfigError that lists every problem.
         """
         return self.from_dict(self.model_dump(mode="json"), overrides)
+
+    @property
+    def learned_words(self) -> tuple[str, ...]:
+        """The tokens of the subjects whose embeddings are learned, see `adapter.token`."""
+        return tuple(one.token or "" for one in self.subjects or [self.subject] if self.adapter.token)
 
     def each_subject(self) -> list[Config]:
         """This config, or, if it lists several subjects, one for each, with its words, photos and prompts."""

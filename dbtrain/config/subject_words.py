@@ -84,3 +84,18 @@ def _shared(after: Sequence[str], of_class: Sequence[str]) -> Sequence[str]:
         if any(of_class[k : k + length] == after[:length] for k in range(len(of_class))):
             return after[:length]
     return ()
+
+
+def check_learned(words: Sequence[str], prepare: Prepare | None) -> None:
+    """Raise ValueError unless embeddings can be learned for these words, the tokens of the subjects."""
+    prompt = prepare.instance_prompt if prepare and not prepare.captions and len(words) == 1 else None
+    for word in words:
+        problem = ""
+        if not word:
+            problem = "is not set; set it, e.g. to sks"
+        elif not re.fullmatch(r"[^\s/.]+", word):  # names a file, and an entry in others
+            problem = f"is '{word}'; use one word without '.' and '/'"
+        elif prompt is not None and word not in prompt:
+            problem = f"is '{word}', which is not in prepare.instance_prompt; put {{token}} into it"
+        if problem:
+            raise ValueError(f"adapter.token learns the word in subject.token, which {problem}")

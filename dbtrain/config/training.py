@@ -198,7 +198,7 @@ class Train(Section):
         description="when to stop: after `steps`; or, for `best`, when no validation has been better for "
         "`patience` of them, at `steps` at the latest. The best checkpoint is kept and exported",
     )
-    patience: Count = Field(3, description="with `stop: best`: validations without improvement to wait for")
+    patience: Count = Field(2, description="with `stop: best`: validations without improvement to wait for")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
@@ -220,9 +220,9 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
-        # What fetches weights runs before and after each block, which would break up a graph of all blocks;
-        # it frees and fills memory in between, as a CUDA graph could not. FSDP gathers rows, never NHWC, and
-        # could not find the rows of a block that is swapped.
+        # Hooks around each block fetch its weights: they would break up a compiled graph of all blocks, and
+        # allocate as no CUDA graph can replay. FSDP cannot view weights in NHWC as rows, and block swap
+        # copies whole weights.
         common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
         for setting, off, fitting in (
             ("shard", "none", common | {"channels_last": (False,)}),

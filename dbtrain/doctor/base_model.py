@@ -181,8 +181,8 @@ def adapter(case: Case) -> Iterator[Finding]:
         yield from found
     if word := case.cfg.adapter.token:
         yield from problems_of(
-            lambda: tokens.readers(case.base, case.cfg.subject.token, word),
-            "set subject.token, e.g. to <sks>",
+            lambda: tokens.readers(case.base, case.cfg.learned_words, word),
+            "use another word, e.g. <sks>",
         )
     total = adapter_bytes(case) // 4
     names = " and ".join(f"{cfg.kind} of rank {cfg.rank} on {component}" for component, cfg, *_ in parts)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import photos as images
 from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
@@ -118,11 +119,13 @@ def evaluate(
     """
     dist.init()
     # Generate what is missing.
+    mix = Mix.parse(adapter)
     with dist.agreed():
         kind, photos = _subject(cfg)
+        for path, _ in mix.parts:
+            formats.find(path)  # raises now, not after generating the base's images
     subject, of_class = cfg.prepare.instance_prompt if cfg.prepare else "", f"a photo of a {kind}"
     prompts = [subject, *(f"{subject} {words}" for words in world.PLACE_WORDS.values())]
-    mix = Mix.parse(adapter)
     base_out = base_out or out / "base"
     few, many, twice = (
         subjects.sampling(cfg, count, FIRST_SEED)

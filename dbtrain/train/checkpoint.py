@@ -113,7 +113,7 @@ def _write_adapters(folder: Path, step: int, model: DreamBooth) -> None:
         for name, content in peft_folder.contents(adapter).items():
             files.write(folder / component / name, content)
     if words := model.words:
-        files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.word, words))
+        files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.learned, words))
 
 
 def _read_adapters(folder: Path, model: DreamBooth) -> None:

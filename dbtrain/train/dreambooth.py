@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +47,13 @@ class DreamBooth(nn.Module):
         dtype: torch.dtype = torch.float32,
         left_out: LeftOut | None = None,
         huber: float | None = None,
-        word: str = "",
+        learned: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.family = family
         self.denoiser = denoiser
         self.text_encoders = nn.ModuleDict(text_encoders)  # those with an adapter or a learned word
-        self.word = word  # that is learned; "" without
+        self.learned = learned  # words
         self.objective = objective
         for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
@@ -111,8 +111,7 @@ class DreamBooth(nn.Module):
                 unused = base.family.idle(name, encoder)
                 adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, unused)
             if token:
-                assert cfg.subject.token
-                tokens.learn(encoder, base.load(family.text_encoders[name]), cfg.subject.token, token)
+                tokens.learn(encoder, base.load(family.text_encoders[name]), cfg.learned_words, token)
         activation_checkpointing.checkpoint_activations(
             denoiser, list(encoders.values()), cfg.train.gradient_checkpointing
         )
@@ -132,10 +131,9 @@ class DreamBooth(nn.Module):
         space = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
         noising = DDPM.of(base.config(base.family.noising)) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
-        word = cfg.subject.token if token and cfg.subject.token else ""
         return cls(
             family, denoiser, encoders, objective, prompts, space, noising, sees, dtype, left_out,
-            cfg.loss.huber, word,
+            cfg.loss.huber, cfg.learned_words,
         )  # fmt: skip
 
     @property
@@ -150,7 +148,7 @@ class DreamBooth(nn.Module):
 
     @property
     def words(self) -> dict[str, tokens.Rows]:
-        """The embeddings of the learned word, by text encoder; {} if none is learned."""
+        """The embeddings of the learned words, by text encoder; {} if none is learned."""
         return tokens.trained(dict(self.text_encoders.items()))
 
     def trainable(self) -> dict[str, nn.Parameter]:

@@ -58,7 +58,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
     }
     if cfg.adapter.token:
         settings |= {f"adapter.token.{key}": value for key, value in cfg.adapter.token.model_dump().items()}
-        settings["subject.token"] = cfg.subject.token
+        settings["adapter.token"] = ", ".join(cfg.learned_words)
     return {
         "seed": cfg.seed,
         **settings,

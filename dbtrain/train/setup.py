@@ -157,7 +157,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         table = shards.read_prompts(inputs.storage, manifest.prompts)
         plan.check_prompts(cfg.data.shards, inputs.base, table)
-        table |= tokens.read_again(inputs.base, cfg.subject.token, cfg.adapter.token, manifest.prompts.texts)
+        table |= tokens.read_again(inputs.base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
         training = training_adapter.read(inputs.base, cfg.model)
         model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
@@ -230,8 +230,8 @@ def _describe(
     for name, module in model.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
-    if model.word:
-        sizes.append(f"the word '{model.word}' of {', '.join(model.words)}")
+    if model.learned:
+        sizes.append(f"{', '.join(map(repr, model.learned))} of {', '.join(model.words)}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
     if (together := parallel.holders(model)) > 1:
         where += f", frozen weights sharded over {together} ranks"

@@ -162,7 +162,7 @@ class ImageGenerator:
         """The pipeline. It is built on first use, when the model is on its device."""
         family = self.family
         given: dict[str, Any] = dict.fromkeys(family.text_encoders) | self.model.live
-        readers = tokens.readers(self.base, self.cfg.subject.token, self.cfg.adapter.token)
+        readers = tokens.readers(self.base, self.cfg.learned_words, self.cfg.adapter.token)
         given |= {family.text_encoders[name]: tokenizer for name, tokenizer in readers.items()}
         dtype = PRECISIONS[self.cfg.train.precision].dtype
         if family.vae:

@@ -46,8 +46,7 @@ LAYERS = {
 # What has tensors of its own, whose names and layers are a family's; the other options are numbers and masks.
 TENSORS = ("lora", "dora", "biases", "own-biases", "loha-cp", "lokr-both")
 TRANSFORMER = ("lora", "ranks", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole")
-QUICK = [("sd", "lora"), ("sd", "dora"), ("sd", "ranks"), ("sd", "lokr-both"), ("sdxl", "loha-cp"),
-         ("if-1", "own-biases"), ("flux2-klein", "dora")]  # fmt: skip
+QUICK = [("sd", "ranks"), ("sd", "lokr-both"), ("if-1", "own-biases"), ("flux2-klein", "dora")]
 EVERY = [
     *product(["sd"], OPTIONS),
     *product(["sdxl", "if-1"], TENSORS),

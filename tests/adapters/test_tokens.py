@@ -40,7 +40,7 @@ def learning(name: str = "sd", vectors: int = 1, init: str | None = None) -> tup
     found = base(name)
     encoder, tokenizer = found.load("text_encoder"), found.load("tokenizer")
     table = encoder.get_input_embeddings().weight
-    tokens.learn(encoder, tokenizer, "sks", Token(vectors=vectors, init=init))
+    tokens.learn(encoder, tokenizer, ["sks"], Token(vectors=vectors, init=init))
     return encoder, tokenizer, table
 
 
@@ -95,6 +95,19 @@ def test_a_tokenizer_reads_the_word_and_nothing_else_as_its_tokens() -> None:
         tokens.teach(tokenizer, {"sks_1": 1})
 
 
+def test_several_subjects_learn_a_word_each(tmp_path: Path) -> None:
+    found = base("sd")
+    encoder, tokenizer = found.load("text_encoder"), found.load("tokenizer")
+    tokens.learn(encoder, tokenizer, ["sks", "ohwx"], Token(vectors=2))
+    rows = tokens.trained({"text_encoder": encoder})
+    (tmp_path / "tokens.safetensors").write_bytes(word_file.checkpoint(["sks", "ohwx"], rows))
+    words = word_file.read(tmp_path, found.family, found.skeleton)
+    assert [word.text for word in words] == ["sks", "ohwx"]
+    assert torch.equal(torch.cat([word.rows["text_encoder"] for word in words]), rows["text_encoder"]())
+    ids = tokens.teach(found.load("tokenizer"), {"sks": 2, "ohwx": 2})
+    assert tokenizer("ohwx sks").input_ids[1:-1] == [*ids[2:], *ids[:2]]
+
+
 def test_the_pooled_output_is_not_taken_at_the_word() -> None:
     """Older configs of CLIP tell it to take the token with the highest number."""
     outputs = []
@@ -102,7 +115,7 @@ def test_the_pooled_output_is_not_taken_at_the_word() -> None:
         found = base("flux1")
         encoder, tokenizer = found.load("text_encoder"), found.load("tokenizer")
         encoder.eos_token_id = end or encoder.eos_token_id
-        tokens.learn(encoder, tokenizer, "sks", Token())
+        tokens.learn(encoder, tokenizer, ["sks"], Token())
         outputs.append(encoder(tokenizer([PROMPT], return_tensors="pt").input_ids).pooler_output)
     assert torch.equal(*outputs)
 
@@ -262,9 +275,9 @@ def test_words_that_tokenizers_have_or_do_not_find_are_refused(make: Make) -> No
     case.cfg = case.cfg.override(f"subject.token={known}", f"prepare.instance_prompt=a {known} dog")
     assert [line for line in adapter(case) if "already" in line.what]
     with pytest.raises(ConfigError, match=f"has a token '{known}' already"):
-        tokens.read_again(case.base, known, Token(), [f"a {known} dog"])
+        tokens.read_again(case.base, [known], Token(), [f"a {known} dog"])
     with pytest.raises(ConfigError, match="of text_encoder finds the word 'xyz' in no prompt"):
-        tokens.read_again(case.base, "xyz", Token(), ["a photo of xyzs", "xy z"])
+        tokens.read_again(case.base, ["xyz"], Token(), ["a photo of xyzs", "xy z"])
 
 
 def test_a_family_whose_text_encoders_stay_frozen_refuses_words() -> None:

@@ -97,6 +97,7 @@ def mean(values: Any) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
     """Picture by picture, pair by pair, with the models' own forward passes."""
     done = dbtrain("evaluate", Path(ran.run_dir).parent / "c.yaml")

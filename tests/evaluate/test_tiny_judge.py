@@ -199,3 +199,8 @@ def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> No
     cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED)
     with pytest.raises(ConfigError, match=r"do not show the embedded base's mug; .*tiny\.world"):
         tiny_judge.evaluate(cfg, "none", tmp_path / "out")
+    world.main(tmp_path / "mug", "mug")
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "mug"), prepare__instance_prompt=PROMPTED)
+    with pytest.raises(ConfigError, match="adapter"):
+        tiny_judge.evaluate(cfg, str(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "before the base's images"

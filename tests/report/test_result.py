@@ -98,6 +98,7 @@ def test_on_paper_there_are_no_tools(browser: Page, one: Path) -> None:
 # The page of many runs.
 
 
+@pytest.mark.slow
 def test_sixteen_runs_are_a_small_page(browser: Page, many: Path) -> None:
     page = browser.open(many)
     assert many.stat().st_size < 3e6

@@ -137,7 +137,7 @@ def test_images_are_scored_alike_in_a_run_that_was_interrupted(
 def test_interruptions_and_less_patience_at_first_change_nothing(
     by_loss: Callable[..., Config], tmp_path: Path
 ) -> None:
-    first = interrupted(by_loss(tmp_path, train__keep=20), 2)
+    first = interrupted(by_loss(tmp_path, train__keep=20), 3)
     ended = len(lines(RunFolder(first.run_dir)))
     assert ended <= first.train.steps, "it stopped before the end"
     more = {"train__patience": 3, "train__keep": 20, "train__steps": 15}

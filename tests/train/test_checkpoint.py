@@ -78,7 +78,7 @@ def test_a_half_written_checkpoint_is_ignored(make: Make, tmp_path: Path) -> Non
     assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000002", "step-000004"]
 
 
-@pytest.mark.parametrize("harm", ["flipped", "missing", "no state", "another step"])
+@pytest.mark.parametrize("harm", ["flipped", *map(slow, ("missing", "no state", "another step"))])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     make: Make, tmp_path: Path, harm: str
 ) -> None:

@@ -26,7 +26,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step
 from tests import bases
-from tests.conftest import ROOT, Make, finished
+from tests.conftest import ROOT, Make, finished, slow
 from tests.networks import Dispatched
 
 
@@ -69,7 +69,7 @@ def bare(dtype: torch.dtype) -> int:
 LORA_OPS = 10
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16"])
+@pytest.mark.parametrize("precision", ["bf16", *map(slow, ("fp32", "pure-bf16"))])
 def test_a_micro_step_launches_the_denoiser_and_lora_and_little_else(precision: str) -> None:
     """No weight of the base is cast again, no input of an adapter, and no adapter but all at once."""
     train = Train(precision=precision, global_batch=1)

@@ -62,7 +62,7 @@ KINDS: list[dict[str, Any]] = [
 def test_switched_off_it_is_the_base_to_the_bit_and_back_it_is_itself(
     make: Make, prepared: Path, settings: dict[str, Any]
 ) -> None:
-    for precision in ("fp32", "bf16", "pure-bf16"):
+    for precision in ("fp32", "bf16"):
         changes = {f"adapter__{name}": value for name, value in settings.items()}
         cfg = make(train__precision=precision, **PREDICTED, **changes)
         model = awake(build(cfg, prepared))

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from dbtrain.runtime.errors import ConfigError, reason
 FOLDER, CHECKPOINT = "embeddings", "tokens.safetensors"
 BUNDLE, WHOLE = "bundle_emb.", "string_to_param.*"
 CLIPS = ("clip_l", "clip_g")  # of a family with two text encoders
-WORD = "word"  # key in a checkpoint's header
+WORDS = "words"  # key in a checkpoint's header
 
 
 def write(folder: Path, family: Family, words: Words) -> None:
@@ -48,10 +48,10 @@ def bundled(family: Family, words: Words) -> dict[str, Tensor]:
     }
 
 
-def checkpoint(text: str, rows: Mapping[str, Rows]) -> bytes:
-    """A checkpoint's file of the word that is being learned, whose `rows` are `tokens.trained`'s."""
+def checkpoint(texts: Sequence[str], rows: Mapping[str, Rows]) -> bytes:
+    """A checkpoint's file of the words that are being learned, whose `rows` are `tokens.trained`'s."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _parts(rows).items()}
-    return safetensors.torch.save(tensors, {WORD: text})
+    return safetensors.torch.save(tensors, {WORDS: " ".join(texts)})
 
 
 def restore(path: Path, rows: Mapping[str, Rows]) -> None:
@@ -59,7 +59,7 @@ def restore(path: Path, rows: Mapping[str, Rows]) -> None:
     saved = safetensors.torch.load_file(path)
     mine = _parts(rows)
     if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in mine.items()}:
-        raise ConfigError(f"{path} is not of the word that is learned: it has {', '.join(sorted(saved))}")
+        raise ConfigError(f"{path} is not of the words that are learned: it has {', '.join(sorted(saved))}")
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
@@ -134,7 +134,11 @@ def _words(path: Path, start: str, family: Family) -> list[Word]:
     if path.name == CHECKPOINT:
         rows = {name.removesuffix(".norm"): norm for name, norm in tensors.items() if name.endswith(".norm")}
         rows = {name: normalize(tensors[f"{name}.direction"]) * norm for name, norm in rows.items()}
-        return [Word(header[WORD], rows)]
+        texts = header[WORDS].split()
+        return [
+            Word(text, {name: one.chunk(len(texts))[number].clone() for name, one in rows.items()})
+            for number, text in enumerate(texts)
+        ]
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         text, _, part = name.partition(".") if start else (path.stem, "", name)
