@@ -88,7 +88,7 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**settings | changes)
 
 
-# Two levels of one width with one layer on the way up, and one attention between them: few kernels to compile.
+# Two levels of one width, one layer on the way up and one attention between them: few kernels to compile.
 SLIM = {
     "block_out_channels": (32, 32), "layers_per_block": 0,
     "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
