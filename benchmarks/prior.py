@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import bases, common, flops
 from benchmarks.common import Measure, Result, Row
-from dbtrain.config import Model, Prepare, Sampling
+from dbtrain.config import Model, Prepare, Sampling, Train
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images
 from dbtrain.runtime import console, dist
@@ -75,7 +75,7 @@ def _seconds(base: Base, model: Model, sampling: Sampling, count: int, side: int
     )  # fmt: skip
     clock = common.clock(dist.device().type)
     before = clock()
-    made = class_images.ensure(base, wanted)
+    made = class_images.ensure(base, wanted, Train())
     seconds = clock() - before
     if len(made) != count:
         raise SystemExit(f"error: {count} class images were asked for, {len(made)} came")

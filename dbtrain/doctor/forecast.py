@@ -9,13 +9,17 @@ import torch
 
 from dbtrain.config import Config
 from dbtrain.doctor.plans import Plan, plans
+from dbtrain.models import denoiser
 from dbtrain.models.base import Base
+from dbtrain.models.denoiser import Work
+from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.memory import GIB
 from dbtrain.train.memory import Prediction, memory_of, predict
 
 NOTABLY = 0.95  # of a step's time: shorter ones are worth a change
+LONGEST = 512  # tokens of a prompt, where prompts differ in length
 PRECISE = ("full", "int8", "int8-dynamic", "fp8", "nf4")  # in order of their errors
 
 
@@ -42,6 +46,7 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
         yield "train.compile is on: it keeps fewer activations than eager training, which this predicts"
     if device == "cpu":
         return
+    yield from generating(cfg, base, has)
     # Other settings.
     fits = found.needed <= has
     yield f"{'fits' if fits else 'does not fit'} into {has / GIB:.1f} GiB"
@@ -58,6 +63,28 @@ def report(cfg: Config, gib: float | None = None, ranks: int = 1) -> Iterator[st
         f"training needs {found.needed / GIB:.2f} GiB, which does not fit into {has / GIB:.1f} GiB"
         f"{_instead(cfg, every, has)}"
     )
+
+
+def generating(cfg: Config, base: Base, has: float) -> Iterator[str]:
+    """What images take that are generated before and after training, which swap blocks as they need to."""
+    prepare, sample, vae = cfg.prepare, cfg.sample, tuple(filter(None, [base.family.vae]))
+    tasks: list[tuple[str, str, str, Work]] = []
+    if prepare and prepare.class_prompt:
+        how, beside = prepare.sampling, vae if prepare.class_pictures or base.family.needs_vae else ()
+        work = Work.of([], how.batch, how.guidance, prepare.resolution, beside)
+        tasks.append(("class images", "prepare.sampling.batch", how.precision, work))
+    if prepare and sample.prompts:
+        work = Work.of(
+            [], sample.batch, sample.guidance, prepare.resolution, (*vae, *base.family.adaptable_text)
+        )
+        tasks.append(("samples", "sample.batch", sample.precision, work))
+    for name, setting, precision, work in tasks if base.family.enlarges == 1 else ():
+        takes = denoiser.needs(base, cfg.train.base_linears, DTYPES[precision], replace(work, tokens=LONGEST))
+        count = takes.blocks_to_swap(has)
+        size = takes.swapped(count)
+        swapped = f" with {count} of {len(takes.blocks)} blocks swapped" if count else ""
+        cure = f", which is too much; use a smaller {setting}" if size > has else ""
+        yield f"generating {name} takes {size / GIB:.2f} GiB{swapped}{cure}"
 
 
 def _micro_batches(cfg: Config, ranks: int) -> list[int]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dbtrain.config import Model
 from dbtrain.config.adapter import Adapter
+from dbtrain.models import quantization
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import Pretrained
@@ -45,6 +46,16 @@ class Base(Pretrained):
         self.drop_unread(component, loaded)
         return loaded
 
+    def denoiser(self, linears: str, dtype: torch.dtype) -> nn.Module:
+        """The denoiser's `skeleton`, its linear layers stored as `train.base_linears` says.
+
+        Raises ConfigError if none of them can be stored so.
+        """
+        module = self.skeleton(self.family.denoiser, dtype)
+        if linears != "full":
+            quantization.quantize(module, self.storage(self.family.denoiser, linears))
+        return module
+
     def drop_unread(self, component: str, module: nn.Module) -> None:
         """Replace the modules of a text encoder that prompts do not pass, as far as it has them."""
         if component in self.family.text_encoders:
@@ -56,11 +67,12 @@ class Base(Pretrained):
 
         `training_adapter`: `model.training_adapter`, with which a distilled base can be trained.
         """
-        if adapter.text_encoder and not self.family.adaptable_text:
-            raise ConfigError(
-                f"adapter.text_encoder: the text encoders of {self.family.name} models are too large "
-                "to train along; remove it"
-            )
+        for key in ("text_encoder", "token"):
+            if getattr(adapter, key) and not self.family.adaptable_text:
+                raise ConfigError(
+                    f"adapter.{key}: the text encoders of {self.family.name} models are too large "
+                    "to train along; remove it"
+                )
         if (instead := self.family.distilled(self)) and not training_adapter:
             raise ConfigError(
                 f"base model {self.name} was distilled to generate images in a few steps, which training "

@@ -53,7 +53,16 @@ def build(
             pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
         )
     pipe.set_progress_bar_config(disable=True)
+    if vae := getattr(pipe, "vae", None):
+        vae.enable_slicing()  # one image at a time: each takes more memory than in the denoiser
+    pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt  # tokenizers know what words stand for
     return pipe.to(device)
+
+
+def default_side(pipe: Any, denoiser: Any) -> int:
+    """The side of the images that a pipeline generates by default, px."""
+    cells = getattr(pipe, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
+    return cells * getattr(pipe, "vae_scale_factor", 1) if cells else 1024
 
 
 def name_of(base: Base) -> str:
@@ -218,27 +227,6 @@ def reencoded(
     return found
 
 
-def generate(
-    pipe: Any,
-    family: Family,
-    prompts: Sequence[str],
-    generators: Sequence[torch.Generator],
-    steps: int,
-    guidance: float,
-    side: int | None,
-    images: Sequence[Image.Image] = (),
-) -> list[Image.Image]:
-    """One image per prompt, `side` px square (None: the base's default size).
-
-    Each starts from noise of its own CPU generator, which depends on neither the batch nor the device.
-    `images`: input images of an upscaler, one per prompt.
-    """
-    different = sorted(set(prompts))
-    encoded = dict(zip(different, encode(pipe, family, different, guidance), strict=True))
-    rows = [encoded[prompt] for prompt in prompts]
-    return generate_encoded(pipe, family, rows, generators, steps, guidance, side, images)
-
-
 @torch.no_grad()
 def generate_encoded(
     pipe: Any,
@@ -251,8 +239,10 @@ def generate_encoded(
     images: Sequence[Image.Image] = (),
     space: LatentSpace | None = None,
 ) -> list[Any]:
-    """Like `generate`, but from encoded prompts, one per image, without a text encoder.
+    """One image per encoded prompt, `side` px square (None: the base's default size).
 
+    Each starts from noise of its own CPU generator, which depends on neither the batch nor the device.
+    `images`: input images of an upscaler, one per prompt.
     `space`: return x0 in the denoiser's scale, (C, h, w) each, instead of images, without a VAE.
     """
     rows = [{name: tensor.to(pipe.device) for name, tensor in one.items()} for one in encoded]

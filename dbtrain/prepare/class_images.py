@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dbtrain.config import Prepare
+from dbtrain.config import Prepare, Train
 from dbtrain.data import photos
 from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.pictures import save_png
-from dbtrain.models import kernels, sampler
+from dbtrain.models import denoiser, kernels, sampler
 from dbtrain.models.base import Base
+from dbtrain.models.denoiser import Work
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import console, dist, files, lock, preemption, rng
@@ -44,8 +44,10 @@ def as_latents(family: Family, cfg: Prepare) -> bool:
     return family.vae is not None and not cfg.class_pictures
 
 
-def ensure(base: Base, cfg: Prepare) -> list[Path]:
+def ensure(base: Base, cfg: Prepare, train: Train) -> list[Path]:
     """Return the paths of exactly `cfg.class_images` class images; generate missing ones on all ranks.
+
+    The denoiser is stored and swapped as `train` says: they are what the base that is trained draws.
 
     Raises ConfigError if they cannot be read or written.
     """
@@ -59,7 +61,7 @@ def ensure(base: Base, cfg: Prepare) -> list[Path]:
         return own
     with dist.agreed():
         check_draws(base, cfg, len(own))
-        about = about_of(base, cfg) if dist.is_main() else None
+        about = about_of(base, cfg, train.base_linears) if dist.is_main() else None
     about = dist.from_main(about)
     paths = places(base.family, cfg, about, count)
     folder = paths[0].parent
@@ -68,7 +70,7 @@ def ensure(base: Base, cfg: Prepare) -> list[Path]:
             with dist.agreed():
                 if dist.is_main():
                     files.write_atomically(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-            _complete(base, cfg, len(own), paths)
+            _complete(base, cfg, train, len(own), paths)
     return own + paths
 
 
@@ -77,30 +79,32 @@ def check_draws(base: Base, cfg: Prepare, own: int) -> None:
     if base.family.enlarges > 1:
         raise ConfigError(
             f"{base.name} is an upscaler and cannot generate class images from a prompt; put "
-            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or remove "
-            "prepare.class_prompt"
+            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or set "
+            "loss.prior to prediction"
         )
 
 
 def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -> list[Path]:
     """Paths of `count` generated class images; `about` is what `about_of` returns."""
-    slug = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
-    folder = root(cfg) / f"{slug}-{content_key(about)[:16]}"
+    folder = root(cfg) / f"{files.slug(cfg.class_prompt or '')}-{content_key(about)[:16]}"
     suffix = SUFFIX if as_latents(family, cfg) else ".png"
     return [folder / f"{index:05d}{suffix}" for index in range(count)]
 
 
-def generated(base: Base, cfg: Prepare, count: int) -> list[Path]:
-    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base."""
+def generated(base: Base, cfg: Prepare, linears: str, count: int) -> list[Path]:
+    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base.
+
+    `linears`: `train.base_linears`.
+    """
     if not count:
         return []
     folder = places(base.family, cfg, {}, 1)[0].parent  # <prompt>-<key of the settings>
     if not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
         return []
-    return places(base.family, cfg, about_of(base, cfg), count)
+    return places(base.family, cfg, about_of(base, cfg, linears), count)
 
 
-def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
+def _complete(base: Base, cfg: Prepare, train: Train, own: int, paths: list[Path]) -> None:
     """Generate the images of `paths` that do not exist, over all ranks."""
     count = len(paths)
     batches = [range(i, min(i + cfg.sampling.batch, count)) for i in range(0, count, cfg.sampling.batch)]
@@ -112,7 +116,7 @@ def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
     console.say(f"class images: {own} of your own, {count - to_generate} existing, {to_generate} to generate")
     with dist.agreed():
         if mine := work[dist.rank() :: dist.world()]:
-            _generate(base, cfg, mine, paths)
+            _generate(base, cfg, train, mine, paths)
     with dist.agreed():
         unseen = [path for path in paths if not path.exists()] if dist.is_main() else []
         if unseen:
@@ -122,10 +126,12 @@ def _complete(base: Base, cfg: Prepare, own: int, paths: list[Path]) -> None:
             )
 
 
-def _generate(base: Base, cfg: Prepare, work: list[tuple[range, list[int]]], paths: list[Path]) -> None:
+def _generate(
+    base: Base, cfg: Prepare, train: Train, work: list[tuple[range, list[int]]], paths: list[Path]
+) -> None:
     """Generate this rank's (batch, missing indices) and write each image atomically."""
     compiled = compiles(cfg, len(paths), dist.device())
-    pipe, generate, save = _sampler(base, cfg, compiled)
+    pipe, generate, save = _sampler(base, cfg, train, compiled)
     with console.bar(sum(len(todo) for _, todo in work), "class images", "image", share=True) as bar:
         for batch, todo in work:
             preemption.check()
@@ -150,21 +156,26 @@ def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
 
 
 def _sampler(
-    base: Base, cfg: Prepare, compiled: bool
+    base: Base, cfg: Prepare, train: Train, compiled: bool
 ) -> tuple[Any, Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
     """Return a pipeline, a function that generates a class image per generator, and one that saves it."""
     prompt = cfg.class_prompt or ""
     how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
     latents = as_latents(base.family, cfg)
     dtype, family = DTYPES[cfg.sampling.precision], base.family
+    # The prompt first: the text encoders are gone when the denoiser takes its memory.
     encoded = sampler.encode_alone(base, [prompt], cfg.sampling.guidance, dtype, cfg.memory_gib)
-    encoders = dict.fromkeys(family.text_encoders)
+    module = denoiser.load(base, train.base_linears, dtype)
+    beside = (family.vae,) if family.vae and (not latents or family.needs_vae) else ()
+    work = Work.of(encoded, cfg.sampling.batch, cfg.sampling.guidance, cfg.resolution, beside)
+    swapped = denoiser.swap(base, module, train, dist.device(), work)
+    given = dict.fromkeys(family.text_encoders) | {family.denoiser: module}
     if latents:
-        pipe = sampler.without_vae(base, cfg.resolution, dtype, encoders)
+        pipe = sampler.without_vae(base, cfg.resolution, dtype, given)
     else:
-        pipe = sampler.build(base, dtype, dist.device(), encoders)
+        pipe = sampler.build(base, dtype, dist.device(), given)
     if compiled:
-        kernels.compile_module(getattr(pipe, family.denoiser), True)
+        kernels.compile_module(module, "regional" if swapped else True)
     space = family.space(base, cfg.resolution) if latents else None
     return (
         pipe,
@@ -173,8 +184,8 @@ def _sampler(
     )
 
 
-def about_of(base: Base, cfg: Prepare) -> dict[str, object]:
-    """Everything that a generated image depends on except its index."""
+def about_of(base: Base, cfg: Prepare, linears: str) -> dict[str, object]:
+    """Everything that a generated image depends on except its index. `linears`: `train.base_linears`."""
     about: dict[str, object] = {}
     parts = base.family.parts
     if as_latents(base.family, cfg):  # they depend on the VAE's scale factor only, not on its weights
@@ -184,7 +195,7 @@ def about_of(base: Base, cfg: Prepare) -> dict[str, object]:
         "base": {part: base.key(part) for part in parts},
         "prompt": cfg.class_prompt, "sampler": sampler.name_of(base), "steps": cfg.sampling.steps,
         "guidance": cfg.sampling.guidance, "side_px": cfg.resolution, "precision": cfg.sampling.precision,
-    }  # fmt: skip
+    } | denoiser.about(linears)  # fmt: skip
 
 
 def root(cfg: Prepare) -> Path:

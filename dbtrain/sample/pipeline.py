@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from dbtrain.adapters import inject
+from dbtrain.adapters import inject, tokens
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.common import States
 from dbtrain.adapters.state import AdapterState
-from dbtrain.config import Model
-from dbtrain.models import sampler
+from dbtrain.adapters.tokens import Word, Words
+from dbtrain.config import Model, Train
+from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
+from dbtrain.models.denoiser import Work
 from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError, reason
+
+EASE = 2  # times the weights: memory in which the whole base fits with ease
 
 
 class AdapterPipeline:
@@ -32,19 +38,44 @@ class AdapterPipeline:
     >>> images = pipe.generate("a photo of sks dog", seeds=[0, 1])
     """
 
-    def __init__(self, base: Base, precision: str, device: torch.device | None = None) -> None:
-        self.base = base
-        self.family = base.family
-        self.pipe = sampler.build(base, DTYPES[precision], device or dist.device())
+    def __init__(
+        self,
+        base: Base,
+        precision: str,
+        device: torch.device | None = None,
+        train: Train | None = None,
+        memory_gib: float | None = None,
+    ) -> None:
+        """`train`: how the denoiser is stored and swapped; `memory_gib`: for text encoders, see `encode`."""
+        self.base, self.family, self.dtype = base, base.family, DTYPES[precision]
+        self.device, self.train, self.memory_gib = device or dist.device(), train or Train(), memory_gib
+        module = denoiser.load(base, self.train.base_linears, self.dtype)
+        self.apart = self._apart(module)
+        given = {**dict.fromkeys(self.apart), self.family.denoiser: module}
+        self.pipe = sampler.build(base, self.dtype, torch.device("cpu"), given)
         self.components: dict[str, nn.Module] = {
             name: getattr(self.pipe, name) for name in base.family.adaptable
         }
+        self.encoded: dict[tuple[str, bool], dict[str, Tensor]] = {}  # (prompt, guided), by encoders apart
+        self.swapped: int | None = None  # blocks; None: the pipeline is not on its device yet
         self.layouts: dict[str, dict[str, Any]] = {}  # adapter -> component -> layout
         self.deltas: dict[
             str, dict[nn.Parameter, Tensor]
         ] = {}  # adapter -> what it adds to biases of the base
         self.base_biases: dict[nn.Parameter, Tensor] = {}  # their original values
         self.scales: dict[str, float] = {}  # of the adapters in use
+        self.words: dict[str, Words] = {}  # adapter -> the words that it has learned
+        self.spoken: list[Word] = []  # those of the adapters in use
+
+    def _apart(self, module: nn.Module) -> list[str]:
+        """The text encoders that are on the device only to encode, as not everything fits with ease."""
+        frozen = [name for name in self.family.text_encoders if name not in self.family.adaptable_text]
+        has = denoiser.free(self.device)
+        if not frozen or has == inf:
+            return []
+        others = [self.base.skeleton(name, self.dtype) for name in self.family.models[1:]]
+        weights = sum(weight.nbytes for one in (module, *others) for weight in one.parameters())
+        return frozen if weights * EASE > has else []
 
     @classmethod
     def load(
@@ -62,10 +93,10 @@ class AdapterPipeline:
         """
         if name in self.names() or not name.isidentifier():
             raise ConfigError(f"adapter name '{name}' is in use, or is not a valid identifier")
-        states = self._read(adapter)
+        states, words = self._read(adapter)
         scales = self.scales
         self.use({})  # restores the base's biases
-        self.deltas[name], self.layouts[name] = {}, {}
+        self.deltas[name], self.layouts[name], self.words[name] = {}, {}, words
         try:
             for component, state in states.items():
                 self.deltas[name] |= inject.bias_changes(self.components[component], state)
@@ -77,6 +108,8 @@ class AdapterPipeline:
             raise ConfigError(
                 f"adapter '{adapter}' does not fit base model {self.base.name}: {reason(error)}"
             ) from error
+        for bias in self.deltas[name]:
+            bias.requires_grad_(True)  # what is not frozen stays on the device if its block is swapped
         self.base_biases = {bias: bias.detach().clone() for bias in self.deltas[name]} | self.base_biases
         self.use(scales)
 
@@ -87,13 +120,15 @@ class AdapterPipeline:
         code stays valid. Otherwise the old adapter is removed and the new one added.
         """
         self._check_names([name])
-        states, scales = self._read(adapter), self.scales
+        (states, words), scales = self._read(adapter), self.scales
         if any(layer.merged for layer in self._layers()):
             self.use(scales)  # unmerges the old weights before they are overwritten
         layouts = {component: state.layout for component, state in states.items()}
         if layouts == self.layouts[name] and not self.deltas[name]:
             for component, state in states.items():
                 inject.fill(inject.parameters(self.components[component], name), state)
+            self.words[name] = words
+            self._speak(scales)
         else:
             self.remove(name)
             self.add(name, adapter)
@@ -103,7 +138,7 @@ class AdapterPipeline:
         """Remove an adapter from the base and free its memory."""
         self._check_names([name])
         self.use({other: scale for other, scale in self.scales.items() if other != name})
-        del self.deltas[name]
+        del self.deltas[name], self.words[name]
         for component in self.layouts.pop(name):
             for layer in _tuner_layers(self.components[component]):
                 if name in layer._all_available_adapter_names():
@@ -118,6 +153,7 @@ class AdapterPipeline:
         """Activate exactly these adapters, each at its scale, or just one; {} is the base alone."""
         scales = {adapters: 1.0} if isinstance(adapters, str) else adapters
         self._check_names(scales)
+        self._speak(scales)
         for layer in self._layers():
             if layer.merged:
                 layer.unmerge()
@@ -130,11 +166,52 @@ class AdapterPipeline:
                 bias.copy_(sum(used, original))
         self.scales = dict(scales)
 
+    def _speak(self, adapters: Iterable[str]) -> None:
+        """Make the text encoders know the words of these adapters, and no others, whatever the scales.
+
+        Raises ConfigError if two of them have learned the same word, or if the base has it.
+        """
+        words = [word for name in adapters for word in self.words[name]]
+        if words == self.spoken:
+            return
+        texts = [word.text for word in words]
+        if twice := {text for text in texts if texts.count(text) > 1}:
+            raise ConfigError(
+                f"two of the adapters have learned the word '{min(twice)}'; use one of them at a time, or "
+                "train one with another subject.token"
+            )
+        for name in self.family.adaptable_text:
+            reader = self.family.text_encoders[name]
+            setattr(self.pipe, reader, self.base.load(reader))
+            tokens.speak(self.components[name], getattr(self.pipe, reader), name, words)
+        self.spoken = words
+
     def merge(self) -> None:
-        """Merge the active adapters into the base's weights for faster sampling; `use` unmerges them."""
+        """Merge the active adapters into the base's weights for faster sampling; `use` unmerges them.
+
+        Raises ConfigError if weights are quantized or swapped.
+        """
+        if self.swapped or self.train.base_linears != "full":
+            raise ConfigError(
+                f"adapters cannot be merged into a denoiser with {self.swapped or 0} swapped blocks and "
+                f"train.base_linears={self.train.base_linears}; generate without merging"
+            )
         for layer in self._layers():
             if layer.active_adapters:
                 layer.merge(safe_merge=True)
+
+    def encode(self, prompts: Sequence[str], guidance: float) -> None:
+        """Encode prompts ahead, with text encoders that are on the device for that alone.
+
+        `generate` does it too, but by then the denoiser has taken most of the memory, so that they may be
+        read layer by layer. Does nothing where all of the base fits onto the device.
+        """
+        new = sorted({prompt for prompt in prompts if (prompt, guidance > 1) not in self.encoded})
+        if not self.apart or not new:
+            return
+        rows = sampler.encode_alone(self.base, new, guidance, self.dtype, self.memory_gib)
+        for prompt, row in zip(new, rows, strict=True):
+            self.encoded[prompt, guidance > 1] = {name: tensor.cpu() for name, tensor in row.items()}
 
     def generate(
         self,
@@ -154,10 +231,46 @@ class AdapterPipeline:
         if isinstance(prompts, str):
             prompts = [prompts] * len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return sampler.generate(self.pipe, self.family, prompts, generators, steps, guidance, side, images)
+        self.encode(prompts, guidance)
+        if self.swapped is None:
+            self._move(len(seeds), guidance, side)
+        different = sorted(set(prompts))
+        encoded = dict(zip(different, self._rows(different, guidance), strict=True))
+        rows = [encoded[prompt] for prompt in prompts]
+        return sampler.generate_encoded(
+            self.pipe, self.family, rows, generators, steps, guidance, side, images
+        )
 
-    def _read(self, adapter: str | Path) -> States:
-        return formats.read(formats.find(adapter), self.family, self.base.skeleton)
+    def _move(self, images: int, guidance: float, side: int | None) -> None:
+        """Move the pipeline to its device; blocks of the denoiser for which there is no room are swapped."""
+        module, beside = self.components[self.family.denoiser], set(self.family.models) - set(self.apart)
+        work = Work.of(
+            list(self.encoded.values()), images, guidance, side or sampler.default_side(self.pipe, module),
+            tuple(beside - {self.family.denoiser}),
+        )  # fmt: skip
+        self.swapped = denoiser.swap(self.base, module, self.train, self.device, work)
+        if self.swapped:
+            self.use(self.scales)  # unmerges: swapped weights do not change
+        self.pipe.to(self.device)
+
+    def _rows(self, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
+        """The prompts as the text encoders encode them, with the adapters in use."""
+        if not self.apart:
+            return sampler.encode(self.pipe, self.family, prompts, guidance)
+        rows = [self.encoded[prompt, guidance > 1] for prompt in prompts]
+        encoders = {name: self.components[name] for name in self.family.adaptable_text}
+        if not self.spoken and not any(any(_tuner_layers(encoder)) for encoder in encoders.values()):
+            return rows
+        tokenizers = {name: getattr(self.pipe, self.family.text_encoders[name]) for name in encoders}
+        return [
+            sampler.reencoded(self.family, encoders, tokenizers, prompt, row)
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
+    def _read(self, adapter: str | Path) -> tuple[States, Words]:
+        path = formats.find(adapter)
+        states = formats.read(path, self.family, self.base.skeleton)
+        return states, word_file.read(path, self.family, self.base.skeleton)
 
     def _check_names(self, names: Sequence[str] | Mapping[str, float]) -> None:
         if unknown := set(names) - self.names():
@@ -177,8 +290,7 @@ def _inject(module: nn.Module, state: AdapterState, name: str) -> None:
     parameters = inject.put_on(module, state, name)
     inject.fill(parameters, state)
     for value in parameters.values():
-        value.data = value.data.to(like.device, like.dtype)
-        value.requires_grad_(False)
+        value.data = value.data.to(like.device, like.dtype)  # not frozen, so that it is not swapped
 
 
 def _tuner_layers(module: nn.Module) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
-from dbtrain.models import sampler
+from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
 from dbtrain.prepare import duration
 from dbtrain.runtime import console, dist, files, hashing, preemption
@@ -99,7 +99,8 @@ def sample_run(cfg: Config) -> Path | None:
     """Sample `cfg.sample.prompts` without and with the run's adapter; None if there are no prompts."""
     if not cfg.sample.prompts:
         return None
-    out = RunFolder(cfg.run_dir).samples_of(cfg.train.steps)
+    run = RunFolder(cfg.run_dir)
+    out = run.samples_of(run.exported(cfg.train.steps))
     return sample(cfg, cfg.sample.prompts, without_and_with(cfg.run_dir), out)
 
 
@@ -129,6 +130,7 @@ class _Request:
             ],
             **self.cfg.sample.model_dump(exclude={"prompts", "low_res"}),
             "low_res": [hashing.sha256_of(files.expand(name)) for name in self.cfg.sample.low_res],
+            **denoiser.about(self.cfg.train.base_linears),
         })  # fmt: skip
 
     @property
@@ -154,7 +156,9 @@ class _Request:
             return
 
         # Load the base and all adapters.
-        pipe = AdapterPipeline(self.base, settings.precision)
+        gib = self.cfg.prepare.memory_gib if self.cfg.prepare else None
+        pipe = AdapterPipeline(self.base, settings.precision, train=self.cfg.train, memory_gib=gib)
+        pipe.encode([self.prompts[p] for batch in mine for _, p, _ in batch], settings.guidance)
         if dist.is_main():  # warns about prompts that are too long for the base
             encoders = self.base.family.text_encoders
             tokenizers = {name: getattr(pipe.pipe, part) for name, part in encoders.items()}

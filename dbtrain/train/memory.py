@@ -20,24 +20,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
-from dbtrain.data.shards import HELD_OUT, Manifest, Row
+from dbtrain.data.shards import Manifest, Row
 from dbtrain.data.storage import Storage
-from dbtrain.models import block_swap, loading, quantization
+from dbtrain.models import block_swap, loading
 from dbtrain.models.base import Base
 from dbtrain.models.families.space import LatentSpace
+from dbtrain.models.memory_counter import MemoryCounter, like_cuda, materialized, needed, of_a_cpu, tensors
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.runtime.memory import GIB
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.memory_counter import MemoryCounter, like_cuda, of_a_cpu
+from dbtrain.train.ema import Ema
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
-# Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
-# of memory lost to fragmentation.
-CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
 SPARE = 0.1  # of a GPU's memory, left free where blocks stay whole only because there is room
 
 
@@ -66,11 +63,11 @@ class Prediction:
     @property
     def needed(self) -> int:
         """The peak, plus an estimate of what a GPU needs besides tensors."""
-        return int(self.peak * (1 + FRAGMENTED) + CONTEXT_GIB * GIB)
+        return needed(self.peak)
 
     def blocks_to_swap(self, has: float) -> int:
         """How many blocks have to be swapped to fit into a GPU of `has` bytes; all if that is not enough."""
-        return block_swap.count_that_saves(self.weights.blocks, (self.needed - has) / (1 + FRAGMENTED))
+        return block_swap.count_that_saves(self.weights.blocks, tensors(self.needed - has))
 
     def blocks_to_keep(self, has: float, ranks: int, recomputed: bool = True) -> int:
         """How many blocks each of `ranks` can hold whole in `has` bytes of GPU, if they share the others."""
@@ -126,7 +123,7 @@ def predict(
     # Allocators round a tensor up to a multiple of 512 or 64 bytes.
     counter = MemoryCounter(512) if device == "cuda" else MemoryCounter(64, of_a_cpu)
     with FakeTensorMode(), kernels, counter:
-        _materialize(model)
+        materialized(model)
         adapter = counter.of(model.trainable().values())
         weights = Weights.of(model.denoiser)
         swapped = 0 if cfg.train.swap_blocks == "auto" else cfg.train.swap_blocks
@@ -135,7 +132,9 @@ def predict(
         progress = _with_moments(model, cfg)
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
-        compute_step(model, progress, [batch(cfg.train.micro_batch * shapes.roles)], cfg)
+        size = cfg.train.micro_batch
+        preserved = size * (shapes.roles - 1) if cfg.loss.prior == "prediction" else 0
+        compute_step(model, progress, [batch(size * shapes.roles, preserved)], cfg)
         activations, flops = counter.peak - before, counter.flops
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
@@ -152,11 +151,7 @@ def predict(
 
 def weights_of(cfg: Config, base: Base, storage: str) -> Weights:
     """The denoiser's weights when `train.base_linears` is `storage`. Raises ConfigError as training would."""
-    skeleton = _Skeleton(base.name, base.folder, base.variant, base.family)
-    denoiser = skeleton.load(base.family.denoiser, PRECISIONS[cfg.train.precision].dtype)
-    if storage != "full":
-        quantization.quantize(denoiser, base.storage(base.family.denoiser, storage))
-    return Weights.of(denoiser)
+    return Weights.of(base.denoiser(storage, PRECISIONS[cfg.train.precision].dtype))
 
 
 def memory_of(device: torch.device) -> float:
@@ -174,7 +169,7 @@ def _validation(
         with PRECISIONS[cfg.train.precision].forward(torch.device("cpu")):
             model(batch(rows))
         if vae:
-            model.family.decode(_materialize(vae), torch.empty_like(batch(1).noise))
+            model.family.decode(materialized(vae), torch.empty_like(batch(1).noise))
     return counter.peak - before
 
 
@@ -202,7 +197,7 @@ def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str,
     }
     vae = base.load(family.vae) if family.vae else None
     with FakeTensorMode(), torch.no_grad():
-        stored = family.encode_images(vae and _materialize(vae), torch.empty(1, 3, shapes.side, shapes.side))
+        stored = family.encode_images(vae and materialized(vae), torch.empty(1, 3, shapes.side, shapes.side))
     return table, {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.items()
     }
@@ -224,22 +219,6 @@ class _Skeleton(Base):
         return torch.ones(self.skeleton(component).get_buffer(name).shape)
 
 
-def _materialize(module: Any) -> Any:
-    """Replace every tensor of a module by a new one, which the active modes make fake and count."""
-    new: dict[Tensor, Tensor] = {}  # T5 has one weight under two names
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers, vars(part)):  # some are attributes only
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, Tensor):
-                    continue
-                if tensor not in new:
-                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-                    parameter = isinstance(tensor, nn.Parameter)
-                    new[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-                tensors[name] = new[tensor]
-    return module
-
-
 @dataclass(frozen=True)
 class _Shapes:
     """The shapes of the training data."""
@@ -255,16 +234,17 @@ class _Shapes:
         """What `prepare` describes, or else what the shards have. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
-            side = manifest.request["resolution"]
-            roles = len(manifest.roles.keys() & HELD_OUT.keys())
+            side, images = manifest.request["resolution"], "class" in manifest.roles
             texts = manifest.prompts.texts
             prompts = len(texts)
         else:
-            side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
-            texts = (cfg.prepare.instance_prompt, *filter(None, [cfg.prepare.class_prompt]))
+            side, images = cfg.prepare.resolution, cfg.prepare.has_class_images
+            each = [one.prepare for one in cfg.each_subject() if one.prepare]
+            both = (text for one in each for text in (one.instance_prompt, one.class_prompt) if text)
+            texts = tuple(dict.fromkeys(both))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
-            prompts = 1000 if cfg.prepare.captions else roles
-        roles = roles if cfg.loss.prior_weight else 1
+            prompts = 1000 if cfg.prepare.captions else len(texts) + bool(cfg.data.prompt_dropout)
+        roles = len(cfg.loss.role_weights(images))
         return cls(side, base.family.space(base, side), roles, prompts, texts)
 
     def manifest(self) -> Manifest:
@@ -274,13 +254,14 @@ class _Shapes:
         return Manifest.model_construct(**values)
 
 
-def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int) -> Batch:
-    """A micro-batch of fake tensors."""
+def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int, preserved: int = 0) -> Batch:
+    """A micro-batch of fake tensors. `preserved`: see `Batch`."""
     shape, side = shapes.space.shape, shapes.side
     image = {name: torch.empty(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in stored.items()}
     noise = RowNoise(torch.empty(()), torch.empty(shape), torch.empty(shape), torch.empty(()))
     extra = base.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
-    return Batch.collate([Row(image, {"prompt": 0})] * rows, [noise] * rows, [extra] * rows)
+    row = Row(image, {"prompt": 0})
+    return Batch.collate([row] * rows, [noise] * rows, [extra] * rows, preserved=preserved)
 
 
 def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
@@ -291,4 +272,5 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+    ema = Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None
+    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64), ema)

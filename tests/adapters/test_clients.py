@@ -259,7 +259,8 @@ def change(layer: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"alpha": 3}, "rslora": {"rslora": True}, "loha": {"kind": "loha", "alpha": 3},
+    "lora": {"alpha": 3}, "ranks": {"ranks": {r".*conv\d": 1, ".*proj.*": 5}}, "rslora": {"rslora": True},
+    "loha": {"kind": "loha", "alpha": 3},
     "loha-cp": {"kind": "loha", "effective_conv2d": True}, "lokr": {"kind": "lokr", "rank": 1, "alpha": 3},
     "lokr-cp": {"kind": "lokr", "rank": 1, "alpha": 3, "effective_conv2d": True},
     "lokr-both": {"kind": "lokr", "rank": 1, "decompose_both": True, "effective_conv2d": True},

@@ -246,7 +246,7 @@ HADA = {f"hada_w{half}_{side}": torch.ones(64, 4).T if side == "b" else torch.on
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
-        (parts(**LORA) | {"bundle_emb.dog.clip_l": torch.ones(1)}, "an embedding"),
+        ({"bundle_emb.dog.clip_l": torch.ones(1)}, "an embedding"),
         ({"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 8)}, "an embedding"),
         ({"control_model.input_hint_block.0.weight": torch.ones(4)}, "a ControlNet"),
         (parts(diff=torch.ones(64, 64)), "changes of whole weights"),

@@ -17,10 +17,10 @@ from benchmarks.common import Result
 from benchmarks.memory import BOUND, configured, measured
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
+from dbtrain.models.memory_counter import MemoryCounter, like_cuda
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.memory import GIB
 from dbtrain.train import memory
-from dbtrain.train.memory_counter import MemoryCounter, like_cuda
 from tests import bases
 from tests.conftest import Make, dbtrain, finished, thinned
 

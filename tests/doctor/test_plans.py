@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -167,3 +168,18 @@ def test_auto_swaps_what_is_missing(make: Make, ask: Ask) -> None:
     lines = list(forecast.report(cfg, 35.0))
     assert "train.swap_blocks=auto swaps 9 of 10 blocks" in lines and "fits into 35.0 GiB" in lines
     assert "  page-locked host memory of each process               72.000" in lines
+
+
+def test_images_before_and_after_training_are_foreseen(make: Make) -> None:
+    cfg = make(
+        model__path=str(bases.flux1()), prepare__class_prompt="a dog", sample__prompts=["a dog"],
+        prepare__sampling__batch=64,
+    )  # fmt: skip
+    base, room = Base.find(cfg.model), r"takes (0\.\d\d) GiB"
+    ample, tight = (list(forecast.generating(cfg, base, has * GIB)) for has in (24, 0.6))
+    assert [line.partition(" takes")[0] for line in ample] == [
+        "generating class images",
+        "generating samples",
+    ]
+    assert all(re.search(f"{room}$", line) for line in ample)
+    assert re.search(f"{room} with 3 of 3 blocks swapped, which is .*; use a smaller prepare.sampl", tight[0])

@@ -27,6 +27,7 @@ def test_a_bar_moves_at_each_denoising_step(
     base = Base.find(Model(path=str(folder())))
     pipe = sampler.build(base, torch.float32, torch.device("cpu"))
     low_res = [Image.new("RGB", (16, 16))] * 2 if base.family.enlarges > 1 else []
+    rows = 2 * sampler.encode(pipe, base.family, ["a dog"], 5.0)
     moved: list[float] = []
     with console.bar(8, "images", "image") as bar:
         update = bar.update
@@ -34,7 +35,7 @@ def test_a_bar_moves_at_each_denoising_step(
         bar.update(4)
         with sampler.moving(pipe, bar, 2, "image"):
             seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-            assert len(sampler.generate(pipe, base.family, ["a dog"] * 2, seeds, 3, 5.0, 64, low_res)) == 2
+            assert len(sampler.generate_encoded(pipe, base.family, rows, seeds, 3, 5.0, 64, low_res)) == 2
         assert moved == pytest.approx([4, *[2 / 4] * 3, 2 / 4]) and bar.n == pytest.approx(6)
     assert pace.each("image step") == 10 / 2, "between two steps, for two images"
     assert pace.each("image") == 10 / 2, "from the last step to the images"

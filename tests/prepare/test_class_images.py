@@ -21,6 +21,7 @@ from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
+from dbtrain.models.block_swap import Ring
 from dbtrain.models.families import registry as families
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.pretrained import Pretrained
@@ -57,7 +58,7 @@ def drawn(make: Make, tmp_path: Path) -> Callable[..., tuple[Config, list[Path]]
 def ensure(cfg: Config) -> list[Path]:
     assert cfg.prepare
     base = Base.find(cfg.model)
-    return class_images.ensure(base, cfg.prepare)
+    return class_images.ensure(base, cfg.prepare, cfg.train)
 
 
 def class_rows(folder: Path) -> list[shards.Row]:
@@ -105,18 +106,45 @@ def test_the_prompt_is_encoded_once(
 def test_no_vae_is_loaded_for_them(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(make(prepare__class_prompt=None))
     loaded = []
-    original = Pretrained.load
+    original = Pretrained.fill
 
     def noting(base: Pretrained, component: str, *more: Any) -> Any:
         loaded.append(component)
         return original(base, component, *more)
 
-    monkeypatch.setattr(Pretrained, "load", noting)
+    monkeypatch.setattr(Pretrained, "fill", noting)
     mine = {"prepare__class_dir": str(tmp_path / "mine")}
     prepare(make(**mine))
     assert "unet" in loaded and "vae" not in loaded
     prepare(make(**mine, prepare__class_pictures=True))
     assert loaded.count("vae") == 2, "one decodes, one encodes"
+
+
+def test_swapped_blocks_generate_the_same(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (kept, *_) = drawn(bases.sd())
+    image = kept.read_bytes()
+    shutil.rmtree(kept.parent)
+    rings, original = [], Ring.__init__
+
+    def noting(ring: Ring, blocks: Any, device: torch.device) -> None:
+        rings.append(len(blocks))
+        original(ring, blocks, device)
+
+    monkeypatch.setattr(Ring, "__init__", noting)
+    _, (again, *_) = drawn(bases.sd(), train__swap_blocks=5, train__gradient_checkpointing="blocks")
+    assert rings == [5] and again == kept and again.read_bytes() == image
+
+
+def test_a_quantized_base_has_class_images_of_its_own(drawn: Any) -> None:
+    """They are what the base that is trained generates, so that training preserves that."""
+    cfg, (full, *_) = drawn(bases.sd())
+    _, (coded, *_) = drawn(bases.sd(), train__base_linears="int8")
+    assert coded.parent != full.parent
+    x0, rounded = (class_images.load_latent(path, (4, 8, 8)) for path in (full, coded))
+    assert 0 < (x0 - rounded).norm() < 0.1 * x0.norm()
+    assert cfg.prepare
+    base = Base.find(cfg.model)
+    assert class_images.generated(base, cfg.prepare, "int8", 1) == [coded]
 
 
 def stretched(base: Path, folder: Path) -> Path:
@@ -259,8 +287,8 @@ def test_when_the_denoiser_is_compiled(
 
 
 def test_how_fast_they_are_drawn_is_not_what_shards_were_asked_for(make: Make) -> None:
-    plain, fast = (make(prepare__sampling=how).prepare for how in ({}, {"compile": True, "batch": 3}))
-    assert plain and fast and request(plain, families.get("sd")) == request(fast, families.get("sd"))
+    plain, fast = (make(prepare__sampling=how) for how in ({}, {"compile": True, "batch": 3}))
+    assert request(plain, families.get("sd")) == request(fast, families.get("sd"))
 
 
 @pytest.mark.slow

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dbtrain.config import Model
-from dbtrain.models import sampler
+from dbtrain.adapters import inject
+from dbtrain.adapters.formats import registry as formats
+from dbtrain.config import AdapterSettings, Model
+from dbtrain.models import denoiser, sampler
+from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.sample import AdapterPipeline, Mix, sample, sample_run
 from tests import bases
@@ -174,3 +179,55 @@ def test_a_checkpoint_is_an_adapter_too(runs: list[Path]) -> None:
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
     with pytest.raises(ConfigError, match="no adapter 'b'"):
         pipe.use({"b": 1.0})
+
+
+def adapter(base: Base, folder: Path, **settings: Any) -> Path:
+    """An adapter on the denoiser and on the first text encoder, with weights that matter."""
+    states, parts = {}, {base.family.denoiser: "denoiser", base.family.adaptable_text[0]: "text_encoder"}
+    for name, part in parts.items():
+        module = base.load(name)
+        inject.attach(module, AdapterSettings(rank=2, **settings if part == "denoiser" else {}), part, 0)
+        for parameter in inject.trainable(module).values():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        states[name] = inject.collect(module)
+    return formats.write("peft", folder, base.family, states)
+
+
+def test_what_does_not_fit_is_swapped_or_loaded_only_to_encode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the same images, of adapters on blocks and encoders, biases too, added before and after."""
+    base = Base.find(Model(path=str(bases.flux1())))
+    paths = [adapter(base, tmp_path / "a", bias="all"), adapter(base, tmp_path / "b", targets=["to_q"])]
+
+    def images(pipe: AdapterPipeline) -> list[bytes]:
+        pipe.add("one", paths[0])
+        found = [pipe.generate("a dog", 0, 1, 1.0, 64)]
+        for use in ("one", {}, {"one": 1.0, "two": 0.5}):
+            if use == {}:
+                pipe.add("two", paths[1])
+            pipe.use(use)
+            found.append(pipe.generate(["a dog", "a cat"], [0, 1], 1, 1.0, 64))
+        return [image.tobytes() for made in found for image in made]
+
+    whole = images(AdapterPipeline(base, "fp32"))
+    assert len(set(whole)) == 6, "the base's first image is there twice"
+    monkeypatch.setattr(denoiser, "free", lambda device: 1.0)
+    pipe = AdapterPipeline(base, "fp32")
+    assert pipe.pipe.text_encoder_2 is None and pipe.pipe.text_encoder is not None
+    assert images(pipe) == whole
+    assert pipe.swapped == 3
+    with pytest.raises(ConfigError, match="cannot be merged into a denoiser with 3 swapped blocks"):
+        pipe.merge()
+
+
+def test_samples_are_stored_as_training_stores_the_base(make: Make, tmp_path: Path) -> None:
+    prompts, mixes = ["a dog"], [Mix.parse("none")]
+    sheets = [
+        sample(make(sample__images=1, train__base_linears=linears), prompts, mixes)
+        for linears in ("full", "int8")
+    ]
+    one, other = (np.asarray(Image.open(sheet.parent / "00-00-seed0.png"), dtype=int) for sheet in sheets)
+    assert sheets[0] != sheets[1] and 0 < np.abs(one - other).max() < 64
+    with pytest.raises(ConfigError, match="base_linears=int8; generate without merging"):
+        AdapterPipeline(Base.find(make().model), "fp32", train=make(train__base_linears="int8").train).merge()

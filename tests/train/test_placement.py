@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from dbtrain.models import block_swap, quantization
+from dbtrain.models.memory_counter import MemoryCounter
 from dbtrain.train.memory import SPARE, Prediction
-from dbtrain.train.memory_counter import MemoryCounter
 from dbtrain.train.placement import Weights
 
 

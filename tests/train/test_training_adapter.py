@@ -25,7 +25,7 @@ from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.train import loop, setup, training_adapter
+from dbtrain.train import inputs, loop, training_adapter
 from tests import bases
 from tests.conftest import Make, slow, thinned, train
 from tests.networks import build
@@ -243,7 +243,7 @@ def test_an_adapter_that_is_not_one_of_the_base_is_refused(
             loop.train(cfg)
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^model.training_adapter: .* is neither a file nor"):
-        setup.check_settings(helped(model__training_adapter=str(tmp_path / "nowhere")))
+        inputs.check_settings(helped(model__training_adapter=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"adapter\.dora is true, but DoRA's magnitudes"):
         helped(adapter__dora=True)
 

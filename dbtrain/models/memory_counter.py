@@ -9,13 +9,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from dbtrain.runtime.memory import GIB
+
 aten = torch.ops.aten
+# Estimates of what a GPU needs besides tensors: its context and the libraries' workspaces, GiB, and the share
+# of memory lost to fragmentation.
+CONTEXT_GIB, FRAGMENTED = 0.6, 0.04
+
+
+def needed(peak: float) -> int:
+    """The peak of all tensors, plus an estimate of what a GPU needs besides, bytes."""
+    return int(peak * (1 + FRAGMENTED) + CONTEXT_GIB * GIB)
+
+
+def tensors(missing: float) -> float:
+    """Bytes of tensors by which the peak must sink, so that `missing` bytes less are needed."""
+    return missing / (1 + FRAGMENTED)
 
 
 class MemoryCounter(TorchDispatchMode):
@@ -68,6 +83,22 @@ class MemoryCounter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         del self.known[key]
         self.live -= size
+
+
+def materialized(module: Any) -> Any:
+    """Replace every tensor of a module by a new one, which the active modes make fake and count."""
+    new: dict[Tensor, Tensor] = {}  # T5 has one weight under two names
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers, vars(part)):  # some are attributes only
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, Tensor):
+                    continue
+                if tensor not in new:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    new[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+                tensors[name] = new[tensor]
+    return module
 
 
 def of_a_cpu(operator: Any, args: Sequence[Any]) -> int:
