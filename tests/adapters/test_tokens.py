@@ -234,6 +234,7 @@ def test_converting_keeps_the_word(exported: Path, tmp_path: Path, make: Make) -
 @pytest.mark.parametrize(
     ("tensors", "problem"),
     [({"bundle_emb.sks.t5xxl": torch.ones(1, 64)}, "its tensor sks.t5xxl is for no text encoder of"),
+     ({"bundle_emb./tmp/x.string_to_param.*": torch.ones(1, 64)}, "'/tmp/x' is not one word without"),
      ({"sks": torch.ones(1, 32)}, "have 32 values; those of the base's text_encoder have 64"),
      ({"sks": torch.full((1, 64), torch.nan)}, "are NaN or infinite"),
      ({"clip_g": torch.ones(1, 64)}, "its tensor clip_g is for no text encoder of sd models")],
