@@ -58,10 +58,11 @@ def steps(cfg: Config) -> Iterator[Steps]:
     swap_blocks(cfg, base, model)
     progress = checkpoint.Progress.begin(model.to(dist.device()), cfg)
     share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
+    weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
-        place, manifest, share, {role: weights[role] for role in manifest.roles if weights[role]}, seed=0,
-        device=dist.device(), extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+        place, manifest, share, weights, seed=0, device=dist.device(),
+        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+        class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
     )  # fmt: skip
     with closing(stream), dist.training(cfg.faults.timeout_s):
         yield Steps(cfg, model, parallel.wrap(model), progress, stream)

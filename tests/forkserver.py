@@ -17,6 +17,7 @@ import json
 import os
 import random
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -27,11 +28,18 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock
+
+from tests.session import FOLDER
+
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {  # and what they would import when it is asked for
-    "numpy": (), "yaml": (), "pydantic": (), "typer": (), "jinja2": (), "PIL.Image": (), "webdataset": (),
-    "torch": (), "torch._dynamo": (), "torch.nn.parallel": (), "torch.utils.tensorboard": (),
-    "safetensors.torch": (), "huggingface_hub": ("HfApi", "hf_hub_download"), "peft": (),
+    "numpy": (), "yaml": (), "typer": (), "jinja2": (), "webdataset": (), "packaging.requirements": (),
+    "pydantic": ("AfterValidator", "BaseModel", "Field", "TypeAdapter", "field_validator", "model_validator"),
+    "PIL.Image": (), "PIL.ImageDraw": (), "PIL.JpegImagePlugin": (), "PIL.PngImagePlugin": (),
+    "torch": (), "torch._dynamo": (), "torch.distributed.fsdp": (), "torch.nn.parallel": (),
+    "torch.utils.flop_counter": (), "torch.utils.tensorboard": (), "safetensors.torch": (),
+    "huggingface_hub": ("HfApi", "hf_hub_download"), "peft": (),
     "transformers": ("CLIPModel", "CLIPTextModel", "CLIPTokenizer", "T5EncoderModel", "ViTModel"),
     "diffusers": (
         "AutoencoderKL", "DDIMScheduler", "DDPMScheduler", "DiffusionPipeline", "IFPipeline",
@@ -120,35 +128,54 @@ def _parsed(command: list[str]) -> tuple[int, list[str]]:
 
 @functools.cache
 def _server() -> socket.socket:
-    """This process's server, which ends when the socket to it is closed."""
-    mine, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-    with theirs:
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())], cwd=ROOT,
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
-            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"},
-        )  # fmt: skip
+    """The session's server, which the first worker that asks starts; it ends with the last of them."""
+    folder = Path(os.environ[FOLDER])
+    address = f"\0{folder.name}"  # a name of Linux that is gone with the server
+    mine = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with FileLock(folder / "forks.lock"):
+        with contextlib.suppress(ConnectionRefusedError):
+            mine.connect(address)
+            return mine
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(address)
+            listener.listen()
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.forkserver", str(listener.fileno())], cwd=ROOT,
+                pass_fds=[listener.fileno()], stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"},
+            )  # fmt: skip
+            mine.connect(address)
     return mine
 
 
 # What follows runs in the server and its forks.
 
 
-def serve(control: socket.socket) -> list[str]:
-    """Fork for every request. Returns in each rank, with what it is to run."""
+def serve(listener: socket.socket) -> list[str]:
+    """Fork for every request of every worker. Returns in each rank, with what it is to run."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets those that end
-    start = random.SystemRandom().randrange(len(PORTS))  # apart from the servers of other workers
+    start = random.SystemRandom().randrange(len(PORTS))  # apart from the servers of other sessions
     ports = itertools.cycle([*PORTS[start:], *PORTS[:start]])
+    workers: list[socket.socket] = []
     while True:
-        message, fds, *_ = socket.recv_fds(control, 1 << 20, 3)
-        if not message:
-            os._exit(0)
-        port = next(port for port in ports if _is_free(port))
-        if os.fork() == 0:
-            control.close()
-            return agent(json.loads(message), fds, port)
-        for fd in fds:
-            os.close(fd)
+        for ready in select.select([listener, *workers], [], [])[0]:
+            if ready is listener:
+                workers.append(listener.accept()[0])
+                continue
+            message, fds, *_ = socket.recv_fds(ready, 1 << 20, 3)
+            if not message:
+                workers.remove(ready)
+                ready.close()
+                if not workers:
+                    os._exit(0)
+                continue
+            port = next(port for port in ports if _is_free(port))
+            if os.fork() == 0:
+                for one in (listener, *workers):
+                    one.close()
+                return agent(json.loads(message), fds, port)
+            for fd in fds:
+                os.close(fd)
 
 
 def _is_free(port: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbtrain.adapters import tokens
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Config
 from dbtrain.data import shards
@@ -18,6 +19,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
+from dbtrain.models.families import registry as families
 from dbtrain.models.families.family import Family
 from dbtrain.train.dreambooth import DreamBooth
 from tests.conftest import at
@@ -27,13 +29,18 @@ def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> Dr
     manifest = Manifest.read(at(folder))
     base = Base.find(cfg.model)
     table = shards.read_prompts(at(folder), manifest.prompts)
+    table |= tokens.read_again(base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
     return DreamBooth.build(base, manifest, table, cfg, training)
 
 
 def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
-    weights = {"instance": 1.0, "class": cfg.loss.prior_weight}
-    share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch)
-    return LatentStream(at(folder), Manifest.read(at(folder)), share, weights, seed=cfg.seed, **options)
+    manifest, weights = Manifest.read(at(folder)), {"instance": 1.0, "class": cfg.loss.prior_weight}
+    options.setdefault("share", RankSlice(cfg.train.global_batch, cfg.train.micro_batch))
+    options["class_prompts"] = manifest.class_prompts() if cfg.loss.prior == "prediction" else None
+    return LatentStream(
+        at(folder), manifest, role_weights=weights, seed=cfg.seed,
+        extra=lambda meta: families.get(manifest.family).row(meta, manifest.request["resolution"]), **options,
+    )  # fmt: skip
 
 
 def awake(model: DreamBooth) -> DreamBooth:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ PREFIXES = (
     "PYTORCH_", "ROLE_", "SBATCH_", "SLURM_", "TORCH", "TRANSFORMERS_", "TRITON_", "WANDB_",
 )  # fmt: skip
 NAMES = (
-    "RANK", "WORLD_SIZE", "COLUMNS", "FORCE_COLOR", "PYTHONWARNINGS", "http_proxy", "https_proxy",
-    "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "CONTAINER", "HEAD", "INTERFACE", "JOB",
-    "MAX_REQUEUES", "MAX_RESTARTS", "MOUNTS", "NODES", "PORT", "RANKS", "RANKS_PER_NODE", "STARTER", "VENV",
+    "RANK", "WORLD_SIZE", "COLUMNS", "FORCE_COLOR", "PYTHONDONTWRITEBYTECODE", "PYTHONWARNINGS",
+    "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "CONTAINER", "HEAD",
+    "INTERFACE", "JOB", "MAX_REQUEUES", "MAX_RESTARTS", "MOUNTS", "NODES", "PORT", "RANKS", "RANKS_PER_NODE",
+    "STARTER", "VENV",
 )  # fmt: skip
 
 
@@ -36,6 +38,7 @@ def begin() -> Path:
     for name in list(os.environ):
         if name not in OURS and (name in NAMES or name.startswith(PREFIXES)):
             del os.environ[name]
+    sys.dont_write_bytecode = False  # hundreds of processes would each compile the same files
     if WORKER not in os.environ or FOLDER not in os.environ:
         made = tempfile.mkdtemp(prefix="dbtrain-tests-")
         Path(made).chmod(0o755)  # munge runs as a user of its own, and wants to see its socket

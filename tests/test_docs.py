@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dbtrain.config import Config
+from dbtrain.config.adapter import AdapterSettings
 from dbtrain.config.base import Section
 from tests.conftest import ROOT, finished
 
@@ -51,12 +52,15 @@ def _rows(fields: dict[str, Any], prefix: str) -> list[str]:
     rows = []
     for name, field in fields.items():
         inner = _section(field)
-        if inner and not prefix.startswith("adapter."):
-            rows += _rows(inner.model_fields, f"{prefix}{name}.")
-            continue
+        again = inner is AdapterSettings
         default = "**required**" if field.is_required() else f"`{_yaml(field.get_default())}`"
-        values = "the keys of `adapter`" if inner else _values(prefix, name)
-        rows.append(f"| `{prefix}{name}` | {default} | {values} | {field.description} |")
+        if not inner or field.get_default() is None:
+            values = (
+                "the keys of `adapter`" if again else "the keys below" if inner else _values(prefix, name)
+            )
+            rows.append(f"| `{prefix}{name}` | {default} | {values} | {field.description} |")
+        if inner and not again:
+            rows += _rows(inner.model_fields, f"{prefix}{name}.")
     return rows
 
 
@@ -70,7 +74,7 @@ def _values(prefix: str, name: str) -> str:
     node = schema = _schema()
     for part in [*prefix.split(".")[:-1], name]:
         node = node["properties"][part]
-        for option in (node, *node.get("anyOf", ())):
+        for option in (node, *node.get("anyOf", ()), node.get("items", {})):
             if "$ref" in option:
                 node = schema["$defs"][option["$ref"].split("/")[-1]]
     return _of_type(node)
@@ -90,6 +94,8 @@ def _of_type(node: dict[str, Any]) -> str:
         return ", ".join(f"`{_yaml(value)}`" for value in node["enum"])
     if node["type"] == "array":
         return f"list of {_of_type(node['items'])}"
+    if node["type"] == "object":
+        return f"mapping to {_of_type(node['additionalProperties'])}"
     limits = [f"{sign} {node[key]}" for key, sign in LIMITS.items() if key in node and node[key] < 1e6]
     names = {"integer": "int", "number": "float", "string": "text", "boolean": "`true`, `false`"}
     return ", ".join([names[node["type"]], *limits])

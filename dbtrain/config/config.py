@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Annotated, Any, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from dbtrain.config import folders, loading
+from dbtrain.config import folders, loading, subject_words
 from dbtrain.config.adapter import Adapter
-from dbtrain.config.base import Section, Seed, Text
-from dbtrain.config.inputs import PLACEHOLDER, Data, Model, Prepare, Subject
+from dbtrain.config.base import Section, Seed, Text, listed
+from dbtrain.config.inputs import PLACEHOLDER, Data, Model, OneOfSeveral, Prepare, Subject
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
+from dbtrain.config.subjects import describe_first, filled
 from dbtrain.config.training import Faults, Loss, Optim, Train
 from dbtrain.runtime.errors import ConfigError
 
@@ -26,6 +27,10 @@ class Config(Section):
     run_dir: Text = Field(description="run folder: checkpoints, logs, exported files, samples")
     seed: Seed = Field(0, description="seed of everything random in the run")
     subject: Subject = Field(default=Subject(), description="what the photos show, in words")
+    subjects: Annotated[tuple[OneOfSeveral, ...], BeforeValidator(listed)] = Field(
+        (), description="the subjects, if one adapter learns several; instead of `subject`'s words and "
+        "`prepare.photos`; prompts with `{}` stand for one of each"
+    )  # fmt: skip
     model: Model = Field(description="the base model")
     prepare: Prepare | None = Field(None, description="how photos are turned into shards")
     data: Data = Field(description="where the shards are, and how they are read")
@@ -49,17 +54,33 @@ class Config(Section):
     def _of_the_subject(cls, values: Any) -> Any:
         """Derive from the subject what is not set: the run folder, the shards, and its words in prompts."""
         try:
-            subject = Subject.model_validate(values["subject"])
-        except (ValidationError, LookupError, TypeError):
-            return values  # without a subject, or told once the sections are read
+            subject = Subject.model_validate(values.get("subject", {}))
+            several = [OneOfSeveral.model_validate(one) for one in values.get("subjects", ())]
+        except (ValidationError, AttributeError, TypeError):
+            return values  # told once the sections are read
         derived: dict[str, Any] = {"run_dir": f"runs/{subject.name}"} if subject.name else {}
         derived |= values
         if subject.name and isinstance(data := derived.setdefault("data", {}), dict):
             derived["data"] = {"shards": f"shards/{subject.name}"} | data
+        if several:
+            describe_first(derived, several)
+        words = [one.words for one in several] or [subject]
         for section, key in PROMPTS:
             if isinstance(part := derived.get(section), dict) and key in part:
-                derived[section] = part | {key: _filled(part[key], subject)}
+                derived[section] = part | {key: filled(part[key], words)}
         return derived
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_images_that_are_used(cls, values: Any) -> Any:
+        """Derive that there are no class images if the loss reads none."""
+        try:
+            prior, prepare = values["loss"]["prior"], values["prepare"]
+        except (LookupError, TypeError):
+            return values
+        if prior not in ("prediction", "none") or not isinstance(prepare, dict):
+            return values
+        return values | {"prepare": prepare | {"class_images": 0}}
 
     @model_validator(mode="after")
     def _words_for_every_prompt(self) -> Config:
@@ -74,11 +95,50 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _whole_weights_for_dora(self) -> Config:
+    def _a_word_for_each_subject(self) -> Config:
+        tokens = [one.token for one in self.subjects]
+        if twice := next((token for token in tokens if tokens.count(token) > 1), None):
+            raise ValueError(f"subjects: '{twice}' is the token of more than one; give each its own")
+        if self.subjects and not self.prepare:
+            raise ValueError("subjects need a prepare section, which has their prompts; add it")
+        subject_words.check_learned(self.learned_words, self.prepare)
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_preserve(self) -> Config:
+        if not (prepare := self.prepare):
+            return self
+        if self.loss.prior == "prediction" and not prepare.class_prompt:
+            raise ValueError(
+                "loss.prior is prediction, but there is no prompt to predict for; set prepare.class_prompt"
+            )
+        if self.loss.prior == "images" and prepare.class_prompt and not prepare.class_images:
+            raise ValueError(
+                "prepare.class_images is 0, but loss.prior is images; set it to 50 or more, or loss.prior to "
+                "prediction or none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plain_weights_for_dora(self) -> Config:
         if self.adapter.dora and self.train.shard != "none":
             raise ValueError(
                 f"adapter.dora is true, but train.shard is '{self.train.shard}': DoRA starts from the norms "
                 "of whole weights; set one of them to its default"
+            )
+        if self.adapter.dora and self.model.training_adapter:
+            raise ValueError(
+                "adapter.dora is true, but DoRA's magnitudes would hold those of model.training_adapter too; "
+                "set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_average_to_export(self) -> Config:
+        if self.export.ema and self.train.ema is None:
+            raise ValueError(
+                "export.ema is true, but train.ema is null, so there is no average; set train.ema=0.99, or "
+                "export.ema=false"
             )
         return self
 
@@ -111,19 +171,11 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _no_magnitudes_of_a_merged_base(self) -> Config:
-        if self.model.training_adapter and self.adapter.dora:
-            raise ValueError(
-                "adapter.dora is true, but DoRA's magnitudes would hold those of model.training_adapter too; "
-                "set it to false"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _nothing_is_overwritten(self) -> Config:
         inputs: dict[str, str | None] = {}
         if prepare := self.prepare:
             inputs = {"prepare.photos": prepare.photos, "prepare.class_dir": prepare.class_dir}
+        inputs |= {f"subjects.{k}.photos": one.photos for k, one in enumerate(self.subjects)}
         if problems := folders.problems(self.run_dir, self.data.shards, inputs):
             raise ValueError("; also, ".join(problems))
         return self
@@ -159,6 +211,40 @@ class Config(Section):
         """
         return self.from_dict(self.model_dump(mode="json"), overrides)
 
+    @property
+    def learned_words(self) -> tuple[str, ...]:
+        """The tokens of the subjects whose embeddings are learned, see `adapter.token`."""
+        return tuple(one.token or "" for one in self.subjects or [self.subject] if self.adapter.token)
+
+    def each_subject(self) -> list[Config]:
+        """This config, or, if it lists several subjects, one for each, with its words, photos and prompts."""
+        return [self._about(one) for one in self.subjects] or [self]
+
+    def _about(self, one: OneOfSeveral) -> Config:
+        """The config of one subject of several, without prompts that are about others only."""
+        mine = {one.token, one.class_word}
+        others = {word for other in self.subjects for word in (other.token, other.class_word)} - mine
+        changes: dict[str, Any] = {
+            "subjects": (),
+            "subject": self.subject.model_copy(update={"token": one.token, "class_word": one.class_word}),
+        }
+        for name in ("validation", "sample"):
+            section = getattr(self, name)
+            kept = tuple(
+                text
+                for text in section.prompts
+                if any(word in text for word in mine) or not any(word in text for word in others)
+            )
+            changes[name] = section.model_copy(update={"prompts": kept})
+        if self.prepare:
+            words = {"photos": one.photos, "instance_prompt": one.prompt, "class_prompt": one.class_prompt}
+            changes["prepare"] = self.prepare.model_copy(update=words)
+        return self.model_copy(update=changes)
+
+    def filled(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts with the words in place of `{}`, `{token}` and `{class}`, for each of several subjects."""
+        return filled(prompts, [one.words for one in self.subjects] or [self.subject])
+
     def get(self, key: str) -> Any:
         """The value of a dotted key, or a whole section. Raises ConfigError if there is none."""
         value: Any = self
@@ -191,10 +277,3 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
 def kinds() -> dict[str, loading.Kinds]:
     """The types of every setting, by dotted key."""
     return {name: loading.kinds_of(field.annotation) for name, field in fields()}
-
-
-def _filled(value: Any, subject: Subject) -> Any:
-    """A prompt, or each prompt of a list, with the subject's words; other values as they are."""
-    if isinstance(value, (list, tuple)):
-        return [_filled(one, subject) for one in value]
-    return subject.filled(value) if isinstance(value, str) else value

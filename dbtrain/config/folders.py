@@ -19,7 +19,7 @@ def problems(run_dir: str, shards: str, inputs: Mapping[str, str | None]) -> lis
     found = []
     for key, folder in outputs.items():
         for other, source in read.items():
-            above = [folder, *(folder.parents if other == "prepare.photos" else ())] if folder else []
+            above = [folder, *(folder.parents if other.endswith("photos") else ())] if folder else []
             if source in above:
                 found.append(f"{key} is {folder}, in {other} ({source}); use a folder outside of it")
     run = outputs["run_dir"]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Side, Steps, Text
+from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Share, Side, Steps, Text
 
 PLACEHOLDER = re.compile(r"\{(|token|class)\}")
 
@@ -32,6 +32,21 @@ class Subject(Section):
         if self.token and self.class_word:
             known[""] = f"{self.token} {self.class_word}"
         return PLACEHOLDER.sub(lambda match: known.get(match[1]) or match[0], prompt)
+
+
+class OneOfSeveral(Section):
+    """One of the subjects that an adapter learns together."""
+
+    token: Text = Field(description="rare word that comes to mean this subject, another one for each")
+    class_word: Text = Field(description="what it is, e.g. `dog`; subjects of a class share its images")
+    photos: Text = Field(description="folder with photos of this subject")
+    prompt: Text | None = Field(None, description="its prompt (null: `prepare.instance_prompt`)")
+    class_prompt: Text | None = Field(None, description="its class's prompt (null: `prepare.class_prompt`)")
+    weight: Positive = Field(1.0, description="how often it is trained on, relative to the others")
+
+    @property
+    def words(self) -> Subject:
+        return Subject(token=self.token, class_word=self.class_word)
 
 
 class Model(Section):
@@ -80,9 +95,11 @@ class Prepare(Section):
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: bool = Field(False, description="read each photo's prompt from the .txt file of the same name")
     class_prompt: Text | None = Field(
-        None, description="prompt for the class images (null: no prior preservation)"
+        None, description="prompt of the class, for prior preservation (null: none)"
     )
-    class_images: Count = Field(200, description="number of class images")
+    class_images: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        200, description="number of class images (0 unless `loss.prior` is `images`)"
+    )
     class_dir: Text | None = Field(
         None,
         description="folder with your own class images; missing ones are generated into a subfolder (null: "
@@ -115,12 +132,16 @@ class Prepare(Section):
     )
     sampling: Sampling = Field(default=Sampling(), description="how class images are generated")
 
+    @property
+    def has_class_images(self) -> bool:
+        return self.class_prompt is not None and self.class_images > 0
+
     @model_validator(mode="after")
     def _class_images_to_hold_out(self) -> Prepare:
-        if self.class_held_out and not self.class_prompt:
+        if self.class_held_out and not self.has_class_images:
             raise ValueError(
                 f"class_held_out is {self.class_held_out}, but there are no class images; "
-                "set class_prompt too"
+                "set class_prompt too, and loss.prior to images"
             )
         return self
 
@@ -138,6 +159,11 @@ class Data(Section):
     shards: Text = Field(description="folder (or URL, for reading) of the shards")
     cache_gib: Positive = Field(
         1.0, description="RAM for decoded shards on each rank, GiB; shards that do not fit are read again"
+    )
+    prompt_dropout: Share = Field(
+        0.0,
+        description="share of the rows that are trained with the empty prompt, for classifier-free guidance; "
+        "above 0, `prepare` encodes it too",
     )
     resident_gib: NonNegative = Field(
         1.0, description="GPU memory for training data, GiB; data that fits is copied to the GPU once"

@@ -16,6 +16,13 @@ class SubjectWords:
     kind: str  # "dog"
     class_prompt: str  # "a photo of a dog"
 
+    def names(self, prompt: str) -> bool:
+        """Whether a prompt is about the subject: it contains `{}` or the token."""
+        return "{}" in prompt or self._without(prompt) != prompt.strip()
+
+    def _without(self, prompt: str) -> str:
+        return re.sub(rf"(?<!\w){re.escape(self.token)}(?!\w)\s*", "", prompt).strip()
+
     def put(self, prompt: str) -> tuple[str, str]:
         """(prompt to generate, the same without the token) for a prompt that contains `{}` or the token.
 
@@ -23,13 +30,12 @@ class SubjectWords:
         """
         if "{}" in prompt:
             return prompt.replace("{}", f"{self.token} {self.kind}"), prompt.replace("{}", self.kind)
-        without = re.sub(rf"(?<!\w){re.escape(self.token)}(?!\w)\s*", "", prompt).strip()
-        if without == prompt.strip():
+        if not self.names(prompt):
             raise ConfigError(
                 f"evaluation.prompts: '{prompt}' is not about the subject; put {{}} or "
                 f"'{self.token} {self.kind}' into it"
             )
-        return prompt, without
+        return prompt, self._without(prompt)
 
 
 def of(prepare: Prepare | None, subject: Subject) -> SubjectWords:
@@ -78,3 +84,18 @@ def _shared(after: Sequence[str], of_class: Sequence[str]) -> Sequence[str]:
         if any(of_class[k : k + length] == after[:length] for k in range(len(of_class))):
             return after[:length]
     return ()
+
+
+def check_learned(words: Sequence[str], prepare: Prepare | None) -> None:
+    """Raise ValueError unless embeddings can be learned for these words, the tokens of the subjects."""
+    prompt = prepare.instance_prompt if prepare and not prepare.captions and len(words) == 1 else None
+    for word in words:
+        problem = ""
+        if not word:
+            problem = "is not set; set it, e.g. to sks"
+        elif not re.fullmatch(r"[^\s/.]+", word):  # names a file, and an entry in others
+            problem = f"is '{word}'; use one word without '.' and '/'"
+        elif prompt is not None and word not in prompt:
+            problem = f"is '{word}', which is not in prepare.instance_prompt; put {{token}} into it"
+        if problem:
+            raise ValueError(f"adapter.token learns the word in subject.token, which {problem}")

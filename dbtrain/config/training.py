@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, PositiveShare, Section, no_number
+from dbtrain.config.base import (
+    Count,
+    Natural,
+    NonNegative,
+    Patterns,
+    Positive,
+    PositiveShare,
+    Section,
+    no_number,
+)
 
 
 class Timesteps(Section):
@@ -29,12 +38,34 @@ class Timesteps(Section):
         description="flow matching: shift of the noise levels towards noise, sigma -> s sigma / (1 + (s - 1) "
         "sigma) (null: the base's own, for this resolution; 1: none)",
     )
+    low: float = Field(
+        0.0, ge=0, lt=1, description="lowest noise level to train at, as a fraction of the timesteps"
+    )
+    high: float = Field(
+        1.0, gt=0, le=1, description="highest noise level; 0.5 leaves out the noisier half of the timesteps"
+    )
+
+    @model_validator(mode="after")
+    def _some_levels(self) -> Timesteps:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}; use a low that is less than high")
+        return self
 
 
 class Loss(Section):
-    prior_weight: NonNegative = Field(1.0, description="weight of the loss on class images")
+    prior: Literal["images", "prediction", "none"] = Field(
+        "images",
+        description="what preserves the class: `images` of it, or the base's own `prediction` for the "
+        "photos with `prepare.class_prompt`, which needs no class images",
+    )
+    prior_weight: NonNegative = Field(1.0, description="weight of the loss that preserves the class")
     min_snr_gamma: Positive | None = Field(
         None, description="min-SNR-gamma loss weighting, usually 5 (null: off)"
+    )
+    huber: PositiveShare | None = Field(
+        None,
+        description="pseudo-Huber loss, with this threshold at pure noise (usually 0.1) that rises to 1 "
+        "without noise; protects against outliers in the photos (null: squared error)",
     )
     noise_offset: NonNegative = Field(
         0.0,
@@ -45,22 +76,66 @@ class Loss(Section):
         "none", description="flow matching: loss weight by noise level, as in Diffusers' scripts"
     )
 
+    def role_weights(self, class_images: bool) -> dict[str, float]:
+        """The roles to train on, and the weight of each role's mean loss.
+
+        `class_images`: whether there are any. Those of weight 0 are not loaded at all.
+        """
+        there = {"images": class_images, "prediction": True, "none": False}[self.prior]
+        return {"instance": 1.0} | ({"class": self.prior_weight} if there and self.prior_weight else {})
+
+
+LEAST_FACTOR = 0.01  # of the rate that an optimizer finds; what is below is a rate meant for another
+
 
 class Optim(Section):
-    lr: Positive = Field(1e-4, description="peak learning rate")
+    name: Literal["adamw", "prodigy"] = Field(
+        "adamw", description="optimizer; `prodigy` finds the learning rate, so that none has to be chosen"
+    )
+    lr: Positive = Field(
+        1e-4, description="peak learning rate; for `prodigy` a factor of the rate that it finds, by default 1"
+    )
     text_encoder_lr: Positive | None = Field(
         None, description="peak learning rate of the text encoder adapters (null: `optim.lr`)"
     )
+    token_lr: Positive = Field(
+        1e-3,
+        description="`adapter.token`: peak learning rate of the embeddings, as unit vectors: their length "
+        "stays; for `prodigy` a factor, by default 1",
+    )
     lora_plus_ratio: Positive = Field(
         1.0, description="LoRA+: learning rate of the up projections as a multiple of `optim.lr`"
+    )
+    lrs: Patterns[Positive] = Field(
+        {},
+        description="factors of the learning rate of some modules, e.g. `{up_blocks.*: 0.5}`, named as in "
+        "`adapter.ranks`; the component may come first: `{text_encoder_2.*: 0.1}`",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
         description="learning rate after warm-up; `linear` and `cosine` decay to 0 at `train.steps`",
     )
     warmup_steps: Natural = Field(0, description="steps of linear learning rate warm-up")
-    weight_decay: NonNegative = Field(1e-2, description="AdamW weight decay")
+    weight_decay: NonNegative = Field(1e-2, description="decoupled weight decay")
     clip: Positive = Field(1.0, description="gradient norm above which gradients are clipped")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _factor_of_a_found_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "prodigy":
+            return {"lr": 1.0, "token_lr": 1.0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _no_rate_for_prodigy(self) -> Optim:
+        values = {name: getattr(self, name) for name in ("lr", "text_encoder_lr", "token_lr")}
+        small = [name for name, value in values.items() if value and value < LEAST_FACTOR]
+        if self.name == "prodigy" and small:
+            raise ValueError(
+                f"{' and '.join(f'{name} is {values[name]:g}' for name in small)}, but for prodigy that is a "
+                f"factor of the rate that it finds; set {' '.join(f'optim.{name}=1' for name in small)}"
+            )
+        return self
 
 
 class Train(Section):
@@ -113,6 +188,17 @@ class Train(Section):
         description="GPUs that hold the denoiser's frozen weights together, a part each: `all`, those of a "
         "`node`, or `none`: each holds them whole, which is faster if they fit; changes no result",
     )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of a moving average of the adapter's weights, e.g. 0.99, which checkpoints keep "
+        "and `export.ema` exports (null: none)",
+    )
+    stop: Literal["steps", "best"] = Field(
+        "steps",
+        description="when to stop: after `steps`; or, for `best`, when no validation has been better for "
+        "`patience` of them, at `steps` at the latest. The best checkpoint is kept and exported",
+    )
+    patience: Count = Field(2, description="with `stop: best`: validations without improvement to wait for")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
@@ -134,6 +220,9 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
+        # Hooks around each block fetch its weights: they would break up a compiled graph of all blocks, and
+        # allocate as no CUDA graph can replay. FSDP cannot view weights in NHWC as rows, and block swap
+        # copies whole weights.
         common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
         for setting, off, fitting in (
             ("shard", "none", common | {"channels_last": (False,)}),

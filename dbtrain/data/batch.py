@@ -28,6 +28,7 @@ class Batch:
     position: Tensor  # (rows,) fp64
     extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
     first: int  # position of the first instance row
+    preserved: int  # how many of the last rows have the base's own prediction as their target
     seen: int  # checksum of the rows' roles, positions and content, to compare runs
 
     @classmethod
@@ -40,26 +41,30 @@ class Batch:
         stored: Mapping[str, Tensor] | None = None,
         weights: Sequence[float] | None = None,
         positions: Sequence[int] | None = None,
+        prompts: Sequence[int] | None = None,
+        preserved: int = 0,
         seen: int = 0,
     ) -> Batch:
         """The batch of these rows and their random numbers, on the CPU.
 
-        `extras`: further conditions of each row. `stored` replaces the rows' own tensors. `weights` and
+        `extras`: further conditions of each row. `stored` and `prompts` replace the rows' own. `weights` and
         `positions` default to 0.
         """
         zeros = [0] * len(rows)
+        chosen = [row.meta["prompt"] for row in rows] if prompts is None else prompts
         return cls(
             stored=_stacked([row.tensors for row in rows]) if stored is None else dict(stored),
             posterior=torch.stack([draw.posterior for draw in draws]),
             noise=torch.stack([draw.noise for draw in draws]),
             u=torch.stack([draw.u for draw in draws]),
-            prompt=torch.tensor([row.meta["prompt"] for row in rows]),
-            prompts=tuple(row.meta["prompt"] for row in rows),
+            prompt=torch.tensor(chosen),
+            prompts=tuple(chosen),
             weight=torch.tensor(weights or zeros, dtype=torch.float32),
             level=torch.stack([draw.level for draw in draws]),
             position=torch.tensor(positions or zeros, dtype=torch.float64),
             extra=_stacked(extras),
             first=(positions or zeros)[0],
+            preserved=preserved,
             seen=seen,
         )
 

@@ -10,7 +10,7 @@ import contextlib
 import queue
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbtrain.data import shards
 from dbtrain.data.batch import Batch
-from dbtrain.data.order import Order, RankSlice
+from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import rng
 
@@ -77,9 +77,12 @@ class Resident:
 class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
-    `role_weights`: the roles to train on and the weight of each role's mean loss. `extra`: a row's
-    description -> further conditions. `stored`: the names of each row's tensors. `next` raises ConfigError
-    if a shard is missing or damaged.
+    `role_weights`: the roles to train on and the weight of each role's mean loss. `weights`: how often
+    each of several subjects, or of their classes, is trained on, by role. `extra`: a row's description ->
+    further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows are instance
+    rows with these prompts, the index of one for each subject, in an order of their own; the base's
+    predictions for them are their targets. `prompt_dropout`: the share of rows that get the empty prompt,
+    which the shards then have. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -90,32 +93,42 @@ class LatentStream:
         role_weights: dict[str, float],
         *,
         seed: int,
+        weights: Mapping[str, Sequence[float]] | None = None,
         start: int = 0,
         noise_offset: float = 0.0,
+        prompt_dropout: float = 0.0,
         cache_gib: float = 1.0,
         device: torch.device | None = None,
         resident_gib: float = 0.0,
         extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
         stored: Collection[str] = (),
+        class_prompts: Sequence[int] | None = None,
     ) -> None:
+        self.class_prompts = class_prompts
+        self.images = {role: "instance" if class_prompts else role for role in role_weights}
         self.manifest = manifest
         self.share = share
         self.role_weights = role_weights
         self.seed = seed
         self.start = start
         self.noise_offset = noise_offset
+        self.prompt_dropout = prompt_dropout
         self.device = device or torch.device("cpu")
         self.extra = extra or (lambda meta: {})
         self.orders = {
-            role: Order(manifest.rows(role), share.global_batch, seed, role) for role in role_weights
+            role: manifest.order(
+                role, (weights or {}).get(role, (1.0,)), share.global_batch, seed, self.images[role]
+            )
+            for role in role_weights
         }
         self.cache = ShardCache(storage, cache_gib * 2**30, manifest, stored)
-        mine = [
-            manifest.roles[role][shard]
+        mine = {
+            shard.file: shard
             for role, order in self.orders.items()
-            for shard in order.shards_of(share)
-        ]
-        self.resident = Resident(mine) if sum(s.bytes for s in mine) <= resident_gib * 2**30 else None
+            for shard in (manifest.roles[self.images[role]][number] for number in order.shards_of(share))
+        }
+        size = sum(shard.bytes for shard in mine.values())
+        self.resident = Resident(list(mine.values())) if size <= resident_gib * 2**30 else None
         self.ahead: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self.peeked: Batch | None = None
         self.closed = threading.Event()
@@ -170,15 +183,28 @@ class LatentStream:
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
+            prompts=[
+                self._prompt(*place, shard, row)
+                for place, (shard, _), row in zip(positions, locations, rows, strict=True)
+            ],
+            preserved=sum(role == "class" for role, _ in positions) if self.class_prompts else 0,
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
             ),
         )
 
+    def _prompt(self, role: str, position: int, shard: shards.Shard, row: shards.Row) -> int:
+        """The prompt of the row at a position: its own, that of its subject's class, or the empty one."""
+        if rng.seed_of(self.seed, "prompt dropout", role, position) < self.prompt_dropout * 2**63:
+            return self.manifest.prompts.texts.index("")
+        if self.class_prompts and role == "class":
+            return self.class_prompts[shard.part]
+        return row.meta["prompt"]
+
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)
-        return self.manifest.roles[role][location.shard], location.row
+        return self.manifest.roles[self.images[role]][location.shard], location.row
 
     def _read_ahead(self) -> None:
         step = self.start

@@ -7,6 +7,7 @@ positions s * global_batch ... (s + 1) * global_batch - 1.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -16,6 +17,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import shuffled
 
 WINDOW = 1024  # rows that are shuffled together, as in a shuffle buffer
+CYCLE = 1000  # most turns of several subjects before they repeat
 UNEVEN = 32  # columns differ by at most 1/32 of their rows: images are seen about equally often
 
 
@@ -99,6 +101,46 @@ class Order:
         windows, starts = _windows(self, shards, epoch)
         window = bisect_right(starts, index) - 1
         return RowLocation(epoch, *_shuffled_window(self, windows[window], epoch)[index - starts[window]])
+
+
+class Turns:
+    """Position -> location, for several subjects, or their classes, in turn.
+
+    They are spread evenly: of any n positions in a row, each has its share by weight, give or take one.
+    """
+
+    def __init__(
+        self, shard_rows: Sequence[int], parts: Sequence[Sequence[int]], weights: Sequence[float],
+        seed: int, role: str,
+    ) -> None:  # fmt: skip
+        """`parts`: the shards of each; `weights`: how often each is trained on."""
+        self.parts = parts
+        self.orders = [
+            Order(tuple(shard_rows[shard] for shard in part), 1, seed, f"{role} {number}")
+            for number, part in enumerate(parts)
+        ]
+        # A cycle in which each has its turns at the same distances.
+        shares = [weight / sum(weights) for weight in weights]
+        length = next((n for n in range(1, CYCLE) if all(_is_whole(share * n) for share in shares)), CYCLE)
+        self.counts = [max(1, round(share * length)) for share in shares]
+        turns = [((2 * turn + 1) / (2 * count), number, turn)
+                 for number, count in enumerate(self.counts) for turn in range(count)]  # fmt: skip
+        self.cycle = [(number, turn) for _, number, turn in sorted(turns)]
+
+    def shards_of(self, share: RankSlice) -> list[int]:
+        """The shards that a rank reads: all of them."""
+        return sorted(shard for part in self.parts for shard in part)
+
+    def locate(self, position: int) -> RowLocation:
+        """The location of a position, the same on every rank."""
+        cycles, place = divmod(position, len(self.cycle))
+        number, turn = self.cycle[place]
+        found = self.orders[number].locate(cycles * self.counts[number] + turn)
+        return found._replace(shard=self.parts[number][found.shard])
+
+
+def _is_whole(value: float) -> bool:
+    return value >= 0.5 and abs(value - round(value)) < 1e-6
 
 
 @lru_cache(maxsize=1024)  # more than the columns of a large batch, all of which are used in every step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,8 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr, Va
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dbtrain.config.base import Names, Section, listed
+from dbtrain.config.base import Names, Natural, Section, listed
+from dbtrain.data.order import Order, Turns
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
@@ -51,6 +52,7 @@ class Shard(Section):
     bytes: Annotated[int, Field(ge=0, le=files.FILE_BYTES)]
     sha256: Sha256
     keys: Annotated[Names, Field(min_length=1)]
+    part: Natural = Field(0, exclude_if=lambda part: not part)  # of several subjects or classes, which one
 
 
 class Prompts(Section):
@@ -125,6 +127,33 @@ class Manifest(Section):
         """The number of rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
 
+    def order(
+        self, role: str, weights: Sequence[float], global_batch: int, seed: int, images: str | None = None
+    ) -> Order | Turns:
+        """The order in which the rows of a role are trained on.
+
+        `weights`: of each subject, or of each class, in the order of the config. `images`: the role whose
+        images they are, if not its own.
+        """
+        images = images or role
+        rows = self.rows(images)
+        if len(weights) == 1:
+            return Order(rows, global_batch, seed, role)
+        parts: list[list[int]] = [[] for _ in weights]
+        for number, shard in enumerate(self.roles[images]):
+            parts[shard.part].append(number)
+        return Turns(rows, parts, weights, seed, role)
+
+    def class_prompts(self) -> tuple[int, ...]:
+        """The index of each subject's class prompt in the table. Raises ConfigError if one is not there."""
+        wanted = [one.get("class_prompt") for one in self.request.get("subjects", [self.request])]
+        if missing := set(wanted) - set(self.prompts.texts):
+            raise ConfigError(
+                f"loss.prior is prediction, but the shards lack the class prompt {missing.pop()!r}; set "
+                f"prepare.class_prompt, then {CURE}"
+            )
+        return tuple(map(self.prompts.texts.index, wanted))
+
     def check_files(self, storage: Storage) -> None:
         """Raise a ConfigError that lists all files that are missing or have the wrong size.
 
@@ -191,15 +220,7 @@ def read(
             )
             for tensors, text in _samples(data, len(shard.keys))
         ]
-    # tarfile's numbers can be too large, and its headers nested.
-    except (
-        tarfile.TarError,
-        SafetensorError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
+    except BROKEN as error:
         raise ConfigError(f"shard {path} cannot be read: {reason(error)}; {CURE}") from error
     if [row.meta.get("key") for row in rows] != list(shard.keys):
         raise ConfigError(f"shard {path} does not match the rows in the manifest; {CURE}")

@@ -46,8 +46,11 @@ def prompts(case: Case) -> Iterator[Finding]:
     """Whether the text encoders read every prompt to its end."""
     cfg, texts = case.cfg, {}
     if cfg.prepare:
-        texts["prepare.instance_prompt"] = cfg.prepare.instance_prompt
-        texts["prepare.class_prompt"] = cfg.prepare.class_prompt or ""
+        for one in cfg.each_subject():
+            assert one.prepare
+            of = f" of {one.subject.token}" if cfg.subjects else ""
+            texts[f"prepare.instance_prompt{of}"] = one.prepare.instance_prompt
+            texts[f"prepare.class_prompt{of}"] = one.prepare.class_prompt or ""
     for section in ("validation", "sample", "evaluation"):
         for number, text in enumerate(getattr(cfg, section).prompts, 1):
             texts[f"{section}.prompts, no. {number}"] = text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,6 +96,22 @@ def run_check(check: Check, case: Case | None) -> Iterator[Finding]:
         yield from findings_of(problem)
     except OSError as problem:
         yield error(os_problem(problem), "use a folder or file that can be read and written")
+
+
+def for_each_subject(check: Check) -> Check:
+    """The check for each of several subjects; its findings begin with the subject's token."""
+
+    def every(case: Case) -> Iterator[Finding]:
+        whole = case.cfg
+        try:
+            for one in whole.each_subject():
+                case.cfg = one
+                about = f"{one.subject.token}: " if whole.subjects else ""
+                yield from (replace(found, what=f"{about}{found.what}") for found in check(case))
+        finally:
+            case.cfg = whole
+
+    return every
 
 
 def listed(names: Sequence[Any], most: int = 4) -> str:

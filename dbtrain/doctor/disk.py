@@ -12,7 +12,7 @@ from pathlib import Path
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.base_model import adapter_bytes, diff_bytes
 from dbtrain.doctor.case import Case, Finding, error, ok
-from dbtrain.prepare import class_images
+from dbtrain.prepare import class_images, subjects
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import os_problem
 
@@ -42,7 +42,7 @@ def _folders(case: Case) -> Iterator[tuple[str, Path]]:
     shards = Storage(cfg.data.shards).folder
     if cfg.prepare and shards:
         yield "data.shards", shards
-        if cfg.prepare.class_prompt:
+        if cfg.prepare.has_class_images:
             yield "prepare.class_dir", class_images.root(cfg.prepare)
     yield "cache", files.cache()
 
@@ -80,25 +80,29 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
         return
     adapter = adapter_bytes(case)
     # One checkpoint more than are kept, as a new one is written before an old one is removed.
-    checkpoints = (cfg.train.keep + 1) * (1 + MOMENTS) * adapter
+    kept = cfg.train.keep + (cfg.train.stop == "best")
+    checkpoints = (kept + 1) * (1 + MOMENTS) * adapter
     export = sum(diff_bytes(case) if form == "diff" else adapter for form in cfg.export.formats or ("",))
-    yield f"{cfg.train.keep} checkpoints and the export", files.expand(cfg.run_dir), checkpoints + export
+    yield f"{kept} checkpoints and the export", files.expand(cfg.run_dir), checkpoints + export
     prepare, shards = cfg.prepare, Storage(cfg.data.shards).folder
     if prepare is None or shards is None:
         return
     # Shards.
     latent = 4 * math.prod(case.base.family.space(case.base, prepare.resolution).shape)
-    count = prepare.class_images if prepare.class_prompt else 0
+    classes = subjects.parts(cfg)["class"]
+    count = len(classes) * prepare.class_images
     if case.manifest is None:
         crops = len(case.photos) * prepare.variants * (1 + prepare.flip) if case.knows("photos") else 0
         # Pixel-space models store uint8 instead of fp32.
         row = len(case.base.family.stored) * latent if case.base.family.vae else latent / 4
         yield "shards", shards, (crops + count) * row
     # Class images.
-    if prepare.class_prompt and case.base.family.enlarges == 1:
-        count -= len(class_images.find_own(prepare))
-        made = class_images.generated(case.base, prepare, cfg.train.base_linears, count)
-        missing = count - sum(path.exists() for path in made)
+    if case.base.family.enlarges == 1:
+        missing = 0
+        for one in (part.prepare for part in classes):
+            count = one.class_images - len(class_images.find_own(one))
+            made = class_images.generated(case.base, one, cfg.train.base_linears, count)
+            missing += count - sum(path.exists() for path in made)
         png = prepare.resolution**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
         yield "class images", class_images.root(prepare), missing * each

@@ -9,7 +9,7 @@ from pathlib import Path
 from dbtrain.config import Config
 from dbtrain.doctor import environment as machine_checks
 from dbtrain.doctor import settings as setting_checks
-from dbtrain.doctor.case import Case, Check, Finding, findings_of, ok, run_check
+from dbtrain.doctor.case import Case, Check, Finding, findings_of, for_each_subject, ok, run_check
 from dbtrain.runtime.errors import ConfigError, printable
 from dbtrain.runtime.imports import importing
 
@@ -21,7 +21,7 @@ ANYWAY: tuple[tuple[str, Check], ...] = (
 )
 # Checks that need a config, but not torch.
 EARLY: tuple[tuple[str, Check], ...] = (
-    ("prompts", setting_checks.prompts),
+    ("prompts", for_each_subject(setting_checks.prompts)),
     ("learning rates", setting_checks.rates),
     ("job", machine_checks.job),
 )
@@ -37,8 +37,8 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("extras", machine_checks.packages),
         ("model", base_model.model),
         ("adapter", base_model.adapter),
-        ("photos", photos.photos),
-        ("captions", captions.captions),
+        ("photos", for_each_subject(photos.photos)),
+        ("captions", for_each_subject(captions.captions)),
         ("prompt length", captions.prompts),
         ("text encoders", text_encoders),
         ("passes", photos.passes),
@@ -46,6 +46,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("images", photos.generated_images),
         ("shards", shards_and_run.shards),
         ("batch", shards_and_run.batch),
+        ("stop", shards_and_run.stopping),
         ("run folder", shards_and_run.run_folder),
         ("write access", disk.writing),
         ("disk", disk.disk),

@@ -71,7 +71,7 @@ def shortened(cfg: Config, folder: Path) -> Config:
     changes = {
         "run_dir": str(folder / "run"), "hub": type(cfg.hub)(),
         "train": cfg.train.model_copy(
-            update={"steps": steps, "log_every": 1, "checkpoint_every": steps, "wandb": None}
+            update={"steps": steps, "stop": "steps", "log_every": 1, "checkpoint_every": steps, "wandb": None}
         ),
         "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, steps)}),
         "sample": cfg.sample.model_copy(
@@ -82,26 +82,36 @@ def shortened(cfg: Config, folder: Path) -> Config:
     if cfg.prepare:
         sampling = cfg.prepare.sampling
         changes["data"] = cfg.data.model_copy(update={"shards": str(folder / "shards")})
+        found = [_some_photos(one, folder / f"photos-{k}") for k, one in enumerate(cfg.each_subject())]
+        changes["subjects"] = tuple(
+            one.model_copy(update={"photos": there}) for one, there in zip(cfg.subjects, found, strict=False)
+        )
         changes["prepare"] = cfg.prepare.model_copy(update={
-            "photos": str(_some_photos(cfg, folder / "photos")), "class_dir": str(folder / "class"),
-            "class_images": IMAGES, "held_out": 0, "class_held_out": 0,
+            "photos": found[0], "class_dir": str(_own_class_images(cfg, folder / "class")),
+            "class_images": min(IMAGES, cfg.prepare.class_images), "held_out": 0, "class_held_out": 0,
             "sampling": sampling.model_copy(update={"steps": min(sampling.steps, STEPS)}),
         })  # fmt: skip
     return cfg.model_copy(update=changes)
 
 
-def _some_photos(cfg: Config, folder: Path) -> Path:
-    """`folder` with copies of the first photos and captions; own class images go to `class` beside it."""
+def _some_photos(cfg: Config, folder: Path) -> str:
+    """`folder` with copies of the first photos and captions of a subject."""
     assert cfg.prepare is not None
     folder.mkdir()
     for path in photos.of_subject(cfg.prepare)[:IMAGES]:
         for one in (path, captions.file_of(path)):
             if one.is_file():
                 shutil.copyfile(one, folder / one.name)
+    return str(folder)
+
+
+def _own_class_images(cfg: Config, folder: Path) -> Path:
+    """`folder` with copies of the user's first class images, if there are any."""
+    assert cfg.prepare is not None
     if cfg.prepare.class_dir and files.expand(cfg.prepare.class_dir).is_dir():
-        (folder.parent / "class").mkdir()
+        folder.mkdir()
         for path in photos.find(cfg.prepare.class_dir, "prepare.class_dir", ignore=(".txt",))[:IMAGES]:
-            shutil.copyfile(path, folder.parent / "class" / path.name)
+            shutil.copyfile(path, folder / path.name)
     return folder
 
 

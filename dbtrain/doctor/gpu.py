@@ -71,7 +71,8 @@ def compiling(case: Case) -> Iterator[Finding]:
     prepare = case.cfg.prepare
     asked = [name for name, value in (
         ("train.compile", case.cfg.train.compile),
-        ("prepare.sampling.compile", prepare and prepare.class_prompt and prepare.sampling.compile is True),
+        ("prepare.sampling.compile",
+         prepare and prepare.has_class_images and prepare.sampling.compile is True),
     ) if value]  # fmt: skip
     if not asked:
         yield ok("not needed: train.compile is off")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
 from dbtrain.models import sampler
-from dbtrain.prepare import class_images, plan
+from dbtrain.prepare import class_images, plan, subjects
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError
 
@@ -47,15 +48,14 @@ def photos(case: Case) -> Iterator[Finding]:
         if isinstance(one, ConfigError):
             yield from findings_of(one, "replace or remove it")
     yield from (warning(line, "export it again, with the profile sRGB") for line in sorted(told))
-    case.photos = [
-        (path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)
-    ]
+    mine = [(path, one) for path, one in zip(paths, opened, strict=True) if isinstance(one, PhotoQuality)]
+    case.photos = [*vars(case).get("photos", ()), *mine]
     # Number and quality.
     yield from _count(len(paths))
-    yield from _quality(case.photos, cfg)
-    sides = [min(one.height, one.width) for _, one in case.photos]
+    yield from _quality(mine, cfg)
+    sides = [min(one.height, one.width) for _, one in mine]
     shortest = f", short sides {min(sides)} to {max(sides)} px" if sides else ""
-    yield ok(f"{len(case.photos)} of {len(paths)} in {cfg.photos} can be read{shortest}")
+    yield ok(f"{len(mine)} of {len(paths)} in {cfg.photos} can be read{shortest}")
 
 
 def _unused(folder: Path, cfg: Prepare) -> Iterator[Finding]:
@@ -169,10 +169,19 @@ def passes(case: Case) -> Iterator[Finding]:
 
 def of_class(case: Case) -> Iterator[Finding]:
     """How many class images there are, and how many have to be generated."""
-    cfg = case.cfg.prepare
-    if cfg is None or not cfg.class_prompt:
-        yield ok("no prepare.class_prompt: no prior preservation")
+    classes = subjects.parts(case.cfg)["class"]
+    if not classes:
+        prompt = case.cfg.prepare and case.cfg.prepare.class_prompt
+        why = f"none needed: loss.prior is {case.cfg.loss.prior}"
+        yield ok(why if prompt else "no prepare.class_prompt: no prior preservation")
         return
+    subjects.check_class_images(case.cfg)
+    for part in classes:
+        about = f"'{part.prepare.class_prompt}': " if len(classes) > 1 else ""
+        yield from (replace(found, what=f"{about}{found.what}") for found in _of_class(case, part.prepare))
+
+
+def _of_class(case: Case, cfg: Prepare) -> Iterator[Finding]:
     own = class_images.find_own(cfg)
     yield from findings_of(ConfigError(*class_images.unused(cfg)), level="warning")
     for path in own:

@@ -13,6 +13,7 @@ from dbtrain.doctor.case import Case, Finding, listed, ok, warning
 FILLERS = set("a an the of in on with my this one photo picture image photograph close up closeup".split())
 # Usual learning rates of adapters, with some margin: Diffusers' scripts use 1e-4 to 5e-4, kohya's up to 1e-3.
 RATES = {"lr": (1e-5, 2e-3), "text_encoder_lr": (1e-6, 1e-3)}
+FACTORS = {"lr": (0.3, 3.0), "text_encoder_lr": (0.01, 3.0)}  # of the rate that Prodigy finds
 
 
 def loaded(case: Case) -> Finding:
@@ -53,10 +54,15 @@ def prompts(case: Case) -> Iterator[Finding]:
                 "use the same class word in both, e.g. 'a photo of sks dog' and 'a photo of a dog'",
             )
     yield from _about_the_subject(case.cfg, cfg)
-    if cfg.class_prompt and not case.cfg.loss.prior_weight:
+    if cfg.has_class_images and not case.cfg.loss.prior_weight:
         yield warning(
             f"loss.prior_weight is 0: {cfg.class_images} class images are generated but never trained on",
-            "remove prepare.class_prompt, or set loss.prior_weight=1",
+            "set loss.prior=none, or loss.prior_weight=1",
+        )
+    if case.cfg.loss.prior == "prediction" and not case.cfg.loss.prior_weight:
+        yield warning(
+            "loss.prior is prediction, but loss.prior_weight is 0: nothing preserves the class",
+            "set loss.prior=none, or loss.prior_weight=1",
         )
     yield ok(f"'{cfg.instance_prompt}'" + (f", class '{cfg.class_prompt}'" if cfg.class_prompt else ""))
 
@@ -104,11 +110,13 @@ def rates(case: Case) -> Iterator[Finding]:
     used = {"lr": case.cfg.optim.lr}
     if case.cfg.adapter.text_encoder and case.cfg.optim.text_encoder_lr:
         used["text_encoder_lr"] = case.cfg.optim.text_encoder_lr
+    found = case.cfg.optim.name == "prodigy"
+    usual, what, best = (FACTORS, "factors of Prodigy's rate", 1.0) if found else (RATES, "adapters", 1e-4)
     for name, value in used.items():
-        low, high = RATES[name]
+        low, high = usual[name]
         if not low <= value <= high:
             yield warning(
-                f"optim.{name} is {value:g}; usual for adapters are {low:g} to {high:g}",
-                f"use optim.{name}={min(high, max(low, 1e-4)):g}",
+                f"optim.{name} is {value:g}; usual for {what} are {low:g} to {high:g}",
+                f"use optim.{name}={min(high, max(low, best)):g}",
             )
     yield ok(", ".join(f"{name} {value:g}" for name, value in used.items()))

@@ -9,11 +9,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config, subject_words
@@ -99,14 +100,29 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     return scores
 
 
+@torch.no_grad()
+def likeness(cfg: Config, out: Path, subjects: Sequence[Config]) -> Tensor:
+    """DINO's mean cosine of a subject's images in `out` to each subject's photos, (images, subjects)."""
+    dino = encoders.of(cfg.evaluation)[0]
+    embed = partial(encoders.embed, load=images.load, view=dino.view, network=encoders.dino_images(dino))
+    pictures = embed(sorted((out / "subject").glob("*.png")))
+    return torch.stack([(pictures @ embed(_photos(one)).T).mean(1) for one in subjects], 1)
+
+
+def _photos(cfg: Config) -> list[Path]:
+    """The subject's photos. Raises ConfigError if there are none."""
+    found = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",)) if cfg.prepare else []
+    if not found:
+        raise ConfigError("prepare.photos: no photos of the subject, which evaluate needs")
+    return found
+
+
 def _plan(cfg: Config, adapter: str, out: Path, base_out: Path) -> Scenario:
     """Find or download everything that is needed. One rank per node downloads."""
     with dist.agreed():
         about = subject_words.of(cfg.prepare, cfg.subject)
         prompts = subject.prompts(about, cfg.evaluation)
-        photos = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",)) if cfg.prepare else []
-        if not photos:
-            raise ConfigError("prepare.photos: no photos of the subject, which evaluate needs")
+        photos = _photos(cfg)
         if dist.local_rank() == 0:
             encoders.of(cfg.evaluation)
         formats.find(adapter)  # raises now, not after generating the base's images

@@ -9,15 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbtrain.adapters.formats import peft_folder
+from dbtrain.adapters.formats import peft_folder, word_file
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States
+from dbtrain.adapters.tokens import Words
 from dbtrain.config import Config
 from dbtrain.export.model_card import card
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of, read_state, step_of
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
 from dbtrain.train import checkpoint
 
 DATE = "SOURCE_DATE_EPOCH"  # environment variable
@@ -26,7 +27,9 @@ DATE = "SOURCE_DATE_EPOCH"  # environment variable
 def export(
     cfg: Config, step: int | None = None, out: Path | None = None, adapter: Path | None = None
 ) -> Path:
-    """Export the newest checkpoint, or that of `step`, into `out`; return the path of the first format.
+    """Export a checkpoint into `out`; return the path of the first format.
+
+    It is that of `step`; by default the best one of a run that looks for it, or else the newest.
 
     `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Only the format
     `diff` loads the base's weights.
@@ -38,24 +41,35 @@ def export(
         if out is None:
             raise ConfigError("--adapter needs a folder for the converted files; give --out", shared=True)
         with dist.agreed():
-            states = formats.read(formats.find(adapter), base.family, base.skeleton)
-        return save(cfg, base, states, {}, out, name_of(adapter))
-    states, state = _trained(run, base, step)
-    return save(cfg, base, states, state, out or run.export, name_of(run.path))
+            path = formats.find(adapter)
+            states = formats.read(path, base.family, base.skeleton)
+            words = word_file.read(path, base.family, base.skeleton)
+        return save(cfg, base, states, words, {}, out, name_of(adapter))
+    states, words, state = _trained(cfg, run, base, step)
+    return save(cfg, base, states, words, state, out or run.export, name_of(run.path))
 
 
-def _trained(run: RunFolder, base: Base, step: int | None) -> tuple[States, dict[str, Any]]:
-    """The adapter in the newest checkpoint, or that of `step`, and the checkpoint's state, on every rank."""
+def _trained(
+    cfg: Config, run: RunFolder, base: Base, step: int | None
+) -> tuple[States, Words, dict[str, Any]]:
+    """The adapter in the checkpoint of `step` or the default, its learned word, and the checkpoint's state.
+
+    The same on every rank.
+    """
     with dist.agreed():
         path = _checkpoint(run, step) if dist.is_main() else None
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         state = read_state(path)
-        components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
-        return {name: peft_folder.read(path / name) for name in components}, state
+        folder = adapter_in(path, cfg.export.ema)
+        names = [name for name in base.family.adaptable if (folder / name / peft_folder.CONFIG).is_file()]
+        states = {name: peft_folder.read(folder / name) for name in names}
+        return states, word_file.read(folder, base.family, base.skeleton), state
 
 
-def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str) -> Path:
+def save(
+    cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], folder: Path, name: str
+) -> Path:  # fmt: skip
     """Write the adapter in every requested format and the model card, on rank 0; return the first path.
 
     `state` is the checkpoint's; empty for a converted adapter. `name` is the adapter's.
@@ -68,22 +82,23 @@ def save(cfg: Config, base: Base, states: States, state: Mapping[str, Any], fold
             about = _about(cfg, base, state.get("step"), name)
             for form in forms:
                 path = formats.write(
-                    form, folder, base.family, states, base.module_names, about, name, base.load
+                    form, folder, base.family, states, base.module_names, about, name, base.load, words
                 )
                 what = f"exported step {state['step']}" if state else "converted"
                 console.say(f"{what} to {path} ({form}, for {formats.FORMATS[form].programs})")
                 if caveat := formats.caveat(form, states, forms):
                     console.say(f"warning: {caveat}")
-            _write_card(cfg, base, states, state, folder, name)
+            word_file.write(folder, base.family, words)
+            _write_card(cfg, base, states, words, state, folder, name)
     return formats.FORMATS[forms[0]].path(folder, name)
 
 
 def _write_card(
-    cfg: Config, base: Base, states: States, state: Mapping[str, Any], folder: Path, name: str
-) -> None:
+    cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], folder: Path, name: str
+) -> None:  # fmt: skip
     forms = cfg.export.formats or formats.natural(base.family, states)
     images = [SAMPLES] if (folder / SAMPLES).is_file() else []
-    files.write_atomically(folder / "README.md", card(cfg, base, states, state, name, forms, images))
+    files.write_atomically(folder / "README.md", card(cfg, base, states, words, state, name, forms, images))
 
 
 def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, str]:
@@ -94,15 +109,15 @@ def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, st
     found = {**base.family.header(base), "modelspec.sai_model_spec": "1.0.0"}
     if step is None:
         return found
-    prompt = cfg.prepare.instance_prompt if cfg.prepare else ""
+    prompts = [one.prepare.instance_prompt for one in cfg.each_subject() if one.prepare]
     found |= {
         "ss_output_name": name, "modelspec.title": name, "ss_sd_model_name": Path(base.name).name,
         "ss_steps": str(step), "modelspec.implementation": "diffusers",
     }  # fmt: skip
-    if prompt:  # a trigger for lists of tags, which count them by folder
+    if prompts:  # triggers for lists of tags, which count them by folder
         found |= {
-            "modelspec.trigger_phrase": prompt,
-            "ss_tag_frequency": json.dumps({name: {prompt: 1}}, ensure_ascii=False),
+            "modelspec.trigger_phrase": ", ".join(prompts),
+            "ss_tag_frequency": json.dumps({name: dict.fromkeys(prompts, 1)}, ensure_ascii=False),
         }
     return found | _date()
 
@@ -143,23 +158,26 @@ def show(cfg: Config, sheet: Path | None) -> None:
                 files.write_atomically(copy, sheet.read_bytes())
     if dist.from_main(changed):
         base = Base.find(cfg.model)
-        states, state = _trained(run, base, None)
+        states, words, state = _trained(cfg, run, base, None)
         with dist.agreed():
             if dist.is_main():
-                _write_card(cfg, base, states, state, run.export, name_of(run.path))
+                _write_card(cfg, base, states, words, state, run.export, name_of(run.path))
 
 
 def _done(cfg: Config) -> str:
     """Content of DONE: the step, the formats, and the hashes of the exported weights."""
-    folder = RunFolder(cfg.run_dir).export
-    weights = sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
-    lines = [f"export {path.relative_to(folder)} {hashing.sha256_of(path)}" for path in weights]
+    run = RunFolder(cfg.run_dir)
+    weights = sorted(path for path in run.export.rglob("*.safetensors") if not path.name.startswith("."))
+    lines = [f"export {path.relative_to(run.export)} {hashing.sha256_of(path)}" for path in weights]
     names = ", ".join(cfg.export.formats) or "natural"
-    return "\n".join([f"step {cfg.train.steps}", f"formats {names}", *lines]) + "\n"
+    names += " of the moving average" if cfg.export.ema else ""
+    return "\n".join([f"step {run.exported(cfg.train.steps)}", f"formats {names}", *lines]) + "\n"
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> Path:
     found = {step_of(path): path for path in run.checkpoints()}
+    if step is None and (best := run.read_best()):
+        step = best["step"]
     if not found:
         raise ConfigError(f"{run.path} has no checkpoint to export; run dbtrain train first")
     if step is None:

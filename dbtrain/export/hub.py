@@ -46,12 +46,17 @@ def _token() -> str:
 
 def uploaded(folder: Path, name: str) -> list[Path]:
     """The files of the export of an adapter called `name` that are pushed, relative to the folder."""
-    from dbtrain.adapters.formats import peft_folder
+    from dbtrain.adapters.formats import peft_folder, word_file
     from dbtrain.adapters.formats.registry import FORMATS  # slow to import, and `check` does not need it
 
     weights = {form.path(folder, name) for form in FORMATS.values()}
     peft = [path for part in (peft_folder.WEIGHTS, peft_folder.CONFIG) for path in folder.glob(f"*/{part}")]
-    found = [*weights, folder / "README.md", folder / SAMPLES]
+    found = [
+        *weights,
+        *folder.glob(f"{word_file.FOLDER}/*.safetensors"),
+        folder / "README.md",
+        folder / SAMPLES,
+    ]
     return [path.relative_to(folder) for path in sorted([*peft, *found]) if path.is_file()]
 
 

@@ -12,7 +12,9 @@ import jinja2
 import yaml
 
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.common import States, alpha_in
+from dbtrain.adapters.tokens import Words
 from dbtrain.config import Config
 from dbtrain.models.base import Base
 from dbtrain.models.locate import EMBEDDED
@@ -25,8 +27,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 
 def card(
-    cfg: Config, base: Base, states: States, state: Mapping[str, Any], name: str, forms: Sequence[str],
-    images: Sequence[str],
+    cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], name: str,
+    forms: Sequence[str], images: Sequence[str],
 ) -> str:  # fmt: skip
     """Return the README.md of an export of the adapter `name` in the formats `forms`.
 
@@ -45,7 +47,9 @@ def card(
         facts["widget"] = [{"text": prompt, "output": {"url": name}} for name in images]
     changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in base.family.sampler.items())
     sampler = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {changes})\n"
-    lines = RunFolder(cfg.run_dir).read_metrics()
+    run = RunFolder(cfg.run_dir)
+    best, lines = run.read_best() or {}, run.read_metrics()
+    lines = [line for line in lines if line["step"] <= state.get("step", 0)] or lines
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -55,7 +59,11 @@ def card(
         dora=any(state.config.get("use_dora") for state in states.values()),
         name=name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
         told=partial(told, state.get("segments", ())), model=model, prompt=prompt, step=state.get("step"),
+        chosen=best["why"] if best and best["step"] == state.get("step") else "",
         files={form: formats.FORMATS[form].file.format(name=name) for form in forms}, images=images,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},
+        words=[(word.text, word.vectors, f"{word_file.FOLDER}/{word.text}.safetensors") for word in words],
+        encoders=dict(zip(base.family.adaptable_text, word_file.CLIPS, strict=False)),
+        ends=word_file.old_ends(base) if words else {},
         adapters=[(name, state.config["r"], alpha_in(state.config)) for name, state in states.items()],
     )  # fmt: skip

@@ -67,11 +67,12 @@ class Base(Pretrained):
 
         `training_adapter`: `model.training_adapter`, with which a distilled base can be trained.
         """
-        if adapter.text_encoder and not self.family.adaptable_text:
-            raise ConfigError(
-                f"adapter.text_encoder: the text encoders of {self.family.name} models are too large "
-                "to train along; remove it"
-            )
+        for key in ("text_encoder", "token"):
+            if getattr(adapter, key) and not self.family.adaptable_text:
+                raise ConfigError(
+                    f"adapter.{key}: the text encoders of {self.family.name} models are too large "
+                    "to train along; remove it"
+                )
         if (instead := self.family.distilled(self)) and not training_adapter:
             raise ConfigError(
                 f"base model {self.name} was distilled to generate images in a few steps, which training "

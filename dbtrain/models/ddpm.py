@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.config.training import Loss, Timesteps
-from dbtrain.models.objectives import USUAL, check_scheduler, levels
+from dbtrain.models.objectives import USUAL, between, check_scheduler, levels, span
 from dbtrain.runtime.errors import ConfigError, reason
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -40,6 +40,7 @@ class DDPM(nn.Module):
     SAMPLER: ClassVar[str | None] = "DPM-Solver++ 2M"  # Lu et al. 2022, arXiv:2211.01095
 
     alphas_cumprod: Tensor  # (T,)
+    span: Tensor | None
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class DDPM(nn.Module):
         self.prediction = prediction
         self.min_snr_gamma = min_snr_gamma
         self.settings = settings
+        self.register_buffer("span", span(settings, self._level), persistent=False)
 
     @staticmethod
     def check(scheduler_config: Mapping[str, Any]) -> None:
@@ -107,9 +109,13 @@ class DDPM(nn.Module):
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps, (rows,) int64 in [0, T), from `u` uniform in [0, 1), (rows,)."""
-        if self.settings.distribution not in ("auto", "uniform"):
-            u = levels(u, self.settings, "uniform")
+        u = self._level(between(self.span, u))
         return (u * len(self.alphas_cumprod)).long().clamp(max=len(self.alphas_cumprod) - 1)
+
+    def _level(self, u: Tensor) -> Tensor:
+        if self.settings.distribution in ("auto", "uniform"):
+            return u
+        return levels(u, self.settings, "uniform")
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, shaped like x0: the forward process at timesteps `t`, (rows,)."""
@@ -124,6 +130,11 @@ class DDPM(nn.Module):
             return x0
         signal, sigma = self._signal_sigma(t)  # Salimans & Ho 2022, arXiv:2202.00512
         return signal * noise - sigma * x0
+
+    def signal(self, t: Tensor) -> Tensor:
+        """The share of the image in x_t beside that of the noise, (rows,)."""
+        signal, sigma = self._signal_sigma(t)
+        return (signal / (signal + sigma)).flatten()
 
     def weight(self, t: Tensor) -> Tensor:
         """Loss weight of each image, (rows,): 1, or min-SNR-gamma.

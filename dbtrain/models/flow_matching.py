@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.config.training import Loss, Timesteps
-from dbtrain.models.objectives import USUAL, check_scheduler, levels
+from dbtrain.models.objectives import USUAL, between, check_scheduler, levels, span
 from dbtrain.runtime.errors import ConfigError
 
 # Settings of the scheduler that mean another process, and the values that do not.
@@ -35,12 +35,14 @@ class FlowMatching(nn.Module):
 
     SCHEDULERS: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
     SAMPLER: ClassVar[str | None] = None
+    span: Tensor | None
 
     def __init__(
         self, shift: float = 1.0, settings: Timesteps = USUAL.timesteps, weighting: str = "none"
     ) -> None:
         super().__init__()
         self.shift, self.settings, self.weighting = shift, settings, weighting
+        self.register_buffer("span", span(settings, self._level), persistent=False)
 
     @staticmethod
     def check(scheduler_config: Mapping[str, Any]) -> None:
@@ -69,8 +71,11 @@ class FlowMatching(nn.Module):
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Noise levels, (rows,) fp32 in (0, 1), from `u` uniform in [0, 1), (rows,)."""
+        return self._level(between(self.span, u)).float()
+
+    def _level(self, u: Tensor) -> Tensor:
         sigma = levels(u, self.settings, "logit_normal")
-        return (self.shift * sigma / (1 + (self.shift - 1) * sigma)).float()
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def corrupt(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t, shaped like x0."""
@@ -80,6 +85,10 @@ class FlowMatching(nn.Module):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity, shaped like x0."""
         return noise - x0
+
+    def signal(self, t: Tensor) -> Tensor:
+        """The share of the image in x_t beside that of the noise, (rows,)."""
+        return 1 - t
 
     def weight(self, t: Tensor) -> Tensor:
         """Loss weight of each image, (rows,): 1, or one of the weightings of the SD 3 paper."""

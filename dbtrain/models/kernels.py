@@ -61,11 +61,13 @@ def compile_module(
         raise ConfigError(
             f"train.compile is 'regional', but {type(module).__name__} has no blocks to compile; use true"
         )
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(files.cache() / "inductor"))
     from torch._dynamo import config as dynamo  # these imports take a second that eager runs save
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
+    if cache_dir() == default_cache_dir():  # set by torch when it is imported, in the temporary folder
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(files.cache() / "inductor")
     functorch.activation_memory_budget = activation_memory or 1.0  # read when the first step compiles
     dynamo.optimize_ddp = False  # or it would split the graph at DDP's first bucket
     dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # each shape of a block is compiled

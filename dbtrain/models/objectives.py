@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -46,6 +46,9 @@ class Objective(Protocol):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The denoiser's target, shaped like x0."""
 
+    def signal(self, t: Tensor) -> Tensor:
+        """The share of the image in x_t beside that of the noise, (rows,) fp32: 1 without noise."""
+
     def weight(self, t: Tensor) -> Tensor:
         """Loss weight of each image, (rows,) fp32."""
 
@@ -63,6 +66,47 @@ def check_scheduler(
     if kind not in kinds or wrong:
         named = f"{kind} with {wrong[0]} = {config[wrong[0]]}" if wrong else kind
         raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
+
+
+def losses(error: Tensor, signal: Tensor, huber: float | None) -> Tensor:
+    """The loss of each image, (rows,), from its error, (rows, C, H, W).
+
+    That is the squared error, or the pseudo-Huber loss of each element: like the square up to a threshold,
+    which falls from 1 to `huber` as the share `signal` of the image does, (rows,), and linear beyond. The
+    threshold is that of kohya's `--loss_type huber --huber_schedule snr`.
+    Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled
+    Pseudo-Huber Loss", arXiv:2403.16728.
+    """
+    square = error.square()
+    if huber is not None:
+        c = (huber + (1 - huber) * signal.square())[:, None, None, None]
+        square = 2 * c * square / ((square + c.square()).sqrt() + c)  # 2 c (sqrt(e^2 + c^2) - c)
+    return square.flatten(1).mean(1)
+
+
+def span(settings: Timesteps, level: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The `u` between which noise levels are from `low` to `high`, (2,) fp64; None: any.
+
+    `level` gives the noise level of each u, (rows,), and rises. So a row needs a single uniform number,
+    whatever the distribution.
+    """
+    wanted = torch.tensor([settings.low, settings.high], dtype=torch.float64)
+    if (settings.low, settings.high) == (0, 1):
+        return None
+    below, above = torch.zeros_like(wanted), torch.ones_like(wanted)
+    for _ in range(60):  # halvings: more than fp64 has bits
+        middle = (below + above) / 2
+        less = level(middle) < wanted
+        below, above = torch.where(less, middle, below), torch.where(less, above, middle)
+    return above * (wanted > 0)  # the level of u = 0 may be above 0
+
+
+def between(ends: Tensor | None, u: Tensor) -> Tensor:
+    """`u`, (rows,), uniform in [0, 1), moved to `span`."""
+    if ends is None:
+        return u
+    low, high = ends.unbind()
+    return low + (high - low) * u.double()
 
 
 def levels(u: Tensor, settings: Timesteps, usual: str) -> Tensor:

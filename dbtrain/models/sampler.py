@@ -55,6 +55,7 @@ def build(
     pipe.set_progress_bar_config(disable=True)
     if vae := getattr(pipe, "vae", None):
         vae.enable_slicing()  # one image at a time: each takes more memory than in the denoiser
+    pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt  # tokenizers know what words stand for
     return pipe.to(device)
 
 

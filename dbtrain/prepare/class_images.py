@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,15 +79,14 @@ def check_draws(base: Base, cfg: Prepare, own: int) -> None:
     if base.family.enlarges > 1:
         raise ConfigError(
             f"{base.name} is an upscaler and cannot generate class images from a prompt; put "
-            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or remove "
-            "prepare.class_prompt"
+            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or set "
+            "loss.prior to prediction"
         )
 
 
 def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -> list[Path]:
     """Paths of `count` generated class images; `about` is what `about_of` returns."""
-    slug = re.sub(r"[^a-z0-9]+", "-", (cfg.class_prompt or "").lower()).strip("-")[:40]
-    folder = root(cfg) / f"{slug}-{content_key(about)[:16]}"
+    folder = root(cfg) / f"{files.slug(cfg.class_prompt or '')}-{content_key(about)[:16]}"
     suffix = SUFFIX if as_latents(family, cfg) else ".png"
     return [folder / f"{index:05d}{suffix}" for index in range(count)]
 

@@ -23,7 +23,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import class_images, plan
+from dbtrain.prepare import class_images, plan, subjects
 from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -39,7 +39,7 @@ JOB = ("prepare", "train", "sample")  # the verbs of `run`
 # The settings of a section that speeds depend on, or do not.
 PREPARE = {"resolution", "vae_precision", "class_pictures"}
 SAMPLING = {"guidance", "precision", "batch"}
-NOT_TRAIN = {"steps", "checkpoint_every", "keep", "log_every", "wandb"}
+NOT_TRAIN = {"steps", "stop", "patience", "checkpoint_every", "keep", "log_every", "wandb"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Todo:
         run, train = RunFolder(cfg.run_dir), cfg.train
         start = max(map(step_of, run.checkpoints()), default=0)
         wanted, crops = _to_prepare(cfg) if "prepare" in verbs and cfg.prepare else (0, 0)
-        trains = "train" in verbs and start < train.steps
+        best = run.read_best() if train.stop == "best" else None
+        trains = "train" in verbs and start < train.steps and not (best and best["stopped"])
         validates = trains and bool(cfg.validation.prompts or _held_out(cfg))
-        samples = "sample" in verbs and not note_in(run.samples_of(train.steps) / SHEET)
+        samples = "sample" in verbs and not note_in(run.samples_of(run.exported(train.steps)) / SHEET)
         return cls(
             class_images=wanted,
             encode=crops,
@@ -86,13 +87,16 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
             plan.check(cfg, base, manifest)
             return 0, 0
     own, wanted = 0, 0
-    if cfg.prepare.class_prompt:
-        own = len(class_images.find_own(cfg.prepare))
-        wanted = cfg.prepare.class_images - own
+    parts = subjects.parts(cfg)
+    for part in parts["class"]:
+        mine = len(class_images.find_own(part.prepare))
+        missing = part.prepare.class_images - mine
         if base:
-            made = class_images.generated(base, cfg.prepare, cfg.train.base_linears, wanted)
-            wanted -= sum(path.exists() for path in made)
-    crops = len(photos.of_subject(cfg.prepare)) * cfg.prepare.variants * (1 + cfg.prepare.flip)
+            made = class_images.generated(base, part.prepare, cfg.train.base_linears, missing)
+            missing -= sum(path.exists() for path in made)
+        own, wanted = own + mine, wanted + missing
+    count = sum(len(photos.of_subject(part.prepare)) for part in parts["instance"])
+    crops = count * cfg.prepare.variants * (1 + cfg.prepare.flip)
     return wanted, crops + own + (wanted if cfg.prepare.class_pictures else 0)
 
 
@@ -100,7 +104,8 @@ def _held_out(cfg: Config) -> int:
     """Held-out images, as far as the config says."""
     if cfg.prepare is None:
         return 0
-    return cfg.prepare.held_out + (cfg.prepare.class_held_out if cfg.prepare.class_prompt else 0)
+    parts = subjects.parts(cfg)
+    return len(parts["instance"]) * cfg.prepare.held_out + len(parts["class"]) * cfg.prepare.class_held_out
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,7 @@ def _folder(cfg: Config) -> Path | None:
     settings = [
         torch.__version__, cfg.model.model_dump(mode="json"), cfg.adapter.model_dump(mode="json"),
         cfg.train.model_dump(mode="json", exclude=NOT_TRAIN), bool(cfg.loss.prior_weight),
+        *([cfg.loss.prior] if cfg.loss.prior != "images" else []),
         cfg.sample.model_dump(mode="json", include=SAMPLING),
         prepare and prepare.model_dump(mode="json", include=PREPARE),
         prepare and prepare.sampling.model_dump(mode="json", include=SAMPLING),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.prepare import class_images
+from dbtrain.prepare.subjects import parts
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError, printable
@@ -26,6 +27,7 @@ from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
+EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 CHANGES = 4  # most changed files to name
 
 
@@ -36,30 +38,47 @@ class Planned:
     file: str
     sources: list[str]
     metas: list[dict[str, Any]]
+    part: int  # the number of its subject, or class
 
 
-def request(prepare: Prepare, family: Family) -> dict[str, Any]:
+def request(cfg: Config, family: Family) -> dict[str, Any]:
     """The settings that determine the shards' content, as the manifest records them."""
+    prepare = cfg.prepare
+    assert prepare is not None
     settings = prepare.model_dump(mode="json", exclude={"memory_gib": True, "sampling": {"batch", "compile"}})
     settings["class_pictures"] = not class_images.as_latents(family, prepare)
-    if prepare.class_prompt is None:  # the class settings have no effect
+    if not prepare.has_class_images:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):
             del settings[name]
+    if cfg.subjects:
+        settings["subjects"] = [one.model_dump(mode="json", exclude={"weight"}) for one in cfg.subjects]
     return settings
 
 
 def plan_shards(
-    base: Base, prepare: Prepare, seed: int, images: dict[str, list[Path]]
+    base: Base, cfg: Config, images: Mapping[str, Sequence[Sequence[Path]]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
-    """Return (prompts, keys of the base's components, planned shards by role), JSON-able."""
+    """Return (prompts, keys of the base's components, planned shards by role), JSON-able.
+
+    `images`: those of each of `parts`, by role.
+    """
+    first = cfg.prepare
+    assert first is not None
     encoders = base.family.text_encoders
     vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
-    encoder = f"{components['vae']} {prepare.vae_precision}" if vae else "pixels"
-    space = base.family.space(base, prepare.resolution)
+    encoder = f"{components['vae']} {first.vae_precision}" if vae else "pixels"
+    space = base.family.space(base, first.resolution)
     texts: list[str] = []
-    plans = {}
-    for role, paths in _split_held_out(images, prepare, seed).items():
+    plans: dict[str, list[dict[str, Any]]] = {}
+    every = parts(cfg)
+    split = [
+        (role, number, every[of][number].prepare, paths)
+        for of, several in images.items()
+        for number, whole in enumerate(several)
+        for role, paths in _split_held_out(of, whole, first, cfg.seed).items()
+    ]
+    for role, number, prepare, paths in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
         rows = []
         settings = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path in paths:
@@ -71,10 +90,13 @@ def plan_shards(
             if path.suffix == class_images.SUFFIX:
                 rows.append(_latent_row(path, texts.index(text), prepare.resolution, space))
             else:
-                rows += _rows(path, texts.index(text), settings, seed, encoder)
+                rows += _rows(path, texts.index(text), settings, cfg.seed, encoder)
+        planned = plans.setdefault(role, [])
         count = _shard_count(len(rows))
-        plans[role] = [_planned(role, number, rows[number::count]) for number in range(count)]
-    return texts, components, plans
+        planned += [_planned(role, len(planned) + k, rows[k::count], number) for k in range(count)]
+    asked = [one.prepare.class_prompt for one in cfg.each_subject() if one.prepare]  # maybe without images
+    empty = [EMPTY] if cfg.data.prompt_dropout else []
+    return list(dict.fromkeys([*texts, *filter(None, asked), *empty])), components, plans
 
 
 # Variants and flips augment the few training photos only.
@@ -96,19 +118,20 @@ def left(prepare: Prepare, role: str, count: int) -> int:
     return count - held_out
 
 
-def _split_held_out(images: dict[str, list[Path]], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
-    """The images of each role, with held-out images under roles of their own.
+def _split_held_out(role: str, paths: Sequence[Path], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
+    """The images of a role, with held-out images under a role of their own.
 
     The choice depends on their content and `seed`: adding a photo changes it by one image at most.
     """
-    split = dict(images)
-    for role, paths in images.items():
-        contents = {hashing.sha256_of(path) for path in paths}  # copies of a photo stay together
-        if count := len(contents) - left(prepare, role, len(contents)):
-            chosen = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
-            split[role] = [path for path in paths if hashing.sha256_of(path) not in chosen]
-            split[shards.HELD_OUT[role]] = [path for path in paths if hashing.sha256_of(path) in chosen]
-    return split
+    contents = {hashing.sha256_of(path) for path in paths}  # copies of a photo stay together
+    count = len(contents) - left(prepare, role, len(contents))
+    if not count:
+        return {role: list(paths)}
+    chosen = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
+    return {
+        role: [path for path in paths if hashing.sha256_of(path) not in chosen],
+        shards.HELD_OUT[role]: [path for path in paths if hashing.sha256_of(path) in chosen],
+    }
 
 
 def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) -> list[tuple[str, dict]]:
@@ -140,16 +163,25 @@ def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, 
     }  # fmt: skip
 
 
-def sources_of(prepare: Prepare) -> dict[str, dict[str, shards.Source]]:
-    """The user's own photos and class images, by role and name, where their folders can be reached."""
-    photo_dir, class_dir = files.expand(prepare.photos), class_images.root(prepare)
-    own = {}
-    if photo_dir.is_dir():
-        own["instance"] = listing(photo_dir).photos
-    if prepare.class_prompt and prepare.class_dir and class_dir.is_dir():
-        own["class"] = listing(class_dir).photos[: prepare.class_images]
-    return {role: {printable(path.name): _source(path, role, prepare) for path in paths}
-            for role, paths in own.items()}  # fmt: skip
+def sources_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
+    """The user's own photos and class images, by role and name, where their folders can be reached.
+
+    Those of a second subject are under `instance 2`, and so on.
+    """
+    found = {}
+    for role, several in parts(cfg).items():
+        for number, part in enumerate(several, 1):
+            prepare = part.prepare
+            if role == "class" and (len(several) > 1 or not prepare.class_dir):
+                continue
+            folder = class_images.root(prepare) if role == "class" else files.expand(prepare.photos)
+            if folder.is_dir():
+                most = prepare.class_images if role == "class" else None
+                found[role if number == 1 else f"{role} {number}"] = {
+                    printable(path.name): _source(path, role, prepare)
+                    for path in listing(folder).photos[:most]
+                }
+    return found
 
 
 def _source(path: Path, role: str, prepare: Prepare) -> shards.Source:
@@ -167,10 +199,10 @@ def _shard_count(rows: int) -> int:
     return count
 
 
-def _planned(role: str, number: int, rows: list[tuple[str, dict]]) -> dict[str, Any]:
+def _planned(role: str, number: int, rows: list[tuple[str, dict]], part: int) -> dict[str, Any]:
     metas = [meta for _, meta in rows]
     file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
-    return {"file": file, "sources": [source for source, _ in rows], "metas": metas}
+    return {"file": file, "sources": [source for source, _ in rows], "metas": metas, "part": part}
 
 
 def check(cfg: Config, base: Base, manifest: Manifest) -> None:
@@ -190,12 +222,17 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
     made_in = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
     if made_in != space:
         raise ConfigError(f"{cfg.data.shards} has {made_in}, but the base has {space}; {shards.CURE}")
+    if cfg.data.prompt_dropout and EMPTY not in manifest.prompts.texts:
+        raise ConfigError(
+            f"data.prompt_dropout is {cfg.data.prompt_dropout:g}, but {cfg.data.shards} was made without the "
+            f"empty prompt; {shards.CURE}"
+        )
     if cfg.prepare:
-        now = request(cfg.prepare, base.family)
+        now = request(cfg, base.family)
         made = manifest.request
-        changed = [key for key in now if now[key] != made.get(key)]
+        changed = [key for key in dict.fromkeys([*now, "subjects"]) if now.get(key) != made.get(key)]
         if changed:
-            changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now[key]!r}" for key in changed)
+            changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")
         check_sources(cfg, manifest)
 
@@ -205,8 +242,7 @@ def check_sources(cfg: Config, manifest: Manifest) -> None:
 
     Folders that cannot be reached are not checked: training needs the shards only.
     """
-    assert cfg.prepare is not None
-    now = sources_of(cfg.prepare) if manifest.sources else {}
+    now = sources_of(cfg) if manifest.sources else {}
     for role, made in manifest.sources.items():
         if changes := list(_changes(made, now.get(role, made))):
             more = f" and {len(changes) - CHANGES} more" if len(changes) > CHANGES else ""

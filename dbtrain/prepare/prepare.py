@@ -15,7 +15,7 @@ from dbtrain.config import Config, Prepare
 from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, duration, encode
+from dbtrain.prepare import class_images, duration, encode, subjects
 from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request, sources_of
 from dbtrain.runtime import console, dist, files, lock, pace, preemption
 from dbtrain.runtime.errors import ConfigError
@@ -30,8 +30,8 @@ OURS = re.compile(
 class Task:
     """The request, the base model, and the existing shards."""
 
-    settings: Prepare
-    seed: int
+    cfg: Config
+    settings: Prepare  # of the config; with several subjects, of the first
     base: Base
     folder: Path
     storage: Storage  # of the same folder
@@ -46,8 +46,9 @@ def prepare(cfg: Config) -> Path:
     if cfg.prepare is None:
         raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
     dist.init()
+    of_role = subjects.parts(cfg)
     with dist.agreed():
-        images = {"instance": photos.of_subject(cfg.prepare)}
+        images = {"instance": [photos.of_subject(part.prepare) for part in of_role["instance"]]}
     base = Base.find(cfg.model)
     with dist.agreed():
         base.check_trains(cfg.adapter, cfg.model.training_adapter)
@@ -61,21 +62,22 @@ def prepare(cfg: Config) -> Path:
         base.family.space(base, cfg.prepare.resolution)  # fail now, not after encoding
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
-    if cfg.prepare.class_prompt:
-        images["class"] = class_images.ensure(base, cfg.prepare, cfg.train)
+        subjects.check_class_images(cfg)
+    if classes := of_role["class"]:
+        images["class"] = [class_images.ensure(base, part.prepare, cfg.train) for part in classes]
 
     with lock.held(folder, "data.shards"):
-        _fill(Task(cfg.prepare, cfg.seed, base, folder, storage, _old_manifest(storage)), images)
+        _fill(Task(cfg, cfg.prepare, base, folder, storage, _old_manifest(storage)), images)
     duration.remember(cfg, "prepare")
     return folder
 
 
-def _fill(task: Task, images: dict[str, list[Path]]) -> None:
+def _fill(task: Task, images: dict[str, list[list[Path]]]) -> None:
     """Encode the planned shards that the folder lacks, and publish the manifest."""
     # Rank 0 plans, and finds the shards that are already valid.
     with dist.agreed():
-        plan = plan_shards(task.base, task.settings, task.seed, images) if dist.is_main() else None
-        sources = sources_of(task.settings) if dist.is_main() else {}  # before hours of encoding
+        plan = plan_shards(task.base, task.cfg, images) if dist.is_main() else None
+        sources = sources_of(task.cfg) if dist.is_main() else {}  # before hours of encoding
     texts, components, plans = dist.from_main(plan)
     planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
     everything = [shard for every in planned.values() for shard in every]
@@ -189,7 +191,8 @@ def _reusable_rows(task: Task, keys: set[str]) -> dict[str, Any]:
 
 def _entry(plan: Planned, data: bytes) -> dict[str, Any]:
     keys = [meta["key"] for meta in plan.metas]
-    return {"file": plan.file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "keys": keys}
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {"file": plan.file, "bytes": len(data), "sha256": sha256, "keys": keys, "part": plan.part}
 
 
 def _manifest(
@@ -206,7 +209,7 @@ def _manifest(
     space = task.base.family.space(task.base, task.settings.resolution)
     return shards.Manifest(
         version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,
-        request=request(task.settings, task.base.family), latent_shape=space.shape,
+        request=request(task.cfg, task.base.family), latent_shape=space.shape,
         latent_scale=space.scale, latent_shift=space.shift, prompts=prompts, sources=sources,
         roles={role: tuple(shards.Shard(**entries[plan.file]) for plan in every)
                for role, every in planned.items()},

@@ -18,6 +18,9 @@ PEFT = "adapter_config.json"  # in a PEFT folder
 DIFF = "-diff.safetensors"  # how a file with the change of whole weights ends
 SUBJECT = "a photo of the subject"  # where no prompt is known
 PLACE = "in the snow"  # for the example: a prompt that no photo shows
+LEARNED = (
+    "The word that was learned is a file of its own; README.md beside the adapter has the lines to load it."
+)
 DORA = "Only LyCORIS applies DoRA as it was trained; here the images will differ."
 
 
@@ -108,17 +111,23 @@ def _single(names: RunFolder, diff: bool = False) -> Path | None:
     return next((path for path in mine if path.name.endswith(DIFF) == diff), None)
 
 
+def _learned(names: RunFolder) -> Path | None:
+    """The file of a learned word."""
+    return next(names.export.glob("embeddings/*.safetensors"), None)
+
+
 def _python(run: Run) -> Iterator[Program]:
     export = run.names.export
     base = str(embedded()) if run.cfg.model.path == EMBEDDED else run.cfg.model.path
     said = words(run.cfg)
     prompt = said.example if said else SUBJECT
+    note = LEARNED if _learned(run.names) else ""
     head = f"from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({base!r})\n"
     if (export / DIFFUSERS).is_file():
         yield Program(
             "Diffusers", export / DIFFUSERS, "", "load_lora_weights",
             f"{head}pipe.load_lora_weights({str(export)!r}, weight_name={DIFFUSERS!r})\n"
-            f"pipe({prompt!r}).images[0].save('image.png')",
+            f"pipe({prompt!r}).images[0].save('image.png')", note,
         )  # fmt: skip
     folders = sorted(path.parent for path in export.glob(f"*/{PEFT}"))
     if folders:
@@ -128,7 +137,7 @@ def _python(run: Run) -> Iterator[Program]:
         )
         yield Program(
             "Diffusers with PEFT", export, "", "PeftModel.from_pretrained",
-            f"from peft import PeftModel\n{head}{loads}pipe({prompt!r}).images[0].save('image.png')",
+            f"from peft import PeftModel\n{head}{loads}pipe({prompt!r}).images[0].save('image.png')", note,
         )  # fmt: skip
 
 
@@ -138,9 +147,13 @@ def _interfaces(run: Run) -> Iterator[Program]:
     note = DORA if run.cfg.adapter.dora else ""
     if note and (whole := _single(run.names, diff=True)):
         path, note = whole, ""
+    word = _learned(run.names)
+    learned = (
+        f" Copy {word} to ComfyUI/models/embeddings too, and write embedding:{word.stem}." if word else ""
+    )
     yield Program(
         "ComfyUI", path, f"ComfyUI/models/loras/{name}.safetensors",
-        "a “Load LoRA” node behind the checkpoint, strength 1", "", note,
+        "a “Load LoRA” node behind the checkpoint, strength 1", "", (note + learned).strip(),
     )  # fmt: skip
     if _single_format(run.names) == "comfyui":
         return

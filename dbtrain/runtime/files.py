@@ -158,6 +158,11 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def slug(text: str) -> str:
+    """A text as part of a file's name: at most 40 lowercase letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
+
+
 def size_text(count: float) -> str:
     """A number of bytes with its unit, e.g. 2.13 GB."""
     for unit in ("bytes", "KB", "MB", "GB"):

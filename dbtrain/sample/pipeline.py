@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from dbtrain.adapters import inject
+from dbtrain.adapters import inject, tokens
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.common import States
 from dbtrain.adapters.state import AdapterState
+from dbtrain.adapters.tokens import Word, Words
 from dbtrain.config import Model, Train
 from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
@@ -62,6 +64,8 @@ class AdapterPipeline:
         ] = {}  # adapter -> what it adds to biases of the base
         self.base_biases: dict[nn.Parameter, Tensor] = {}  # their original values
         self.scales: dict[str, float] = {}  # of the adapters in use
+        self.words: dict[str, Words] = {}  # adapter -> the words that it has learned
+        self.spoken: list[Word] = []  # those of the adapters in use
 
     def _apart(self, module: nn.Module) -> list[str]:
         """The text encoders that are on the device only to encode, as not everything fits with ease."""
@@ -89,10 +93,10 @@ class AdapterPipeline:
         """
         if name in self.names() or not name.isidentifier():
             raise ConfigError(f"adapter name '{name}' is in use, or is not a valid identifier")
-        states = self._read(adapter)
+        states, words = self._read(adapter)
         scales = self.scales
         self.use({})  # restores the base's biases
-        self.deltas[name], self.layouts[name] = {}, {}
+        self.deltas[name], self.layouts[name], self.words[name] = {}, {}, words
         try:
             for component, state in states.items():
                 self.deltas[name] |= inject.bias_changes(self.components[component], state)
@@ -116,13 +120,15 @@ class AdapterPipeline:
         code stays valid. Otherwise the old adapter is removed and the new one added.
         """
         self._check_names([name])
-        states, scales = self._read(adapter), self.scales
+        (states, words), scales = self._read(adapter), self.scales
         if any(layer.merged for layer in self._layers()):
             self.use(scales)  # unmerges the old weights before they are overwritten
         layouts = {component: state.layout for component, state in states.items()}
         if layouts == self.layouts[name] and not self.deltas[name]:
             for component, state in states.items():
                 inject.fill(inject.parameters(self.components[component], name), state)
+            self.words[name] = words
+            self._speak(scales)
         else:
             self.remove(name)
             self.add(name, adapter)
@@ -132,7 +138,7 @@ class AdapterPipeline:
         """Remove an adapter from the base and free its memory."""
         self._check_names([name])
         self.use({other: scale for other, scale in self.scales.items() if other != name})
-        del self.deltas[name]
+        del self.deltas[name], self.words[name]
         for component in self.layouts.pop(name):
             for layer in _tuner_layers(self.components[component]):
                 if name in layer._all_available_adapter_names():
@@ -147,6 +153,7 @@ class AdapterPipeline:
         """Activate exactly these adapters, each at its scale, or just one; {} is the base alone."""
         scales = {adapters: 1.0} if isinstance(adapters, str) else adapters
         self._check_names(scales)
+        self._speak(scales)
         for layer in self._layers():
             if layer.merged:
                 layer.unmerge()
@@ -158,6 +165,26 @@ class AdapterPipeline:
                 used = (scale * self.deltas[n][bias] for n, scale in scales.items() if bias in self.deltas[n])
                 bias.copy_(sum(used, original))
         self.scales = dict(scales)
+
+    def _speak(self, adapters: Iterable[str]) -> None:
+        """Make the text encoders know the words of these adapters, and no others, whatever the scales.
+
+        Raises ConfigError if two of them have learned the same word, or if the base has it.
+        """
+        words = [word for name in adapters for word in self.words[name]]
+        if words == self.spoken:
+            return
+        texts = [word.text for word in words]
+        if twice := {text for text in texts if texts.count(text) > 1}:
+            raise ConfigError(
+                f"two of the adapters have learned the word '{min(twice)}'; use one of them at a time, or "
+                "train one with another subject.token"
+            )
+        for name in self.family.adaptable_text:
+            reader = self.family.text_encoders[name]
+            setattr(self.pipe, reader, self.base.load(reader))
+            tokens.speak(self.components[name], getattr(self.pipe, reader), name, words)
+        self.spoken = words
 
     def merge(self) -> None:
         """Merge the active adapters into the base's weights for faster sampling; `use` unmerges them.
@@ -232,7 +259,7 @@ class AdapterPipeline:
             return sampler.encode(self.pipe, self.family, prompts, guidance)
         rows = [self.encoded[prompt, guidance > 1] for prompt in prompts]
         encoders = {name: self.components[name] for name in self.family.adaptable_text}
-        if not any(any(_tuner_layers(encoder)) for encoder in encoders.values()):
+        if not self.spoken and not any(any(_tuner_layers(encoder)) for encoder in encoders.values()):
             return rows
         tokenizers = {name: getattr(self.pipe, self.family.text_encoders[name]) for name in encoders}
         return [
@@ -240,8 +267,10 @@ class AdapterPipeline:
             for prompt, row in zip(prompts, rows, strict=True)
         ]
 
-    def _read(self, adapter: str | Path) -> States:
-        return formats.read(formats.find(adapter), self.family, self.base.skeleton)
+    def _read(self, adapter: str | Path) -> tuple[States, Words]:
+        path = formats.find(adapter)
+        states = formats.read(path, self.family, self.base.skeleton)
+        return states, word_file.read(path, self.family, self.base.skeleton)
 
     def _check_names(self, names: Sequence[str] | Mapping[str, float]) -> None:
         if unknown := set(names) - self.names():

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
-from dbtrain.data.shards import HELD_OUT, Manifest, Row
+from dbtrain.data.shards import Manifest, Row
 from dbtrain.data.storage import Storage
 from dbtrain.models import block_swap, loading
 from dbtrain.models.base import Base
@@ -31,6 +31,7 @@ from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.ema import Ema
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
@@ -131,7 +132,9 @@ def predict(
         progress = _with_moments(model, cfg)
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
-        compute_step(model, progress, [batch(cfg.train.micro_batch * shapes.roles)], cfg)
+        size = cfg.train.micro_batch
+        preserved = size * (shapes.roles - 1) if cfg.loss.prior == "prediction" else 0
+        compute_step(model, progress, [batch(size * shapes.roles, preserved)], cfg)
         activations, flops = counter.peak - before, counter.flops
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
@@ -231,16 +234,17 @@ class _Shapes:
         """What `prepare` describes, or else what the shards have. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
-            side = manifest.request["resolution"]
-            roles = len(manifest.roles.keys() & HELD_OUT.keys())
+            side, images = manifest.request["resolution"], "class" in manifest.roles
             texts = manifest.prompts.texts
             prompts = len(texts)
         else:
-            side, roles = cfg.prepare.resolution, 2 if cfg.prepare.class_prompt else 1
-            texts = (cfg.prepare.instance_prompt, *filter(None, [cfg.prepare.class_prompt]))
+            side, images = cfg.prepare.resolution, cfg.prepare.has_class_images
+            each = [one.prepare for one in cfg.each_subject() if one.prepare]
+            both = (text for one in each for text in (one.instance_prompt, one.class_prompt) if text)
+            texts = tuple(dict.fromkeys(both))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
-            prompts = 1000 if cfg.prepare.captions else roles
-        roles = roles if cfg.loss.prior_weight else 1
+            prompts = 1000 if cfg.prepare.captions else len(texts) + bool(cfg.data.prompt_dropout)
+        roles = len(cfg.loss.role_weights(images))
         return cls(side, base.family.space(base, side), roles, prompts, texts)
 
     def manifest(self) -> Manifest:
@@ -250,13 +254,14 @@ class _Shapes:
         return Manifest.model_construct(**values)
 
 
-def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int) -> Batch:
-    """A micro-batch of fake tensors."""
+def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int, preserved: int = 0) -> Batch:
+    """A micro-batch of fake tensors. `preserved`: see `Batch`."""
     shape, side = shapes.space.shape, shapes.side
     image = {name: torch.empty(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in stored.items()}
     noise = RowNoise(torch.empty(()), torch.empty(shape), torch.empty(shape), torch.empty(()))
     extra = base.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
-    return Batch.collate([Row(image, {"prompt": 0})] * rows, [noise] * rows, [extra] * rows)
+    row = Row(image, {"prompt": 0})
+    return Batch.collate([row] * rows, [noise] * rows, [extra] * rows, preserved=preserved)
 
 
 def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
@@ -267,4 +272,5 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+    ema = Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None
+    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64), ema)

@@ -106,6 +106,11 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def holders(module: nn.Module) -> int:
+    """How many ranks hold the module together, before it is used."""
+    return max(p.device_mesh.size() if isinstance(p, DTensor) else 1 for p in module.parameters())
+
+
 def reshard(module: nn.Module) -> None:
     """Free what is gathered, so that changes of the shards are seen."""
     for part in module.modules():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from torch import nn
+from torch._inductor.runtime import cache_dir_utils
 
 from dbtrain.adapters import inject
 from dbtrain.config import AdapterSettings, Model
@@ -63,6 +65,15 @@ def test_regional_compiles_them_in_place_and_nothing_else(model: Callable[[], nn
     kernels.compile_module(module, "regional", backend="eager")
     assert [one for one in module.modules() if one._compiled_call_impl is not None] == found
     assert list(module.state_dict()) == names
+
+
+def test_compiled_code_is_cached_where_it_lasts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch has chosen its temporary folder by then, as PEFT has imported its compiler."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for given, cache in (("", tmp_path / "dbtrain" / "inductor"), (str(tmp_path / "own"), tmp_path / "own")):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given or cache_dir_utils.default_cache_dir())
+        kernels.compile_module(nn.Linear(2, 2), True, backend="eager")
+        assert cache_dir_utils.cache_dir() == str(cache)
 
 
 def test_an_adapter_leaves_the_blocks_as_they_are() -> None:

@@ -33,7 +33,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
-from tests.conftest import Make, slow, train
+from tests.conftest import Make, slow, thinned, train
 from tests.networks import build, stream
 
 # Largest relative error of a product and of its gradient, weights normal.
@@ -274,7 +274,7 @@ def test_every_adapter_learns_on_it(settings: dict[str, Any], storage: str) -> N
 
 
 @pytest.mark.parametrize("precision", [slow(name) if name == "bf16" else name for name in PRECISIONS])
-@pytest.mark.parametrize("storage", SETTINGS)
+@pytest.mark.parametrize("storage", thinned(SETTINGS, 4))
 def test_training_losses_stay_close(make: Make, prepared: Path, precision: str, storage: str) -> None:
     losses = []
     for linears in ("full", storage):

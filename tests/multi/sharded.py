@@ -12,8 +12,6 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-from torch._dynamo.backends.debugging import aot_eager
-
 from dbtrain.config import Config
 from dbtrain.export import export
 from dbtrain.models import kernels, quantization
@@ -21,17 +19,21 @@ from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import Preempted
 from dbtrain.train import loop, memory, setup
 
+OURS = ("until=", "kept=", "gpus=", "backend=")
+
 
 def main() -> None:
     rank = int(os.environ["RANK"])
     warnings.filterwarnings("error", "FSDP2")  # a user could not know what to do about it
     os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2)}
     quantization.WIDTH = 16  # of the small transformers
-    kernels.compile_module = partial(kernels.compile_module, backend=aot_eager)  # type: ignore[assignment]
+    compile_module = kernels.compile_module
     dist.init()
     console.start()
     for config, *overrides in json.loads(Path(sys.argv[1]).read_text()):
-        given = dict(text.split("=") for text in overrides if text.startswith(("until=", "kept=", "gpus=")))
+        given = dict(text.split("=") for text in overrides if text.startswith(OURS))
+        backend = given.get("backend", "aot_eager")
+        kernels.compile_module = partial(compile_module, backend=backend)  # type: ignore[assignment]
         until = int(given["until"]) if "until" in given else None
         if "gpus" in given:  # GiB of each rank's
             room = float(given["gpus"].split(",")[rank]) * memory.GIB

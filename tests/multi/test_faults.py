@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -19,6 +20,7 @@ from dbtrain.data import shards
 from dbtrain.data.shards import MANIFEST, Manifest
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.heartbeat import GAVE_UP, Heartbeat
+from dbtrain.runtime.run_folder import RunFolder, read_state
 from tests.conftest import LONG, Make, Started, at, dbtrain, train
 from tests.runs import EXPORT, relative
 
@@ -66,13 +68,32 @@ def test_a_rank_that_stops_over_its_own_error_is_no_reason_to_run_again(
     begun.wait_for(lambda: (tmp_path / STEP).exists())
     (path,) = (tmp_path / "shards").glob("class-00001-*.tar")
     path.write_bytes(b"")
-    code, said = begun.end()
     # Its size is looked at before its bytes are read: it may change before either.
-    assert re.search(
-        rf"shard {path} (has 0 bytes, not \d+: truncated or|was) altered.*; rerun: dbtrain prepare", said
+    given_up(
+        begun, tmp_path, rf"shard {path} (has 0 bytes, not \d+: truncated or|was) altered.*; rerun: dbtrain"
     )
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_a_save_ends_all_ranks_that_share_weights(
+    make: Make, tmp_path: Path, prepared: Path
+) -> None:
+    """A file size limit stands in for it: the write fails half-way, by the same path."""
+    os.symlink(prepared, tmp_path / "shards")
+    make(**ENDLESS | {"train__log_every": 100_000}, train__shard="all")  # nothing but checkpoints grows
+    begun = Started("train", tmp_path / "c.yaml", ranks=2)
+    begun.wait_for(lambda: (tmp_path / STEP).exists())
+    limit = resource.RLIMIT_FSIZE
+    resource.prlimit(begun.processes.pids[0], limit, (20_000, resource.getrlimit(limit)[1]))
+    given_up(begun, tmp_path, r"run/checkpoints/.*\.safetensors: File too large")
+    assert all(read_state(path) for path in RunFolder(tmp_path / "run").checkpoints()), "none is damaged"
+
+
+def given_up(begun: Started, folder: Path, told: str) -> None:
+    code, said = begun.end()
+    assert re.search(told, said) and "Traceback" not in said
     assert code == 2 and set(begun.processes.codes.values()) == {2}
-    assert not (tmp_path / "run" / "PREEMPTED").exists()
+    assert not (folder / "run" / "PREEMPTED").exists()
 
 
 @pytest.mark.slow
@@ -142,6 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_picture(
     assert next(line["step"] for line in lines if line["loss"] is None) == step
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_can_be_left_out(make: Make, tmp_path: Path, prepared: Path) -> None:
     poisoned(prepared, tmp_path / "shards")
     settings = {"train__steps": 20, "train__global_batch": 1, "faults__nonfinite": "skip"}

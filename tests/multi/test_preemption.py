@@ -21,6 +21,10 @@ SETTINGS = {
     "train__log_every": 1, "sample__prompts": ["a dog"], "sample__images": 6, "sample__steps": 12,
     "sample__batch": 1,
 }  # fmt: skip
+FEW = {  # of what comes before and after the training that is stopped
+    "prepare__class_images": 1, "prepare__sampling__steps": 1, "prepare__variants": 1, "sample__images": 1,
+    "sample__steps": 1,
+}  # fmt: skip
 SIGNS = {  # that a phase is on
     "class images": "class/**/00001.safetensors",
     "encoding": "shards/instance-*.tar",
@@ -30,7 +34,7 @@ SIGNS = {  # that a phase is on
 
 
 def config(home: Path, photos: Path, base: str = "tiny") -> Path:
-    model = {"model__path": str(bases.ALL[base]())} if base != "tiny" else {}
+    model = {"model__path": str(bases.ALL[base]()), **FEW} if base != "tiny" else {}
     config_in(home, photos, home / "class", **SETTINGS | model)
     return home / "c.yaml"
 
@@ -45,16 +49,21 @@ def whole(photos: Path, ranks: int, base: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "ranks", "number", "torchrun", "base"), [
-    ("class images", 2, signal.SIGTERM, False, "tiny"), ("encoding", 1, signal.SIGUSR1, False, "tiny"),
-    ("training", 1, signal.SIGINT, False, "tiny"), ("training", 2, signal.SIGTERM, True, "tiny"),
-    ("pictures", 1, signal.SIGUSR1, False, "tiny"), ("training", 1, signal.SIGTERM, False, "flux2-klein"),
+@pytest.mark.parametrize(("phase", "ranks", "number", "torchrun", "base", "shard"), [
+    ("class images", 2, signal.SIGTERM, False, "tiny", "none"),
+    ("encoding", 1, signal.SIGUSR1, False, "tiny", "none"),
+    ("training", 1, signal.SIGINT, False, "tiny", "none"),
+    ("training", 2, signal.SIGTERM, True, "tiny", "none"),
+    ("pictures", 1, signal.SIGUSR1, False, "tiny", "none"),
+    ("training", 2, signal.SIGTERM, False, "flux2-klein", "all"),
 ])  # fmt: skip
 def test_every_phase_stops_in_order_and_goes_on(
-    tmp_path: Path, photos: Path, phase: str, ranks: int, number: int, torchrun: bool, base: str
+    tmp_path: Path, photos: Path, phase: str, ranks: int, number: int, torchrun: bool, base: str, shard: str
 ) -> None:
+    """With sharded weights as well, to what becomes of whole ones."""
     path, undisturbed = config(tmp_path, photos, base), whole(photos, ranks, base)
-    begun = Started("run", path, ranks=ranks, cold=torchrun)
+    line = ("run", path, f"train.shard={shard}")
+    begun = Started(*line, ranks=ranks, cold=torchrun)
     begun.wait_for(lambda: list(tmp_path.glob(SIGNS[phase])))
     begun.signal(number)
     code, said = begun.end()
@@ -68,7 +77,7 @@ def test_every_phase_stops_in_order_and_goes_on(
     drawn = [*tmp_path.rglob("*.png"), *tmp_path.glob("class/*/0*.safetensors")]
     before = {p: p.stat().st_mtime_ns for p in drawn}
 
-    assert dbtrain("run", path, ranks=ranks).returncode == 0
+    assert dbtrain(*line, ranks=ranks).returncode == 0
     assert not marker.exists() and (tmp_path / "run" / "DONE").exists()
     assert {p: p.stat().st_mtime_ns for p in before} == before, "pictures were drawn twice"
     for file in (EXPORT, "metrics.jsonl"):  # a line a step, the same as without the stop

@@ -1,6 +1,6 @@
 """Sharded training: bit for bit as with whole weights, whatever is sharded, on however many ranks.
 
-With DBTRAIN_SHARDING every family, storage and number of ranks is tried, else some.
+With DBTRAIN_SHARDING every family, storage, number of ranks and compiler is tried, else some.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from tests.train.test_training_adapter import written
 
 FAMILIES = ("sd", "sdxl", "flux1", "qwen-image")
 LINEARS = get_args(Train.model_fields["base_linears"].annotation)
-EVERY = [*itertools.product(FAMILIES, LINEARS)] if "DBTRAIN_SHARDING" in os.environ else []
+ALL = "DBTRAIN_SHARDING" in os.environ
+EVERY = [*itertools.product(FAMILIES, LINEARS)] if ALL else []
 COMBINATIONS = {
     2: EVERY or [("sdxl", "int8"), ("flux1", "full")],
     4: EVERY or [("sd", "full"), ("qwen-image", "nf4")],
 }
 SETTINGS: dict[str, Any] = {
-    "prepare__class_prompt": None, "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,
+    "loss__prior": "none", "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,
     "train__gradient_checkpointing": "blocks", "sample__steps": 2,
 }  # fmt: skip
 PICTURES = {  # three batches, which 2 and 4 ranks share unevenly
@@ -79,13 +80,15 @@ def test_sharded_runs_are_those_with_whole_weights(
 ) -> None:
     """Eight steps with accumulation, held-out losses, and validation images.
 
-    With checkpointing if all blocks are sharded, and without if one stays whole.
+    With checkpointing if all blocks are sharded, and without if one stays whole, where the base is asked for
+    its predictions too.
     """
     ways = ("none", "all", "node")[: 3 if ranks > 2 else 2]
     plan = [
         (config(name, photos, class_dir), f"run_dir={tmp_path / f'{name}-{storage}-{way}'}",
          f"train.base_linears={storage}", f"train.shard={way}", f"kept={number % 2}",
-         f"train.gradient_checkpointing={'none' if number % 2 else 'blocks'}")
+         f"train.gradient_checkpointing={'none' if number % 2 else 'blocks'}",
+         f"loss.prior={'prediction' if number % 2 else 'none'}")
         for number, (name, storage) in enumerate(COMBINATIONS[ranks]) for way in ways
     ]  # fmt: skip
     run(tmp_path, ranks, plan)
@@ -112,11 +115,12 @@ def test_a_run_moves_between_ways_and_numbers_of_ranks(tmp_path: Path, photos: P
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir: Path) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", *["inductor"] * ALL])
+def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir: Path, backend: str) -> None:
     path = config("flux1", photos, class_dir)
     ways = ("none", "all")
     run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", "train.compile=regional",
-                       "train.steps=4", "kept=1"] for way in ways])  # fmt: skip
+                       "train.steps=4", "kept=1", f"backend={backend}"] for way in ways])  # fmt: skip
     assert relative(*(tmp_path / way for way in ways)) < 1e-5
 
 

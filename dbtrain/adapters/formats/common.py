@@ -11,6 +11,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from dbtrain.adapters.state import AdapterState
+from dbtrain.adapters.tokens import Words
 from dbtrain.models.families.family import Family
 from dbtrain.runtime.errors import ConfigError
 
@@ -28,6 +29,7 @@ class Content:
     names: Names | None = None  # kohya's file for SDXL and ComfyUI's file need them
     about: Mapping[str, str] = field(default_factory=dict)  # entries of a kohya file's header
     load: Callable[[str], nn.Module] | None = None  # component -> a copy of it with its weights, fp32
+    words: Words = ()  # kohya's file holds them too
 
 
 def by_module(state: AdapterState) -> dict[str, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dbtrain.adapters.formats.common import Content, alpha_in, by_module, strength
 from dbtrain.adapters.formats.names import kohya_names
 from dbtrain.adapters.formats.reading import WHOLE, rank_of
+from dbtrain.adapters.formats.word_file import bundled
 from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.runtime import files
 
@@ -38,6 +39,7 @@ def write(path: Path, content: Content) -> None:
         "ss_network_dim": str(first["r"]), "ss_network_alpha": str(alpha_in(first)), **content.about,
         CONFIGS: json.dumps({component: state.config for component, state in content.states.items()}),
     }  # fmt: skip
+    tensors |= bundled(content.family, content.words)
     data = safetensors.torch.save(dict(sorted(tensors.items())), header)
     files.write_atomically(path, files.sorted_header(data))
 

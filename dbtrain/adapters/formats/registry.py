@@ -32,9 +32,11 @@ from dbtrain.adapters.formats import (
     names,
     peft_folder,
     reading,
-)
+    word_file,
+)  # fmt: skip
 from dbtrain.adapters.formats.common import Content, Names, States, by_module, strength
 from dbtrain.adapters.state import AdapterState
+from dbtrain.adapters.tokens import Words
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
@@ -118,6 +120,7 @@ def write(
     about: Mapping[str, str] | None = None,
     name: str = OLD_NAME,
     load: Callable[[str], nn.Module] | None = None,
+    words: Words = (),
 ) -> Path:
     """Write an adapter that passes `check` into `folder`; return the path for its loader.
 
@@ -125,7 +128,7 @@ def write(
     """
     path = FORMATS[form].path(folder, name)
     try:
-        FORMATS[form].write(path, Content(family, states, modules, about or {}, load))
+        FORMATS[form].write(path, Content(family, states, modules, about or {}, load, words))
     except SafetensorError as error:  # how safetensors reports a full disk
         raise ConfigError(f"cannot write into {folder}: {error}") from error
     return path
@@ -170,7 +173,7 @@ def _find_in(folder: Path) -> Path | None:
 
 def content_of(path: Path) -> str:
     """A hash of an adapter's content."""
-    found = [path] if path.is_file() else sorted(path.glob("**/adapter_*"))
+    found = [*([path] if path.is_file() else sorted(path.glob("**/adapter_*"))), *word_file.beside(path)]
     return hashing.content_key([[file.name, hashing.sha256_of(file)] for file in found if file.is_file()])
 
 
@@ -238,7 +241,7 @@ def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).float() for name in word_file.without(file.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
     if not tensors:
@@ -273,6 +276,7 @@ def _check(state: AdapterState) -> None:
             raise ConfigError(f"its settings say rank {rank} for {module}, its tensors have rank {its}")
 
 
+EVERY, WEBUIS = ("lora", "loha", "lokr"), "ComfyUI, A1111, Forge, InvokeAI"
 FORMATS = {
     "diffusers": Format(
         diffusers_file.FILE,
@@ -281,18 +285,12 @@ FORMATS = {
         "Diffusers",
         components=lambda family: family.lora_loads or family.adaptable,
     ),
-    "peft": Format("", peft_folder.write, ("lora", "loha", "lokr"), "PEFT", biases=True),
-    "kohya": Format(
-        kohya_file.FILE,
-        kohya_file.write,
-        ("lora", "loha", "lokr"),
-        "ComfyUI, A1111, Forge, InvokeAI",
-        components=lambda family: family.kohya,
-    ),
+    "peft": Format("", peft_folder.write, EVERY, "PEFT", biases=True),
+    "kohya": Format(kohya_file.FILE, kohya_file.write, EVERY, WEBUIS, components=lambda family: family.kohya),
     "comfyui": Format(
         kohya_file.FILE,
         comfyui_file.write,
-        ("lora", "loha", "lokr"),
+        EVERY,
         "ComfyUI",
         components=comfyui_file.components,
         refuses=comfyui_file.refuses,
@@ -300,8 +298,8 @@ FORMATS = {
     "diff": Format(
         diff_file.FILE,
         diff_file.write,
-        ("lora", "loha", "lokr"),
-        "ComfyUI, A1111, Forge, InvokeAI",
+        EVERY,
+        WEBUIS,
         biases=True,
         readable=False,
         components=lambda family: family.kohya,

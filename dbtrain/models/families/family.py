@@ -76,6 +76,7 @@ class Family:
     sees: Mapping[str, Sees] = field(default_factory=dict)  # input of an upscaler, by model.low_res
     enlarges: int = 1  # output side / input side of an upscaler
     lora_loads: tuple[str, ...] | None = None  # components whose LoRA the pipeline loads; None: all
+    loads_words: bool = False  # whether the pipeline has `load_textual_inversion`
     lora_mixin: str = "StableDiffusionLoraLoaderMixin"  # base class of the pipeline that writes LoRA files
     kohya: Mapping[str, str] = field(default_factory=dict)  # component -> its prefix in kohya's files
     header: Callable[[Pretrained], dict[str, str]] = lambda base: {}

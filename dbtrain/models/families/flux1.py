@@ -118,6 +118,7 @@ FAMILY = Family(
     encode_prompt=lambda pipe, prompt, guided: encode_apart(pipe, prompt, False, NAMES),
     generated=unpacked_x0,
     distilled=distilled,
+    loads_words=True,
     lora_mixin="FluxLoraLoaderMixin",
     original=(
         *FLUX_BLOCKS,

@@ -73,6 +73,7 @@ FAMILY = Family(
     conditions=conditions,
     check=check,
     denoise=denoise,
+    loads_words=True,
     kohya={"unet": "lora_unet", "text_encoder": "lora_te"},
     header=header,
 )

@@ -112,6 +112,7 @@ FAMILY = Family(
     denoise=denoise,
     row=row,
     idle=idle,
+    loads_words=True,
     lora_mixin="StableDiffusionXLLoraLoaderMixin",
     kohya={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
     header=header,

@@ -1,0 +1,52 @@
+"""The subjects of a config, and their classes: whose images the shards have, and in what proportion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dbtrain.config import Config, Prepare
+from dbtrain.prepare import class_images
+from dbtrain.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one subject, or of one class."""
+
+    prepare: Prepare  # with its photos and prompts
+    weight: float  # how often it is trained on
+
+
+def parts(cfg: Config) -> dict[str, list[Part]]:
+    """The subjects of a config, and their classes, under the roles of their images.
+
+    Subjects with the same class prompt share its images.
+    """
+    weights = [one.weight for one in cfg.subjects] or [1.0]
+    settings = [one.prepare for one in cfg.each_subject()]
+    subjects = [Part(one, weight) for one, weight in zip(settings, weights, strict=True) if one]
+    classes: dict[str, Part] = {}
+    for one in subjects:
+        if (prompt := one.prepare.class_prompt) and one.prepare.has_class_images:
+            so_far = classes.get(prompt, replace(one, weight=0.0))
+            classes[prompt] = replace(so_far, weight=so_far.weight + one.weight)
+    return {"instance": subjects, "class": list(classes.values())}
+
+
+def weights(cfg: Config) -> dict[str, tuple[float, ...]]:
+    """How often each of several subjects, and each of their classes, is trained on, by role."""
+    found = {role: tuple(part.weight for part in several) for role, several in parts(cfg).items() if several}
+    if cfg.loss.prior == "prediction":  # for each subject's photos
+        return dict.fromkeys(("instance", "class"), found.get("instance", (1.0,)))
+    return found
+
+
+def check_class_images(cfg: Config) -> None:
+    """Raise ConfigError if the user's own class images would be those of several classes."""
+    classes = parts(cfg)["class"]
+    if len(classes) > 1 and class_images.find_own(classes[0].prepare):
+        prompts = " and ".join(f"'{part.prepare.class_prompt}'" for part in classes)
+        raise ConfigError(
+            f"prepare.class_dir is '{classes[0].prepare.class_dir}', whose images would be of {prompts}; "
+            "use an empty folder, into which class images are generated"
+        )
