@@ -25,8 +25,9 @@ from dbtrain.evaluate.choice import Rule
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, adapter_in, read_state, step_of
+from dbtrain.runtime.run_folder import CONFUSION, SCORES, SHEET, RunFolder, adapter_in, read_state, step_of
 
+BLEED = "images of a subject that look more like another one"
 FEW = 3  # fewer checkpoints than this are hardly a choice
 
 
@@ -67,9 +68,10 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
         if beside and cfg.subjects:
             raise ConfigError("--beside compares the scores of one subject; this config has several")
         other = judge.load(beside) if beside else None
-    each = _each_subject(cfg, out)
+    each, every = _each_subject(cfg, out), []
     for one, folder in each:
         if scores := judge.evaluate(one, cfg.run_dir, folder, None):
+            every.append(scores)
             if cfg.subjects:
                 yield f"{one.subject.token} {one.subject.class_word}"
             yield fidelity.table(judge.shown(scores), judge.shown(other) if other else None)
@@ -77,6 +79,21 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
     if cfg.subjects and dist.is_main():
         found = [judge.likeness(one, folder, cfg.each_subject()) for one, folder in each]
         yield from confusion([one.token for one in cfg.subjects], found, out / CONFUSION)
+        labels = json.loads((each[0][1] / SCORES).read_text())["labels"]
+        values = _mean(every) | {"bleed": bleed(found), "labels": labels | {"bleed": BLEED}}
+        files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
+        yield f"{BLEED}: {values['bleed']:.0%}"
+
+
+def bleed(likeness: Sequence[Tensor]) -> float:
+    """The share of images that are nearest to another subject's photos; `likeness` as for `confusion`."""
+    return fmean((of.argmax(1) != subject).float().mean().item() for subject, of in enumerate(likeness))
+
+
+def _mean(every: Sequence[Any]) -> dict[str, float]:
+    """The means of several subjects' scores."""
+    told = [{name: value for name, value in asdict(one).items() if value is not None} for one in every]
+    return {name: fmean(of[name] for of in told) for name in told[0] if all(name in of for of in told)}
 
 
 def _each_subject(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
@@ -132,9 +149,7 @@ def checkpoints(cfg: Config) -> Iterator[str]:
         parts = zip(_each_subject(cfg, one.out), _each_subject(cfg, run.scores / "base"), strict=True)
         each = [judge.evaluate(part, str(one.adapter), out, base) for (part, out), (_, base) in parts]
         if all(each):
-            told = [{k: v for k, v in asdict(scores).items() if v is not None} for scores in each]
-            values = {k: fmean(of[k] for of in told) for k in told[0] if all(k in of for of in told)}
-            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **values})
+            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **_mean(each)})
     # Write and show the table.
     with dist.agreed():
         lines = _publish(rows, judge, run.scores) if dist.is_main() else []

@@ -131,6 +131,7 @@ def test_a_subject_that_looks_like_another_is_seen(make: Make, tmp_path: Path) -
     lines = list(evaluate.confusion(["sks", "xyz", "zwx"], found, tmp_path / "confusion.json"))
     written = json.loads((tmp_path / "confusion.json").read_text())
     assert written["nearest"] == [[1, 0, 0], [1, 0, 0], [0.5, 0, 0.5]]
+    assert evaluate.bleed(found) == pytest.approx(0.5)
     assert written["likeness"][0][0] > 0.8 > 0.5 > written["likeness"][0][1]
     assert re.search(r"xyz +0\.\d\d 100%", lines[3]), lines
 
