@@ -205,8 +205,9 @@ def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[st
     )  # fmt: skip
     manifest = shards.Manifest(
         version=shards.VERSION, family=family.name, base=base.name, components={},
-        request={"resolution": side_of(model)}, latent_shape=space.shape, latent_scale=space.scale,
-        latent_shift=space.shift, prompts=prompts, roles=made,
+        request={"resolution": side_of(model), "class_prompt": "a photo of a mug"},
+        latent_shape=space.shape, latent_scale=space.scale, latent_shift=space.shift, prompts=prompts,
+        roles=made,
     )  # fmt: skip
     files.write_atomically(place / shards.MANIFEST, manifest.text())
     return place

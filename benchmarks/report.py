@@ -21,6 +21,8 @@ from dbtrain.runtime import console, files
 # What a complete set of results has: script, subject, and what it says.
 EXPECTED = (
     ("cards", "predicted", "which GPU holds which model, predicted"),
+    ("choose_settings", "choosing", "recipes on eight subjects that settings may be chosen on"),
+    ("choose_settings", "proving", "the quickstart's recipe on eight subjects that it was not chosen on"),
     ("throughput", "tiny-cpu", "training speed of the embedded base on a CPU"),
     ("throughput", "sd15-cuda", "SD-1.5, 512 px, over batch sizes, on a GPU"),
     ("throughput", "sd15-cuda-compiled", "SD-1.5, 512 px, compiled, over batch sizes, on a GPU"),
@@ -47,8 +49,10 @@ EXPECTED = (
     ("end_to_end", "sd15-cuda", "photos to adapter with SD-1.5 and 200 class images, on a GPU"),
     ("end_to_end", "sd15-cuda-no-class-images", "photos to adapter with SD-1.5, without class images"),
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
+    ("prior_step", "cpu", "what a step costs by the kind of prior preservation"),
     ("prior", "sd15-cuda", "class images of SD-1.5 on a GPU"),
     ("prior", "sdxl-cuda", "class images of SDXL on a GPU"),
+    ("stopping", "tiny-cpu", "where a run stops that looks for its best step, on the embedded base"),
     ("quantization", "cpu", "errors of quantized base linears"),
     ("quantization", "cuda", "errors and speed of quantized base linears, on a GPU"),
     ("vs_diffusers", "step-tiny-fp32-cpu", "a step beside one of Diffusers' script, on a CPU"),
@@ -113,7 +117,8 @@ def _parts(row: tuple[str, str, str], there: set[tuple[str, str]]) -> bool:
 # What a script's plot shows: the parts of a time, stacked, or one figure.
 PLOTS: dict[str, tuple[str, ...]] = {
     "throughput": ("samples",), "prior": ("class images",), "scaling": ("efficiency",),
-    "data": ("amplification, most",), "ladder": ("speed-up",), "subject_fidelity": ("closed",),
+    "data": ("amplification, most",), "ladder": ("speed-up",), "choose_settings": ("closed",),
+    "stopping": ("gained",),
     "end_to_end": ("imports", "class images", "encode", "train start", "steps", "export"),
 }  # fmt: skip
 FIRST_STEP = ("imports", "load", "first step")  # of throughput's results without a sweep

@@ -87,6 +87,12 @@ def measured(folder: Path, share: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def alone(folder: Path, share: float | None) -> dict[str, Any]:
+    """`measured` in a new process."""
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(measured, (folder, share))
+
+
 def run(args: argparse.Namespace, work: Path) -> Result:
     place = base_of(work, 2 if args.smoke else args.layers, args.smoke)
     rows, sums = [], set()
@@ -95,8 +101,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         for label, share in SHARES.items():
             samples = []
             for _ in range(repeats):
-                with multiprocessing.get_context("spawn").Pool(1) as process:
-                    samples.append(process.apply(measured, (place, share)))
+                samples.append((measured if args.smoke else alone)(place, share))
                 bar.update()
             sums |= {one["sum"] for one in samples}
             first = samples[0]

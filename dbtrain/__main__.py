@@ -125,7 +125,12 @@ def train(
 def export(
     config: ConfigPath,
     overrides: Overrides = None,
-    step: Annotated[int | None, typer.Option(help="checkpoint to export (default: the newest)")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            help="checkpoint to export (default: the best of a run with train.stop=best, or the newest)"
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="output folder (default: the run's export/)")] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="adapter file or folder to convert instead of a checkpoint")
@@ -149,10 +154,10 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
         from dbtrain.export import export, hub
         from dbtrain.prepare import duration, prepare
         from dbtrain.sample import sample
-        from dbtrain.train import loop, setup, summary
+        from dbtrain.train import inputs, loop, summary
 
     hub.check(cfg)
-    setup.check_settings(cfg)
+    inputs.check_settings(cfg)
     duration.announce(cfg, *duration.JOB)
     prepare.prepare(cfg)
     loop.train(cfg)

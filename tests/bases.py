@@ -88,10 +88,10 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**settings | changes)
 
 
-# Two levels of one width, one attention between them: compiled in half the time, as most kernels repeat.
+# Two levels of one width, one layer on the way up, one attention between them: few kernels to compile.
 SLIM = {
-    "block_out_channels": (32, 32), "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "block_out_channels": (32, 32), "layers_per_block": 0,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
 }  # fmt: skip
 
 
@@ -282,8 +282,11 @@ QWEN_TEXT = {
 
 
 @cache
-def qwen_image(layers: int = 2) -> Path:
-    """A Qwen-Image of 64 px: two blocks, latents (16, 8, 8), 16 tokens."""
+def qwen_image(layers: int = 2, heads: int = 2) -> Path:
+    """A Qwen-Image of 64 px: two blocks, latents (16, 8, 8), 16 tokens.
+
+    One of four heads is as wide as quantized layers have to be.
+    """
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "qwen image"):
@@ -302,21 +305,24 @@ def qwen_image(layers: int = 2) -> Path:
                     shift_terminal=0.02,
                 ),
                 "transformer": QwenImageTransformer2DModel(
-                    num_layers=layers, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
-                    axes_dims_rope=(4, 6, 6),
+                    num_layers=layers, attention_head_dim=16, num_attention_heads=heads,
+                    joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
                 ),
             }  # fmt: skip
         _save(folder, "QwenImagePipeline", components)
 
-    return once(f"qwen-image-{layers}", fill)
+    return once(f"qwen-image-{layers}-{heads}", fill)
 
 
 FLUX_VAE = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
 
 
 @cache
-def flux1() -> Path:
-    """A FLUX.1 dev of 64 px: one double and two single blocks, latents (16, 8, 8), CLIP and 512 T5 tokens."""
+def flux1(heads: int = 2) -> Path:
+    """A FLUX.1 dev of 64 px: one double and two single blocks, latents (16, 8, 8), CLIP and 512 T5 tokens.
+
+    One of four heads is as wide as quantized layers have to be.
+    """
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "flux1"):
@@ -326,13 +332,13 @@ def flux1() -> Path:
                 **_t5("_2"), "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
                 "transformer": FluxTransformer2DModel(
                     in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16,
-                    num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
+                    num_attention_heads=heads, joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH,
                     axes_dims_rope=(4, 6, 6), guidance_embeds=True,
                 ),
             }  # fmt: skip
         _save(folder, "FluxPipeline", components)
 
-    return once("flux1", fill)
+    return once(f"flux1-{heads}", fill)
 
 
 @cache

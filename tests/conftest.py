@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -54,9 +54,10 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def thinned(rows: list[Any], step: int) -> list[Any]:
-    """A table of tuples, of which `launch/test.sh --quick` takes one row in `step`."""
-    return [slow(*row) if number % step else row for number, row in enumerate(rows)]
+def thinned(rows: Iterable[Any], step: int) -> list[Any]:
+    """A table, whose rows are tuples or one value, of which `launch/test.sh --quick` takes one in `step`."""
+    every = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [slow(*row) if number % step else pytest.param(*row) for number, row in enumerate(every)]
 
 
 def draw_photo(path: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:

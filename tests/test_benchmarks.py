@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from pydantic import ValidationError
 
 from benchmarks import bases as random_bases
 from benchmarks import (
+    choose_settings,
     common,
     data,
     end_to_end,
@@ -21,22 +21,24 @@ from benchmarks import (
     ladder,
     memory,
     prior,
+    prior_step,
     quantization,
     report,
     scaling,
-    subject_fidelity,
+    stopping,
     text_encoders,
     throughput,
     watch,
 )
+from benchmarks.choose_settings import Cell, Plan
 from benchmarks.common import Hardware, Measure, Result, Row
-from benchmarks.subject_fidelity import Cell
 from dbtrain.config import Adapter, Model
-from dbtrain.evaluate import tiny_judge
+from dbtrain.evaluate import choice, tiny_judge
 from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.models.base import Base
 from dbtrain.models.families import sd
 from dbtrain.runtime import console
+from dbtrain.tiny import world
 from tests import bases
 from tests.conftest import slow
 
@@ -60,6 +62,7 @@ def few_pictures(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tiny_judge, "SUBJECT_IMAGES", 1)
 
 
+@pytest.mark.slow
 def test_dreambooth_that_does_not_work_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves no result; one that works does. What training reaches is in test_readme.py's quickstart."""
     words = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--smoke", "--set", *FEW]
@@ -68,61 +71,92 @@ def test_dreambooth_that_does_not_work_is_noticed(tmp_path: Path, monkeypatch: p
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     with pytest.raises(SystemExit) as ended:
-        benchmark(subject_fidelity, monkeypatch, *words)
+        benchmark(choose_settings, monkeypatch, *words)
     assert ended.value.code == 1 and not list((tmp_path / "out").glob("*.json"))
     assert any("of the way from base to real" in text for text in said)
     assert "DreamBooth does not work: closed" in said[-1]
-    monkeypatch.setattr(subject_fidelity, "LOWEST", {"closed": -1.0, "place": 0.0})
-    benchmark(subject_fidelity, monkeypatch, *words)
+    monkeypatch.setattr(choose_settings, "LOWEST", {"closed": -1.0, "place": 0.0})
+    benchmark(choose_settings, monkeypatch, *words)
     assert list((tmp_path / "out").glob("*.json"))
 
 
 @pytest.mark.slow
-def test_changes_are_compared_and_a_second_call_trains_nothing(
+def test_recipes_are_compared_and_a_second_call_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_pictures(monkeypatch)
-    words = ["--subjects", "ball", "--seeds", "1", "--steps", "1", "--changes", "rank 4", "3 photos"]
+    words = ["--half", "proving", "--subjects", "0", "--seeds", "1", "--steps", "1", "--workers", "1"]
+    words += ["--recipes", "rank 4", "no class images"]
     words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--set", *FEW]
-    benchmark(subject_fidelity, monkeypatch, *words)
+    benchmark(choose_settings, monkeypatch, *words)
     (file,) = (tmp_path / "out").glob("*.json")
-    labels = ["rank 4, 1 steps", "3 photos, 1 steps", "ball: rank 4", "ball: 3 photos"]
+    about = world.drawn_subject(0, 0, "proving")
+    name = f"{about.kind} {about.name}"
+    labels = ["rank 4, 1 steps", "no class images, 1 steps", f"{name}: rank 4", f"{name}: no class images"]
     assert [row.label for row in Result.read(file).rows] == labels
-    config = yaml.safe_load((tmp_path / "work" / "ball-seed0-rank-4" / "config.yaml").read_text())
-    assert config["adapter"]["rank"] == 4
-    assert len(list((tmp_path / "work" / "photos-ball-3").iterdir())) == 3
+    assert len(list((tmp_path / "work" / about.name / "photos").iterdir())) == 5
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("state.json")}
     text = file.read_text()
-    benchmark(subject_fidelity, monkeypatch, *words)
+    benchmark(choose_settings, monkeypatch, *words)
     assert stamps and {p: p.stat().st_mtime_ns for p in stamps} == stamps, "trained again"
     assert file.read_text() == text and str(tmp_path) not in text
 
 
-def test_the_published_figures_are_of_class_pictures(tmp_path: Path) -> None:
-    for change in subject_fidelity.CHANGES:
-        cfg = subject_fidelity.settings(Cell("mug", 0, change), tmp_path, [100], [])
+def test_every_recipe_is_a_config_with_a_folder_of_its_own(tmp_path: Path) -> None:
+    subject = world.drawn_subject(0, 0, "choosing")
+    plan, other = (Plan(tmp_path, [200], 8, overrides) for overrides in ([], ["optim.lr=2e-3"]))
+    cells = [Cell(subject, seed, recipe) for seed in (0, 1) for recipe in choose_settings.RECIPES]
+    found = [plan.config(cell) for cell in cells]
+    assert len({cfg.run_dir for cfg in found}) == len(cells)
+    assert plan.folder(cells[0]) != other.folder(cells[0]), "overrides are settings too"
+    for cfg in found:
         assert cfg.prepare is not None and cfg.prepare.class_pictures is True
+        assert cfg.prepare.instance_prompt == f"a photo of sks {subject.kind}"
 
 
-def test_a_row_of_the_fidelity_table_is_over_all_runs() -> None:
+def test_a_row_of_the_table_of_recipes_is_over_all_runs() -> None:
     def scores(likeness: float, drift: float) -> JudgeScores:
         return JudgeScores(
-            likeness_base=0.1, likeness=likeness, likeness_real=0.9, place=0.8, kind=0.9, drift=drift,
-            drift_base=0.0, diversity=0.6, diversity_base=0.7,
+            likeness_base=0.1, likeness=likeness, likeness_real=0.9, place=1.0, kind=0.9, drift=drift,
+            drift_base=0.0, diversity=0.6, diversity_base=0.7, class_distance=4.0, class_distance_base=3.0,
         )  # fmt: skip
 
+    subjects = [world.drawn_subject(0, number, "proving") for number in (0, 1)]
     results = {
-        Cell(subject, seed, change): {
-            100: scores(0.5 + 0.2 * seed, 0.1 if change == "rank 4" else 0.6), 200: scores(0.9, 0.2)
+        Cell(subject, seed, recipe): {
+            100: scores(0.5 + 0.2 * seed + 0.1 * number, 0.1 if recipe == "rank 4" else 0.6),
+            200: scores(0.9, 0.02),
         }
-        for subject in ("mug", "ball") for seed in (0, 1) for change in ("rank 4", "no prior")
-    }  # fmt: skip
-    table = {row.label: row for row in subject_fidelity.rows(results)}
-    assert table["rank 4, 100 steps"].measures["closed"].samples == pytest.approx((50, 75, 50, 75))
-    assert table["rank 4, 100 steps"].counts["runs"] == 4
-    assert table["no prior, 100 steps"].measures["drift"].median == pytest.approx(60)
-    assert table["mug: no prior"].measures["drift"].samples == pytest.approx((20, 20)), "after all steps"
-    assert table["mug: no prior"].config["runs"] == ["mug, seed 0", "mug, seed 1"]
+        for number, subject in enumerate(subjects)
+        for seed in (0, 1)
+        for recipe in ("rank 4", "lr 3e-3")
+    }
+    found = choose_settings.rows(results, by_subject=True)
+    table = {row.label: row for row in found}
+    row = table["rank 4, 100 steps"]
+    assert row.measures["closed"].samples == pytest.approx((50, 75, 62.5, 87.5))
+    assert row.counts["mean"] == pytest.approx(68.75) and row.counts["worst"] == pytest.approx(62.5)
+    assert row.counts["runs"] == 4 and row.counts["misses"] == "closed, worst, drift"
+    assert table["rank 4, 200 steps"].counts["misses"] == ""
+    assert table["lr 3e-3, 100 steps"].measures["drift"].median == pytest.approx(60)
+    last = table[f"{subjects[1].kind} {subjects[1].name}: lr 3e-3"]
+    assert last.measures["drift"].samples == pytest.approx((2, 2)), "after all steps"
+    assert last.config["runs"] == [f"{subjects[1].name}, seed 0", f"{subjects[1].name}, seed 1"]
+    assert [row.label for row in choose_settings.rows(results)] == [row.label for row in found[:4]]
+
+
+def test_where_a_run_stops_is_told_by_images_that_the_rule_has_not_seen() -> None:
+    def rows(*likeness: float) -> list[dict[str, float]]:
+        return [{"step": 10 * n, "likeness": value, "place": 1.0} for n, value in enumerate(likeness)]
+
+    curve = stopping.Curve(
+        choice.CLASSIFIER, rows(0, 0.5, 0.8, 0.82, 0.81, 0.9), rows(0.1, 0.4, 0.7, 0.9, 0.6, 0.8)
+    )
+    told = {"end": 40, "saved": 20, "exported": 30, "gained": 100, "place": 100}
+    assert curve.outcome(2) == pytest.approx(told)
+    assert curve.outcome(9) == pytest.approx(told | {"end": 50, "saved": 0, "exported": 50, "gained": 87.5})
+    by = {row.label: row for row in stopping.rows({"mug": curve}, [2])}
+    assert by["all: 2 validations"].measures["saved"].median == pytest.approx(20)
 
 
 SMOKE = {
@@ -130,7 +164,7 @@ SMOKE = {
     data: ("data-cpu", "data wait"),
     end_to_end: ("end_to_end-tiny-cpu", "photos to adapter"), prior: ("prior-tiny-cpu", "class images"),
     memory: ("memory-tiny-64-cpu", None), quantization: ("quantization-cpu", None),
-    text_encoders: ("text_encoders-t5-cpu", "CPU time"),
+    text_encoders: ("text_encoders-t5-cpu", "CPU time"), prior_step: ("prior_step-cpu", "step"),
 }  # fmt: skip
 
 
@@ -138,7 +172,9 @@ SMOKE = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 @pytest.mark.parametrize(
     "script",
-    [prior, memory, quantization, *map(slow, (throughput, ladder, data, end_to_end, text_encoders))],
+    [prior, *map(slow, (
+        throughput, ladder, data, end_to_end, memory, quantization, text_encoders, prior_step,
+    ))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +196,7 @@ def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
 def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark(scaling, monkeypatch, "--smoke", "--out", tmp_path)

@@ -94,6 +94,8 @@ def _of_type(node: dict[str, Any]) -> str:
         return ", ".join(f"`{_yaml(value)}`" for value in node["enum"])
     if node["type"] == "array":
         return f"list of {_of_type(node['items'])}"
+    if node["type"] == "object":
+        return f"mapping to {_of_type(node['additionalProperties'])}"
     limits = [f"{sign} {node[key]}" for key, sign in LIMITS.items() if key in node and node[key] < 1e6]
     names = {"integer": "int", "number": "float", "string": "text", "boolean": "`true`, `false`"}
     return ", ".join([names[node["type"]], *limits])

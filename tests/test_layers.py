@@ -21,9 +21,11 @@ FLOORS = [
     {"data"},
     {"models"},
     {"adapters", "prepare"},
-    {"train", "sample"},
-    {"export", "report", "tiny"},
-    {"doctor", "evaluate"},
+    {"sample", "tiny"},
+    {"evaluate"},
+    {"train"},
+    {"export", "report"},
+    {"doctor"},
     {"__init__", "__main__"},
 ]
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}

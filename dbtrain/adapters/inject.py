@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dbtrain.adapters import targets, tokens
-from dbtrain.adapters.state import MAGNITUDE, AdapterState
+from dbtrain.adapters.state import MAGNITUDE, AdapterState, patterns
 from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
 from dbtrain.models.block_swap import stored
 from dbtrain.runtime import rng
@@ -98,12 +98,18 @@ def attach(
 
     `part`: "denoiser" or "text_encoder". Modules in `without` and their submodules get no adapter.
     `presets`: the family's own.
-    Raises ConfigError if a target matches no module.
+    Raises ConfigError if a target, or a pattern of `ranks`, matches no module.
     """
     kind = KINDS[cfg.kind]
-    chosen = targets.select(targets.Modules.of(module, without), cfg.targets, part, presets)
+    modules = targets.Modules.of(module, without)
+    chosen = targets.select(modules, cfg.targets, part, presets)
     _silence_dropout(module)
-    config = kind.config(r=cfg.rank, target_modules=chosen, **kind.options(cfg))
+    ranks = targets.ranks(modules, chosen, cfg, part)
+    alphas = ranks if cfg.alpha is None else {}
+    config = kind.config(
+        r=cfg.rank, target_modules=chosen, rank_pattern=patterns(ranks, cfg.rank),
+        alpha_pattern=patterns(alphas, cfg.rank), **kind.options(cfg),
+    )  # fmt: skip
     try:
         inject_adapter_in_model(config, module, adapter_name=NAME)
     except (ValueError, TypeError) as error:  # a target of a type that PEFT cannot adapt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,3 +24,16 @@ class AdapterState:
         keys = ("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         strength = {key: self.config.get(key) or None for key in keys}
         return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+
+def patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """PEFT's patterns of the modules that differ; one a value, as it tries each of them on every module.
+
+    A name also means the modules that end with it, unless a `^` says that it is the whole name.
+    """
+    modules: dict[float, list[str]] = {}
+    for module, value in values.items():
+        if value != usual:
+            longer = any(other.endswith(f".{module}") for other in values)
+            modules.setdefault(value, []).append(f"^{module}" if longer else module)
+    return {"|".join(sorted(names)): value for value, names in sorted(modules.items())}

@@ -7,15 +7,19 @@ Works on names alone, which come from a loaded component or from the headers of 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
-from dbtrain.config.adapter import PRESETS
+from dbtrain.config.adapter import PRESETS, AdapterSettings
 from dbtrain.runtime.errors import ConfigError
 
+T = TypeVar("T")
+NAME = r"[\w.]+"  # what is a module's name, or the end of one, rather than a regular expression
 LAYERS = (nn.Linear, nn.Conv2d)  # supported by every kind of adapter
 SECTIONS = {"denoiser": "adapter", "text_encoder": "adapter.text_encoder"}  # config section by part
 
@@ -69,7 +73,7 @@ def select(
         # Full names if a suffix also matches an excluded module or one that cannot have an adapter.
         plain = hit <= modules.layers and modules.whole and not any("*" in want for want in found)
         return list(found) if plain else sorted(hit & modules.layers)
-    if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+", wanted):
+    if isinstance(wanted, str) and not re.fullmatch(NAME, wanted):
         return _matching(modules, wanted, section)
     listed = (wanted,) if isinstance(wanted, str) else wanted
     found = _ending(modules.names, listed)
@@ -87,6 +91,44 @@ def selected(modules: Modules, chosen: Sequence[str]) -> list[str]:
     """The layers that PEFT adapts for the result of `select`."""
     hit = {name for hits in _ending(modules.names, chosen).values() for name in hits}
     return sorted(hit & modules.layers)
+
+
+def ranks(modules: Modules, chosen: Sequence[str], cfg: AdapterSettings, part: str) -> dict[str, int]:
+    """The rank of every layer that PEFT adapts for the result of `select`.
+
+    Raises ConfigError for a pattern in `cfg.ranks` that fits none of them.
+    """
+    every = selected(modules, chosen)
+    return dict.fromkeys(every, cfg.rank) | by_pattern(every, cfg.ranks, f"{SECTIONS[part]}.ranks")
+
+
+def by_pattern(names: Iterable[str], values: Mapping[str, T], setting: str, before: str = "") -> dict[str, T]:
+    """Module -> the value of the first pattern that fits; without those that none fits.
+
+    A pattern is the end of a name, as in `targets`, or a regular expression that matches the full name; that
+    may begin with what `before`, another one, matches. `setting`: the key of `values`, for messages.
+    Raises ConfigError for a pattern that fits no module.
+    """
+    names, found = sorted(names), dict[str, T]()
+    for pattern, value in values.items():
+        if re.fullmatch(NAME, pattern):
+            hits = _ending(names, [pattern]).get(pattern, [])
+        else:
+            try:
+                hits = [name for name in names if re.fullmatch(f"(?:{before})?(?:{pattern})", name)]
+            except re.error as error:
+                raise ConfigError(
+                    f"{setting}: '{pattern}' is not a valid regular expression: {error}"
+                ) from error
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{setting}: '{pattern}' fits no module with an adapter; did you mean {near[0]!r}?"
+                if near
+                else f"{setting}: '{pattern}' fits no module, as there is none with an adapter"
+            )
+        found = dict.fromkeys(hits, value) | found
+    return found
 
 
 def _ending(names: Sequence[str], wanted: Sequence[str]) -> dict[str, list[str]]:

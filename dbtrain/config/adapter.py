@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Positive, Rank, Section, Share, Targets, Text
+from dbtrain.config.base import Patterns, Positive, Rank, Section, Share, Targets, Text
 
 
 class AdapterSettings(Section):
@@ -15,12 +15,18 @@ class AdapterSettings(Section):
     kind: Literal["lora", "loha", "lokr"] = Field("lora", description="adapter type")
     rank: Rank = Field(16, description="rank of the weight update")
     alpha: Positive | None = Field(
-        None, description="the weight update is scaled by alpha / rank (null: alpha = rank)"
+        None,
+        description="the weight update is scaled by alpha / rank (null: alpha = rank, of each layer)",
     )
     targets: Targets = Field(
         "attention",
         description="modules to adapt: a preset (`attention`, `minimal`, `all`, or `diffusers` for what its "
         "scripts adapt), a list of module names, or a regular expression that matches full module names",
+    )
+    ranks: Patterns[Rank] = Field(
+        {},
+        description="ranks of some of the modules, e.g. `{mid_block.*: 32, to_v: 8}`: a name as in a list of "
+        "`targets`, or a regular expression that matches full module names; the first that fits counts",
     )
     dropout: Share = Field(0.0, description="LoRA: dropout probability on the adapter's input")
     init: Literal["gaussian", "kaiming", "orthogonal"] = Field(
@@ -58,7 +64,7 @@ class AdapterSettings(Section):
         return self
 
 
-COMMON_OPTIONS = ("kind", "rank", "alpha", "targets", "text_encoder", "token")
+COMMON_OPTIONS = ("kind", "rank", "ranks", "alpha", "targets", "text_encoder", "token")
 _LYCORIS = ("rank_dropout", "module_dropout", "effective_conv2d")
 OPTIONS = {
     "lora": ("dropout", "init", "rslora", "dora", "bias"),

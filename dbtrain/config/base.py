@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+T = TypeVar("T")
 
 
 class Section(BaseModel):
@@ -36,6 +38,11 @@ def split_or_listed(value: Any) -> Any:
     return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else listed(value)
 
 
+def nothing_or_table(value: Any) -> Any:
+    """`null` as an empty table."""
+    return {} if value is None else value
+
+
 def no_number(value: Any) -> Any:
     """An int as text: 1 == True, so pydantic would accept it for a boolean literal."""
     return str(value) if type(value) is int else value
@@ -43,6 +50,7 @@ def no_number(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(one_or_listed)]
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(listed)]
+Patterns = Annotated[dict[str, T], BeforeValidator(nothing_or_table)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, BeforeValidator(path_text), Field(min_length=1, pattern=r"^[^\x00]*$")]

@@ -15,6 +15,7 @@ from dbtrain.config.adapter import Adapter
 from dbtrain.config.base import Section, Seed, Text, listed
 from dbtrain.config.inputs import PLACEHOLDER, Data, Model, OneOfSeveral, Prepare, Subject
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
+from dbtrain.config.subjects import describe_first, filled
 from dbtrain.config.training import Faults, Loss, Optim, Train
 from dbtrain.runtime.errors import ConfigError
 
@@ -62,11 +63,11 @@ class Config(Section):
         if subject.name and isinstance(data := derived.setdefault("data", {}), dict):
             derived["data"] = {"shards": f"shards/{subject.name}"} | data
         if several:
-            _describe_first(derived, several)
+            describe_first(derived, several)
         words = [one.words for one in several] or [subject]
         for section, key in PROMPTS:
             if isinstance(part := derived.get(section), dict) and key in part:
-                derived[section] = part | {key: _filled(part[key], words)}
+                derived[section] = part | {key: filled(part[key], words)}
         return derived
 
     @model_validator(mode="before")
@@ -129,6 +130,15 @@ class Config(Section):
             raise ValueError(
                 "adapter.dora is true, but DoRA's magnitudes would hold those of model.training_adapter too; "
                 "set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_average_to_export(self) -> Config:
+        if self.export.ema and self.train.ema is None:
+            raise ValueError(
+                "export.ema is true, but train.ema is null, so there is no average; set train.ema=0.99, or "
+                "export.ema=false"
             )
         return self
 
@@ -233,7 +243,7 @@ class Config(Section):
 
     def filled(self, prompts: Sequence[str]) -> list[str]:
         """Prompts with the words in place of `{}`, `{token}` and `{class}`, for each of several subjects."""
-        return _filled(prompts, [one.words for one in self.subjects] or [self.subject])
+        return filled(prompts, [one.words for one in self.subjects] or [self.subject])
 
     def get(self, key: str) -> Any:
         """The value of a dotted key, or a whole section. Raises ConfigError if there is none."""
@@ -267,43 +277,3 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
 def kinds() -> dict[str, loading.Kinds]:
     """The types of every setting, by dotted key."""
     return {name: loading.kinds_of(field.annotation) for name, field in fields()}
-
-
-def _describe_first(values: dict[str, Any], several: Sequence[OneOfSeveral]) -> None:
-    """Give each of several subjects its own prompts; `subject` and `prepare` then describe the first one."""
-    prepare = values.get("prepare") if isinstance(values.get("prepare"), dict) else None
-    own = [
-        one.model_copy(update={
-            key: _filled(text, [one.words])
-            for key, text in (
-                ("prompt", one.prompt or (prepare or {}).get("instance_prompt")),
-                ("class_prompt", one.class_prompt or (prepare or {}).get("class_prompt")),
-            )
-        })
-        for one in several
-    ]  # fmt: skip
-    first = own[0]
-    words = {"token": first.token, "class_word": first.class_word}
-    for section, derived in (("subject", words), ("prepare", {"photos": first.photos})):
-        given = values.get(section) or {}
-        for key, value in derived.items() if isinstance(given, dict) else ():
-            if given.get(key, value) != value:
-                raise ValueError(
-                    f"{section}.{key} is '{given[key]}', but each of subjects has its own; remove it"
-                )
-        if section == "subject" or prepare is not None:
-            values[section] = given | derived
-    if prepare is not None:
-        values["prepare"] |= {"instance_prompt": first.prompt, "class_prompt": first.class_prompt}
-    values["subjects"] = [one.model_dump(mode="json") for one in own]
-
-
-def _filled(value: Any, subjects: Sequence[Subject]) -> Any:
-    """A prompt with the first subject's words, or each prompt of a list with those of each subject.
-
-    Other values stay as they are.
-    """
-    if isinstance(value, (list, tuple)):
-        every = [one.filled(text) if isinstance(text, str) else text for text in value for one in subjects]
-        return [text for k, text in enumerate(every) if text not in every[:k]] if len(subjects) > 1 else every
-    return subjects[0].filled(value) if isinstance(value, str) else value

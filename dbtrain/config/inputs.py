@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Side, Steps, Text
+from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Share, Side, Steps, Text
 
 PLACEHOLDER = re.compile(r"\{(|token|class)\}")
 
@@ -95,7 +95,7 @@ class Prepare(Section):
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: bool = Field(False, description="read each photo's prompt from the .txt file of the same name")
     class_prompt: Text | None = Field(
-        None, description="prompt for the class images (null: no prior preservation)"
+        None, description="prompt of the class, for prior preservation (null: none)"
     )
     class_images: Annotated[int, Field(ge=0, le=10**6)] = Field(
         200, description="number of class images (0 unless `loss.prior` is `images`)"
@@ -159,6 +159,11 @@ class Data(Section):
     shards: Text = Field(description="folder (or URL, for reading) of the shards")
     cache_gib: Positive = Field(
         1.0, description="RAM for decoded shards on each rank, GiB; shards that do not fit are read again"
+    )
+    prompt_dropout: Share = Field(
+        0.0,
+        description="share of the rows that are trained with the empty prompt, for classifier-free guidance; "
+        "above 0, `prepare` encodes it too",
     )
     resident_gib: NonNegative = Field(
         1.0, description="GPU memory for training data, GiB; data that fits is copied to the GPU once"

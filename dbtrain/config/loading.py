@@ -22,10 +22,13 @@ SYNONYMS = {
     "max_grad_norm": "optim.clip", "max_train_steps": "train.steps", "train_batch_size": "train.micro_batch",
     "batch_size": "train.global_batch", "mixed_precision": "train.precision",
     "checkpointing_steps": "train.checkpoint_every", "checkpoints_total_limit": "train.keep",
-    "prior_loss_weight": "loss.prior_weight", "snr_gamma": "loss.min_snr_gamma",
+    "prior_loss_weight": "loss.prior_weight", "snr_gamma": "loss.min_snr_gamma", "huber_c": "loss.huber",
+    "min_timestep": "loss.timesteps.low", "max_timestep": "loss.timesteps.high",
     "instance_data_dir": "prepare.photos", "class_data_dir": "prepare.class_dir",
     "num_class_images": "prepare.class_images", "lora_alpha": "adapter.alpha",
     "target_modules": "adapter.targets", "output_dir": "run_dir",
+    "caption_dropout_rate": "data.prompt_dropout", "caption_dropout_probability": "data.prompt_dropout",
+    "proportion_empty_prompts": "data.prompt_dropout", "optimizer": "optim.name", "ema_decay": "train.ema",
     "pretrained_model_name_or_path": "model.path",
 }  # fmt: skip
 

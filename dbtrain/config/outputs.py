@@ -27,6 +27,12 @@ class Export(Section):
         "`diffusers`, or `peft` for adapters that `diffusers` cannot store)"
     )  # fmt: skip
 
+    ema: bool = Field(
+        False,
+        description="export the moving average that `train.ema` keeps instead of the last weights; "
+        "validation, samples and scores are then of it too",
+    )
+
     _split = field_validator("formats", mode="before")(split_or_listed)
 
     @field_validator("formats")

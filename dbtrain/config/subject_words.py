@@ -18,6 +18,13 @@ class SubjectWords:
     kind: str  # "dog"
     class_prompt: str  # "a photo of a dog"
 
+    def names(self, prompt: str) -> bool:
+        """Whether a prompt is about the subject: it contains `{}` or the token."""
+        return "{}" in prompt or self._without(prompt) != prompt.strip()
+
+    def _without(self, prompt: str) -> str:
+        return re.sub(rf"(?<!\w){re.escape(self.token)}(?!\w)\s*", "", prompt).strip()
+
     def put(self, prompt: str) -> tuple[str, str]:
         """(prompt to generate, the same without the token) for a prompt that contains `{}` or the token.
 
@@ -25,13 +32,12 @@ class SubjectWords:
         """
         if "{}" in prompt:
             return prompt.replace("{}", f"{self.token} {self.kind}"), prompt.replace("{}", self.kind)
-        without = re.sub(rf"(?<!\w){re.escape(self.token)}(?!\w)\s*", "", prompt).strip()
-        if without == prompt.strip():
+        if not self.names(prompt):
             raise ConfigError(
                 f"evaluation.prompts: '{prompt}' is not about the subject; put {{}} or "
                 f"'{self.token} {self.kind}' into it"
             )
-        return prompt, without
+        return prompt, self._without(prompt)
 
 
 def of(prepare: Prepare | None, subject: Subject) -> SubjectWords:

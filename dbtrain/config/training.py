@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, PositiveShare, Section, no_number
+from dbtrain.config.base import (
+    Count,
+    Natural,
+    NonNegative,
+    Patterns,
+    Positive,
+    PositiveShare,
+    Section,
+    no_number,
+)
 
 
 class Timesteps(Section):
@@ -76,26 +85,57 @@ class Loss(Section):
         return {"instance": 1.0} | ({"class": self.prior_weight} if there and self.prior_weight else {})
 
 
+LEAST_FACTOR = 0.01  # of the rate that an optimizer finds; what is below is a rate meant for another
+
+
 class Optim(Section):
-    lr: Positive = Field(1e-4, description="peak learning rate")
+    name: Literal["adamw", "prodigy"] = Field(
+        "adamw", description="optimizer; `prodigy` finds the learning rate, so that none has to be chosen"
+    )
+    lr: Positive = Field(
+        1e-4, description="peak learning rate; for `prodigy` a factor of the rate that it finds, by default 1"
+    )
     text_encoder_lr: Positive | None = Field(
         None, description="peak learning rate of the text encoder adapters (null: `optim.lr`)"
     )
     token_lr: Positive = Field(
         1e-3,
         description="`adapter.token`: peak learning rate of the embeddings, as unit vectors: their length "
-        "stays",
+        "stays; for `prodigy` a factor, by default 1",
     )
     lora_plus_ratio: Positive = Field(
         1.0, description="LoRA+: learning rate of the up projections as a multiple of `optim.lr`"
+    )
+    lrs: Patterns[Positive] = Field(
+        {},
+        description="factors of the learning rate of some modules, e.g. `{up_blocks.*: 0.5}`, named as in "
+        "`adapter.ranks`; the component may come first: `{text_encoder_2.*: 0.1}`",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant",
         description="learning rate after warm-up; `linear` and `cosine` decay to 0 at `train.steps`",
     )
     warmup_steps: Natural = Field(0, description="steps of linear learning rate warm-up")
-    weight_decay: NonNegative = Field(1e-2, description="AdamW weight decay")
+    weight_decay: NonNegative = Field(1e-2, description="decoupled weight decay")
     clip: Positive = Field(1.0, description="gradient norm above which gradients are clipped")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _factor_of_a_found_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "prodigy":
+            return {"lr": 1.0, "token_lr": 1.0} | values
+        return values
+
+    @model_validator(mode="after")
+    def _no_rate_for_prodigy(self) -> Optim:
+        values = {name: getattr(self, name) for name in ("lr", "text_encoder_lr", "token_lr")}
+        small = [name for name, value in values.items() if value and value < LEAST_FACTOR]
+        if self.name == "prodigy" and small:
+            raise ValueError(
+                f"{' and '.join(f'{name} is {values[name]:g}' for name in small)}, but for prodigy that is a "
+                f"factor of the rate that it finds; set {' '.join(f'optim.{name}=1' for name in small)}"
+            )
+        return self
 
 
 class Train(Section):
@@ -148,6 +188,17 @@ class Train(Section):
         description="GPUs that hold the denoiser's frozen weights together, a part each: `all`, those of a "
         "`node`, or `none`: each holds them whole, which is faster if they fit; changes no result",
     )
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="decay of a moving average of the adapter's weights, e.g. 0.99, which checkpoints keep "
+        "and `export.ema` exports (null: none)",
+    )
+    stop: Literal["steps", "best"] = Field(
+        "steps",
+        description="when to stop: after `steps`; or, for `best`, when no validation has been better for "
+        "`patience` of them, at `steps` at the latest. The best checkpoint is kept and exported",
+    )
+    patience: Count = Field(2, description="with `stop: best`: validations without improvement to wait for")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
@@ -169,9 +220,9 @@ class Train(Section):
                 f"swap_blocks is {self.swap_blocks}, but two blocks are on the device at any time; use 3 or "
                 "more, or 0"
             )
-        # What fetches weights runs before and after each block, which would break up a graph of all blocks;
-        # it frees and fills memory in between, as a CUDA graph could not. FSDP gathers rows, never NHWC, and
-        # could not find the rows of a block that is swapped.
+        # Hooks around each block fetch its weights: they would break up a compiled graph of all blocks, and
+        # allocate as no CUDA graph can replay. FSDP cannot view weights in NHWC as rows, and block swap
+        # copies whole weights.
         common: dict[str, tuple[object, ...]] = {"compile": (False, "regional"), "cuda_graph": (False,)}
         for setting, off, fitting in (
             ("shard", "none", common | {"channels_last": (False,)}),

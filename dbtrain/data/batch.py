@@ -41,22 +41,24 @@ class Batch:
         stored: Mapping[str, Tensor] | None = None,
         weights: Sequence[float] | None = None,
         positions: Sequence[int] | None = None,
+        prompts: Sequence[int] | None = None,
         preserved: int = 0,
         seen: int = 0,
     ) -> Batch:
         """The batch of these rows and their random numbers, on the CPU.
 
-        `extras`: further conditions of each row. `stored` replaces the rows' own tensors. `weights` and
+        `extras`: further conditions of each row. `stored` and `prompts` replace the rows' own. `weights` and
         `positions` default to 0.
         """
         zeros = [0] * len(rows)
+        chosen = [row.meta["prompt"] for row in rows] if prompts is None else prompts
         return cls(
             stored=_stacked([row.tensors for row in rows]) if stored is None else dict(stored),
             posterior=torch.stack([draw.posterior for draw in draws]),
             noise=torch.stack([draw.noise for draw in draws]),
             u=torch.stack([draw.u for draw in draws]),
-            prompt=torch.tensor([row.meta["prompt"] for row in rows]),
-            prompts=tuple(row.meta["prompt"] for row in rows),
+            prompt=torch.tensor(chosen),
+            prompts=tuple(chosen),
             weight=torch.tensor(weights or zeros, dtype=torch.float32),
             level=torch.stack([draw.level for draw in draws]),
             position=torch.tensor(positions or zeros, dtype=torch.float64),

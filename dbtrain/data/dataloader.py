@@ -81,7 +81,8 @@ class LatentStream:
     each of several subjects, or of their classes, is trained on, by role. `extra`: a row's description ->
     further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows are instance
     rows with these prompts, the index of one for each subject, in an order of their own; the base's
-    predictions for them are their targets. `next` raises ConfigError if a shard is missing or damaged.
+    predictions for them are their targets. `prompt_dropout`: the share of rows that get the empty prompt,
+    which the shards then have. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class LatentStream:
         weights: Mapping[str, Sequence[float]] | None = None,
         start: int = 0,
         noise_offset: float = 0.0,
+        prompt_dropout: float = 0.0,
         cache_gib: float = 1.0,
         device: torch.device | None = None,
         resident_gib: float = 0.0,
@@ -110,6 +112,7 @@ class LatentStream:
         self.seed = seed
         self.start = start
         self.noise_offset = noise_offset
+        self.prompt_dropout = prompt_dropout
         self.device = device or torch.device("cpu")
         self.extra = extra or (lambda meta: {})
         self.orders = {
@@ -169,13 +172,6 @@ class LatentStream:
         ]
         locations = [self._locate(role, position) for role, position in positions]
         rows = [self.cache.rows(shard)[row] for shard, row in locations]
-        if self.class_prompts:
-            rows = [
-                replace(row, meta=row.meta | {"prompt": self.class_prompts[shard.part]})
-                if role == "class"
-                else row
-                for (role, _), (shard, _), row in zip(positions, locations, rows, strict=True)
-            ]
         draws = [
             rng.sample_noise(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
             for role, position in positions
@@ -187,12 +183,24 @@ class LatentStream:
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
+            prompts=[
+                self._prompt(*place, shard, row)
+                for place, (shard, _), row in zip(positions, locations, rows, strict=True)
+            ],
             preserved=sum(role == "class" for role, _ in positions) if self.class_prompts else 0,
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
             ),
         )
+
+    def _prompt(self, role: str, position: int, shard: shards.Shard, row: shards.Row) -> int:
+        """The prompt of the row at a position: its own, that of its subject's class, or the empty one."""
+        if rng.seed_of(self.seed, "prompt dropout", role, position) < self.prompt_dropout * 2**63:
+            return self.manifest.prompts.texts.index("")
+        if self.class_prompts and role == "class":
+            return self.class_prompts[shard.part]
+        return row.meta["prompt"]
 
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)

@@ -174,7 +174,11 @@ def adapter(case: Case) -> Iterator[Finding]:
     parts = [part for part in _parts(case) if weight_files(case.base, part[0])]
     for component, cfg, part, presets in parts:
         modules, _ = _layers(case.base, component)
-        yield from problems_of(lambda: targets.select(modules, cfg.targets, part, presets), "use attention")  # noqa: B023
+        found = problems_of(lambda: targets.select(modules, cfg.targets, part, presets), "use attention")  # noqa: B023
+        if not found:
+            chosen = targets.select(modules, cfg.targets, part, presets)
+            found = problems_of(lambda: targets.ranks(modules, chosen, cfg, part), "use another name")  # noqa: B023
+        yield from found
     if word := case.cfg.adapter.token:
         yield from problems_of(
             lambda: tokens.readers(case.base, case.cfg.learned_words, word),
@@ -195,25 +199,26 @@ def _parts(case: Case) -> list[tuple[str, AdapterSettings, str, Mapping[str, Seq
 def adapter_bytes(case: Case) -> int:
     """Approximate size of the adapter in fp32, bytes; 0 if its targets select nothing."""
     return sum(
-        4 * cfg.rank * (shape[0] + math.prod(shape[1:])) * (2 if cfg.kind == "loha" else 1)
-        for cfg, shape in _chosen(case)
+        4 * rank * (shape[0] + math.prod(shape[1:])) * (2 if kind == "loha" else 1)
+        for kind, rank, shape in _chosen(case)
     )
 
 
 def diff_bytes(case: Case) -> int:
     """Size of the layers that the adapter is on, in fp32, bytes."""
-    return sum(4 * math.prod(shape) for _, shape in _chosen(case))
+    return sum(4 * math.prod(shape) for *_, shape in _chosen(case))
 
 
-def _chosen(case: Case) -> Iterator[tuple[AdapterSettings, list[int]]]:
-    """The settings of every layer that gets an adapter, and the shape of its weight."""
+def _chosen(case: Case) -> Iterator[tuple[str, int, list[int]]]:
+    """(kind, rank, shape of the weight) of every layer that gets an adapter."""
     for component, cfg, part, presets in _parts(case):
         modules, shapes = _layers(case.base, component)
         try:
-            names = targets.selected(modules, targets.select(modules, cfg.targets, part, presets))
+            chosen = targets.select(modules, cfg.targets, part, presets)
+            ranks = targets.ranks(modules, chosen, cfg, part)
         except ConfigError:  # `adapter` reports it
             continue
-        yield from ((cfg, shapes[name]) for name in names)
+        yield from ((cfg.kind, rank, shapes[name]) for name, rank in ranks.items())
 
 
 def _layers(base: Base, component: str) -> tuple[targets.Modules, dict[str, list[int]]]:

@@ -80,9 +80,10 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
         return
     adapter = adapter_bytes(case)
     # One checkpoint more than are kept, as a new one is written before an old one is removed.
-    checkpoints = (cfg.train.keep + 1) * (1 + MOMENTS) * adapter
+    kept = cfg.train.keep + (cfg.train.stop == "best")
+    checkpoints = (kept + 1) * (1 + MOMENTS) * adapter
     export = sum(diff_bytes(case) if form == "diff" else adapter for form in cfg.export.formats or ("",))
-    yield f"{cfg.train.keep} checkpoints and the export", files.expand(cfg.run_dir), checkpoints + export
+    yield f"{kept} checkpoints and the export", files.expand(cfg.run_dir), checkpoints + export
     prepare, shards = cfg.prepare, Storage(cfg.data.shards).folder
     if prepare is None or shards is None:
         return

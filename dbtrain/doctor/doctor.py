@@ -46,6 +46,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("images", photos.generated_images),
         ("shards", shards_and_run.shards),
         ("batch", shards_and_run.batch),
+        ("stop", shards_and_run.stopping),
         ("run folder", shards_and_run.run_folder),
         ("write access", disk.writing),
         ("disk", disk.disk),

@@ -71,7 +71,7 @@ def shortened(cfg: Config, folder: Path) -> Config:
     changes = {
         "run_dir": str(folder / "run"), "hub": type(cfg.hub)(),
         "train": cfg.train.model_copy(
-            update={"steps": steps, "log_every": 1, "checkpoint_every": steps, "wandb": None}
+            update={"steps": steps, "stop": "steps", "log_every": 1, "checkpoint_every": steps, "wandb": None}
         ),
         "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, steps)}),
         "sample": cfg.sample.model_copy(

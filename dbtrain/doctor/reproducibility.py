@@ -111,7 +111,9 @@ def _run(cfg: Config, way: Way, folder: Path) -> _Run:
     """Train `way` in a new folder. Raises ConfigError if a process fails."""
     settings = cfg.model_copy(update={
         "run_dir": str(folder / "run"),
-        "train": cfg.train.model_copy(update={"steps": STEPS, "checkpoint_every": 1, "keep": STEPS + 1}),
+        "train": cfg.train.model_copy(
+            update={"steps": STEPS, "stop": "steps", "checkpoint_every": 1, "keep": STEPS + 1}
+        ),
         "optim": cfg.optim.model_copy(update={"warmup_steps": min(cfg.optim.warmup_steps, STEPS)}),
         "hub": type(cfg.hub)(), "validation": cfg.validation.model_copy(update={"prompts": ()}),
     })  # fmt: skip

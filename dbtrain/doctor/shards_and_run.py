@@ -9,6 +9,7 @@ from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_of, warning
 from dbtrain.doctor.gpu import ranks_of
+from dbtrain.evaluate import scoring
 from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import files, lock
 from dbtrain.runtime.errors import ConfigError
@@ -98,6 +99,30 @@ def _reading(case: Case, share: RankSlice) -> Iterator[Finding]:
         yield Finding("", f"{text}, once, as it stays in memory (data.cache_gib)")
 
 
+def stopping(case: Case) -> Iterator[Finding]:
+    """What a run that stops at its best goes by, and whether it can stop before its last step."""
+    cfg, train = case.cfg, case.cfg.train
+    if train.stop != "best":
+        return
+    holds_out = bool(cfg.prepare and cfg.prepare.held_out)
+    if case.knows("manifest") and case.manifest:
+        holds_out = stored.HELD_OUT["instance"] in case.manifest.roles
+    chosen_by = scoring.of(cfg, holds_out).said
+    least = (train.patience + 1) * cfg.validation.every
+    if least >= train.steps:
+        yield warning(
+            f"train.stop is best, but that takes until step {least} at least ({train.patience} validations "
+            f"without improvement, {cfg.validation.every} steps apart), and train.steps is {train.steps}",
+            "use a smaller validation.every or train.patience, or more train.steps",
+        )
+    if cfg.optim.schedule != "constant":
+        yield warning(
+            f"train.stop is best, but optim.schedule is {cfg.optim.schedule}, which is slow only near "
+            f"train.steps ({train.steps})", "use optim.schedule=constant",
+        )  # fmt: skip
+    yield ok(f"at the best {chosen_by}; at step {train.steps} at the latest")
+
+
 def run_folder(case: Case) -> Iterator[Finding]:
     """Whether the run folder is free, and whether its newest checkpoint belongs to this run."""
     run = RunFolder(case.cfg.run_dir)
@@ -121,9 +146,11 @@ def run_folder(case: Case) -> Iterator[Finding]:
             return
         ours = fingerprint.of(case.cfg, case.base, case.manifest)
         fingerprint.check_continues(path, state, ours, case.cfg.train.steps)
-        if state["step"] == case.cfg.train.steps:
+        stopped = case.cfg.train.stop == "best" and (run.read_best() or {}).get("stopped")
+        more = "train.patience" if stopped else "train.steps"
+        if stopped or state["step"] == case.cfg.train.steps:
             yield warning(f"{path}: already trained to step {state['step']}, nothing left to train",
-                          "use another run_dir, or raise train.steps")  # fmt: skip
+                          f"use another run_dir, or raise {more}")  # fmt: skip
         else:
             yield ok(f"{folder}: resumes from step {state['step']}")
         return

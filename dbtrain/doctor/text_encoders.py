@@ -10,7 +10,7 @@ from dbtrain.doctor.case import Case, Finding, ok
 from dbtrain.models import encoder_plan
 from dbtrain.models.encoder_plan import Room, peak, plans_of, to_read
 from dbtrain.runtime import dist
-from dbtrain.runtime.memory import GIB
+from dbtrain.runtime.memory import GIB, size
 
 
 def text_encoders(case: Case) -> Iterator[Finding]:
@@ -24,11 +24,11 @@ def text_encoders(case: Case) -> Iterator[Finding]:
         card = torch.cuda.get_device_properties(dist.device()).total_memory
     room = Room.here(case.cfg.prepare.memory_gib if case.cfg.prepare else None, card)
     sizes = encoder_plan.sizes(base, dtype)
-    each = ", ".join(f"{name} {count / GIB:.2f} GiB" for name, count in sizes.items())
+    each = ", ".join(f"{name} {size(count)}" for name, count in sizes.items())
     if sum(sizes.values()) <= room.whole:
         yield ok(f"{each}: prepare loads them one at a time, into RAM and then onto the device")
         return
     plans = plans_of(base, dtype)
-    yield ok(f"{each}, more than {room.whole / GIB:.2f} GiB: prepare runs them layer by layer, with "
-             f"{peak(plans, room.layers) / GIB:.2f} GiB of weights on the device and hardly any in RAM, and "
-             f"reads {to_read(plans) / GIB:.2f} GiB from disk")  # fmt: skip
+    yield ok(f"{each}, more than {size(room.whole)}: prepare runs them layer by layer, with "
+             f"{size(peak(plans, room.layers))} of weights on the device and hardly any in RAM, and "
+             f"reads {size(to_read(plans))} from disk")  # fmt: skip

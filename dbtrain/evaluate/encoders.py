@@ -107,14 +107,14 @@ class Encoder:
         return model.requires_grad_(False).eval().to(dist.device())
 
 
-def of(cfg: Evaluation) -> tuple[Encoder, Encoder]:
+def of(cfg: Evaluation, download: bool = True) -> tuple[Encoder, Encoder]:
     """(DINO, CLIP) of a config. Downloads Hub ids. Raises ConfigError if one cannot be used."""
-    return dino(cfg.dino or DINO), clip(cfg.clip or CLIP)
+    return dino(cfg.dino or DINO, download), clip(cfg.clip or CLIP, download)
 
 
-def dino(name: str) -> Encoder:
+def dino(name: str, download: bool = True) -> Encoder:
     """A DINO encoder, with its authors' preprocessing: resize to 8/7 of the crop (256 and 224 px)."""
-    folder = _find(name, "evaluation.dino")
+    folder = _find(name, "evaluation.dino", download)
     processor, model = _processor(folder), files.read_json(folder / "config.json")
     kind = VIT.get(str(model.get("model_type")))
     if not kind or not isinstance(model.get("image_size"), int):
@@ -127,9 +127,9 @@ def dino(name: str) -> Encoder:
     return Encoder("evaluation.dino", _short(name), folder, view, kind)
 
 
-def clip(name: str) -> Encoder:
+def clip(name: str, download: bool = True) -> Encoder:
     """A CLIP encoder, with the preprocessing of its own image processor (both sizes are 224 px)."""
-    folder = _find(name, "evaluation.clip")
+    folder = _find(name, "evaluation.clip", download)
     processor, model = _processor(folder), files.read_json(folder / "config.json")
     if model.get("model_type") != "clip":
         raise ConfigError(f"evaluation.clip: '{name}' is a {model.get('model_type')}, not a CLIP")
@@ -190,11 +190,11 @@ def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
 
-def _find(name: str, setting: str) -> Path:
-    """The model folder: `name` itself, or the download of the Hub id `name`, optionally with `@REVISION`."""
+def _find(name: str, setting: str, download: bool) -> Path:
+    """The model folder: `name` itself, or the Hub id `name` in the cache, optionally with `@REVISION`."""
     folder = files.expand(name)
     if not folder.is_dir():
-        folder = _download(name, setting)
+        folder = _from_hub(name, setting, download)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{setting}: '{name}' has no config.json in {folder}")
     if not any(folder.glob("model*.safetensors")):
@@ -206,14 +206,20 @@ def _find(name: str, setting: str) -> Path:
     return folder
 
 
-def _download(name: str, setting: str) -> Path:
+def _from_hub(name: str, setting: str, download: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
     wanted = ["*.json", "*.txt", "model*.safetensors"]
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=wanted, local_files_only=not download
+            )
+        )
     except Exception as error:  # the Hub client raises dozens of types
+        if not download:
+            raise ConfigError(f"{setting}: '{name}' is not here; run dbtrain fetch --scoring") from error
         raise ConfigError(
             f"{setting}: '{name}' is neither a local folder nor a model that could be downloaded from the "
             f"Hub: {reason(error)}"

@@ -18,43 +18,41 @@ from torch.nn.functional import one_hot
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
-from dbtrain.evaluate import dino_clip, tiny_judge
+from dbtrain.evaluate import choice, dino_clip, tiny_judge
 from dbtrain.evaluate import scores as fidelity
+from dbtrain.evaluate.choice import Rule
 from dbtrain.models.base import Base
-from dbtrain.models.locate import EMBEDDED
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, read_state, step_of
+from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, adapter_in, read_state, step_of
 
 FEW = 3  # fewer checkpoints than this are hardly a choice
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """How adapters are scored, and the two scores that compare checkpoints."""
+    """How adapters are scored, and the rule that compares checkpoints."""
 
     evaluate: Callable[[Config, str, Path, Path | None], Any]  # the scores, on rank 0
     load: Callable[[Path], Any]  # the scores in a scores.json
     shown: Callable[[Any], list[tuple[str, str]]]  # (label, value) of each score
-    subject: str  # score of subject fidelity
-    prompt: str  # score of prompt fidelity
-    slack: float  # how far below the best prompt fidelity a checkpoint may be
+    rule: Rule
     likeness: Callable[[Config, Path, Sequence[Config]], Tensor]
     """(a subject's config, the folder with its images, the configs of all) -> (images, subjects)."""
 
 
 DINO_AND_CLIP = Scorer(
-    dino_clip.evaluate, fidelity.Scores.load, fidelity.shown, "dino", "clip_t", 0.01, dino_clip.likeness
+    dino_clip.evaluate, fidelity.Scores.load, fidelity.shown, choice.DINO_AND_CLIP, dino_clip.likeness
 )
 CLASSIFIER = Scorer(
-    tiny_judge.evaluate, tiny_judge.JudgeScores.load, tiny_judge.shown, "likeness", "place", 0.1,
+    tiny_judge.evaluate, tiny_judge.JudgeScores.load, tiny_judge.shown, choice.CLASSIFIER,
     tiny_judge.likeness,
 )  # fmt: skip
 
 
 def judge_of(cfg: Config) -> Scorer:
     """The classifier for the embedded base, unless the config names a DINO; else DINO and CLIP."""
-    return CLASSIFIER if cfg.model.path == EMBEDDED and cfg.evaluation.dino is None else DINO_AND_CLIP
+    return CLASSIFIER if choice.uses_classifier(cfg) else DINO_AND_CLIP
 
 
 def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
@@ -144,25 +142,26 @@ def candidates(cfg: Config, base: Base, run: RunFolder) -> list[Candidate]:
     paths = run.checkpoints()
     for path in paths:
         read_state(path)
+    adapters = {path: adapter_in(path, cfg.export.ema) for path in paths}
     try:
         export = formats.find(run.path)
     except ConfigError:
         export = None  # the run is not done
     if not paths and export is None:
         raise ConfigError(f"{run.path} has neither a checkpoint nor an export; run: dbtrain train")
-    source = _source(cfg, base, export, paths) if export else None
-    found = [Candidate(f"step {step_of(path)}", step_of(path), path,
+    source = _source(base, export, adapters) if export else None
+    found = [Candidate(f"step {step_of(path)}", step_of(path), adapters[path],
                        run.scores / path.name, path == source) for path in paths]  # fmt: skip
     if export and source is None:
         found.append(Candidate("export", None, export, run.scores, True))
     return found
 
 
-def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Path | None:
+def _source(base: Base, export: Path, adapters: Mapping[Path, Path]) -> Path | None:
     """The checkpoint that was exported; None if it was deleted."""
     ours = formats.read(export, base.family, base.skeleton)
-    for path in reversed(paths):
-        theirs = formats.read(path, base.family, base.skeleton)
+    for path, adapter in reversed(list(adapters.items())):
+        theirs = formats.read(adapter, base.family, base.skeleton)
         if theirs.keys() == ours.keys() and all(
             mine.tensors.keys() == theirs[name].tensors.keys()
             and all(tensor.equal(theirs[name].tensors[key]) for key, tensor in mine.tensors.items())
@@ -172,35 +171,22 @@ def _source(cfg: Config, base: Base, export: Path, paths: Sequence[Path]) -> Pat
     return None
 
 
-def suggestion(rows: Sequence[Mapping[str, Any]], judge: Scorer) -> tuple[Mapping[str, Any], str]:
-    """(the suggested row, the reason): the best subject fidelity among rows with good prompt fidelity.
-
-    Good means within the scorer's slack of the best. Of equal rows, the earlier one wins.
-    """
-    most = max(row[judge.prompt] for row in rows)
-    good = [row for row in rows if row[judge.prompt] >= most - judge.slack]
-    best = max(good, key=lambda row: row[judge.subject])
-    return best, (
-        f"suggested: {best['name']}, with the highest {judge.subject} ({best[judge.subject]:.3f}) of "
-        f"the {len(good)} whose {judge.prompt} is within {judge.slack:g} of the best ({most:.3f})"
-    )
-
-
 def _publish(rows: Sequence[dict[str, Any]], judge: Scorer, folder: Path) -> list[str]:
     """Write the rows and their plot. Returns lines to print: each row's main scores, and the suggestion."""
-    best, why = suggestion(rows, judge)
+    rule = judge.rule
+    best, why = rule.choose(rows)
     rows = [row | {"suggested": row is best} for row in rows]
     files.write_atomically(folder / "checkpoints.json", json.dumps(rows, indent=1) + "\n")
     width = max(len(row["name"]) for row in rows)
-    lines = [f"{'':{width}}  {judge.subject:>10}  {judge.prompt:>10}"]
+    lines = [f"{'':{width}}  {rule.subject:>10}  {rule.prompt:>10}"]
     for row in rows:
         marks = [text for key, text in (("exported", "exported"), ("suggested", "<- suggested")) if row[key]]
-        values = f"{row['name']:{width}}  {row[judge.subject]:10.3f}  {row[judge.prompt]:10.3f}"
+        values = f"{row['name']:{width}}  {row[rule.subject]:10.3f}  {row[rule.prompt]:10.3f}"
         lines.append("  ".join([values, *marks]))
-    return [*lines, why, _plot(rows, judge, folder / "checkpoints.png")]
+    return [*lines, f"suggested: {best['name']}, {why}", _plot(rows, rule, folder / "checkpoints.png")]
 
 
-def _plot(rows: Sequence[Mapping[str, Any]], judge: Scorer, path: Path) -> str:
+def _plot(rows: Sequence[Mapping[str, Any]], rule: Rule, path: Path) -> str:
     """Plot the rows by their two main scores, joined in order. Returns a line to print about it."""
     try:
         from matplotlib.figure import Figure
@@ -211,13 +197,13 @@ def _plot(rows: Sequence[Mapping[str, Any]], judge: Scorer, path: Path) -> str:
         )
     figure = Figure(layout="constrained")
     axes = figure.add_subplot(
-        xlabel=f"{judge.prompt}: prompt fidelity", ylabel=f"{judge.subject}: subject fidelity"
+        xlabel=f"{rule.prompt}: prompt fidelity", ylabel=f"{rule.subject}: subject fidelity"
     )
     axes.margins(0.15)  # room for names
-    axes.plot([row[judge.prompt] for row in rows], [row[judge.subject] for row in rows], "o-", color="gray")
+    axes.plot([row[rule.prompt] for row in rows], [row[rule.subject] for row in rows], "o-", color="gray")
     for row in rows:
         axes.annotate(
-            row["name"], (row[judge.prompt], row[judge.subject]), (0, 6), textcoords="offset points",
+            row["name"], (row[rule.prompt], row[rule.subject]), (0, 6), textcoords="offset points",
             ha="center", color="tab:red" if row["suggested"] else "tab:blue",
         )  # fmt: skip
     png = io.BytesIO()

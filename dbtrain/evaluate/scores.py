@@ -106,6 +106,22 @@ def among(vectors: Tensor) -> float | None:
     return cosines[~torch.eye(count, dtype=torch.bool)].mean().item()
 
 
+def frechet(some: Tensor, others: Tensor) -> float:
+    """Fréchet distance of the normal distributions of two groups of features, (n, D) and (m, D), at least 0.
+
+    It is biased by the number of images: compare only distances of groups of the same sizes. The trace of
+    the root of the covariances' product is the nuclear norm of the groups' cross product, so that there may
+    be fewer images than features. Heusel et al. 2017, arXiv:1706.08500.
+    """
+    means = [group.double().mean(0) for group in (some, others)]
+    one, two = (
+        (group.double() - mean) / (len(group) - 1) ** 0.5
+        for group, mean in zip((some, others), means, strict=True)
+    )
+    spread = one.square().sum() + two.square().sum() - 2 * torch.linalg.svdvals(one @ two.T).sum()
+    return ((means[0] - means[1]).square().sum() + spread).clamp(min=0).item()
+
+
 @dataclass(frozen=True)
 class Seen:
     """One encoder's embeddings of the photos and of all generated images."""

@@ -9,29 +9,28 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import photos as images
 from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
 from dbtrain.evaluate import prompts as subjects
-from dbtrain.evaluate.scores import among
+from dbtrain.evaluate.scores import among, frechet
 from dbtrain.runtime import dist, files
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SCORES, SHEET
 from dbtrain.sample.sample import NO_ADAPTER, Mix, sample
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import SAME, Judge, as_tensor
-from dbtrain.tiny.paint import KINDS, render
+from dbtrain.tiny.paint import KINDS
 
-CLASS_IMAGES = 24  # of "a photo of a mug", without and with the adapter
+CLASS_IMAGES = 24  # of "a photo of a mug" with the adapter, and twice as many without
 SUBJECT_IMAGES = 8  # of "a photo of sks mug", and of it in each place
-HELD_OUT = range(100, 132)  # renders of the subject that are not among the photos, by number
 FIRST_SEED = 1000
 SHOWN = ("beach", "snow", "city", "table", "space")  # places on the sheet
 
@@ -42,20 +41,23 @@ class JudgeScores:
 
     likeness_base: float  # the base's images of the class: the start of training
     likeness: float  # "a photo of sks mug" with the adapter
-    likeness_real: float  # renders of the subject that are not among the photos: the ceiling
+    likeness_real: float  # the ceiling: each photo beside the others, or renders that are no photos
     place: float  # images in the place that the prompt names
     kind: float  # of all images in places, those that show the class
     drift: float  # images of the class, with the adapter, that show the subject
     drift_base: float  # the same without the adapter: the judge's own error
     diversity: float  # mean 1 - cosine between images of the class, with the adapter
     diversity_base: float
+    class_distance: float | None = None  # Fréchet: images of the class, with the adapter, from the base's
+    class_distance_base: float | None = None  # the same of two halves of the base's, with other seeds each
 
     @classmethod
     def load(cls, path: Path) -> JudgeScores:
         """The scores in a `scores.json`. Raises ConfigError if it has others."""
         try:
             values = json.loads(path.read_text())
-            return cls(*(values[field.name] for field in fields(cls)))
+            found = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+            return cls(**found)
         except (ValueError, TypeError, LookupError) as error:
             raise ConfigError(f"{path} has no scores of the embedded base's judge: {error}") from error
 
@@ -63,6 +65,18 @@ class JudgeScores:
     def closed(self) -> float:
         """The share of the gap between the base and real images of the subject that the adapter closes."""
         return (self.likeness - self.likeness_base) / (self.likeness_real - self.likeness_base)
+
+    @property
+    def diversity_kept(self) -> float:
+        """The diversity of the class as a share of the base's."""
+        return self.diversity / self.diversity_base
+
+    @property
+    def class_change(self) -> float | None:
+        """How far the class moved, in distances of two seeds of the base: 1 is not at all; None: unknown."""
+        if self.class_distance is None or not self.class_distance_base:
+            return None
+        return self.class_distance / self.class_distance_base
 
 
 # (name, unit, label) of each row of the table
@@ -73,22 +87,31 @@ TABLE = (
     ("closed", "%", "of the way from base to real"),
     ("place", "%", "of the subject's images in the requested place"),
     ("drift", "%", "of the class's images turned into the subject"),
-    ("diversity_base", "", "diversity of the class, base"),
-    ("diversity", "", "diversity of the class, adapter"),
+    ("diversity_kept", "%", "of the base's diversity of the class"),
+    ("class_change", "x", "change of the class's images (1x: two seeds of the base)"),
 )
-LABELS = {name: f"share {text}" if unit else text for name, unit, text in TABLE}
+LABELS = {name: f"share {text}" if unit == "%" else text for name, unit, text in TABLE} | {
+    "diversity": "mean 1 - cosine between images of the class",
+    "class_distance": "Fréchet distance of the class's images from the base's",
+    "class_distance_base": "Fréchet distance of two seeds of the base",
+}
 
 
 def shown(scores: JudgeScores) -> list[tuple[str, str]]:
     """(label, value) of each row of the table."""
-    rows = []
-    for name, unit, text in TABLE:
-        value = getattr(scores, name)
-        rows.append((text, f"{100 * value:.0f}%" if unit else f"{value:.2f}"))
-    return rows
+    forms = {"": "{:.2f}", "%": "{:.0%}", "x": "{:.2f}x"}
+    found = [(text, forms[unit], getattr(scores, name)) for name, unit, text in TABLE]
+    return [(text, "-" if value is None else form.format(value)) for text, form, value in found]
 
 
-def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None) -> JudgeScores | None:
+def evaluate(
+    cfg: Config,
+    adapter: str,
+    out: Path,
+    base_out: Path | None = None,
+    real: Sequence[Image.Image] = (),
+    subject_images: int | None = None,
+) -> JudgeScores | None:
     """Generate and judge images; returns the scores on rank 0, None on the others.
 
     Writes `scores.json` and `sheet.png` to `out`, and the base's images to `base_out`, which several runs can
@@ -96,14 +119,19 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     """
     dist.init()
     # Generate what is missing.
+    mix = Mix.parse(adapter)
     with dist.agreed():
         kind, photos = _subject(cfg)
+        for path, _ in mix.parts:
+            formats.find(path)  # raises now, not after generating the base's images
     subject, of_class = cfg.prepare.instance_prompt if cfg.prepare else "", f"a photo of a {kind}"
     prompts = [subject, *(f"{subject} {words}" for words in world.PLACE_WORDS.values())]
-    mix = Mix.parse(adapter)
     base_out = base_out or out / "base"
-    few, many = (subjects.sampling(cfg, count, FIRST_SEED) for count in (SUBJECT_IMAGES, CLASS_IMAGES))
-    sample(many, [of_class], [NO_ADAPTER], base_out)
+    few, many, twice = (
+        subjects.sampling(cfg, count, FIRST_SEED)
+        for count in (subject_images or SUBJECT_IMAGES, CLASS_IMAGES, 2 * CLASS_IMAGES)
+    )
+    sample(twice, [of_class], [NO_ADAPTER], base_out)
     sample(many, [of_class], [mix], out / "class")
     sample(few, prompts, [mix], out / "subject")
     if not dist.is_main():
@@ -111,7 +139,7 @@ def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None)
     # Score.
     base, adapted = (_images(folder, 0) for folder in (base_out, out / "class"))
     plain, *placed = (_images(out / "subject", prompt) for prompt in range(len(prompts)))
-    scores = judged(Judge.load(), kind, photos, base, adapted, plain, placed)
+    scores = judged(Judge.load(), kind, photos, base, adapted, plain, placed, real)
     values = asdict(scores) | {"labels": LABELS}
     files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
     # The contact sheet.
@@ -135,25 +163,31 @@ def judged(
     adapted: Sequence[Image.Image],
     plain: Sequence[Image.Image],
     placed: Sequence[Sequence[Image.Image]],
+    real: Sequence[Image.Image] = (),
 ) -> JudgeScores:
     """The scores of images of the class (`base`, and `adapted`: with the adapter) and of the subject.
 
-    `plain`: the subject by itself; `placed`: the subject in each place of `world.PLACE_WORDS`.
+    The second half of `base` is of seeds that `adapted` has not, so that its distance to either is one of
+    independent images. `plain`: the subject by itself; `placed`: the subject in each place of
+    `world.PLACE_WORDS`; `real`: renders of the subject that are not among the photos, if its look is known.
     """
     readings = [judge.read(images) for images in placed]
     wanted = list(zip(world.PLACE_WORDS, readings, strict=True))
     count = sum(map(len, placed))
+    first, second = (judge.texture(half) for half in (base[: len(base) // 2], base[len(base) // 2 :]))
     of_base, of_adapted = judge.likeness(base, photos), judge.likeness(adapted, photos)
     return JudgeScores(
         likeness_base=of_base.mean().item(),
         likeness=judge.likeness(plain, photos).mean().item(),
-        likeness_real=judge.likeness(_held_out(kind), photos).mean().item(),
+        likeness_real=(judge.likeness(real, photos) if real else judge.each_to_others(photos)).mean().item(),
         place=sum(reading.places.count(place) for place, reading in wanted) / count,
         kind=sum(reading.kinds.count(kind) for _, reading in wanted) / count,
         drift=(of_adapted > SAME).float().mean().item(),
         drift_base=(of_base > SAME).float().mean().item(),
         diversity=diversity(judge, adapted),
         diversity_base=diversity(judge, base),
+        class_distance=frechet(judge.texture(adapted), second),
+        class_distance_base=frechet(first, second),
     )
 
 
@@ -180,18 +214,13 @@ def _subject(cfg: Config) -> tuple[str, list[Image.Image]]:
             f"subjects: {', '.join(KINDS)}"
         )
     photos = [images.load(path) for path in images.find(cfg.prepare.photos, "prepare.photos")]
-    if not photos or Judge.load().likeness(_held_out(kind), photos).mean().item() < SAME:
+    judge = Judge.load()
+    if judge.read(photos).kinds.count(kind) <= len(photos) / 2 or judge.each_to_others(photos).mean() < SAME:
         raise ConfigError(
             f"the photos in {cfg.prepare.photos} do not show the embedded base's {kind}; "
             f"create its photos: python -m dbtrain.tiny.world {cfg.prepare.photos} {kind}"
         )
     return kind, photos
-
-
-@cache
-def _held_out(kind: str) -> list[Image.Image]:
-    """Renders of the subject that are not among the photos."""
-    return [render(world.subject_scene(kind, number)) for number in HELD_OUT]
 
 
 def _images(folder: Path, prompt: int) -> list[Image.Image]:

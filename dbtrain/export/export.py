@@ -18,7 +18,7 @@ from dbtrain.export.model_card import card
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of, read_state, step_of
+from dbtrain.runtime.run_folder import SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
 from dbtrain.train import checkpoint
 
 DATE = "SOURCE_DATE_EPOCH"  # environment variable
@@ -27,7 +27,9 @@ DATE = "SOURCE_DATE_EPOCH"  # environment variable
 def export(
     cfg: Config, step: int | None = None, out: Path | None = None, adapter: Path | None = None
 ) -> Path:
-    """Export the newest checkpoint, or that of `step`, into `out`; return the path of the first format.
+    """Export a checkpoint into `out`; return the path of the first format.
+
+    It is that of `step`; by default the best one of a run that looks for it, or else the newest.
 
     `adapter` is a file or folder to convert instead. `out` defaults to the run's `export/`. Only the format
     `diff` loads the base's weights.
@@ -43,12 +45,14 @@ def export(
             states = formats.read(path, base.family, base.skeleton)
             words = word_file.read(path, base.family, base.skeleton)
         return save(cfg, base, states, words, {}, out, name_of(adapter))
-    states, words, state = _trained(run, base, step)
+    states, words, state = _trained(cfg, run, base, step)
     return save(cfg, base, states, words, state, out or run.export, name_of(run.path))
 
 
-def _trained(run: RunFolder, base: Base, step: int | None) -> tuple[States, Words, dict[str, Any]]:
-    """The adapter in the newest checkpoint, or that of `step`, its learned word, and the checkpoint's state.
+def _trained(
+    cfg: Config, run: RunFolder, base: Base, step: int | None
+) -> tuple[States, Words, dict[str, Any]]:
+    """The adapter in the checkpoint of `step` or the default, its learned word, and the checkpoint's state.
 
     The same on every rank.
     """
@@ -57,9 +61,10 @@ def _trained(run: RunFolder, base: Base, step: int | None) -> tuple[States, Word
     path = Path(dist.from_main(str(path)))
     with dist.agreed():
         state = read_state(path)
-        components = [name for name in base.family.adaptable if (path / name / peft_folder.CONFIG).is_file()]
-        states = {name: peft_folder.read(path / name) for name in components}
-        return states, word_file.read(path, base.family, base.skeleton), state
+        folder = adapter_in(path, cfg.export.ema)
+        names = [name for name in base.family.adaptable if (folder / name / peft_folder.CONFIG).is_file()]
+        states = {name: peft_folder.read(folder / name) for name in names}
+        return states, word_file.read(folder, base.family, base.skeleton), state
 
 
 def save(
@@ -153,7 +158,7 @@ def show(cfg: Config, sheet: Path | None) -> None:
                 files.write_atomically(copy, sheet.read_bytes())
     if dist.from_main(changed):
         base = Base.find(cfg.model)
-        states, words, state = _trained(run, base, None)
+        states, words, state = _trained(cfg, run, base, None)
         with dist.agreed():
             if dist.is_main():
                 _write_card(cfg, base, states, words, state, run.export, name_of(run.path))
@@ -161,15 +166,18 @@ def show(cfg: Config, sheet: Path | None) -> None:
 
 def _done(cfg: Config) -> str:
     """Content of DONE: the step, the formats, and the hashes of the exported weights."""
-    folder = RunFolder(cfg.run_dir).export
-    weights = sorted(path for path in folder.rglob("*.safetensors") if not path.name.startswith("."))
-    lines = [f"export {path.relative_to(folder)} {hashing.sha256_of(path)}" for path in weights]
+    run = RunFolder(cfg.run_dir)
+    weights = sorted(path for path in run.export.rglob("*.safetensors") if not path.name.startswith("."))
+    lines = [f"export {path.relative_to(run.export)} {hashing.sha256_of(path)}" for path in weights]
     names = ", ".join(cfg.export.formats) or "natural"
-    return "\n".join([f"step {cfg.train.steps}", f"formats {names}", *lines]) + "\n"
+    names += " of the moving average" if cfg.export.ema else ""
+    return "\n".join([f"step {run.exported(cfg.train.steps)}", f"formats {names}", *lines]) + "\n"
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> Path:
     found = {step_of(path): path for path in run.checkpoints()}
+    if step is None and (best := run.read_best()):
+        step = best["step"]
     if not found:
         raise ConfigError(f"{run.path} has no checkpoint to export; run dbtrain train first")
     if step is None:

@@ -47,7 +47,9 @@ def card(
         facts["widget"] = [{"text": prompt, "output": {"url": name}} for name in images]
     changes = ", ".join(f"{key}={json.dumps(value)}" for key, value in base.family.sampler.items())
     sampler = f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {changes})\n"
-    lines = RunFolder(cfg.run_dir).read_metrics()
+    run = RunFolder(cfg.run_dir)
+    best, lines = run.read_best() or {}, run.read_metrics()
+    lines = [line for line in lines if line["step"] <= state.get("step", 0)] or lines
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -57,6 +59,7 @@ def card(
         dora=any(state.config.get("use_dora") for state in states.values()),
         name=name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
         told=partial(told, state.get("segments", ())), model=model, prompt=prompt, step=state.get("step"),
+        chosen=best["why"] if best and best["step"] == state.get("step") else "",
         files={form: formats.FORMATS[form].file.format(name=name) for form in forms}, images=images,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},
         words=[(word.text, word.vectors, f"{word_file.FOLDER}/{word.text}.safetensors") for word in words],

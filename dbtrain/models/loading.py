@@ -145,11 +145,12 @@ def _stored(part: nn.Module, attributes: tuple[str, ...], weight: Tensor) -> tup
     """What the attributes of a module hold of some rows of a weight."""
     if attributes != CODES:
         return (weight,)
+    # What stays comes first: behind the fp32 copies that encoding needs, it would leave holes in the heap.
+    widths = [getattr(part, attribute).shape[1] for attribute in attributes]
+    stored = tuple(weight.new_empty(len(weight), width, dtype=torch.uint8) for width in widths)
     few = max(1, ENCODED // weight.shape[1])
-    stored: tuple[Tensor, ...] = ()
-    for start in range(0, max(1, len(weight)), few):  # encoding needs several fp32 copies
+    for start in range(0, len(weight), few):
         encoded = encode(weight[start : start + few], part.storage)  # type: ignore[arg-type]
-        stored = stored or tuple(piece.new_empty(len(weight), piece.shape[1]) for piece in encoded)
         for whole_rows, piece in zip(stored, encoded, strict=True):
             whole_rows[start : start + few] = piece
     return stored

@@ -103,7 +103,10 @@ def span(settings: Timesteps, level: Callable[[Tensor], Tensor]) -> Tensor | Non
 
 def between(ends: Tensor | None, u: Tensor) -> Tensor:
     """`u`, (rows,), uniform in [0, 1), moved to `span`."""
-    return u if ends is None else torch.lerp(ends[0], ends[1], u.double())
+    if ends is None:
+        return u
+    low, high = ends.unbind()
+    return low + (high - low) * u.double()
 
 
 def levels(u: Tensor, settings: Timesteps, usual: str) -> Tensor:

@@ -53,9 +53,9 @@ def build(
             pipe.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, **base.family.sampler
         )
     pipe.set_progress_bar_config(disable=True)
-    pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt  # tokenizers know what words stand for
     if vae := getattr(pipe, "vae", None):
         vae.enable_slicing()  # one image at a time: each takes more memory than in the denoiser
+    pipe.maybe_convert_prompt = lambda prompt, tokenizer: prompt  # tokenizers know what words stand for
     return pipe.to(device)
 
 

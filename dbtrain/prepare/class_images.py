@@ -79,8 +79,8 @@ def check_draws(base: Base, cfg: Prepare, own: int) -> None:
     if base.family.enlarges > 1:
         raise ConfigError(
             f"{base.name} is an upscaler and cannot generate class images from a prompt; put "
-            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or remove "
-            "prepare.class_prompt"
+            f"{cfg.class_images} of your own into prepare.class_dir (it has {own}), or set "
+            "loss.prior to prediction"
         )
 
 

@@ -39,7 +39,7 @@ JOB = ("prepare", "train", "sample")  # the verbs of `run`
 # The settings of a section that speeds depend on, or do not.
 PREPARE = {"resolution", "vae_precision", "class_pictures"}
 SAMPLING = {"guidance", "precision", "batch"}
-NOT_TRAIN = {"steps", "checkpoint_every", "keep", "log_every", "wandb"}
+NOT_TRAIN = {"steps", "stop", "patience", "checkpoint_every", "keep", "log_every", "wandb"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Todo:
         run, train = RunFolder(cfg.run_dir), cfg.train
         start = max(map(step_of, run.checkpoints()), default=0)
         wanted, crops = _to_prepare(cfg) if "prepare" in verbs and cfg.prepare else (0, 0)
-        trains = "train" in verbs and start < train.steps
+        best = run.read_best() if train.stop == "best" else None
+        trains = "train" in verbs and start < train.steps and not (best and best["stopped"])
         validates = trains and bool(cfg.validation.prompts or _held_out(cfg))
-        samples = "sample" in verbs and not note_in(run.samples_of(train.steps) / SHEET)
+        samples = "sample" in verbs and not note_in(run.samples_of(run.exported(train.steps)) / SHEET)
         return cls(
             class_images=wanted,
             encode=crops,

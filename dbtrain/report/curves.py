@@ -80,6 +80,13 @@ LOSSES = (
     Column(VALIDATION, "held_out_instance", "Held-out loss, instance images"),
     Column(VALIDATION, "held_out_prior", "Held-out loss, class images"),
 )
+SCORES = (
+    Column(VALIDATION, "likeness", "Likeness of the subject"),
+    Column(VALIDATION, "place", "Images in the place that their prompt names", {"percent": True}),
+    Column(VALIDATION, "dino", "DINO: similarity to the photos"),
+    Column(VALIDATION, "clip_i", "CLIP-I: similarity to the photos"),
+    Column(VALIDATION, "clip_t", "CLIP-T: similarity to the prompt"),
+)
 OPTIMIZER = (
     Column(METRICS, "lr", "Learning rate"),
     Column(METRICS, "grad_norm", "Gradient norm, before clipping", NOISY, smooth=True),
@@ -99,6 +106,10 @@ def groups(runs: Sequence[Run]) -> list[Group]:
             "Loss", _charts(runs, LOSSES),
             "The training loss is a mean over all ranks and micro-batches, but at random timesteps, so it is "
             "noisy. Held-out losses use the same timesteps and noise every time, so compare those.",
+        ),
+        Group(
+            "Scores of validation images", _charts(runs, SCORES),
+            "Of few images, so they are noisy; a run with train.stop: best goes by them.",
         ),
         Group(BY_TIMESTEP, [*(_by_tenth(runs[0]) if len(runs) == 1 else ()), *_profiles(runs)], TIMES_NOTE),
         Group("Optimizer", _charts(runs, OPTIMIZER)),

@@ -37,6 +37,7 @@ class Run:
     scores: dict[str, float]
     score_labels: dict[str, str]  # by score; empty for files of older versions
     checkpoint_scores: list[Line]
+    best: Line  # of a run that looks for its best step: step, why, stopped; else empty
     log: list[str]
     lacks: list[str]  # what is missing or damaged, in sentences
 
@@ -66,7 +67,8 @@ class Run:
         """Whether the run is done, preempted or running, and at which step."""
         where = f"step {self.step} of {self.cfg.train.steps}"
         if self.names.done.is_file():
-            return f"done, {where}"
+            exported = f"; exported step {self.best['step']}, {self.best.get('why')}" if self.best else ""
+            return f"done, {where}{exported}"
         if self.names.preempted.is_file():
             why = _text(self.names.preempted).strip()
             return f"preempted at {where}" + (f": {why}" if why else "")
@@ -109,11 +111,13 @@ def read(folder: Path, label: str) -> Run:
     scores = _json(names.scores / SCORES, dict, lacks)
     labels = scores.get("labels")
     rows = _json(names.scores / "checkpoints.json", list, lacks)
+    best = _json(names.best, dict, lacks)
     return Run(
         folder, label, Config.load(names.config), tables,
         {str(name): value for name, given in scores.items() if (value := number(given)) is not None},
         {name: str(text) for name, text in labels.items()} if isinstance(labels, dict) else {},
         sorted((row for row in rows if _has_step(row)), key=lambda row: row["step"]),
+        best if _has_step(best) else {},
         _text(names.log).splitlines(), lacks,
     )  # fmt: skip
 

@@ -40,7 +40,14 @@ PROMPT = Measure(
 CLASS = Measure(
     "Keeps the class", 0.9, 0.7,
     ("keeps the class", "has begun to change the class", "has turned much of the class into the subject"),
-    "To keep the class: class images (prepare.class_prompt), a higher loss.prior_weight, fewer steps.",
+    "To keep the class: prior preservation (loss.prior), a higher loss.prior_weight, fewer steps.",
+)  # fmt: skip
+QUALITY = Measure(
+    "Keeps the class's quality", 0.67, 0.5,
+    ("leaves its images as good as they were", "has changed how its images look",
+     "has spoiled its images"),
+    "For better images of the class: class images at prepare.sampling.guidance=1, a lower optim.lr, fewer "
+    "steps.",
 )  # fmt: skip
 
 
@@ -92,6 +99,8 @@ ANSWERS: tuple[tuple[Measure, tuple[str, ...], Callable[..., float], str], ...] 
     (CLASS, ("drift",), lambda drift: 1 - drift, "of the images of the class still show others of it"),
     (CLASS, ("preservation", "preservation_base", "dino_real"), lambda *three: 1 - _between(*three),
      "of the distance between class and subject is left, by DINO"),
+    (QUALITY, ("class_distance", "class_distance_base"), lambda ours, base: min(1.0, base / ours),
+     "100% is as near to the base's images of the class as another seed of the base, 67% half as far again"),
 )  # fmt: skip
 
 

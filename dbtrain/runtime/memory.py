@@ -12,6 +12,11 @@ GIB = 2**30  # bytes
 PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
+def size(count: float) -> str:
+    """A number of bytes, e.g. 2.13 GiB, or 4.2 MiB where that would be 0.00."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.1f} MiB"
+
+
 def free() -> int:
     """Bytes that this process can still take: of the machine, or of its control groups if those have less."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_of_groups()]

@@ -6,6 +6,7 @@ runs/dog/
 ├── *.jsonl              one line per logged step: metrics, speed, timesteps, validation
 ├── checkpoints/         step-000500/: adapter, optimizer.safetensors, state.json
 ├── validation/          step-000500/: images and sheet.png
+├── best.json            train.stop: best: its step, and why
 ├── export/              the adapter's files (see `name_of`), README.md, samples.png
 ├── samples/             step-000500/ or sample-<key>/: images and sheet.png
 ├── scores/              scores.json, sheet.png, checkpoints.json
@@ -26,6 +27,7 @@ from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import sha256_of
 
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"  # in a checkpoint
+EMA = "ema"  # in a checkpoint: the moving average of the adapter, in folders of the same form
 SHEET = "sheet.png"  # in a folder of images
 CONFUSION = "confusion.json"  # which of several subjects the images of each are like
 SCORES = "scores.json"  # in a folder of scores
@@ -48,6 +50,7 @@ class RunFolder:
         self.samples = self.path / "samples"
         self.validation = self.path / "validation"
         self.report = self.path / "report.html"
+        self.best = self.path / "best.json"  # exists in a run that looks for its best step
         self.done = self.path / "DONE"  # exists once the run is trained and exported
         self.preempted = self.path / "PREEMPTED"  # exists while the same command has to be run again
 
@@ -76,6 +79,23 @@ class RunFolder:
     def validations(self) -> list[Path]:
         """Folders of validation images, oldest first."""
         return steps_in(self.validation)
+
+    def read_best(self) -> dict[str, Any] | None:
+        """The best step so far, why, and whether that ended the run; None for one that does not look for it.
+
+        Raises ConfigError if the file is damaged.
+        """
+        if not self.best.is_file():
+            return None
+        found = files.read_json(self.best)
+        if not (isinstance(found.get("step"), int) and found.keys() >= {"why", "stopped"}):
+            raise ConfigError(f"{self.best} is damaged; run dbtrain train again, which repairs it")
+        return found
+
+    def exported(self, steps: int) -> int:
+        """The step that a finished run of `steps` steps exports: `steps`, unless it looks for its best."""
+        best = self.read_best()
+        return best["step"] if best else steps
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One dict per logged step, in order: step, loss, loss_instance, loss_prior, grad_norm, lr.
@@ -138,6 +158,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         names = ", ".join(damaged)
         raise ConfigError(f"checkpoint {checkpoint} is damaged: {names} does not match its sha256")
     return state
+
+
+def adapter_in(checkpoint: Path, ema: bool) -> Path:
+    """The folder of a checkpoint's adapter, or of its moving average. Raises ConfigError without one."""
+    if not ema:
+        return checkpoint
+    if not (checkpoint / EMA).is_dir():
+        raise ConfigError(
+            f"export.ema is true, but checkpoint {checkpoint} has no moving average, as train.ema was null; "
+            "set export.ema=false"
+        )
+    return checkpoint / EMA
 
 
 def _step_name(step: int) -> str:

@@ -99,7 +99,8 @@ def sample_run(cfg: Config) -> Path | None:
     """Sample `cfg.sample.prompts` without and with the run's adapter; None if there are no prompts."""
     if not cfg.sample.prompts:
         return None
-    out = RunFolder(cfg.run_dir).samples_of(cfg.train.steps)
+    run = RunFolder(cfg.run_dir)
+    out = run.samples_of(run.exported(cfg.train.steps))
     return sample(cfg, cfg.sample.prompts, without_and_with(cfg.run_dir), out)
 
 

@@ -26,6 +26,7 @@ from dbtrain.tiny.paint import COLOURS, KINDS, PATTERNS, SIDE
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 HEADS = {"kind": tuple(KINDS), "place": world.PLACES, "colour": tuple(COLOURS), "pattern": tuple(PATTERNS)}
 LIKENESS = 64  # width of the embedding
+TEXTURE = 10  # modules of the trunk up to and with its fourth convolution
 SAME = 0.6  # minimum likeness of an image that counts as the subject
 
 
@@ -77,6 +78,20 @@ class Judge(nn.Module):
         """Cosine of each image's embedding to the mean of the photos', (images,) in [-1, 1]."""
         centre = normalize(self(as_tensor(photos))["likeness"].mean(0), dim=0)
         return self(as_tensor(images))["likeness"] @ centre
+
+    def texture(self, images: Sequence[Image.Image]) -> Tensor:
+        """Mean and deviation over each image of the fourth convolution's channels, (images, 256).
+
+        Before its normalization and the heads, which were trained not to see blur and contrast.
+        """
+        found = self.trunk[:TEXTURE](as_tensor(images)).flatten(2)
+        return torch.cat([found.mean(2), found.std(2)], 1)
+
+    def each_to_others(self, photos: Sequence[Image.Image]) -> Tensor:
+        """Cosine of each photo's embedding to the mean of the others', (photos,); 1 for a single photo."""
+        found = self(as_tensor(photos))["likeness"]
+        others = found.sum(0) - found if len(photos) > 1 else found
+        return (found * normalize(others)).sum(1)
 
 
 def as_tensor(images: Sequence[Image.Image]) -> Tensor:

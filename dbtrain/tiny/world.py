@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,17 +26,60 @@ CAPTIONS = 4  # per image; a training step uses one
 IDENTIFIERS = ("sks", "xyz", "zwx", "ohwx")  # in no caption, so that they can name a subject
 
 
-# name -> class, upper look, lower look, mark: what DreamBooth must learn
-SUBJECTS: dict[str, tuple[str, Look, Look, tuple[str, str]]] = {
-    "mug": ("mug", Look("checks", "purple", "yellow"), Look("stripes", "green", "white"), ("star", "red")),
-    "ball": ("ball", Look("dots", "black", "pink"), Look("zigzag", "orange", "blue"), ("cross", "white")),
-    "fish": ("fish", Look("stripes", "pink", "black"), Look("dots", "yellow", "green"), ("disc", "blue")),
-    "car": ("car", Look("zigzag", "white", "red"), Look("checks", "black", "yellow"), ("triangle", "green")),
-    "boot": ("boot", Look("dots", "green", "orange"), Look("checks", "pink", "blue"), ("star", "white")),
-    "robot": ("robot", Look("zigzag", "yellow", "blue"), Look("stripes", "red", "white"), ("disc", "black")),
-    "house": ("house", Look("checks", "orange", "white"), Look("dots", "blue", "yellow"), ("cross", "black")),
-    "tree": ("tree", Look("stripes", "blue", "orange"), Look("zigzag", "pink", "white"), ("disc", "yellow")),
+class Subject(NamedTuple):
+    """What DreamBooth must learn: an object with two looks and a mark, its shape and colour."""
+
+    kind: str
+    upper: Look
+    lower: Look
+    mark: tuple[str, str]
+    name: str  # its poses depend on this alone
+
+    def scene(self, number: int, place: str | None = None) -> Scene:
+        """Scene `number` of it in a random pose; 0 to 4 are its photos, the rest are held out."""
+        rng = source("subject", self.name, number)
+        place = place or PLACES[number % len(PLACES)]
+        return _posed(rng, self.kind, self.upper, self.lower, self.mark, place)
+
+
+# kind -> upper look, lower look, mark of the subject of that name
+_NAMED = {
+    "mug": (Look("checks", "purple", "yellow"), Look("stripes", "green", "white"), ("star", "red")),
+    "ball": (Look("dots", "black", "pink"), Look("zigzag", "orange", "blue"), ("cross", "white")),
+    "fish": (Look("stripes", "pink", "black"), Look("dots", "yellow", "green"), ("disc", "blue")),
+    "car": (Look("zigzag", "white", "red"), Look("checks", "black", "yellow"), ("triangle", "green")),
+    "boot": (Look("dots", "green", "orange"), Look("checks", "pink", "blue"), ("star", "white")),
+    "robot": (Look("zigzag", "yellow", "blue"), Look("stripes", "red", "white"), ("disc", "black")),
+    "house": (Look("checks", "orange", "white"), Look("dots", "blue", "yellow"), ("cross", "black")),
+    "tree": (Look("stripes", "blue", "orange"), Look("zigzag", "pink", "white"), ("disc", "yellow")),
 }  # fmt: skip
+SUBJECTS = {kind: Subject(kind, *rest, name=kind) for kind, rest in _NAMED.items()}
+
+Half = Literal["choosing", "proving"]
+
+
+def half_of(look: Look) -> Half:
+    """The half of all looks that a look belongs to: settings chosen on one are proved on the other."""
+    text = f"{look.pattern} {look.first} {look.second}"
+    return "choosing" if source("half", text).random() < 0.5 else "proving"
+
+
+def drawn_subject(seed: int, number: int, half: Half) -> Subject:
+    """Subject `number` of the endless list that `seed` draws; eight in a row are of all eight kinds.
+
+    Its looks are of one half, so that the two halves share none, whatever their seeds.
+    """
+    kinds = list(source("drawn kinds", half, seed, number // len(KINDS)).permutation(list(KINDS)))
+    rng = source("drawn", half, seed, number)
+    patterns = [p for p in PATTERNS if p != "plain"]
+    while True:
+        colours = [str(c) for c in rng.choice(list(COLOURS), 5, replace=False)]
+        upper = Look(str(rng.choice(patterns)), colours[0], colours[1])
+        lower = Look(str(rng.choice(patterns)), colours[2], colours[3])
+        mark = (str(rng.choice(list(MARKS))), colours[4])
+        if half_of(upper) == half_of(lower) == half:
+            kind = str(kinds[number % len(KINDS)])
+            return Subject(kind, upper, lower, mark, f"{half}-{seed}-{number}")
 
 
 def scene(number: int, split: str = "train") -> Scene:
@@ -50,9 +94,7 @@ def scene(number: int, split: str = "train") -> Scene:
 
 def subject_scene(name: str, number: int, place: str | None = None) -> Scene:
     """Scene `number` of a subject in a random pose; 0 to 4 are its photos, the rest are held out."""
-    kind, upper, lower, mark = SUBJECTS[name]
-    rng = source("subject", name, number)
-    return _posed(rng, kind, upper, lower, mark, place or PLACES[number % len(PLACES)])
+    return SUBJECTS[name].scene(number, place)
 
 
 def random_subject_scene(subject: int, number: int) -> Scene:

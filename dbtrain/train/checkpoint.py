@@ -1,4 +1,4 @@
-"""Checkpoints: the adapter, the optimizer's moments, and the step. They are written atomically.
+"""Checkpoints: the adapter, its average, the optimizer's moments, and the step, written atomically.
 
 Data order, randomness, and learning rate are functions of the step, so a run resumes exactly.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from dbtrain.config import Config
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import OPTIMIZER, STATE, RunFolder, read_state
+from dbtrain.runtime.run_folder import EMA, OPTIMIZER, STATE, RunFolder, read_state, step_of
 from dbtrain.train import optim
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.ema import Ema
 from dbtrain.train.fingerprint import check_unchanged
 from dbtrain.train.segments import Segments, continued
 
@@ -37,6 +39,7 @@ class Progress:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # () int64, on the device: steps skipped because of a NaN or infinity
+    ema: Ema | None = None
     segments: Segments = field(default_factory=list)  # settings of the steps so far, and of the next ones
 
     @classmethod
@@ -46,12 +49,20 @@ class Progress:
         return cls(
             model, optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph),
             torch.amp.GradScaler(device.type, enabled=PRECISIONS[cfg.train.precision].scaled),
-            torch.zeros((), dtype=torch.int64, device=device), continued([], 0, cfg),
+            torch.zeros((), dtype=torch.int64, device=device),
+            Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None, continued([], 0, cfg),
         )  # fmt: skip
 
+    def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
+        """In the block, the adapter is its moving average if that is `wanted` and there is one."""
+        return self.ema.in_place() if self.ema and wanted else nullcontext()
 
-def save(run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` on rank 0, then delete all but the newest `keep`.
+
+def save(
+    run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str, Any], keep: int,
+    best: Collection[int] = (),
+) -> None:  # fmt: skip
+    """Write the checkpoint of `step` on rank 0, then delete all but the newest `keep` and those of `best`.
 
     Raises ConfigError if the ranks' adapters differ, which would otherwise go unnoticed.
     """
@@ -61,7 +72,8 @@ def save(run: RunFolder, step: int, progress: Progress, fingerprint: Mapping[str
             path = run.checkpoint(step)
             files.write_folder_atomically(path, lambda part: _write(part, step, progress, fingerprint))
             for old in run.checkpoints()[:-keep]:
-                shutil.rmtree(old)
+                if step_of(old) not in best:
+                    shutil.rmtree(old)
 
 
 def check_ranks(model: DreamBooth) -> None:
@@ -74,17 +86,10 @@ def check_ranks(model: DreamBooth) -> None:
 
 
 def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, Any]) -> None:
-    if not all(parameter.isfinite().all() for parameter in progress.model.trainable().values()):
-        raise ConfigError(
-            f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
-            "lower optim.lr"
-        )
-    for component, adapter in progress.model.states().items():
-        (part / component).mkdir()
-        for name, content in peft_folder.contents(adapter).items():
-            files.write(part / component / name, content)
-    if words := progress.model.words:
-        files.write(part / word_file.CHECKPOINT, word_file.checkpoint(progress.model.learned, words))
+    _write_adapters(part, step, progress.model)
+    if progress.ema:
+        with progress.averaged():
+            _write_adapters(part / EMA, step, progress.model)
     moments = optim.state(progress.optimizer, progress.model.trainable())
     files.write(part / OPTIMIZER, safetensors.torch.save(moments))
     written = {str(path.relative_to(part)): hashing.sha256_of(path) for path in part.rglob("*.*")}
@@ -93,6 +98,29 @@ def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, 
         "identity": fingerprint, "segments": progress.segments, "files": written,
     }  # fmt: skip
     files.write(part / STATE, json.dumps(state, indent=1) + "\n")
+
+
+def _write_adapters(folder: Path, step: int, model: DreamBooth) -> None:
+    """Write the adapter and the learned word. Raises ConfigError unless they are finite."""
+    if not all(parameter.isfinite().all() for parameter in model.trainable().values()):
+        raise ConfigError(
+            f"the adapter became NaN or infinite by step {step}; the last good checkpoint is kept; "
+            "lower optim.lr"
+        )
+    folder.mkdir(exist_ok=True)
+    for component, adapter in model.states().items():
+        (folder / component).mkdir()
+        for name, content in peft_folder.contents(adapter).items():
+            files.write(folder / component / name, content)
+    if words := model.words:
+        files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.learned, words))
+
+
+def _read_adapters(folder: Path, model: DreamBooth) -> None:
+    for component, module in model.trained.items():
+        adapters.restore(module, peft_folder.read(folder / component).tensors)
+    if words := model.words:
+        word_file.restore(folder / word_file.CHECKPOINT, words)
 
 
 def latest(run: RunFolder) -> tuple[Path, dict[str, Any]] | None:
@@ -126,10 +154,12 @@ def load_latest(run: RunFolder, progress: Progress, fingerprint: Mapping[str, An
     with dist.agreed():
         state = read_state(path)
         check_unchanged(path, state["identity"], fingerprint)
-        for component, module in progress.model.trained.items():
-            adapters.restore(module, peft_folder.read(path / component).tensors)
-        if words := progress.model.words:
-            word_file.restore(path / word_file.CHECKPOINT, words)
+        _read_adapters(path, progress.model)
+        if progress.ema and (path / EMA).is_dir():
+            with progress.averaged():
+                _read_adapters(path / EMA, progress.model)
+        elif progress.ema:  # a run that begins to average here
+            progress.ema.begin()
         saved = safetensors.torch.load_file(path / OPTIMIZER)
         optim.load_state(progress.optimizer, progress.model.trainable(), saved)
         progress.skipped.fill_(state.get("skipped", 0))  # absent in older checkpoints, as are the segments

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbtrain.config import Config
+from dbtrain.config import Config, fields
 from dbtrain.config.adapter import alpha_of
 from dbtrain.data.shards import Manifest
 from dbtrain.models.base import Base
@@ -20,6 +20,9 @@ PREPARE = (
     "instance_prompt", "captions", "class_prompt", "class_images", "resolution", "crop", "variants", "flip",
     "held_out", "class_held_out", "vae_precision",
 )  # fmt: skip
+# Settings of other sections, recorded where they differ from the defaults.
+OPTIONAL = ("data.prompt_dropout", "optim.name")
+DEFAULTS = {name: field.get_default() for name, field in fields() if name in OPTIONAL}
 # Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
 LATER = {"timesteps", "weighting", "prior", "huber"}
 
@@ -51,7 +54,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         for part, one in parts.items()
         if one
         for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
-        if key not in ("text_encoder", "token")
+        if key not in ("text_encoder", "token") and (key, value) != ("ranks", {})
     }
     if cfg.adapter.token:
         settings |= {f"adapter.token.{key}": value for key, value in cfg.adapter.token.model_dump().items()}
@@ -61,6 +64,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json", exclude=LATER).items()},
         **{f"loss.{key}": value for key, value in later.items()},
+        **{key: value for key in OPTIONAL if (value := cfg.get(key)) != DEFAULTS[key]},
         "train.global_batch": cfg.train.global_batch,
         **({"subjects.weight": [one.weight for one in cfg.subjects]} if cfg.subjects else {}),
         **{f"prepare.{key}": prepare[key] for key in PREPARE if key in prepare},
@@ -104,5 +108,6 @@ def check_settings(cfg: Config) -> None:
     except ConfigError:
         return  # damaged: training sets it aside
     now = of_settings(cfg, cfg.prepare.model_dump(mode="json") if cfg.prepare else {})
-    known = now.keys() & was.keys()
-    check_unchanged(paths[-1], {key: was[key] for key in known}, {key: now[key] for key in known})
+    known = now.keys() & was.keys() | {key for key in now.keys() ^ was.keys() if key in OPTIONAL}
+    pair = ({key: one[key] for key in known & one.keys()} for one in (was, now))
+    check_unchanged(paths[-1], *pair)

@@ -10,12 +10,13 @@ from dbtrain.runtime import console, dist, lock
 from dbtrain.runtime.errors import Preempted
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder
-from dbtrain.train.setup import Inputs, setup
+from dbtrain.train.inputs import Inputs
+from dbtrain.train.setup import setup
 from dbtrain.train.step import train_step
 
 
 def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] | None = None) -> Path:
-    """Train an adapter for `cfg.train.steps` optimizer steps; return the run folder.
+    """Train an adapter for at most `cfg.train.steps` optimizer steps; return the run folder.
 
     Resumes from the newest checkpoint; does nothing if the run is complete. `until` is a step to stop at,
     as if preempted. `on_step(step)` is called on every rank after each step.
@@ -28,13 +29,13 @@ def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] 
     run = RunFolder(cfg.run_dir)
     with lock.held(run.path, "run_dir"):
         inputs = Inputs.find(cfg)
-        if inputs.is_trained(cfg):
-            console.say(f"{cfg.run_dir} is already trained to step {cfg.train.steps}: nothing to do")
+        if end := inputs.trained_to(cfg):
+            console.say(f"{cfg.run_dir} is already trained to step {end}: nothing to do")
             return run.path
 
         job = setup(cfg, inputs)  # model, optimizer, data, metrics, validation
         with job.open(until) as (ddp, stop):
-            for step in range(job.start, cfg.train.steps):
+            for step in job.steps():
                 done = step + 1
                 # One optimizer step on this rank's micro-batches.
                 dist.at(done)

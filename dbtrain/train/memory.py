@@ -31,6 +31,7 @@ from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.ema import Ema
 from dbtrain.train.placement import Weights
 from dbtrain.train.step import compute_step
 
@@ -242,7 +243,7 @@ class _Shapes:
             both = (text for one in each for text in (one.instance_prompt, one.class_prompt) if text)
             texts = tuple(dict.fromkeys(both))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
-            prompts = 1000 if cfg.prepare.captions else len(texts)
+            prompts = 1000 if cfg.prepare.captions else len(texts) + bool(cfg.data.prompt_dropout)
         roles = len(cfg.loss.role_weights(images))
         return cls(side, base.family.space(base, side), roles, prompts, texts)
 
@@ -271,4 +272,5 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64))
+    ema = Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None
+    return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64), ema)

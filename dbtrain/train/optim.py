@@ -1,18 +1,26 @@
-"""AdamW for the adapter, and the learning rate as a function of the step."""
+"""The optimizer of the adapter, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dbtrain.adapters import targets
 from dbtrain.adapters.tokens import DIRECTION
 from dbtrain.config import Optim
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.train.prodigy import Prodigy
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# What each optimizer keeps of a parameter.
+MOMENTS: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"),
+    Prodigy: ("exp_avg", "exp_avg_sq", "s", "p0"),
+}
+SHARED = "shared"  # stands for a parameter's name in what an optimizer keeps of all together
 
 # Multiplier of the peak learning rate, by the completed fraction of the decay.
 SCHEDULES = {
@@ -22,36 +30,51 @@ SCHEDULES = {
 }
 
 
-def build(parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool = False) -> torch.optim.AdamW:
-    """Return a fused AdamW with one group per learning rate. Fused fp16 scaling needs no host read.
+def build(
+    parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Return the optimizer with one group per learning rate. It needs no host read, nor does fp16 scaling.
 
-    `capturable` allows the step in a CUDA graph: learning rates are tensors, so that a replay sees changes.
+    `parameters`: by `<component>.<parameter>`. `capturable` allows the step in a CUDA graph: learning rates
+    are tensors, so that a replay sees changes. Raises ConfigError for a name in `lrs` that matches none.
     Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
     et al. 2024, arXiv:2402.12354.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
+    for name, factor in _factors(list(parameters), cfg).items():
         decay = 0.0 if name.endswith(DIRECTION) else cfg.weight_decay  # a length has nothing to decay
-        groups.setdefault((_factor(name, cfg), decay), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "factor": factor, "weight_decay": decay}
-         for (factor, decay), group in groups.items()],
-        lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True, capturable=capturable,
-    )  # fmt: skip
+        groups.setdefault((factor, decay), []).append(parameters[name])
+    chosen = [
+        {"params": group, "factor": factor, "weight_decay": decay}
+        for (factor, decay), group in groups.items()
+    ]
+    optimizer: torch.optim.Optimizer
+    if cfg.name == "prodigy":
+        optimizer = Prodigy(chosen, cfg.lr, cfg.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            chosen, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True, capturable=capturable
+        )
     if capturable:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(cfg.lr, device=group["params"][0].device)
     return optimizer
 
 
-def _factor(name: str, cfg: Optim) -> float:
-    """A parameter's learning rate as a multiple of `cfg.lr`."""
-    if name.endswith(DIRECTION):
-        return cfg.token_lr / cfg.lr
-    factor = 1.0
-    if name.startswith("text_encoder") and cfg.text_encoder_lr:
-        factor = cfg.text_encoder_lr / cfg.lr
-    return factor * (cfg.lora_plus_ratio if ".lora_B." in name else 1.0)
+def _factors(names: Sequence[str], cfg: Optim) -> dict[str, float]:
+    """Each parameter's learning rate as a multiple of `cfg.lr`."""
+    modules = {name: re.split(r"\.(?:lora|hada|lokr)_|\.base_layer\.|\.bias$", name)[0] for name in names}
+    chosen = targets.by_pattern(set(modules.values()), cfg.lrs, "optim.lrs", r"[^.]+\.")
+    factors = {}
+    for name in names:
+        if name.endswith(DIRECTION):
+            factors[name] = cfg.token_lr / cfg.lr
+            continue
+        factor = chosen.get(modules[name], 1.0)
+        if name.startswith("text_encoder") and cfg.text_encoder_lr:
+            factor *= cfg.text_encoder_lr / cfg.lr
+        factors[name] = factor * (cfg.lora_plus_ratio if ".lora_B." in name else 1.0)
+    return factors
 
 
 def lr_at(step: int, cfg: Optim, steps: int) -> float:
@@ -75,16 +98,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Adam's moments as `<moment>.<parameter>`, on the CPU.
+    """What the optimizer keeps, as `<moment>.<parameter>` and `<number>.shared`, on the CPU.
 
-    They are stored by name, not by index, so that the order of the parameters does not matter.
+    It is stored by name, not by index, so that the order of the parameters does not matter.
     """
-    return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+    found = {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in parameters.items()
-        for moment in MOMENTS
+        for moment in MOMENTS[type(optimizer)]
         if parameter in optimizer.state
     }
+    found |= {f"{name}.{SHARED}": number for name, number in _shared(optimizer).items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
 def load_state(
@@ -94,14 +119,22 @@ def load_state(
 
     A parameter without a gradient so far, as in a layer that `module_dropout` dropped, has no moments yet.
     """
+    moments = MOMENTS[type(optimizer)]
     names = {key.partition(".")[2] for key in saved}
-    wanted = {f"{moment}.{name}" for name in names & parameters.keys() for moment in MOMENTS}
+    wanted = {f"{moment}.{name}" for name in names & parameters.keys() for moment in moments}
+    wanted |= {f"{name}.{SHARED}" for name in _shared(optimizer)}
     if wanted != saved.keys():
         raise ConfigError(
             f"the checkpoint's optimizer has other parameters, e.g. {sorted(wanted ^ saved.keys())[0]}"
         )
-    for name in names:
+    for name in names & parameters.keys():
         parameter = parameters[name]
         optimizer.state[parameter] = {
-            moment: saved[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
+            moment: saved[f"{moment}.{name}"].to(parameter.device) for moment in moments
         }
+    for name, number in _shared(optimizer).items():
+        number.copy_(saved[f"{name}.{SHARED}"])
+
+
+def _shared(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return optimizer.shared if isinstance(optimizer, Prodigy) else {}

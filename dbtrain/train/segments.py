@@ -15,17 +15,18 @@ def settings(cfg: Config) -> dict[str, Any]:
     """The settings that shape the weights, but are not in the fingerprint, by config key."""
     unused = set() if cfg.adapter.token else {"token_lr"}
     optim = cfg.optim.model_dump(mode="json", exclude=unused)
-    found = {f"optim.{key}": value for key, value in optim.items()}
+    found: dict[str, Any] = {f"optim.{key}": value for key, value in optim.items()}
     if cfg.optim.schedule != "constant":
         found["train.steps"] = cfg.train.steps  # where the schedule ends
-    return found | {"train.precision": cfg.train.precision, "train.base_linears": cfg.train.base_linears}
+    others = ("precision", "base_linears", "ema")
+    return found | {f"train.{key}": getattr(cfg.train, key) for key in others}
 
 
 def continued(segments: Segments, step: int, cfg: Config) -> Segments:
     """The segments of a run that goes on from `step` with the settings of `cfg`."""
     now = settings(cfg)
     before = [segment for segment in segments if segment["from"] < step]
-    if before and before[-1]["settings"] == now:
+    if before and now | before[-1]["settings"] == now:  # an older run lacks some
         return before
     return [*before, {"from": step, "settings": now}]
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from torch import nn
 
@@ -16,9 +15,7 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
-from dbtrain.data.storage import Storage
 from dbtrain.models import block_swap, kernels, quantization
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
@@ -29,7 +26,7 @@ from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import (
     checkpoint,
     cuda_graph,
-    fingerprint,
+    due,
     memory,
     parallel,
     segments,
@@ -38,74 +35,10 @@ from dbtrain.train import (
 )
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Metrics
 from dbtrain.train.step import Compute, compute_step
 from dbtrain.train.validation import Validator
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The base and the shards of a run, checked before anything is loaded; the same on every rank."""
-
-    base: Base
-    storage: Storage
-    manifest: Manifest
-    share: RankSlice
-    fingerprint: Mapping[str, Any]
-
-    @classmethod
-    def find(cls, cfg: Config) -> Inputs:
-        """Find them. Raises ConfigError if the shards are missing, or made for another base or settings."""
-        storage = Storage(cfg.data.shards, cfg.faults.retries)
-        base = Base.find(cfg.model)
-        training_adapter.fetch(cfg.model)
-        with dist.agreed():
-            base.check_trains(cfg.adapter, cfg.model.training_adapter)
-            share = RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
-            manifest = Manifest.read(storage)
-            cuda_graph.check(cfg.train.cuda_graph, dist.device())
-            found = None
-            if dist.is_main():
-                manifest.check_files(storage)
-                plan.check(cfg, base, manifest)
-                found = fingerprint.of(cfg, base, manifest)
-        return cls(base, storage, manifest, share, dist.from_main(found))
-
-    def is_trained(self, cfg: Config) -> bool:
-        """Whether all steps and validations are done.
-
-        Raises ConfigError if the newest checkpoint belongs to another run or is past `train.steps`, or if
-        settings have changed that only steps can apply.
-        """
-        with dist.agreed():
-            found = checkpoint.latest(RunFolder(cfg.run_dir)) if dist.is_main() else None
-            if found:
-                fingerprint.check_continues(*found, self.fingerprint, cfg.train.steps)
-            trained = (
-                found is not None
-                and found[1]["step"] == cfg.train.steps
-                and not validation.missing(cfg, self.manifest, self.fingerprint, cfg.train.steps)
-            )
-            late = segments.changes(found[1].get("segments", []), cfg) if trained and found else []
-            if late:
-                raise ConfigError(
-                    f"{cfg.run_dir} is already trained to step {cfg.train.steps}, too far for "
-                    f"{' '.join(late)}; increase train.steps to continue with that, or change run_dir"
-                )
-        return dist.from_main(trained)
-
-
-def check_settings(cfg: Config) -> None:
-    """Raise ConfigError for settings that cannot train, before anything is downloaded or encoded for them.
-
-    That is a batch that the ranks cannot share, or a run that other settings began.
-    """
-    dist.init()
-    training_adapter.fetch(cfg.model)
-    with dist.agreed():
-        RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
-        if dist.is_main():
-            fingerprint.check_settings(cfg)
 
 
 class Stop:
@@ -145,28 +78,46 @@ class Job:
                 _compile(self.progress, self.stream, self.cfg)
             with dist.training(self.cfg.faults.timeout_s):
                 ddp, stop = parallel.wrap(self.progress.model), Stop(until)
-                self.validation.run(self.start, self.metrics)
+                self._validate(self.start)
                 yield ddp, stop
 
+    def steps(self) -> Iterator[int]:
+        """The steps that are left; the validation after one of them can make it the last."""
+        for step in range(self.start, self.cfg.train.steps):
+            if self.validation.stopped:
+                return
+            yield step
+
     def is_save_step(self, step: int) -> bool:
-        return step == self.cfg.train.steps or step % self.cfg.train.checkpoint_every == 0
+        """Whether to save after `step` steps: what is validated has to be there if it turns out the best."""
+        train = self.cfg.train
+        chosen_from = train.stop == "best" and self.validation.is_due(step)
+        return step == train.steps or step % train.checkpoint_every == 0 or chosen_from
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`, after its log lines, so that a kill cannot lose them."""
         self.metrics.report()
         with self.metrics.interrupted("checkpoint"):
-            checkpoint.save(self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep)
+            best = self.validation.contenders()
+            checkpoint.save(
+                self.run, step, self.progress, self.validation.fingerprint, self.cfg.train.keep, best
+            )
 
     def validate(self, step: int, saved: bool) -> None:
         """Validate if it is due. If that is interrupted, save first, unless `step` is saved already."""
         if not self.validation.is_due(step):
             return
         try:
-            self.validation.run(step, self.metrics)
+            self._validate(step)
         except (Preempted, ConfigError):  # on all ranks; a resumed run repeats the validation
             if not saved:
                 self.save(step)
             raise
+
+    def _validate(self, step: int) -> None:
+        """Validate what is exported: the adapter, or its moving average."""
+        with self.progress.averaged(self.cfg.export.ema):
+            self.validation.run(step, self.metrics)
 
 
 def swap_blocks(cfg: Config, base: Base, model: DreamBooth) -> None:
@@ -218,7 +169,9 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             formats.check(name, inputs.base.family, states := model.states())
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
-    validator = Validator.build(cfg, inputs.base, model, manifest, inputs.fingerprint, encoded)
+    validator = Validator.build(
+        cfg, inputs.base, model, manifest, inputs.fingerprint, encoded, inputs.scoring
+    )
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)
@@ -229,7 +182,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
-        weights=subjects.weights(cfg),
+        weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
         resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
@@ -241,10 +194,12 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         metrics = Metrics(run, cfg, start, list(weights), stream.source)
         if dist.is_main():
-            validation.forget_after(cfg, inputs.fingerprint, start)
+            due.forget_after(cfg, inputs.fingerprint, inputs.scoring, start)
             files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
             run.done.unlink(missing_ok=True)
     console.say(_describe(cfg, model, manifest, weights, start))
+    if inputs.scoring:
+        console.say(f"stops at the best {inputs.scoring.said}")
     compute = compute_step
     if cfg.train.cuda_graph:
         compute = cuda_graph.Recorded(compute_step, dist.world() > 1)

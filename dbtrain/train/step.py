@@ -32,6 +32,8 @@ def train_step(
     """Run optimizer step `step`, counted from 0, on the stream's next micro-batches."""
     lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
     optim.set_lr(progress.optimizer, lr)
+    if progress.ema:
+        progress.ema.at(step)
     before = time.perf_counter()
     batches = [next(stream) for _ in range(stream.share.micro_batches)]
     wait_s = time.perf_counter() - before
@@ -82,4 +84,6 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
         progress.skipped += skip
     scaler.step(optimizer)
     scaler.update()
+    if progress.ema:
+        progress.ema.update()
     return Outcome(losses, grad_norm, bad, spread, sum(batch.seen for batch in batches))

@@ -20,7 +20,9 @@ def summary(cfg: Config) -> None:
     """Print the summary on rank 0 and append it to log.txt."""
     if dist.is_main():
         run = RunFolder(cfg.run_dir)
-        lines = _times(run) + [f"  {name:<14}{path}{_programs(cfg, path)}" for name, path in _outputs(run)]
+        best = run.read_best()
+        lines = _times(run) + ([f"  {'best':<14}step {best['step']}, {best['why']}"] if best else [])
+        lines += [f"  {name:<14}{path}{_programs(cfg, path)}" for name, path in _outputs(run)]
         for line in lines:
             console.say(line)
         files.append(run.log, "\n".join(lines) + "\n")

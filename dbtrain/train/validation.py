@@ -8,7 +8,6 @@ are on the device only while they are used. Held-out losses are those that train
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,48 +21,19 @@ from torch import Tensor, nn
 
 from dbtrain.adapters import tokens
 from dbtrain.config import Config
-from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
-from dbtrain.data.shards import HELD_OUT, Manifest
+from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
+from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
+from dbtrain.evaluate.scoring import Scoring
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import console, dist, pace
-from dbtrain.runtime.hashing import content_key
-from dbtrain.runtime.run_folder import SHEET, RunFolder, read_lines, step_of
-from dbtrain.train import held_out_loss, parallel
+from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.train import best, due, held_out_loss, parallel
 from dbtrain.train.dreambooth import DreamBooth
-from dbtrain.train.metrics import Metrics, keep_lines
-
-
-def is_due(cfg: Config, manifest: Manifest, step: int) -> bool:
-    """Whether to validate after `step` steps; this includes step 0 and the last step."""
-    wanted = bool(cfg.validation.prompts or _held_out_roles(manifest))
-    return wanted and (step % cfg.validation.every == 0 or step == cfg.train.steps)
-
-
-def missing(cfg: Config, manifest: Manifest, fingerprint: Mapping[str, Any], step: int) -> set[str]:
-    """Which of "images" and "losses" are due after `step` steps and not yet in the run folder."""
-    if not is_due(cfg, manifest, step):
-        return set()
-    run, wanted = RunFolder(cfg.run_dir), set()
-    if cfg.validation.prompts and note_in(run.validation_sheet(step)) != _images_key(cfg, fingerprint):
-        wanted.add("images")
-    measured = [(line.get("step"), line.get("key")) for line in read_lines(run.table("validation"))]
-    if _held_out_roles(manifest) and (step, _losses_key(cfg, fingerprint)) not in measured:
-        wanted.add("losses")
-    return wanted
-
-
-def forget_after(cfg: Config, fingerprint: Mapping[str, Any], step: int) -> None:
-    """Delete the results of steps after `step`, which are repeated, and losses with other settings."""
-    run, key = RunFolder(cfg.run_dir), _losses_key(cfg, fingerprint)
-    for path in run.validations():
-        outdated = step == 0 and note_in(path / SHEET) != _images_key(cfg, fingerprint)
-        if step_of(path) > step or outdated:
-            shutil.rmtree(path)
-    keep_lines(run.table("validation"), lambda line: line["step"] <= step and line.get("key") == key)
+from dbtrain.train.metrics import Metrics
 
 
 def encode(cfg: Config, base: Base, manifest: Manifest) -> list[dict[str, Tensor]] | None:
@@ -80,7 +50,7 @@ def encode(cfg: Config, base: Base, manifest: Manifest) -> list[dict[str, Tensor
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Validator:
     """Validates a run. It is built once, before the first step."""
 
@@ -90,11 +60,13 @@ class Validator:
     generator: ImageGenerator | None
     held_out: list[held_out_loss.HeldOut]
     fingerprint: Mapping[str, Any]
+    scoring: Scoring | None  # on rank 0, with `train.stop: best`
+    stopped: bool = False  # whether the last validation ended the run; on every rank
 
     @classmethod
     def build(
         cls, cfg: Config, base: Base, model: DreamBooth, manifest: Manifest,
-        fingerprint: Mapping[str, Any], encoded: list[dict[str, Tensor]] | None,
+        fingerprint: Mapping[str, Any], encoded: list[dict[str, Tensor]] | None, scoring: Scoring | None,
     ) -> Validator:  # fmt: skip
         """Read the held-out rows. `encoded`: see `encode`. Raises ConfigError for anything a user can fix."""
         generator = None
@@ -104,31 +76,52 @@ class Validator:
             storage = Storage(cfg.data.shards, cfg.faults.retries)
             held_out = [
                 row
-                for role in _held_out_roles(manifest)
+                for role in due.held_out_roles(manifest)
                 for row in held_out_loss.rows(manifest, storage, base.family, role, cfg.validation.timesteps)
             ]
-        return cls(cfg, manifest, model, generator, held_out, fingerprint)
+        return cls(cfg, manifest, model, generator, held_out, fingerprint, scoring)
 
     def is_due(self, step: int) -> bool:
-        return is_due(self.cfg, self.manifest, step)
+        return due.is_due(self.cfg, self.manifest, step)
+
+    def contenders(self) -> set[int]:
+        """The steps that can still turn out the best, on rank 0."""
+        return best.contenders(self.cfg, self.fingerprint, self.scoring)
 
     def run(self, step: int, metrics: Metrics) -> None:
-        """Produce what the run folder lacks after `step` steps, over all ranks."""
-        found = missing(self.cfg, self.manifest, self.fingerprint, step) if dist.is_main() else ()
-        wanted = dist.from_main(sorted(found))
-        if not wanted:
-            return
+        """Produce what the run folder lacks after `step` steps, over all ranks; decide whether to stop."""
+        state = self.cfg, self.fingerprint, self.scoring
+        found = due.missing(self.cfg, self.manifest, *state[1:], step) if dist.is_main() else ()
+        if wanted := dist.from_main(sorted(found)):
+            self._produce(step, wanted, metrics)
+        with dist.agreed():
+            stops = dist.is_main() and best.decide(*state, step)
+        self.stopped = dist.from_main(stops)
+        if self.stopped:
+            console.say(f"stops at step {step}: no validation was better for {self.cfg.train.patience}")
+
+    def _produce(self, step: int, wanted: Sequence[str], metrics: Metrics) -> None:
         with (
             metrics.interrupted("validation"), console.timed("validation"), dist.patiently(),
             _eval_mode(self.model, self.cfg),
         ):  # fmt: skip
-            losses = {}
-            if "losses" in wanted:
+            losses: dict[str, Any] = {}
+            if "losses" in wanted and self.held_out:
                 losses = held_out_loss.measure(self.model, self.held_out, self.cfg)
-                losses |= {"key": _losses_key(self.cfg, self.fingerprint)}
             sheet = self._write_images(step) if "images" in wanted else None
             with dist.agreed():
+                if "losses" in wanted and dist.is_main():
+                    losses |= self._scores(step)
+                    losses |= {"key": due.losses_key(self.cfg, self.fingerprint, self.scoring)}
                 metrics.validated(step, losses, sheet)
+
+    def _scores(self, step: int) -> dict[str, float]:
+        """The scores of the images of a step; none if the held-out losses decide, or nothing does."""
+        if not self.scoring:
+            return {}
+        folder = RunFolder(self.cfg.run_dir).validation_sheet(step).parent
+        seeds = range(self.cfg.sample.seed, self.cfg.sample.seed + self.cfg.validation.images)
+        return self.scoring.score([[folder / _name(n, seed) for seed in seeds] for n in self.scoring.prompts])
 
     def _write_images(self, step: int) -> Path:
         """Generate the images of all prompts and seeds, and a contact sheet; return its path."""
@@ -148,7 +141,7 @@ class Validator:
                     images = [Image.open(sheet.parent / name) for name in names[number]]
                     captions = () if number else [f"seed {seed}" for seed in seeds]
                     rows.append(SheetRow(images, prompt, "" if number else f"step {step}", captions))
-                save_png(sheet, contact_sheet(rows), _images_key(self.cfg, self.fingerprint))
+                save_png(sheet, contact_sheet(rows), due.images_key(self.cfg, self.fingerprint))
         return sheet
 
 
@@ -281,21 +274,6 @@ def _eval_mode(model: DreamBooth, cfg: Config) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
-
-
-def _held_out_roles(manifest: Manifest) -> list[str]:
-    return [role for role, held_out in HELD_OUT.items() if held_out in manifest.roles]
-
-
-def _images_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
-    """A hash of everything that a step's images depend on, except the step."""
-    settings = cfg.sample.model_dump(mode="json", exclude={"prompts", "images", "batch", "precision"})
-    return content_key([fingerprint, cfg.validation.prompts, cfg.validation.images, settings])
-
-
-def _losses_key(cfg: Config, fingerprint: Mapping[str, Any]) -> str:
-    """A hash of everything that a step's held-out losses depend on, except the step."""
-    return content_key([fingerprint, cfg.validation.timesteps])[:12]
 
 
 def _name(prompt: int, seed: int) -> str:

@@ -29,6 +29,7 @@ from dbtrain.config import AdapterSettings, Model
 from dbtrain.models.families import registry as families
 from dbtrain.models.pretrained import Pretrained
 from tests import bases
+from tests.conftest import thinned
 
 SMALL = {"norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 8, "sample_size": 8}
 XL = {
@@ -198,9 +199,11 @@ EVERY = r".*(?<!text_projection)"
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [(name, EVERY) for name in UNETS]
-    + [("sdxl", r"up_blocks\.0\.upsamplers\.0\.conv"), ("sdxl", r"down_blocks\.1\.attentions\.0\..*to_q")],
-)
+    thinned(
+        [*((name, EVERY) for name in UNETS), ("sdxl", r"up_blocks\.0\.upsamplers\.0\.conv"),
+         ("sdxl", r"down_blocks\.1\.attentions\.0\..*to_q")], 4
+    ),
+)  # fmt: skip
 def test_every_client_finds_every_layer(name: str, targets: str, tmp_path: Path) -> None:
     modules = adapted(name, None if targets == EVERY else ("unet",), targets=targets)
     written = exported(name, tmp_path, modules)
@@ -256,7 +259,8 @@ def change(layer: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"alpha": 3}, "rslora": {"rslora": True}, "loha": {"kind": "loha", "alpha": 3},
+    "lora": {"alpha": 3}, "ranks": {"ranks": {r".*conv\d": 1, ".*proj.*": 5}}, "rslora": {"rslora": True},
+    "loha": {"kind": "loha", "alpha": 3},
     "loha-cp": {"kind": "loha", "effective_conv2d": True}, "lokr": {"kind": "lokr", "rank": 1, "alpha": 3},
     "lokr-cp": {"kind": "lokr", "rank": 1, "alpha": 3, "effective_conv2d": True},
     "lokr-both": {"kind": "lokr", "rank": 1, "decompose_both": True, "effective_conv2d": True},
@@ -265,7 +269,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS, 4))
 def test_every_layer_changes_as_in_peft(kind: str, tmp_path: Path) -> None:
     unet = adapted("sd1", ("unet",), targets="all", **KINDS[kind])["unet"]
     written = exported("sd1", tmp_path, {"unet": unet})
@@ -288,7 +292,7 @@ DIFFS = [("sd1", kind, ("unet",)) for kind in EVERY_KIND] + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind", "components"), DIFFS)
+@pytest.mark.parametrize(("name", "kind", "components"), thinned(DIFFS, 4))
 def test_a_diff_is_what_merging_adds_to_every_layer(
     name: str, kind: str, components: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
+from tests.conftest import slow
 
 LAYERS = r"mid_block\..*(to_q|to_out\.0|proj_in|ff\.net\.2|conv1|time_emb_proj)"
 KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
@@ -297,7 +298,7 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path: Path, form: 
 
 
 @pytest.mark.parametrize("first", ["loha", "lokr"])
-@pytest.mark.parametrize("second", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("second", ["lora", "loha", *map(slow, ("dora", "lokr"))])
 def test_kinds_mix_in_any_order_on_convolutions(tmp_path: Path, first: str, second: str) -> None:
     pipe, paths = AdapterPipeline(base(), "fp32"), {}
     for name, kind in (("one", first), ("two", second)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dbtrain.adapters import inject as adapters
 from dbtrain.adapters import targets
 from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats.common import check_patterns, strength
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.config import Adapter, AdapterSettings, Config, Model, Optim
 from dbtrain.config.adapter import PRESETS
@@ -124,17 +126,68 @@ def test_lora_options(settings: dict[str, Any], scale: float) -> None:
     assert bool(magnitudes) == settings.get("dora", False)
 
 
-def test_learning_rates_of_text_encoders_and_of_lora_plus() -> None:
+RANKS = {"mid_block.*to_[qk]": 6, "attn1.to_q": 1, "to_v": 3}  # the first that fits counts
+
+
+@pytest.mark.parametrize("kind", adapters.KINDS)
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_ranks_by_module_and_alpha_follows(kind: Any, alpha: float | None) -> None:
+    unet = Base.find(Model(path=str(bases.sd()))).load("unet")
+    adapters.attach(unet, Adapter(kind=kind, rank=2, alpha=alpha, ranks=RANKS), "denoiser", 0)
+    config = adapters.collect(unet).config
+    found = {
+        name: (layer.r["default"], layer.scaling["default"])
+        for name, layer in unet.named_modules()
+        if isinstance(layer, adapters.KINDS[kind].layer)
+    }
+    for name, (rank, scale) in found.items():
+        wanted = next(
+            (rank for pattern, rank in RANKS.items() if re.fullmatch(f"(.*\\.)?{pattern}", name)), 2
+        )
+        assert (rank, scale) == (wanted, (alpha or wanted) / wanted) == strength(config, name)
+    assert {rank for rank, _ in found.values()} == {1, 2, 3, 6}
+    check_patterns(config)  # so that other programs' users, and we, may read it
+
+
+def test_a_module_that_is_none_is_named() -> None:
+    unet = Base.find(Model(path=str(bases.sd()))).load("unet")
+    for ranks, told in (
+        ({"to_w": 2}, r"^adapter\.ranks: 'to_w' fits no module with an adapter; did you mean '.*to_.*'\?$"),
+        ({"mid_block": 2}, "'mid_block' fits no module"),  # but mid_block.* does
+        ({"ff.net.2": 2}, "'ff.net.2' fits no module"),  # it has no adapter
+        ({"(": 2}, "not a valid regular expression"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            adapters.attach(unet, Adapter(ranks=ranks), "denoiser", 0)
+    with pytest.raises(ConfigError, match=r"optim\.lrs: 'unet\.b' fits no module .* mean 'unet\.a'"):
+        optim.build(
+            {"unet.a.lora_A.default.weight": nn.Parameter(torch.zeros(1))}, Optim(lrs={"unet.b": 2.0})
+        )
+
+
+def test_tables_come_from_the_command_line(make: Make) -> None:
+    cfg = make(adapter__ranks={"to_q": 8})
+    changed = cfg.override('adapter.ranks={"mid_block\\\\..*": 2}', "optim.lrs={unet.up_.*: 0.5, to_q: 2}")
+    assert changed.adapter.ranks == {"to_q": 8, r"mid_block\..*": 2}
+    assert changed.optim.lrs == {"unet.up_.*": 0.5, "to_q": 2.0}
+    assert changed.override("adapter.ranks=null").adapter.ranks == {}
+    with pytest.raises(ConfigError, match=r"adapter\.ranks is 0: .*greater than or equal to 1"):
+        cfg.override("adapter.ranks={to_q: 0}")
+
+
+def test_learning_rates_of_text_encoders_of_lora_plus_and_of_modules() -> None:
     parameters = {
         name: nn.Parameter(torch.zeros(1))
         for name in ("unet.a.lora_A.default.weight", "unet.a.lora_B.default.weight",
-                     "text_encoder_2.a.lora_A.default.weight", "text_encoder.a.lora_B.default.weight")
+                     "text_encoder_2.a.lora_A.default.weight", "text_encoder.a.lora_B.default.weight",
+                     "unet.b.a.lora_A.default.weight", "unet.b.c.lora_magnitude_vector.default.weight")
     }  # fmt: skip
-    optimizer = optim.build(parameters, Optim(lr=1e-3, text_encoder_lr=1e-4, lora_plus_ratio=16))
+    lrs = {"unet\\.b.*": 3.0, "b.c": 9.0, "text_encoder.*": 0.5}
+    optimizer = optim.build(parameters, Optim(lr=1e-3, text_encoder_lr=1e-4, lora_plus_ratio=16, lrs=lrs))
     optim.set_lr(optimizer, 5e-4)  # half of the peak
     found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     rates = [found[id(p)] for p in parameters.values()]
-    assert rates == pytest.approx([5e-4, 8e-3, 5e-5, 8e-4])
+    assert rates == pytest.approx([5e-4, 8e-3, 2.5e-5, 4e-4, 1.5e-3, 1.5e-3])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from tests.conftest import Make, slow, train
 from tests.networks import build
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}, "biases": {"bias": "all"},
+    "lora": {}, "ranks": {"ranks": {".*(to_q|q_proj)": 2, ".*0.*": 6}}, "dora": {"dora": True},
+    "rslora": {"rslora": True}, "biases": {"bias": "all"},
     "own-biases": {"bias": "lora_only"}, "kaiming": {"init": "kaiming"}, "orthogonal": {"init": "orthogonal"},
     "dropout": {"dropout": 0.2}, "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
     "loha": {"kind": "loha"}, "loha-cp": {"kind": "loha", "effective_conv2d": True},
@@ -44,9 +45,8 @@ LAYERS = {
 }  # fmt: skip
 # What has tensors of its own, whose names and layers are a family's; the other options are numbers and masks.
 TENSORS = ("lora", "dora", "biases", "own-biases", "loha-cp", "lokr-both")
-TRANSFORMER = ("lora", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole")
-QUICK = [("sd", "lora"), ("sd", "dora"), ("sd", "lokr-both"), ("sdxl", "loha-cp"), ("if-1", "own-biases"),
-         ("flux2-klein", "dora")]  # fmt: skip
+TRANSFORMER = ("lora", "ranks", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole")
+QUICK = [("sd", "ranks"), ("sd", "lokr-both"), ("if-1", "own-biases"), ("flux2-klein", "dora")]
 EVERY = [
     *product(["sd"], OPTIONS),
     *product(["sdxl", "if-1"], TENSORS),

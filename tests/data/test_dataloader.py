@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from dbtrain.data.batch import Batch
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Order, RankSlice
 from dbtrain.data.shards import Manifest
+from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import rng
-from tests.conftest import at
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train.inputs import Inputs
+from tests.conftest import Make, at
 
 WEIGHTS = {"instance": 1.0, "class": 0.5}
 
@@ -124,3 +129,38 @@ def test_draws_do_not_depend_on_the_default_dtype() -> None:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(draws, others, strict=True))
     assert {draw.dtype for draw in others} == {torch.float32}
+
+
+def test_some_rows_lose_their_prompt_by_their_position(make: Make, tmp_path: Path, prepared: Path) -> None:
+    """On any ranks and micro-batches. `prepare` adds the empty prompt to shards that lack it, and no more."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "shards"))
+    cfg = make(data__prompt_dropout=0.25)
+    with pytest.raises(ConfigError, match=r"is 0\.25, but .* without the empty prompt; rerun: dbtrain"):
+        Inputs.find(cfg)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    prepare(cfg)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    assert Inputs.find(make()).manifest.prompts.texts[2:] == ("",)  # which needs none of it
+
+    def prompts(share: float, ranks: int, micro_batch: int) -> dict[tuple[int, float], int]:
+        """(role, position) -> prompt, over 100 steps."""
+        found = {}
+        for rank in range(ranks):
+            slots = RankSlice(4, micro_batch, rank, ranks)
+            rows = LatentStream(at(folder), Manifest.read(at(folder)), slots, {"instance": 1.0, "class": 1.0},
+                                seed=3, prompt_dropout=share)  # fmt: skip
+            for step, micro in product(range(100), range(slots.micro_batches)):
+                batch = rows.micro_batch(step, micro)
+                assert batch.prompt.tolist() == list(batch.prompts)
+                places = batch.position.tolist()
+                for number, (place, prompt) in enumerate(zip(places, batch.prompts, strict=True)):
+                    found[number // micro_batch, place] = prompt
+            rows.close()
+        return found
+
+    one, two, none = prompts(0.25, 1, 4), prompts(0.25, 2, 1), prompts(0.0, 1, 4)
+    assert one == two
+    for role in (0, 1):
+        mine = [prompt for (its, _), prompt in one.items() if its == role]
+        assert 0.17 < mine.count(2) / len(mine) < 0.33 and set(mine) == {role, 2}
+    assert all(prompt in (none[row], 2) for row, prompt in one.items()) and 2 not in none.values()

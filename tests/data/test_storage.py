@@ -13,7 +13,7 @@ import pytest
 from dbtrain.data import storage
 from dbtrain.data.storage import Storage
 from dbtrain.runtime.errors import ConfigError
-from tests.conftest import Make, dbtrain, train
+from tests.conftest import Make, dbtrain, slow, train
 from tests.runs import EXPORT
 
 
@@ -84,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-@pytest.mark.parametrize("kind", ["file:", "file://", "http", "s3", "pipe"])
+@pytest.mark.parametrize("kind", ["file:", "s3", *map(slow, ("file://", "http", "pipe"))])
 def test_training_from_anywhere_gives_the_same_adapter(
     make: Make, tmp_path: Path, prepared: Path, server: Server, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -21,6 +21,7 @@ from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
 from dbtrain.train import setup
+from dbtrain.train.inputs import Inputs
 from tests.conftest import Make, at, dbtrain
 from tests.hostile import CANARY, Refused
 
@@ -234,7 +235,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
 
 def trained(cfg: Config) -> None:
     """What `train` does before and in the first step."""
-    inputs = setup.Inputs.find(cfg)
+    inputs = Inputs.find(cfg)
     job = setup.setup(cfg, inputs)
     try:
         next(job.stream)

@@ -30,7 +30,7 @@ from dbtrain.prepare import duration
 from dbtrain.runtime import lock
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
-from tests.conftest import Make, config_in, dbtrain, draw_photo, train
+from tests.conftest import Make, config_in, dbtrain, draw_photo, slow, train
 
 Rows = list[tuple[str, Finding]]
 
@@ -367,7 +367,7 @@ TASKS = {
 SAME = {"prepare__instance_prompt": "a photo of a dog"}
 
 # (what is planted, check that finds it, level, words of what it says)
-FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
+FAULTS: list[Any] = [
     (overrides("train.step=3"), "config", "error", "unknown key 'train.step'"),
     (config(optim__lr=-1.0), "config", "error", "optim.lr is -1"),
     (config(**SAME), "prompts", "warning", "has the same words"),
@@ -382,7 +382,13 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
      "subject.token is 'zwx', but prepare.instance_prompt is"),
     (config(model__path="tiny", prepare__resolution=512), "model", "warning", "a toy that knows drawings"),
     (config(loss__prior_weight=0.0), "prompts", "warning", "loss.prior_weight is 0"),
+    (config(loss__prior="prediction", loss__prior_weight=0.0), "prompts", "warning",
+     "nothing preserves the class"),
+    (config(loss__prior="prediction"), "class images", "", "none needed: loss.prior is prediction"),
     (config(optim__lr=0.1), "learning rates", "warning", "optim.lr is 0.1"),
+    (config(optim={"name": "prodigy", "lr": 0.1}), "learning rates", "warning", "factors of Prodigy's rate"),
+    (config(optim={"name": "prodigy", "lr": 1e-4}), "config", "error", "optim.lr is 0.0001, but for prodigy"),
+    (config(adapter__ranks={"to_w": 2}), "adapter", "error", "'to_w' fits no module with an adapter"),
     (config(train__steps=4), "passes", "warning", "too rarely"),
     (config(train__steps=100_000), "passes", "warning", "overfits"),
     (config(prepare__photos="no/such/folder"), "photos", "error", "is not a directory"),
@@ -458,7 +464,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (file_for_shards, "write access", "error", "Not a directory"),
     (full_disk, "disk", "error", "10 MB free"),
     (config(train__cuda_graph=True), "GPU", "error", "there is no CUDA GPU here"),
-    (graph_elsewhere, "GPU", "warning", "no GPU to try it on"),
+    slow((graph_elsewhere, "GPU", "warning", "no GPU to try it on")),
     (old_gpu, "GPU", "warning", "which Tesla T4 emulates"),
     (no_compiler, "compiler", "error", "train.compile needs the compiler none"),
     (no_token, "Hub", "error", "there is no Hub token"),
@@ -474,7 +480,7 @@ FAULTS: list[tuple[Callable[[Site], None], str, str, str]] = [
     (environment(**TASKS), "processes", "error", "8 tasks on a node with 4 GPUs"),
     (out_of_time, "job", "error", "a run stops 120 s before"),
     (environment(SLURM_JOB_ID="7"), "job", "warning", "SLURM_JOB_END_TIME is not set"),
-    (lambda site: site.options.update(gib=0.1), "memory", "error", "training needs"),
+    slow((lambda site: site.options.update(gib=0.1), "memory", "error", "training needs")),
 ]  # fmt: skip
 
 

@@ -74,7 +74,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("base", "settings"), thinned(CASES, 3), ids=str)
+@pytest.mark.parametrize(("base", "settings"), thinned(CASES, 5), ids=str)
 def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str, Any]) -> None:
     """Of all families; rows are 64 px small, yet activations are most of the sum."""
     path = getattr(bases, base)()
@@ -130,6 +130,7 @@ def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
     assert memory.predict(cfg, Base.find(cfg.model), "cuda") == whole
 
 
+@pytest.mark.slow
 def test_doctor_says_what_fits(make: Make, tmp_path: Path) -> None:
     make()
     done = dbtrain("doctor", tmp_path / "c.yaml", "--gib", 24)

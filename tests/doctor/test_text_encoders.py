@@ -33,7 +33,8 @@ def test_encoders_that_fit_and_encoders_that_run_layer_by_layer(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoder_plan, "GIB", 2**20)  # so that the miniature has the sizes of a giant
-    monkeypatch.setattr("dbtrain.doctor.text_encoders.GIB", 2**20)
+    for module in ("dbtrain.doctor.text_encoders", "dbtrain.runtime.memory"):
+        monkeypatch.setattr(f"{module}.GIB", 2**20)
     sizes = {
         name: 2 * weight.numel() / 2**20
         for name, weight in case.base.skeleton("text_encoder").named_parameters()

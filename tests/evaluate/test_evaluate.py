@@ -97,6 +97,7 @@ def mean(values: Any) -> float:
     return sum(found) / len(found)
 
 
+@pytest.mark.slow
 def test_scores_equal_a_direct_computation(ran: Config, photos: Path) -> None:
     """Picture by picture, pair by pair, with the models' own forward passes."""
     done = dbtrain("evaluate", Path(ran.run_dir).parent / "c.yaml")
@@ -247,15 +248,6 @@ def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
     assert names == [("export", None)], "an export of a checkpoint that is not kept stays a candidate"
 
 
-def test_the_suggestion_is_the_likest_of_those_that_follow_prompts() -> None:
-    def row(name: str, dino: float, clip_t: float) -> dict[str, Any]:
-        return {"name": name, "dino": dino, "clip_t": clip_t}
-
-    rows = [row("a", 0.3, 0.32), row("b", 0.5, 0.315), row("c", 0.5, 0.312), row("d", 0.9, 0.305)]
-    best, why = evaluate.suggestion(rows, evaluate.DINO_AND_CLIP)
-    assert best["name"] == "b" and "of the 3 whose clip_t is within 0.01 of the best (0.320)" in why
-
-
 def test_a_run_that_was_not_trained_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a checkpoint nor an export"):
         list(evaluate.checkpoints(make()))
@@ -271,9 +263,11 @@ def test_without_matplotlib_there_is_a_message_and_no_plot(
     path = tmp_path / "checkpoints.png"
     with monkeypatch.context() as absent:
         absent.setitem(sys.modules, "matplotlib.figure", None)
-        assert "run: pip install 'dbtrain[benchmarks]'" in evaluate._plot(rows, evaluate.DINO_AND_CLIP, path)
+        assert "run: pip install 'dbtrain[benchmarks]'" in evaluate._plot(
+            rows, evaluate.DINO_AND_CLIP.rule, path
+        )
     assert not path.exists()
-    assert evaluate._plot(rows, evaluate.DINO_AND_CLIP, path) == f"plot: {path}"
+    assert evaluate._plot(rows, evaluate.DINO_AND_CLIP.rule, path) == f"plot: {path}"
     with Image.open(path) as plot:
         assert np.asarray(plot).std() > 10
 

@@ -3,56 +3,126 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
 
 from dbtrain.evaluate import evaluate, tiny_judge
-from dbtrain.evaluate.scores import table
+from dbtrain.evaluate.scores import frechet, table
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
-from dbtrain.tiny.paint import render
-from tests.conftest import ROOT, Make, dbtrain, draw_photo, train
+from dbtrain.tiny.paint import Scene, render
+from tests.conftest import Make, dbtrain, draw_photo, train
 
-MUGS = [s for s in (world.scene(n, "test") for n in range(400)) if s.kind == "mug"][:24]
+MUGS = [s for s in (world.scene(n, "test") for n in range(800)) if s.kind == "mug"][:48]
+OTHERS = [s for s in (world.scene(n, "other") for n in range(400)) if s.kind == "mug"][:24]
 PROMPTED = "a photo of sks mug"
 
 
+def drawn(scenes: Iterable[Scene]) -> list[Image.Image]:
+    return [_drawn(scene) for scene in scenes]
+
+
+_drawn = cache(render)  # several tests look at the same scenes
+
+
 def of_subject(name: str, first: int, place: str | None = None, count: int = 8) -> list[Image.Image]:
-    return [render(world.subject_scene(name, first + k, place)) for k in range(count)]
+    return drawn(world.subject_scene(name, first + k, place) for k in range(count))
 
 
 def scores_of(
     kept: list[Image.Image], subject: list[Image.Image], wrong_places: int = 0
 ) -> tiny_judge.JudgeScores:
     """Scores of a run whose pictures are these; the base draws ordinary mugs."""
-    base = [render(scene) for scene in MUGS]
+    base, real = drawn(MUGS), of_subject("mug", 100, count=32)
     places = list(world.PLACES)
     shown = places[wrong_places:] + places[:wrong_places]
     placed = [of_subject("mug", 300, place) for place in shown]
-    return tiny_judge.judged(Judge.load(), "mug", world.photos("mug"), base, kept, subject, placed)
+    return tiny_judge.judged(Judge.load(), "mug", world.photos("mug"), base, kept, subject, placed, real)
 
 
 def test_a_perfect_run() -> None:
-    others = [render(s) for s in (world.scene(n, "other") for n in range(400)) if s.kind == "mug"][:24]
-    scores = scores_of(others, of_subject("mug", 200))
+    scores = scores_of(drawn(OTHERS), of_subject("mug", 200))
     assert scores.closed == pytest.approx(1, abs=0.1)
     assert scores.place > 0.95 and scores.kind > 0.95
     assert scores.drift <= 0.05 and scores.drift_base <= 0.05
-    assert scores.diversity == pytest.approx(scores.diversity_base, abs=0.1)
+    assert scores.diversity_kept == pytest.approx(1, abs=0.15)
+    assert scores.class_change == pytest.approx(1, abs=0.25)
 
 
 def test_a_run_that_learnt_nothing_and_one_that_lost_its_class() -> None:
-    mugs = [render(scene) for scene in MUGS]
-    nothing = scores_of(mugs, mugs)
+    mugs = drawn(MUGS)
+    nothing = scores_of(mugs[:24], mugs)
     assert abs(nothing.closed) < 0.05
     lost = scores_of(of_subject("mug", 400, count=24), of_subject("mug", 200))
     assert lost.drift > 0.9
-    assert lost.diversity < 0.5 * nothing.diversity
+    assert lost.diversity_kept < 0.5 * nothing.diversity_kept
+    assert lost.class_change is not None and lost.class_change > 1.5
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(2))
+
+
+def washed_out(image: Image.Image) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(0.6)
+
+
+def flat(image: Image.Image) -> Image.Image:
+    return image.quantize(3).convert("RGB")
+
+
+@pytest.mark.parametrize("spoilt", [blurred, washed_out, flat])
+def test_images_of_the_class_that_lost_their_quality_are_far_from_the_base_s(
+    spoilt: Callable[[Image.Image], Image.Image],
+) -> None:
+    """Other images of the class are not, and drift says nothing."""
+    fresh = drawn(OTHERS)
+    good, bad = (scores_of(kept, fresh) for kept in (fresh, [spoilt(image) for image in fresh]))
+    assert good.class_change is not None and bad.class_change is not None
+    assert good.class_change < 1.15 < 1.3 < bad.class_change
+    assert bad.drift <= 0.05
+
+
+def test_photos_of_any_subject_of_the_world_can_be_judged(make: Make, tmp_path: Path) -> None:
+    subject = world.drawn_subject(3, 1, "proving")
+    (tmp_path / "photos").mkdir()
+    for number in range(5):
+        render(subject.scene(number)).save(tmp_path / "photos" / f"{number}.png")
+    cfg = make(
+        prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=f"a photo of sks {subject.kind}"
+    )
+    kind, photos = tiny_judge._subject(cfg)
+    assert kind == subject.kind and len(photos) == 5
+    real = [render(subject.scene(number)) for number in range(100, 132)]
+    judge = Judge.load()
+    told = judge.each_to_others(photos).mean().item()
+    assert told == pytest.approx(judge.likeness(real, photos).mean().item(), abs=0.05), "needs no renders"
+    assert judge.each_to_others(photos[:1]).item() == pytest.approx(1)
+
+
+def test_the_frechet_distance_is_the_published_formula_and_takes_fewer_images_than_features() -> None:
+    source = torch.Generator().manual_seed(0)
+    one = (
+        torch.randn(40, 6, generator=source, dtype=torch.double)
+        @ torch.randn(6, 6, generator=source).double()
+    )
+    other = 0.5 + torch.randn(30, 6, generator=source, dtype=torch.double)
+    product = one.T.cov() @ other.T.cov()
+    root = torch.linalg.eigvals(product).sqrt().real.sum()
+    formula = (
+        (one.mean(0) - other.mean(0)).square().sum() + one.T.cov().trace() + other.T.cov().trace() - 2 * root
+    )
+    assert frechet(one, other) == pytest.approx(formula.item())
+    assert frechet(one[:3], one[:3]) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_run_that_ignores_the_place() -> None:
@@ -63,7 +133,10 @@ def test_the_table_shows_two_runs_side_by_side(tmp_path: Path) -> None:
     scores = tiny_judge.JudgeScores(0.1, 0.7, 0.9, 0.8, 0.9, 0.04, 0.0, 0.6, 0.9)
     text = table(tiny_judge.shown(scores), tiny_judge.shown(scores))
     assert "75%       75%" in next(line for line in text.splitlines() if line.startswith("of the way"))
-    assert tiny_judge.JudgeScores.load(ROOT / "benchmarks" / "results" / "quickstart.json"), "without labels"
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({k: v for k, v in asdict(scores).items() if v is not None}))
+    assert tiny_judge.JudgeScores.load(old) == scores, "of a version without a class distance, and labels"
+    assert dict(tiny_judge.shown(scores))["change of the class's images (1x: two seeds of the base)"] == "-"
     (tmp_path / "s.json").write_text("{}")
     with pytest.raises(ConfigError, match="has no scores"):
         tiny_judge.JudgeScores.load(tmp_path / "s.json")
@@ -126,3 +199,8 @@ def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> No
     cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED)
     with pytest.raises(ConfigError, match=r"do not show the embedded base's mug; .*tiny\.world"):
         tiny_judge.evaluate(cfg, "none", tmp_path / "out")
+    world.main(tmp_path / "mug", "mug")
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "mug"), prepare__instance_prompt=PROMPTED)
+    with pytest.raises(ConfigError, match="adapter"):
+        tiny_judge.evaluate(cfg, str(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "before the base's images"

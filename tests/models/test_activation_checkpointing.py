@@ -23,7 +23,7 @@ from tests.networks import build, stream
 MODES = ("none", "transformer", "blocks")
 ADAPTERS: list[dict[str, Any]] = [
     {},
-    {"adapter__targets": "mid_block.*to_q"},  # the first blocks' inputs need no gradient
+    slow({"adapter__targets": "mid_block.*to_q"}),  # the first blocks' inputs need no gradient
     slow({"adapter__dropout": 0.2}),
     slow({"train__base_linears": "int8"}),
     slow({"train__precision": "bf16"}),

@@ -153,7 +153,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "kind", "text", "forms"), thinned(TABLE, 3))
+@pytest.mark.parametrize(("base", "kind", "text", "forms"), thinned(TABLE, 6))
 def test_a_stock_loader_predicts_what_the_trained_module_does(
     make: Make, tmp_path: Path, base: str, kind: str, text: bool | str, forms: str
 ) -> None:
@@ -220,12 +220,12 @@ SWITCHES = [  # one that changes how, not what; inductor's own code is compared 
     slow("sdxl-slim", {"train__compile": True}, {"adapter__text_encoder": TEXT}),
     slow("sd-v", {"train__compile": True}, {"adapter__kind": "lokr", "adapter__targets": r"mid_block.*to_q"}),
     ("sdxl", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
-    ("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
-    ("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
-    ("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
-    ("sd3", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
-    *((name, {"train__gradient_checkpointing": "transformer"}, {}) for name in FLOW),
-    *((name, {"train__compile": "regional"}, {"adapter__targets": "all"}) for name in FLOW),
+    slow("sdxl", {"train__gradient_checkpointing": "transformer"}, {}),
+    slow("if-1", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
+    slow("sd", {"train__gradient_checkpointing": "blocks"}, {"adapter__kind": "loha"}),
+    slow("sd3", {"train__gradient_checkpointing": "blocks"}, {"adapter__text_encoder": TEXT}),
+    *thinned([(name, {"train__gradient_checkpointing": "transformer"}, {}) for name in FLOW], 8),
+    *thinned([(name, {"train__compile": "regional"}, {"adapter__targets": "all"}) for name in FLOW], 8),
 ]  # fmt: skip
 
 
@@ -303,7 +303,7 @@ def test_a_kohya_file_has_the_true_alpha_and_the_names_its_readers_know(make: Ma
     assert tensors[f"{q}.dora_scale"].shape == (32, 1)
 
 
-@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("base", ["sd", slow("sdxl")])
 @pytest.mark.parametrize(
     "settings", [{}, slow({"adapter__dora": True}), slow({"adapter__rslora": True})], ids=str
 )
@@ -343,7 +343,7 @@ def test_conversions_between_all_formats_come_back_the_same(
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("targets", [slow("attention"), "all"])
 def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets: str) -> None:
     cfg = configured(
         make, tmp_path, "sd", adapter__kind=kind, adapter__targets=targets, adapter__effective_conv2d=True,
@@ -522,7 +522,7 @@ def test_a_base_without_a_text_encoder_that_it_can_lack_goes_the_whole_way(
     assert sample_run(cfg).is_file()
 
 
-@pytest.mark.parametrize("base", ["flux1", "sd3"])
+@pytest.mark.parametrize("base", ["flux1", slow("sd3")])
 def test_clip_is_trained_beside_a_frozen_t5(make: Make, tmp_path: Path, base: str) -> None:
     """Its validation images are encoded by the CLIP of the step and by the base's T5, which is not loaded."""
     cfg = configured(

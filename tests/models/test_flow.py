@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.train import dreambooth, memory
 from tests import bases, eyes
-from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.conftest import Make, at, dbtrain, draw_photo, thinned, train
 from tests.networks import awake, build, first_batch
 
 FLOW = [name for name in bases.OF_FAMILY if families.get(name).objective is FlowMatching]
@@ -207,9 +208,17 @@ def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path
         together = model(batch)
         alone = torch.cat([model(row_of(batch, number)) for number in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        # The same where the base is asked what it predicts for the class rows.
+        model = build(cfg, Path(cfg.data.shards))
+        new = model(replace(batch, preserved=2))
+        together = awake(model)(replace(batch, preserved=2))
+        alone_too = [model(replace(row_of(batch, number), preserved=int(number > 1))) for number in range(4)]
+    torch.testing.assert_close(together, torch.cat(alone_too), rtol=1e-5, atol=0)
+    assert new[2:].max() < 1e-9 < together[2:].min()
 
 
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("name", thinned(FLOW, 4))
 def test_a_resumed_run_is_the_same_to_the_bit(prepared: Any, tmp_path: Path, name: str) -> None:
     straight = train(prepared(name, export__formats=["diffusers", "comfyui"]))
     cfg = prepared(name, export__formats=["diffusers", "comfyui"], run_dir=str(tmp_path / "again" / "run"))
@@ -286,7 +295,7 @@ def as_encoded(pipe: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Te
     return found
 
 
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("name", thinned(FLOW, 4))
 def test_samples_are_the_stock_pipeline_s(name: str) -> None:
     base = found(name)
     for guidance in (1.0, 3.0):
@@ -295,7 +304,9 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
         rows = 2 * sampler.encode(pipe, base.family, ["a dog"], guidance)
         ours = sampler.generate_encoded(pipe, base.family, rows, generators, 2, guidance, SIDE)
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        theirs = stock(base)(
+        plain = stock(base)
+        plain.vae.enable_slicing()  # decodes one image at a time, as ours
+        theirs = plain(
             prompt="a dog", num_images_per_prompt=2, generator=generators, num_inference_steps=2, height=SIDE,
             width=SIDE, **GUIDANCE[name](guidance),
         ).images  # fmt: skip

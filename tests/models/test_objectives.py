@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -9,6 +11,7 @@ from diffusers import DDPMScheduler
 from dbtrain.config.training import Loss, Timesteps
 from dbtrain.models.ddpm import DDPM
 from dbtrain.models.flow_matching import FlowMatching
+from dbtrain.models.objectives import losses
 from dbtrain.runtime.errors import ConfigError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -79,3 +82,49 @@ def test_another_prediction_is_refused() -> None:
 
 def test_tables_stay_fp32() -> None:
     assert objective().to("cpu").alphas_cumprod.dtype == torch.float32
+
+
+@pytest.mark.parametrize("c", [0.1, 1.0])
+def test_the_huber_loss_is_kohya_s_with_its_schedule_by_snr(c: float) -> None:
+    """`conditional_loss` and `get_huber_threshold_if_needed` of sd-scripts' library/train_util.py."""
+    ddpm, t = objective(), torch.tensor([0, 200, 999])
+    error = 3 * torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigmas = ((1.0 - ddpm.alphas_cumprod[t]) / ddpm.alphas_cumprod[t]) ** 0.5
+    huber_c = ((1 - c) / (1 + sigmas) ** 2 + c).view(-1, 1, 1, 1)
+    want = (2 * huber_c * (torch.sqrt(error**2 + huber_c**2) - huber_c)).mean((1, 2, 3))
+    torch.testing.assert_close(losses(error, ddpm.signal(t), c), want)
+    torch.testing.assert_close(losses(error, ddpm.signal(t), None), error.square().mean((1, 2, 3)))
+    assert FlowMatching().signal(torch.tensor([0.25])) == 0.75
+
+
+def test_a_small_error_keeps_its_loss_and_gradient() -> None:
+    """kohya's difference of nearly equal roots is 0 for errors below about 1e-4."""
+    error = torch.full((1, 1, 1, 1), 1e-5, requires_grad=True)
+    loss = losses(error, torch.ones(1), 0.1)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(1e-10, rel=1e-4)
+    assert error.grad.item() == pytest.approx(2e-5, rel=1e-4)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("distribution", ["auto", "logit_normal", "mode"])
+@pytest.mark.parametrize(("low", "high"), [(0.2, 0.5), (0.9, 1.0), (0.0, 0.1)])
+def test_a_range_of_noise_levels_keeps_the_shape_of_the_distribution(
+    distribution: Any, low: float, high: float
+) -> None:
+    u = torch.linspace(0, 1, 20_001)[:-1]
+    whole, part = (
+        Timesteps(distribution=distribution),
+        Timesteps(distribution=distribution, low=low, high=high),
+    )
+    ddpm = [DDPM.of(SD, Loss(timesteps=one)).timesteps(u) for one in (whole, part)]
+    assert ddpm[1].min() >= 1000 * low and ddpm[1].max() < 1000 * high and (ddpm[1].diff() >= 0).all()
+    flow = [FlowMatching(3.0, one).timesteps(u) for one in (whole, part)]
+    assert flow[1].min() > low - 1e-6 and flow[1].max() < high + 1e-6 and (flow[1].diff() >= 0).all()
+    for every, within in (flow, [t / 1000 for t in ddpm]):
+        kept = every[(every >= low) & (every < high)]
+        assert (kept.quantile(0.5) - within.quantile(0.5)).abs() < 5e-3
+
+
+def test_a_range_without_levels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"low is 0.5 and high is 0.5; use a low that is less"):
+        Timesteps(low=0.5, high=0.5)

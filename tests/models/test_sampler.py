@@ -14,9 +14,10 @@ from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, pace
 from tests import bases
+from tests.conftest import slow
 
 
-@pytest.mark.parametrize("folder", [bases.sd, bases.sdxl, bases.if_1, bases.if_2])
+@pytest.mark.parametrize("folder", [bases.sd, *map(slow, (bases.sdxl, bases.if_1, bases.if_2))])
 def test_a_bar_moves_at_each_denoising_step(
     folder: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_picture(
     assert next(line["step"] for line in lines if line["loss"] is None) == step
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_can_be_left_out(make: Make, tmp_path: Path, prepared: Path) -> None:
     poisoned(prepared, tmp_path / "shards")
     settings = {"train__steps": 20, "train__global_batch": 1, "faults__nonfinite": "skip"}

@@ -35,7 +35,7 @@ COMBINATIONS = {
     4: EVERY or [("sd", "full"), ("qwen-image", "nf4")],
 }
 SETTINGS: dict[str, Any] = {
-    "prepare__class_prompt": None, "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,
+    "loss__prior": "none", "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,
     "train__gradient_checkpointing": "blocks", "sample__steps": 2,
 }  # fmt: skip
 PICTURES = {  # three batches, which 2 and 4 ranks share unevenly
@@ -80,13 +80,15 @@ def test_sharded_runs_are_those_with_whole_weights(
 ) -> None:
     """Eight steps with accumulation, held-out losses, and validation images.
 
-    With checkpointing if all blocks are sharded, and without if one stays whole.
+    With checkpointing if all blocks are sharded, and without if one stays whole, where the base is asked for
+    its predictions too.
     """
     ways = ("none", "all", "node")[: 3 if ranks > 2 else 2]
     plan = [
         (config(name, photos, class_dir), f"run_dir={tmp_path / f'{name}-{storage}-{way}'}",
          f"train.base_linears={storage}", f"train.shard={way}", f"kept={number % 2}",
-         f"train.gradient_checkpointing={'none' if number % 2 else 'blocks'}")
+         f"train.gradient_checkpointing={'none' if number % 2 else 'blocks'}",
+         f"loss.prior={'prediction' if number % 2 else 'none'}")
         for number, (name, storage) in enumerate(COMBINATIONS[ranks]) for way in ways
     ]  # fmt: skip
     run(tmp_path, ranks, plan)

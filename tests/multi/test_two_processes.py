@@ -41,7 +41,7 @@ def test_two_ranks_equal_one_rank_with_larger_micro_batches(
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(make: Make, tmp_path: Path, prepared: Path) -> None:
     shutil.copytree(prepared, tmp_path / "shards")
-    make(train__steps=8)
+    make(train__steps=8, loss__prior="prediction")
     config = tmp_path / "c.yaml"
     assert dbtrain("train", config, f"run_dir={tmp_path / 'one'}").returncode == 0
     for steps, ranks in ((4, 2), (8, 1)):

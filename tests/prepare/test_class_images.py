@@ -30,7 +30,7 @@ from dbtrain.prepare.prepare import prepare, request
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases
-from tests.conftest import Make, at, train
+from tests.conftest import Make, at, slow, train
 from tests.networks import first_batch
 
 LATENT_BASES: dict[str, Callable[[], Path | str]] = {
@@ -190,7 +190,7 @@ def test_rows_of_another_vae_s_scale_are_made_anew_of_the_same_latents(drawn: An
     assert class_rows(prepare(other))[0].meta == after[0].meta
 
 
-@pytest.mark.parametrize("base", ["sd", "sdxl"])
+@pytest.mark.parametrize("base", ["sd", slow("sdxl")])
 def test_a_run_trains_on_them(drawn: Any, base: str) -> None:
     cfg, _ = drawn(LATENT_BASES[base](), train__steps=3)
     prepare(cfg)

@@ -89,6 +89,7 @@ def test_the_keyboard_walks_along_a_curve_and_hides_lines(browser: Page, one: Pa
     assert "from " in plot.get_attribute("aria-label"), "the curve in words"
 
 
+@pytest.mark.slow
 def test_dragging_zooms_every_chart_to_the_same_steps(browser: Page, both: Path) -> None:
     from selenium.webdriver import ActionChains
 

@@ -98,6 +98,7 @@ def test_on_paper_there_are_no_tools(browser: Page, one: Path) -> None:
 # The page of many runs.
 
 
+@pytest.mark.slow
 def test_sixteen_runs_are_a_small_page(browser: Page, many: Path) -> None:
     page = browser.open(many)
     assert many.stat().st_size < 3e6
@@ -203,6 +204,12 @@ DINO = {"dino": 0.6, "dino_base": 0.4, "dino_real": 0.8, "clip_t": 0.27, "clip_t
     [
         (TINY, [(0.5, "fair"), (0.5, "poor"), (0.6, "poor")]),
         ({**TINY, "likeness": 0.95, "place": 1.0, "drift": 0.0}, [(1, "good"), (1, "good"), (1, "good")]),
+        ({"class_distance": 4.0, "class_distance_base": 3.0}, [(0.75, "good")]),
+        ({"class_distance": 2.9, "class_distance_base": 3.0}, [(1, "good")]),
+        (
+            {**TINY, "class_distance": 5.0, "class_distance_base": 3.0},
+            [(0.5, "fair"), (0.5, "poor"), (0.6, "poor"), (0.6, "fair")],
+        ),
         (DINO, [(0.5, "fair"), (0.5, "poor"), (0.875, "fair")]),
         ({**DINO, "clip_t": 0.32, "preservation": 0.3}, [(0.5, "fair"), (1, "good"), (1, "good")]),
         ({name: value for name, value in DINO.items() if name != "dino_real"}, [(0.5, "poor")]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -69,6 +70,21 @@ def test_a_subject_s_photos_differ_in_place_and_pose_only() -> None:
 
 
 def test_subjects_are_unlike_each_other() -> None:
-    looks = [(upper, lower, mark) for _, upper, lower, mark in world.SUBJECTS.values()]
+    looks = [(one.upper, one.lower, one.mark) for one in world.SUBJECTS.values()]
     assert len(set(looks)) == len(looks) >= 6
-    assert {kind for kind, *_ in world.SUBJECTS.values()} <= KINDS.keys()
+    assert world.SUBJECTS.keys() <= KINDS.keys()
+
+
+def test_drawn_subjects_depend_on_seed_and_number_and_the_halves_share_no_look() -> None:
+    drawn = {
+        half: [world.drawn_subject(seed, number, half) for seed in (0, 1) for number in range(8)]
+        for half in get_args(world.Half)
+    }
+    assert drawn["proving"][:8] == [world.drawn_subject(0, number, "proving") for number in range(8)]
+    assert len({one[1:4] for half in drawn.values() for one in half}) == 32, "all differ"
+    choosing, proving = ({look for one in half for look in one[1:3]} for half in drawn.values())
+    assert choosing and proving and not choosing & proving
+    for half in drawn.values():
+        assert {one.kind for one in half[:8]} == {one.kind for one in half[8:]} == KINDS.keys()
+    scenes = [drawn["proving"][0].scene(number) for number in range(5)]
+    assert len({scene.place for scene in scenes}) == len({scene.x for scene in scenes}) == 5

@@ -34,19 +34,22 @@ def same(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("precision", ["fp32", slow("fp16")])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("fp32", {"name": "prodigy"}), slow("fp16", {"name": "adamw", "lr": 1e-3})]
+)
 def test_train_2n_equals_train_n_then_resume_n_in_a_new_process(
-    make: Make, tmp_path: Path, precision: str
+    make: Make, tmp_path: Path, precision: str, optimizer: dict[str, Any]
 ) -> None:
-    settings = {"train__precision": precision, "adapter__dropout": 0.1, "optim__schedule": "constant"}
+    settings = {"train__precision": precision, "adapter__dropout": 0.1, "train__ema": 0.9, "optim": optimizer}
     whole = train(make(run_dir=str(tmp_path / "whole"), train__steps=6, **settings))
     make(run_dir=str(tmp_path / "halves"), **settings)
     for steps in (3, 6):
         assert dbtrain("train", tmp_path / "c.yaml", f"train.steps={steps}").returncode == 0
     assert same(whole, tmp_path / "halves")
-    last = "checkpoints/step-000006/optimizer.safetensors"
-    one, other = load_file(whole / last), load_file(tmp_path / "halves" / last)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    last = Path("checkpoints", "step-000006")
+    one, other = tree(whole / last), tree(tmp_path / "halves" / last)
+    assert {"optimizer.safetensors", "ema/unet/adapter_model.safetensors"} <= one.keys() == other.keys()
+    assert all(one[name] == other[name] for name in one if name.endswith(".safetensors"))
 
 
 @pytest.mark.slow
@@ -75,7 +78,7 @@ def test_a_half_written_checkpoint_is_ignored(make: Make, tmp_path: Path) -> Non
     assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000002", "step-000004"]
 
 
-@pytest.mark.parametrize("harm", ["flipped", "missing", "no state", "another step"])
+@pytest.mark.parametrize("harm", ["flipped", *map(slow, ("missing", "no state", "another step"))])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     make: Make, tmp_path: Path, harm: str
 ) -> None:
@@ -144,6 +147,10 @@ def test_what_does_not_shape_the_data_may_change(make: Make) -> None:
             "prepare.instance_prompt was 'a photo of sks dog', is now 'a cat'",
         ),
         ({"prepare__class_prompt": None}, "prepare.class_prompt was 'a photo of a dog', is now None"),
+        (
+            {"data__prompt_dropout": 0.1, "optim": {"name": "prodigy"}},
+            "data.prompt_dropout was None, is now 0.1; optim.name was None, is now 'prodigy'",
+        ),
         ({"adapter__rank": 2}, "adapter.rank was 4, is now 2"),
     ],
 )

@@ -26,7 +26,7 @@ from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import compute_step
 from tests import bases
-from tests.conftest import ROOT, Make, finished
+from tests.conftest import ROOT, Make, finished, slow
 from tests.networks import Dispatched
 
 
@@ -69,7 +69,7 @@ def bare(dtype: torch.dtype) -> int:
 LORA_OPS = 10
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16"])
+@pytest.mark.parametrize("precision", ["bf16", *map(slow, ("fp32", "pure-bf16"))])
 def test_a_micro_step_launches_the_denoiser_and_lora_and_little_else(precision: str) -> None:
     """No weight of the base is cast again, no input of an adapter, and no adapter but all at once."""
     train = Train(precision=precision, global_batch=1)
@@ -91,6 +91,27 @@ def test_a_micro_step_launches_the_denoiser_and_lora_and_little_else(precision: 
         compute_step(model, progress, [batch(), batch()], cfg)
     assert two.total - one.total <= 1.10 * needed + 2 * layers
     assert two.count["_fused_adamw_"] == 1
+
+
+def test_prodigy_and_a_moving_average_take_few_launches_and_no_host_reads() -> None:
+    """Whatever the number of weights, but where bad steps are skipped: that asks of each gradient."""
+    cfg = Config(run_dir="x", model={"path": "tiny"}, data={"shards": "y"},
+                 train=Train(precision="fp32", ema=0.9), optim={"name": "prodigy"})  # fmt: skip
+    progress = Progress.begin(network("fp32"), cfg)
+    parameters = progress.model.trainable().values()
+    for skipping, most in ((False, 80), (True, 80 + len(parameters))):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        if skipping:
+            progress.optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+        else:
+            progress.optimizer.step()  # makes its moments
+        assert progress.ema
+        with Dispatched() as mode:
+            progress.optimizer.step()
+            progress.ema.update()
+        assert len(parameters) == 256 and mode.total < most, mode.count.most_common(30)
+        assert mode.count["_local_scalar_dense"] == 0
 
 
 def test_the_count_sees_what_autocast_costs() -> None:

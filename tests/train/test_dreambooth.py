@@ -67,6 +67,17 @@ def test_the_weighted_loss_is_the_reference_s(make: Make, prepared: Path, weight
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_the_huber_loss_of_a_row_follows_its_noise_level(make: Make, prepared: Path) -> None:
+    square, huber = (build(make(train__micro_batch=4, loss__huber=c), prepared) for c in (None, 0.1))
+    batches = stream(make(train__micro_batch=4), prepared)
+    batch = next(batches)
+    batches.close()
+    with torch.no_grad():
+        ratio = huber(batch) / square(batch)
+    order = batch.u.argsort()  # the threshold falls with the noise, so more of the error is beyond it
+    assert (ratio < 1).all() and ratio[order[-1]] < 0.5 < ratio[order[0]]
+
+
 def test_micro_batches_sum_to_the_loss_and_gradient_of_the_whole(make: Make, prepared: Path) -> None:
     results = []
     for micro_batch in (4, 2, 1):

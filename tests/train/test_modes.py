@@ -140,11 +140,20 @@ def test_a_recorded_step_reads_its_inputs_from_the_same_tensors(make: Make, prep
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "pure-bf16", "fp16"])
-def test_a_replayed_graph_gives_the_unrecorded_step(make: Make, prepared: Path, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [("fp32", "adamw"), ("fp32", "prodigy"), ("bf16", "adamw"), ("pure-bf16", "adamw"), ("fp16", "adamw"),
+     ("fp16", "prodigy")],
+)  # fmt: skip
+def test_a_replayed_graph_gives_the_unrecorded_step(
+    make: Make, prepared: Path, precision: str, name: str
+) -> None:
     results = []
     for recorded in (False, True):
-        cfg = make(train__micro_batch=2, train__precision=precision, train__cuda_graph=recorded)
+        cfg = make(
+            train__micro_batch=2, train__precision=precision, train__cuda_graph=recorded, train__ema=0.9,
+            optim={"name": name},
+        )  # fmt: skip
         model = awake(build(cfg, prepared)).cuda()
         batches = stream(cfg, prepared, device=torch.device("cuda"))
         with cuda_graph.on_side_stream(recorded):
@@ -153,7 +162,9 @@ def test_a_replayed_graph_gives_the_unrecorded_step(make: Make, prepared: Path, 
             for step in range(8):
                 losses.append(train_step(model, progress, batches, step, cfg, compute).losses.clone())
         batches.close()
-        results.append([torch.stack(losses), *(p.grad for p in model.trainable().values())])
+        assert progress.ema
+        grads = (p.grad for p in model.trainable().values())
+        results.append([torch.stack(losses), *grads, *progress.ema.averages])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 

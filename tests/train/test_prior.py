@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import trainer
 from dbtrain.adapters import inject
+from dbtrain.config import Model
 from dbtrain.data.batch import Batch
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
@@ -22,7 +23,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.train import memory
+from dbtrain.train import fingerprint, memory
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.step import train_step
@@ -61,7 +62,7 @@ KINDS: list[dict[str, Any]] = [
 def test_switched_off_it_is_the_base_to_the_bit_and_back_it_is_itself(
     make: Make, prepared: Path, settings: dict[str, Any]
 ) -> None:
-    for precision in ("fp32", "bf16", "pure-bf16"):
+    for precision in ("fp32", "bf16"):
         changes = {f"adapter__{name}": value for name, value in settings.items()}
         cfg = make(train__precision=precision, **PREDICTED, **changes)
         model = awake(build(cfg, prepared))
@@ -207,6 +208,13 @@ def test_shards_with_class_images_can_be_trained_by_prediction_and_without(
         assert ("loss_prior" in (tmp_path / prior / "metrics.jsonl").read_text()) == (roles == 2)
 
 
+def test_runs_and_shards_without_it_are_as_they_were(make: Make, prepared: Path) -> None:
+    later = {"loss.prior", "loss.huber", "loss.timesteps"}
+    assert not later & fingerprint.of_settings(make(), Manifest.read(at(prepared)).request).keys()
+    changed = make(loss__prior="prediction", loss__huber=0.1, loss__timesteps={"low": 0.2})
+    assert later <= fingerprint.of_settings(changed, {}).keys()
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"loss__prior": "prediction", "prepare__class_prompt": None}, "set prepare.class_prompt"),
     ({"prepare__class_images": 0}, "prepare.class_images is 0, but loss.prior is images"),
@@ -234,3 +242,19 @@ def test_the_step_takes_at_most_1_4_of_the_operations(make: Make, name: str) -> 
     )
     assert 1.15 < prediction.flops / images.flops < 1.4
     assert prediction.activations < 1.02 * images.activations, "the base's pass is over before the other"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "if-1", "if-2", "flux1", slow("sd3")])
+def test_families_with_text_encoders_and_upscalers_ask_their_base(make: Make, name: str) -> None:
+    folder = bases.ALL[name]()
+    family = Base.find(Model(path=str(folder))).family
+    cfg = make(
+        model__path=str(folder), prepare__resolution=bases.SIDES[family.name],
+        adapter__text_encoder={"kind": "lora", "rank": 2}, **PREDICTED,
+    )  # fmt: skip
+    folder = prepare(cfg)
+    model, batch = build(cfg, folder), first(cfg, folder)
+    with torch.no_grad():
+        new, trained = model(batch), awake(model)(batch)
+    assert new[2:].max() < 1e-4 * new[:2].min(), "but for the rounding of the prompt table"
+    assert trained[2:].min() > 10 * new[2:].max()

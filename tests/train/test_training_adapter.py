@@ -25,9 +25,9 @@ from dbtrain.models.precision import PRECISIONS
 from dbtrain.models.quantization import QuantizedLinear
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
-from dbtrain.train import loop, setup, training_adapter
+from dbtrain.train import inputs, loop, training_adapter
 from tests import bases
-from tests.conftest import Make, train
+from tests.conftest import Make, slow, thinned, train
 from tests.networks import build
 
 ONE_IMAGE = {"validation__prompts": ["a dog"], "validation__every": 1, "validation__images": 1}
@@ -74,7 +74,14 @@ def adapter_of(cfg: Config) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, "lora") for name in bases.OF_FAMILY if name != "deepfloyd-2"), ("sd", "lokr"), ("sd", "loha")],
+    thinned(
+        [
+            *((name, "lora") for name in bases.OF_FAMILY if name != "deepfloyd-2"),
+            ("sd", "lokr"),
+            ("sd", "loha"),
+        ],
+        6,
+    ),
 )
 def test_training_with_it_is_training_on_a_base_that_has_it(
     make: Make, tmp_path: Path, name: str, kind: str
@@ -101,7 +108,7 @@ def test_training_with_it_is_training_on_a_base_that_has_it(
 
 
 @pytest.mark.parametrize("name", ["sd", "z-image"])
-@pytest.mark.parametrize("linears", ["full", "int8", "fp8"])
+@pytest.mark.parametrize("linears", ["full", *map(slow, ("int8", "fp8"))])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_is_left_out_exactly_and_put_back_exactly(
     make: Make, tmp_path: Path, name: str, linears: str, precision: str
@@ -173,7 +180,7 @@ def test_pictures_and_exports_are_without_it(helped: Any, make: Make, tmp_path: 
     assert ranks == {4}, "the training adapter's rank is 2"
 
 
-@pytest.mark.parametrize("name", ["sd", "z-image"])
+@pytest.mark.parametrize("name", ["sd", slow("z-image")])
 def test_a_resumed_run_is_the_straight_one(make: Make, tmp_path: Path, name: str) -> None:
     base = found(name)
     settings = partial(
@@ -236,7 +243,7 @@ def test_an_adapter_that_is_not_one_of_the_base_is_refused(
             loop.train(cfg)
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^model.training_adapter: .* is neither a file nor"):
-        setup.check_settings(helped(model__training_adapter=str(tmp_path / "nowhere")))
+        inputs.check_settings(helped(model__training_adapter=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"adapter\.dora is true, but DoRA's magnitudes"):
         helped(adapter__dora=True)
 

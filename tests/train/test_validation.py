@@ -29,7 +29,7 @@ from dbtrain.sample import sample
 from dbtrain.sample.sample import NO_ADAPTER, Mix
 from dbtrain.train import held_out_loss, loop, setup
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.conftest import Make, at, dbtrain, draw_photo, slow, thinned, train
 from tests.networks import Dispatched
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog in the snow"]
@@ -55,7 +55,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", slow("bf16")])
 def test_pictures_change_no_loss_by_a_bit(make: Make, tmp_path: Path, prepared: Path, precision: str) -> None:
     same = partial(make, data__shards=str(prepared), train__precision=precision, adapter__dropout=0.1)
     off = trained(same(run_dir=str(tmp_path / "off")))
@@ -113,7 +113,7 @@ def small(path: Path) -> str:
 SHOWN = {"sd with text encoder": "sd", "sdxl": "sdxl", "if_1": "deepfloyd", "if_2": "deepfloyd-2"}
 
 
-@pytest.mark.parametrize("base", SHOWN)
+@pytest.mark.parametrize("base", thinned(SHOWN, 2))
 def test_every_family_is_shown(make: Make, tmp_path: Path, base: str) -> None:
     changes: dict[str, Any] = {
         "prepare__class_prompt": None, "prepare__resolution": bases.SIDES[SHOWN[base]],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dbtrain.adapters.formats.common import alpha_key, check_patterns, strength
 from dbtrain.adapters.formats.names import Layers
-from dbtrain.adapters.state import MAGNITUDE, AdapterState
+from dbtrain.adapters.state import MAGNITUDE, AdapterState, patterns
 from dbtrain.runtime.errors import ConfigError
 
 KINDS = {"lora": "LORA", "hada": "LOHA", "lokr": "LOKR"}  # prefix of the tensors -> PEFT's kind
@@ -107,8 +107,8 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
     usual = _most(alpha.values()) or float(common)
     config: dict[str, Any] = {
         "peft_type": KINDS[kind], "r": common, "target_modules": sorted(layers),
-        "rank_pattern": _patterns(ranks, common),
-        "alpha_pattern": _patterns({module: _whole(value) for module, value in alpha.items()}, usual),
+        "rank_pattern": patterns(ranks, common),
+        "alpha_pattern": patterns({module: _whole(value) for module, value in alpha.items()}, usual),
     }  # fmt: skip
     config[alpha_key(config)] = _whole(usual)
     parts = {part for layer in layers.values() for part in layer}
@@ -121,19 +121,6 @@ def _inferred(kind: str, layers: Layers, alphas: Mapping[str, float]) -> dict[st
     if kind == "lokr":
         config |= {"decompose_both": "lokr_w1_b" in parts, "decompose_factor": _factor(layers)}
     return config
-
-
-def _patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """PEFT's patterns of the modules that differ; one a value, as it tries each of them on every module.
-
-    A name also means the modules that end with it, unless a `^` says that it is the whole name.
-    """
-    modules: dict[float, list[str]] = {}
-    for module, value in values.items():
-        if value != usual:
-            longer = any(other.endswith(f".{module}") for other in values)
-            modules.setdefault(value, []).append(f"^{module}" if longer else module)
-    return {"|".join(sorted(names)): value for value, names in sorted(modules.items())}
 
 
 def _factor(layers: Layers) -> int:
