@@ -42,38 +42,25 @@ from dbtrain.tiny.paint import render
 CONFIG = common.ROOT / "configs" / "quickstart.yaml"
 LOWEST = {"closed": 0.5, "place": 0.6}  # less than this and DreamBooth does not work
 HELD_OUT = range(100, 132)  # renders of a subject that are not among its photos, by number
-TE, SNR, G1 = ("adapter.text_encoder={rank: 8}",), "loss.min_snr_gamma=5", "prepare.sampling.guidance=1"
-COS = ("optim.schedule=cosine", "optim.warmup_steps=10")
+COSINE = ("optim.schedule=cosine", "optim.warmup_steps=10")
 RECIPES = {
     "quickstart": (),
-    "no class images": ("prepare.class_prompt=null",),
+    "frozen text encoder": ("adapter.text_encoder=null",),
+    "learned word": ("adapter.token={}",),
+    "learned word, frozen text encoder": ("adapter.token={}", "adapter.text_encoder=null"),
+    "text_encoder_lr 3e-3": ("optim.text_encoder_lr=3e-3",),
+    "no min_snr_gamma": ("loss.min_snr_gamma=null",),
+    "class images at guidance 3": ("prepare.sampling.guidance=3",),
     "prior by prediction": ("loss.prior=prediction",),
+    "no class images": ("prepare.class_prompt=null",),
     "prior_weight 0.3": ("loss.prior_weight=0.3",),
-    "prior_weight 3": ("loss.prior_weight=3",),
     "rank 4": ("adapter.rank=4",),
     "rank 64": ("adapter.rank=64",),
-    "lr 3e-4": ("optim.lr=3e-4",),
-    "lr 3e-3": ("optim.lr=3e-3",),
+    "lr 5e-4": ("optim.lr=5e-4",),
+    "lr 2e-3": ("optim.lr=2e-3",),
+    "cosine from 2e-3": ("optim.lr=2e-3", *COSINE),
+    "cosine from 3e-3": ("optim.lr=3e-3", *COSINE),
     "attention only": ("adapter.targets=attention",),
-    "te8 g1": (*TE, G1),
-    "te8 snr5": (*TE, SNR),
-    "te8 snr5 g1": (*TE, SNR, G1),
-    "te8 3e-3 snr5 g1": (*TE, SNR, G1, "optim.text_encoder_lr=3e-3"),
-    "te8 snr5 g1 p0.5": (*TE, SNR, G1, "loss.prior_weight=0.5"),
-    "cosine 2e-3": (*TE, SNR, G1, *COS, "optim.lr=2e-3", "optim.text_encoder_lr=2e-3"),
-    "cosine 2e-3 te 4e-3": (*TE, SNR, G1, *COS, "optim.lr=2e-3", "optim.text_encoder_lr=4e-3"),
-    "cosine 3e-3": (*TE, SNR, G1, *COS, "optim.lr=3e-3", "optim.text_encoder_lr=3e-3"),
-    "predict 2e-3": (*TE, SNR, "loss.prior=prediction", *COS, "optim.lr=2e-3", "optim.text_encoder_lr=2e-3"),
-    "predict 1e-3": (*TE, SNR, "loss.prior=prediction"),
-    "predict 2e-3 b2": (
-        *TE,
-        SNR,
-        "loss.prior=prediction",
-        "optim.lr=2e-3",
-        "train.global_batch=2",
-        "train.micro_batch=2",
-    ),
-    "te8 snr5 g1 lr2e-3": (*TE, SNR, G1, "optim.lr=2e-3"),
 }  # name: what is put over the quickstart's settings
 FIGURES = {
     "closed": "%", "place": "%", "kind": "%", "drift": "%", "class_change": "x", "diversity_kept": "%",
@@ -116,7 +103,8 @@ class Plan:
 
     def folder(self, cell: Cell) -> Path:
         """Of a cell's run; it depends on all its settings."""
-        key = content_key([self.steps, self.pictures, RECIPES[cell.recipe], self.overrides])[:8]
+        about = [CONFIG.read_text(), self.steps, self.pictures, RECIPES[cell.recipe], self.overrides]
+        key = content_key(about)[:8]
         return self.work / cell.subject.name / f"{cell.recipe.replace(' ', '-')}-{cell.seed}-{key}"
 
     def config(self, cell: Cell) -> Config:
