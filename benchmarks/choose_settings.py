@@ -42,24 +42,31 @@ from dbtrain.tiny.paint import render
 CONFIG = common.ROOT / "configs" / "quickstart.yaml"
 LOWEST = {"closed": 0.5, "place": 0.6}  # less than this and DreamBooth does not work
 HELD_OUT = range(100, 132)  # renders of a subject that are not among its photos, by number
-COSINE = ("optim.schedule=cosine", "optim.warmup_steps=10")
+NO_EMA = ("train.ema=null", "export.ema=false")
 RECIPES = {
     "quickstart": (),
-    "frozen text encoder": ("adapter.text_encoder=null",),
+    "no ema": NO_EMA,
+    "no ema, lr 1e-3": (*NO_EMA, "optim.lr=1e-3"),
+    "no ema, lr 1e-3, text_encoder_lr 3e-3": (*NO_EMA, "optim.lr=1e-3", "optim.text_encoder_lr=3e-3"),
+    "no ema, lr 1e-3, prior by prediction": (*NO_EMA, "optim.lr=1e-3", "loss.prior=prediction"),
+    "no ema, cosine from 3e-3": (
+        *NO_EMA,
+        "optim.lr=3e-3",
+        "optim.schedule=cosine",
+        "optim.warmup_steps=10",
+    ),
+    "no ema, learned word": (*NO_EMA, "adapter.token={}"),
     "learned word": ("adapter.token={}",),
-    "learned word, frozen text encoder": ("adapter.token={}", "adapter.text_encoder=null"),
-    "text_encoder_lr 3e-3": ("optim.text_encoder_lr=3e-3",),
-    "no min_snr_gamma": ("loss.min_snr_gamma=null",),
-    "class images at guidance 3": ("prepare.sampling.guidance=3",),
     "prior by prediction": ("loss.prior=prediction",),
     "no class images": ("prepare.class_prompt=null",),
+    "class images at guidance 3": ("prepare.sampling.guidance=3",),
+    "frozen text encoder": ("adapter.text_encoder=null",),
+    "no min_snr_gamma": ("loss.min_snr_gamma=null",),
     "prior_weight 0.3": ("loss.prior_weight=0.3",),
+    "lr 1e-3": ("optim.lr=1e-3",),
+    "lr 4e-3": ("optim.lr=4e-3",),
     "rank 4": ("adapter.rank=4",),
     "rank 64": ("adapter.rank=64",),
-    "lr 5e-4": ("optim.lr=5e-4",),
-    "lr 2e-3": ("optim.lr=2e-3",),
-    "cosine from 2e-3": ("optim.lr=2e-3", *COSINE),
-    "cosine from 3e-3": ("optim.lr=3e-3", *COSINE),
     "attention only": ("adapter.targets=attention",),
 }  # name: what is put over the quickstart's settings
 FIGURES = {
@@ -222,7 +229,7 @@ def _workers(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
 def parser() -> argparse.ArgumentParser:
     words = common.parser(__doc__, "set")
     words.add_argument("--half", default="choosing", choices=get_args(world.Half))
-    words.add_argument("--looks", type=int, default=0, metavar="SEED", help="draws a list of subjects")
+    words.add_argument("--looks", type=int, default=18, metavar="SEED", help="draws a list of subjects")
     words.add_argument("--subjects", type=int, nargs="+", default=list(range(8)), help="numbers in that list")
     words.add_argument("--seeds", type=int, default=3, help="training runs of each subject and recipe")
     words.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME",
