@@ -14,9 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ from safetensors.torch import save_file
 
 from benchmarks import common
 from benchmarks.common import ROOT, Result, Row
+from benchmarks.host_memory import peak
 from dbtrain.models import quantization
 from dbtrain.models.blocks import blocks
 from dbtrain.models.pretrained import Pretrained
@@ -51,30 +49,6 @@ def base(folder: Path, smoke: bool) -> None:
     save_file(tensors, part / "diffusion_pytorch_model.safetensors")
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-
-
-@contextmanager
-def peak() -> Iterator[list[int]]:
-    """The most anonymous bytes in the block, above those before it."""
-    found, done = [0], threading.Event()
-    before = _anonymous()
-
-    def sample() -> None:
-        while not done.wait(0.002):
-            found[0] = max(found[0], _anonymous() - before)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
-
-
-def _anonymous() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def load(folder: Path, label: str, how: str, linears: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import T5Config, T5EncoderModel
 
 from benchmarks import bases, common
 from benchmarks.common import Measure, Result, Row
+from benchmarks.host_memory import held, peak
 from dbtrain.config import Model
 from dbtrain.models import encoder_plan, text_encoders
 from dbtrain.models.base import Base
@@ -50,12 +50,6 @@ def base_of(work: Path, layers: int, smoke: bool) -> Path:
     return place
 
 
-def held(name: str) -> int:
-    """A line of Linux's account of this process, bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
 def measured(folder: Path, share: float | None) -> dict[str, Any]:
     """One prompt encoded in this process, which has imported everything before it is measured."""
     torch.set_num_threads(1)
@@ -64,26 +58,18 @@ def measured(folder: Path, share: float | None) -> dict[str, Any]:
     read, least = encoder_plan.to_read([plan]), encoder_plan.size(plan.rest, plan.parts[0])
     limit = 2.0 * read if share is None else least + share * (read - least)
     ids = base.family.tokenize({"text_encoder": base.load("tokenizer")}, [PROMPT])
-    before, rest = held("VmRSS"), held("RssAnon")
+    before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    seen, ended = [rest], threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.002):
-            seen.append(held("RssAnon"))
-
-    threading.Thread(target=watch, daemon=True).start()
     began = time.process_time()
-    with torch.no_grad():
+    with torch.no_grad(), peak() as anonymous:
         found = text_encoders.encoded(
             base, torch.bfloat16, limit / GIB, lambda it: partial(base.family.embed, it, ids)
         )
     seconds = time.process_time() - began
-    ended.set()
     return {
         "seconds": seconds, "sum": found["prompt_embeds"].double().sum().item(), "weights": read,
         "limit": None if share is None else limit, "all": held("VmHWM") - before,
-        "anonymous": max(seen) - rest,
+        "anonymous": anonymous[0],
     }  # fmt: skip
 
 

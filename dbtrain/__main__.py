@@ -125,12 +125,7 @@ def train(
 def export(
     config: ConfigPath,
     overrides: Overrides = None,
-    step: Annotated[
-        int | None,
-        typer.Option(
-            help="checkpoint to export (default: the best of a run with train.stop=best, or the newest)"
-        ),
-    ] = None,
+    step: Annotated[int | None, typer.Option(help="checkpoint to export (default: best or newest)")] = None,
     out: Annotated[Path | None, typer.Option(help="output folder (default: the run's export/)")] = None,
     adapter: Annotated[
         Path | None, typer.Option(help="adapter file or folder to convert instead of a checkpoint")

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 from dbtrain.config import Config
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import console
+from dbtrain.runtime.imports import importing
 from tests import bases
 from tests.forkserver import Forked, can_fork
 from tests.session import once
@@ -38,6 +39,13 @@ ROOT = Path(__file__).parents[1]
 REAL_PHOTOS = ROOT.parent / "shared" / "photos"  # real subjects, where a checkout has them beside it
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Later garbage collections leave out all that tests import: it is most of what they would look at."""
+    with importing(at_start=True):
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)

@@ -126,8 +126,8 @@ def _expanded(text: Any, words: Mapping[str, int]) -> Any:
 def learn(encoder: Any, tokenizer: Any, texts: Sequence[str], cfg: Token) -> None:
     """Give `encoder` trainable embeddings for the words `texts`, which its `tokenizer` learns too.
 
-    They start from the tokens that `cfg.init` is, each the mean of its share of them, or from the tokens that
-    the word has been so far. Raises ConfigError as `teach`.
+    They start from the tokens that `cfg.init` is, each the mean of its share of them and as long, or from the
+    tokens that the word has been so far. Raises ConfigError as `teach`.
     """
     table = encoder.get_input_embeddings()
     rows = []
@@ -135,8 +135,8 @@ def learn(encoder: Any, tokenizer: Any, texts: Sequence[str], cfg: Token) -> Non
         now = tokenizer(cfg.init or text, add_special_tokens=False).input_ids
         starts = [number * len(now) // cfg.vectors for number in range(cfg.vectors + 1)]
         for start, end in pairwise(starts):
-            share = now[start : max(end, start + 1)]
-            rows.append(table.weight.detach()[share].float().mean(0))
+            share = table.weight.detach()[now[start : max(end, start + 1)]].float()
+            rows.append(normalize(share.mean(0), dim=0) * share.norm(dim=1).mean())  # a mean alone is short
     ids = teach(tokenizer, dict.fromkeys(texts, cfg.vectors))
     embedding = WordEmbedding(table, ids, torch.stack(rows))
     embedding.words.direction.requires_grad_(True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from dbtrain.config.inputs import Prepare, Subject
 from dbtrain.runtime.errors import ConfigError
 
+LEARNABLE = re.compile(r"[^\s/.\\\0]+")  # a word with embeddings names a file, and an entry in others
+
 
 @dataclass(frozen=True)
 class SubjectWords:
@@ -93,7 +95,7 @@ def check_learned(words: Sequence[str], prepare: Prepare | None) -> None:
         problem = ""
         if not word:
             problem = "is not set; set it, e.g. to sks"
-        elif not re.fullmatch(r"[^\s/.]+", word):  # names a file, and an entry in others
+        elif not LEARNABLE.fullmatch(word):
             problem = f"is '{word}'; use one word without '.' and '/'"
         elif prompt is not None and word not in prompt:
             problem = f"is '{word}', which is not in prepare.instance_prompt; put {{token}} into it"

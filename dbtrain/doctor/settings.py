@@ -11,9 +11,11 @@ from dbtrain.doctor.case import Case, Finding, listed, ok, warning
 
 # Words that say nothing about a subject.
 FILLERS = set("a an the of in on with my this one photo picture image photograph close up closeup".split())
-# Usual learning rates of adapters, with some margin: Diffusers' scripts use 1e-4 to 5e-4, kohya's up to 1e-3.
-RATES = {"lr": (1e-5, 2e-3), "text_encoder_lr": (1e-6, 1e-3)}
-FACTORS = {"lr": (0.3, 3.0), "text_encoder_lr": (0.01, 3.0)}  # of the rate that Prodigy finds
+# Usual learning rates of adapters, with some margin, and where to start: Diffusers' scripts use 1e-4 to 5e-4,
+# kohya's up to 1e-3. A word's is for unit vectors: 1e-3 turns CLIP's as far as 5e-4 does in Diffusers.
+RATES = {"lr": (1e-5, 1e-4, 2e-3), "text_encoder_lr": (1e-6, 1e-4, 1e-3), "token_lr": (1e-4, 1e-3, 2e-2)}
+# The same as factors of the rate that Prodigy finds.
+FACTORS = {"lr": (0.3, 1.0, 3.0), "text_encoder_lr": (0.01, 1.0, 3.0), "token_lr": (0.01, 1.0, 20.0)}
 
 
 def loaded(case: Case) -> Finding:
@@ -110,13 +112,15 @@ def rates(case: Case) -> Iterator[Finding]:
     used = {"lr": case.cfg.optim.lr}
     if case.cfg.adapter.text_encoder and case.cfg.optim.text_encoder_lr:
         used["text_encoder_lr"] = case.cfg.optim.text_encoder_lr
+    if case.cfg.adapter.token:
+        used["token_lr"] = case.cfg.optim.token_lr
     found = case.cfg.optim.name == "prodigy"
-    usual, what, best = (FACTORS, "factors of Prodigy's rate", 1.0) if found else (RATES, "adapters", 1e-4)
+    usual, what = (FACTORS, "factors of Prodigy's rate") if found else (RATES, "adapters")
     for name, value in used.items():
-        low, high = usual[name]
+        low, start, high = usual[name]
         if not low <= value <= high:
             yield warning(
                 f"optim.{name} is {value:g}; usual for {what} are {low:g} to {high:g}",
-                f"use optim.{name}={min(high, max(low, best)):g}",
+                f"use optim.{name}={start:g}",
             )
     yield ok(", ".join(f"{name} {value:g}" for name, value in used.items()))

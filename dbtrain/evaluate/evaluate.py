@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -24,8 +25,9 @@ from dbtrain.evaluate.choice import Rule
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import CONFUSION, SHEET, RunFolder, adapter_in, read_state, step_of
+from dbtrain.runtime.run_folder import CONFUSION, SCORES, SHEET, RunFolder, adapter_in, read_state, step_of
 
+BLEED = "images of a subject that look more like another one"
 FEW = 3  # fewer checkpoints than this are hardly a choice
 
 
@@ -66,17 +68,40 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
         if beside and cfg.subjects:
             raise ConfigError("--beside compares the scores of one subject; this config has several")
         other = judge.load(beside) if beside else None
-    each = cfg.each_subject()
-    folders = [out / f"{k}-{files.slug(one.subject.token or '')}" for k, one in enumerate(each, 1)]
-    for one, folder in zip(each, folders if cfg.subjects else [out], strict=True):
+    each, every = _each_subject(cfg, out), []
+    for one, folder in each:
         if scores := judge.evaluate(one, cfg.run_dir, folder, None):
+            every.append(scores)
             if cfg.subjects:
                 yield f"{one.subject.token} {one.subject.class_word}"
             yield fidelity.table(judge.shown(scores), judge.shown(other) if other else None)
             yield f"contact sheet: {folder / SHEET}"
     if cfg.subjects and dist.is_main():
-        found = [judge.likeness(one, folder, each) for one, folder in zip(each, folders, strict=True)]
-        yield from confusion([str(one.subject.token) for one in each], found, out / CONFUSION)
+        found = [judge.likeness(one, folder, cfg.each_subject()) for one, folder in each]
+        yield from confusion([one.token for one in cfg.subjects], found, out / CONFUSION)
+        labels = json.loads((each[0][1] / SCORES).read_text())["labels"]
+        values = _mean(every) | {"bleed": bleed(found), "labels": labels | {"bleed": BLEED}}
+        files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
+        yield f"{BLEED}: {values['bleed']:.0%}"
+
+
+def bleed(likeness: Sequence[Tensor]) -> float:
+    """The share of images that are nearest to another subject's photos; `likeness` as for `confusion`."""
+    return fmean((of.argmax(1) != subject).float().mean().item() for subject, of in enumerate(likeness))
+
+
+def _mean(every: Sequence[Any]) -> dict[str, float]:
+    """The means of several subjects' scores."""
+    told = [{name: value for name, value in asdict(one).items() if value is not None} for one in every]
+    return {name: fmean(of[name] for of in told) for name in told[0] if all(name in of for of in told)}
+
+
+def _each_subject(cfg: Config, out: Path) -> list[tuple[Config, Path]]:
+    """Each subject's config and folder: `out`, or one of its own in it if there are several."""
+    if not cfg.subjects:
+        return [(cfg, out)]
+    names = [f"{number}-{files.slug(one.token)}" for number, one in enumerate(cfg.subjects, 1)]
+    return [(one, out / name) for one, name in zip(cfg.each_subject(), names, strict=True)]
 
 
 def confusion(tokens: Sequence[str], likeness: Sequence[Tensor], file: Path) -> Iterator[str]:
@@ -110,8 +135,8 @@ class Candidate:
 def checkpoints(cfg: Config) -> Iterator[str]:
     """Score every checkpoint of the run, and its export; yield a table and a suggestion on rank 0.
 
-    All of them share the base model's images. Writes `scores/checkpoints.json` and, if matplotlib is
-    installed, `scores/checkpoints.png`.
+    All of them share the base model's images. Of several subjects, scores are the means. Writes
+    `scores/checkpoints.json` and, if matplotlib is installed, `scores/checkpoints.png`.
     """
     dist.init()
     # Score each candidate.
@@ -121,10 +146,10 @@ def checkpoints(cfg: Config) -> Iterator[str]:
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(found, 1):
         console.say(f"{one.name} ({number} of {len(found)})")
-        scores = judge.evaluate(cfg, str(one.adapter), one.out, run.scores / "base")
-        if scores:
-            values = {name: value for name, value in asdict(scores).items() if value is not None}
-            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **values})
+        parts = zip(_each_subject(cfg, one.out), _each_subject(cfg, run.scores / "base"), strict=True)
+        each = [judge.evaluate(part, str(one.adapter), out, base) for (part, out), (_, base) in parts]
+        if all(each):
+            rows.append({"name": one.name, "step": one.step, "exported": one.exported, **_mean(each)})
     # Write and show the table.
     with dist.agreed():
         lines = _publish(rows, judge, run.scores) if dist.is_main() else []

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dbtrain.models.blocks import blocks
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.memory import GIB
+from dbtrain.runtime.memory import GIB, trim
 
 BUFFERS = 2
 ALIGNED = 512  # bytes, like CUDA's allocator, so that kernels are chosen as for weights of their own
@@ -146,7 +146,10 @@ class Ring:
 
         memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
         parts = memory.split(sizes)
-        self.frozen = {block: self._take(block, part) for block, part in zip(swapped, parts, strict=True)}
+        self.frozen: dict[nn.Module, _Frozen] = {}
+        for block, part in zip(swapped, parts, strict=True):
+            self.frozen[block] = self._take(block, part)
+            trim()  # or the host would hold all weights twice
         if device.type == "cuda":
             _page_lock(memory, self)
 

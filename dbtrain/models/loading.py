@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from dbtrain.models.quantization import QuantizedLinear, encode
 from dbtrain.models.weight_files import WeightFiles
+from dbtrain.runtime import memory
 
 Local = Callable[[Tensor], tuple[Tensor, slice | None]]
 """(parameter) -> the part of it that this rank holds, and which rows these are; None: all."""
@@ -97,7 +98,7 @@ def fill(
     than the rows that are `local`, unless it has a change.
     Raises KeyError if `files` lack a weight.
     """
-    named, plain = names(module, files), []
+    named, plain, encoded = names(module, files), [], 0
     for name, part, attributes, _ in _places(module):
         rows = local(getattr(part, attributes[0]))[1]
         change = (changes or {}).get(name)
@@ -121,12 +122,17 @@ def fill(
                 setattr(part, attribute, nn.Parameter(value, requires_grad=False))
             else:
                 held.copy_(value)
+        encoded += values[0].nbytes if attributes == CODES else 0
+        if encoded > UNTRIMMED:
+            encoded = 0
+            memory.trim()
     return plain
 
 
 Place = tuple[str, nn.Module, tuple[str, ...], torch.Size]
 CODES = ("codes", "scale")  # of a quantized weight
 ENCODED = 2**20  # weights that are encoded at a time
+UNTRIMMED = 2**27  # bytes of codes, between which encoding leaves holes in the heap
 
 
 def _places(module: nn.Module) -> Iterator[Place]:

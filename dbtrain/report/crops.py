@@ -59,7 +59,7 @@ def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
     """One sheet for each data set of the runs. `crops`: how many to decode, shared among them."""
     shared: dict[tuple, list[Run]] = {}
     for run in runs:
-        key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.model)
+        key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.subjects, run.cfg.model)
         shared.setdefault(key, []).append(run)
     sets = [(same[0].cfg, [run.label for run in same]) for same in shared.values()]
     most, each = max(LEAST_PHOTOS, PHOTOS // len(sets)), -(-crops // len(sets))
@@ -75,7 +75,8 @@ def photos_of(cfg: Config, most: int, side: int = THUMB) -> Part:
     with _reporting(part):
         if cfg.prepare is None:
             raise ConfigError("the config has no 'prepare' section, and so no photos")
-        found = photos.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
+        folders = [one.prepare.photos for one in cfg.each_subject() if one.prepare]
+        found = [path for folder in folders for path in photos.find(folder, "prepare.photos", (".txt",))]
         part.total = len(found)
         part.pictures = [_photo(path, side) for path in found[:most]]
     return part

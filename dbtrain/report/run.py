@@ -48,7 +48,8 @@ class Run:
     @property
     def subject(self) -> str:
         """What the run trains, in the config's words."""
-        return self.cfg.prepare.instance_prompt if self.cfg.prepare else self.folder.name
+        prompts = [one.prepare.instance_prompt for one in self.cfg.each_subject() if one.prepare]
+        return " and ".join(prompts) or self.folder.name
 
     @property
     def step(self) -> int:

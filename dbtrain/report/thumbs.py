@@ -186,7 +186,8 @@ def spread(items: list[int], most: int) -> list[int]:
 def sheets(run: Run) -> list[Picture]:
     """The contact sheets of a run: samples, newest first, then scores."""
     found = sorted(run.names.samples.glob(f"*/{SHEET}"), reverse=True)
-    found += [path for path in [run.names.scores / SHEET] if path.is_file()]
+    several = sorted(run.names.scores.glob(f"[0-9]*-*/{SHEET}"))  # of subjects
+    found += [path for path in [run.names.scores / SHEET, *several] if path.is_file()]
     return [
         embed_file(path, f"contact sheet {path.parent.relative_to(run.folder)} of {run.label}", MOST_SHEET,
                    [str(path.relative_to(run.folder))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ def free() -> int:
     with suppress(OSError):  # macOS has no /proc
         found += _numbers(PROC / "meminfo", r"MemAvailable:\s+(\d+)", 1024)
     return max(0, min(found))
+
+
+def trim() -> None:
+    """Give freed memory that lies between what is in use back to the system, if the C library can."""
+    if release := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        release(0)
 
 
 def _of_groups() -> Iterator[int]:

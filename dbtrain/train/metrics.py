@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
     spread: Tensor  # (2, 2, TENTHS) this rank's (instance, class) x (rows, sum of losses) by timestep
     seen: int  # sum of the ids of this rank's rows
     lr: float = 0.0
+    found: Tensor | None = None  # () the learning rate of which `lr` is a factor, if the optimizer finds it
     wait_s: float = 0.0  # time that this rank waited for data
 
 
@@ -90,7 +91,8 @@ class Metrics:
         norm = outcome.grad_norm
         if self.train.precision == "fp16":  # the scaler skips steps with an infinite gradient
             norm = norm.nan_to_num(0.0, 0.0, 0.0)
-        self.pending.append((torch.cat([outcome.losses, norm[None]]), outcome.seen, outcome.lr))
+        found = [] if outcome.found is None else [outcome.found.float()[None]]
+        self.pending.append((torch.cat([outcome.losses, norm[None], *found]), outcome.seen, outcome.lr))
         bad_norm = torch.where(norm.isfinite(), math.inf, float(done)).double()
         self.first_bad = torch.minimum(self.first_bad, torch.cat([outcome.bad, bad_norm[None]]))
         self.spread += outcome.spread
@@ -168,7 +170,7 @@ class Metrics:
     def _report(self) -> None:
         # Sum over ranks with one collective.
         found, seen, rates = zip(*self.pending, strict=True)
-        table = torch.stack(found)  # (steps, 3)
+        table = torch.stack(found)  # (steps, 3 or 4)
         sums = dist.sum_over_ranks(torch.cat([table[:, :2].flatten(), self.spread.flatten()]))
         table[:, :2] = sums[: 2 * len(table)].view(-1, 2)
         spread = sums[2 * len(table) :].view_as(self.spread).tolist()
@@ -178,11 +180,11 @@ class Metrics:
         seconds, steps = pace.clock() - self.since, len(seen)
         lines = []
         for number, (values, row, lr) in enumerate(zip(table.tolist(), rows, rates, strict=True)):
-            instance, prior, norm = values
+            instance, prior, norm, *found = values
             lines.append({
                 "step": self.done - steps + 1 + number, "loss": instance + self.prior_weight * prior,
                 "loss_instance": instance, **({"loss_prior": prior} if self.prior_weight else {}),
-                "grad_norm": norm, "lr": lr, "rows": f"{row:012x}",
+                "grad_norm": norm, "lr": math.prod([lr, *found]), "rows": f"{row:012x}",
             })  # fmt: skip
         speed = {
             "samples_per_s": steps * self.step_samples / seconds, "step_ms": 1000 * seconds / steps,
@@ -204,9 +206,9 @@ class Metrics:
         skipped = f"  {int(self.skipped)} skipped" if self.faults.nonfinite == "skip" else ""
         console.say(
             f"step {self.done}/{self.train.steps}  loss {mean['loss']:.4f} ({parts})  "
-            f"grad {mean['grad_norm']:.3g}  lr {rates[-1]:.3g}  {speed['samples_per_s']:.3g} samples/s  "
-            f"{speed['step_ms']:.0f} ms  wait {speed['wait_share']:.1%}  {speed['peak_gib']:.2f} GiB"
-            f"{skipped}"
+            f"grad {mean['grad_norm']:.3g}  lr {lines[-1]['lr']:.3g}  "
+            f"{speed['samples_per_s']:.3g} samples/s  {speed['step_ms']:.0f} ms  "
+            f"wait {speed['wait_share']:.1%}  {speed['peak_gib']:.2f} GiB{skipped}"
         )
         self.pending, self.wait_s = [], 0.0
         self.spread.zero_()

@@ -136,5 +136,10 @@ def load_state(
         number.copy_(saved[f"{name}.{SHARED}"])
 
 
+def found_rate(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """The learning rate that the optimizer has found, () on the device; None if it was given one."""
+    return _shared(optimizer).get("d")
+
+
 def _shared(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return optimizer.shared if isinstance(optimizer, Prodigy) else {}

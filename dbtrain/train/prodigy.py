@@ -11,7 +11,7 @@ from torch import Tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 BETA1, BETA2, BETA3 = 0.9, 0.999, math.sqrt(0.999)
-EPS, D0 = 1e-8, 1e-6  # D0: the first learning rate
+EPS, D0 = 1e-8, 1e-5  # D0: the first learning rate; adapters are trained with no less
 
 
 class Prodigy(torch.optim.Optimizer):

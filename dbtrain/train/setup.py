@@ -22,6 +22,7 @@ from dbtrain.models.precision import PRECISIONS
 from dbtrain.prepare import plan, subjects
 from dbtrain.runtime import console, dist, files, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.memory import trim
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import (
     checkpoint,
@@ -175,6 +176,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
     progress = Progress.begin(model.to(dist.device()), cfg)
+    trim()  # what the weights took in RAM
     start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(model)
 

@@ -86,4 +86,5 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
     scaler.update()
     if progress.ema:
         progress.ema.update()
-    return Outcome(losses, grad_norm, bad, spread, sum(batch.seen for batch in batches))
+    seen, found = sum(batch.seen for batch in batches), optim.found_rate(optimizer)
+    return Outcome(losses, grad_norm, bad, spread, seen, found=found)

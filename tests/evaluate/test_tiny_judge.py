@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import cache
@@ -107,6 +108,32 @@ def test_photos_of_any_subject_of_the_world_can_be_judged(make: Make, tmp_path: 
     told = judge.each_to_others(photos).mean().item()
     assert told == pytest.approx(judge.likeness(real, photos).mean().item(), abs=0.05), "needs no renders"
     assert judge.each_to_others(photos[:1]).item() == pytest.approx(1)
+
+
+def test_a_subject_that_looks_like_another_is_seen(make: Make, tmp_path: Path) -> None:
+    """Of three subjects, one is drawn as it is, one as the first, and one half and half."""
+    several = []
+    for token, kind in (("sks", "mug"), ("xyz", "ball"), ("zwx", "fish")):
+        world.main(tmp_path / kind, kind)
+        several.append({"token": token, "class_word": kind, "photos": str(tmp_path / kind)})
+    cfg = make(
+        subjects=several, subject={}, model__path="tiny", prepare__photos=str(tmp_path / "mug"),
+        prepare__instance_prompt="a photo of {}", prepare__class_prompt="a photo of a {class}",
+    )  # fmt: skip
+    found = []
+    for one, names in zip(cfg.each_subject(), (["mug"], ["mug"], ["fish", "mug"]), strict=True):
+        folder = tmp_path / "scores" / str(one.subject.token)
+        (folder / "subject").mkdir(parents=True)
+        for seed in range(6):
+            name = names[seed % len(names)]
+            _drawn(world.subject_scene(name, 200 + seed)).save(folder / "subject" / f"00-00-seed{seed}.png")
+        found.append(tiny_judge.likeness(one, folder, cfg.each_subject()))
+    lines = list(evaluate.confusion(["sks", "xyz", "zwx"], found, tmp_path / "confusion.json"))
+    written = json.loads((tmp_path / "confusion.json").read_text())
+    assert written["nearest"] == [[1, 0, 0], [1, 0, 0], [0.5, 0, 0.5]]
+    assert evaluate.bleed(found) == pytest.approx(0.5)
+    assert written["likeness"][0][0] > 0.8 > 0.5 > written["likeness"][0][1]
+    assert re.search(r"xyz +0\.\d\d 100%", lines[3]), lines
 
 
 def test_the_frechet_distance_is_the_published_formula_and_takes_fewer_images_than_features() -> None:

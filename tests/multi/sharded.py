@@ -17,6 +17,7 @@ from dbtrain.export import export
 from dbtrain.models import kernels, quantization
 from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import Preempted
+from dbtrain.runtime.memory import GIB
 from dbtrain.train import loop, memory, setup
 
 OURS = ("until=", "kept=", "gpus=", "backend=")
@@ -36,7 +37,7 @@ def main() -> None:
         kernels.compile_module = partial(compile_module, backend=backend)  # type: ignore[assignment]
         until = int(given["until"]) if "until" in given else None
         if "gpus" in given:  # GiB of each rank's
-            room = float(given["gpus"].split(",")[rank]) * memory.GIB
+            room = float(given["gpus"].split(",")[rank]) * GIB
             memory.memory_of = lambda _, room=room: room
         else:
             kept = int(given.get("kept", 0))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.host_memory import held
 from dbtrain.runtime import memory
 
 
@@ -44,3 +45,13 @@ def test_never_below_zero(machine: Path) -> None:
 
 def test_real() -> None:
     assert 2**20 < memory.free() < 2**50
+
+
+def test_freed_memory_between_what_is_in_use_goes_back() -> None:
+    """To the system: malloc keeps it as long as something lies behind it."""
+    pieces = [bytearray(b"x" * 60_000) for _ in range(1000)]
+    kept = pieces[::50]
+    pieces.clear()
+    before = held()
+    memory.trim()
+    assert before - held() > 30 * 2**20 and len(kept) == 20

@@ -93,6 +93,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 OUTCOME = Outcome(torch.ones(2), torch.ones(()), torch.full((2,), torch.inf), torch.zeros(2, 2, TENTHS), 0)
 
 
+def test_a_learning_rate_that_was_found_is_shown(make: Make) -> None:
+    cfg = make(train__steps=2, train__log_every=1)
+    run = RunFolder(cfg.run_dir)
+    with Metrics(run, cfg, 0, ["instance"], lambda role, at: "") as metrics:
+        for done, found in enumerate((1e-6, 3e-4), 1):
+            outcome = OUTCOME._replace(lr=0.5, found=torch.tensor(found, dtype=torch.float64))
+            metrics.step(done, outcome, torch.zeros((), dtype=torch.int64))
+    assert [line["lr"] for line in run.read_metrics()] == pytest.approx([5e-7, 1.5e-4])
+
+
 def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_come(
     make: Make, clock: Clock
 ) -> None:

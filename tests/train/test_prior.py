@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import trainer
-from dbtrain.adapters import inject
+from dbtrain.adapters import inject, tokens
 from dbtrain.config import Model
 from dbtrain.data.batch import Batch
 from dbtrain.data.order import RankSlice
@@ -110,17 +110,25 @@ def test_rows_do_not_depend_on_the_number_of_ranks(make: Make, prepared: Path) -
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("text", [None, {"kind": "lora", "rank": 2}], ids=["frozen", "trained"])
+TRAINED: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "trained": {"adapter__text_encoder": {"kind": "lora", "rank": 2}},
+    "a word": {"adapter__token": {}},
+}
+
+
+@pytest.mark.parametrize("text", TRAINED)
 def test_the_loss_is_the_distance_from_the_base_s_own_prediction(
-    make: Make, prepared: Path, text: dict[str, Any] | None
+    make: Make, prepared: Path, text: str
 ) -> None:
-    cfg = make(**PREDICTED, adapter__text_encoder=text, loss__min_snr_gamma=5.0)
+    cfg = make(**PREDICTED, **TRAINED[text], loss__min_snr_gamma=5.0)
     model, batch = build(cfg, prepared), first(cfg, prepared)
     assert model(batch)[2:].max() < 1e-9, "a new adapter changes nothing"
     awake(model)
     losses = model(batch)
     losses[2:].sum().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.trainable().values())
+    moved = {name for name, p in model.trainable().items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == {name for name in model.trainable() if not name.endswith(tokens.DIRECTION)}
     with torch.no_grad():
         x_t, t, condition = asked(model, batch)
         plain = Base.find(cfg.model).load("unet", torch.float32)

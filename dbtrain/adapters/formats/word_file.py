@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from dbtrain.adapters.formats import limits, peft_folder
 from dbtrain.adapters.tokens import OLD_END, Rows, Word, Words
+from dbtrain.config.subject_words import LEARNABLE
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.runtime import files
@@ -73,7 +74,8 @@ def _parts(rows: Mapping[str, Rows]) -> dict[str, Tensor]:
 def _named(family: Family, word: Word, alone: str) -> dict[str, Tensor]:
     """The embeddings by name: `alone` where the family has one text encoder to learn words."""
     names = (alone,) if len(family.adaptable_text) == 1 else CLIPS
-    return {name: word.rows[encoder] for name, encoder in zip(names, family.adaptable_text, strict=True)}
+    pairs = zip(names, family.adaptable_text, strict=True)
+    return {name: word.rows[encoder] for name, encoder in pairs if encoder in word.rows}
 
 
 def old_ends(base: Base) -> dict[str, str]:
@@ -131,14 +133,8 @@ def _words(path: Path, start: str, family: Family) -> list[Word]:
             tensors = {name.removeprefix(start): file.get_tensor(name).float() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
-    if path.name == CHECKPOINT:
-        rows = {name.removesuffix(".norm"): norm for name, norm in tensors.items() if name.endswith(".norm")}
-        rows = {name: normalize(tensors[f"{name}.direction"]) * norm for name, norm in rows.items()}
-        texts = header[WORDS].split()
-        return [
-            Word(text, {name: one.chunk(len(texts))[number].clone() for name, one in rows.items()})
-            for number, text in enumerate(texts)
-        ]
+    if WORDS in header:
+        return _of_checkpoint(header[WORDS].split(), tensors)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         text, _, part = name.partition(".") if start else (path.stem, "", name)
@@ -146,10 +142,24 @@ def _words(path: Path, start: str, family: Family) -> list[Word]:
             encoder = family.adaptable_text[CLIPS.index(part) :][:1]
         else:
             encoder = family.adaptable_text if part in (WHOLE, text) else ()
-        if len(encoder) != 1:
+        if not LEARNABLE.fullmatch(text):
+            raise ConfigError(f"'{text}' is not one word without '.' and '/'")
+        if len(encoder) != 1 or not tensor.dim():
             raise ConfigError(f"its tensor {name} is for no text encoder of {family.name} models")
         found.setdefault(text, {})[encoder[0]] = tensor.reshape(-1, tensor.shape[-1])
     return [Word(text, rows) for text, rows in found.items()]
+
+
+def _of_checkpoint(texts: Sequence[str], tensors: Mapping[str, Tensor]) -> list[Word]:
+    parts = {
+        part: {name.removesuffix(part): one for name, one in tensors.items() if name.endswith(part)}
+        for part in (".direction", ".norm")
+    }
+    if parts[".direction"].keys() != parts[".norm"].keys():
+        raise ConfigError("its tensors are not those of a checkpoint")
+    rows = {name: normalize(one) * parts[".norm"][name] for name, one in parts[".direction"].items()}
+    each = {name: one.reshape(len(texts), -1, one.shape[-1]) for name, one in rows.items()}
+    return [Word(text, {name: one[k].clone() for name, one in each.items()}) for k, text in enumerate(texts)]
 
 
 def _check(word: Word, widths: Mapping[str, int]) -> None:
