@@ -85,7 +85,20 @@ def test_recipes_are_compared_and_a_second_call_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few_pictures(monkeypatch)
-    words = ["--half", "proving", "--looks", "0", "--subjects", "0", "--seeds", "1", "--steps", "1", "--workers", "1"]
+    words = [
+        "--half",
+        "proving",
+        "--looks",
+        "0",
+        "--subjects",
+        "0",
+        "--seeds",
+        "1",
+        "--steps",
+        "1",
+        "--workers",
+        "1",
+    ]
     words += ["--recipes", "rank 4", "no class images"]
     words += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--set", *FEW]
     benchmark(choose_settings, monkeypatch, *words)
