@@ -26,6 +26,7 @@ from statistics import mean
 from typing import Any, get_args
 
 import torch
+import yaml
 
 from benchmarks import common, trainer
 from benchmarks.common import Measure, Result, Row
@@ -110,7 +111,7 @@ class Plan:
 
     def folder(self, cell: Cell) -> Path:
         """Of a cell's run; it depends on all its settings."""
-        about = [CONFIG.read_text(), self.steps, self.pictures, RECIPES[cell.recipe], self.overrides]
+        about = [yaml.safe_load(CONFIG.read_text()), self.steps, self.pictures, RECIPES[cell.recipe], self.overrides]
         key = content_key(about)[:8]
         return self.work / cell.subject.name / f"{cell.recipe.replace(' ', '-')}-{cell.seed}-{key}"
 
