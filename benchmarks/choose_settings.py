@@ -111,8 +111,8 @@ class Plan:
 
     def folder(self, cell: Cell) -> Path:
         """Of a cell's run; it depends on all its settings."""
-        about = [yaml.safe_load(CONFIG.read_text()), self.steps, self.pictures, RECIPES[cell.recipe], self.overrides]
-        key = content_key(about)[:8]
+        config = yaml.safe_load(CONFIG.read_text())
+        key = content_key([config, self.steps, self.pictures, RECIPES[cell.recipe], self.overrides])[:8]
         return self.work / cell.subject.name / f"{cell.recipe.replace(' ', '-')}-{cell.seed}-{key}"
 
     def config(self, cell: Cell) -> Config:
