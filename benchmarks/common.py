@@ -262,7 +262,7 @@ def command(name: str) -> str:
     words: list[str] = []
     skip = False
     for word in sys.argv[1:]:
-        if not (skip or word.startswith(("--out", "--work"))):
+        if not (skip or word.partition("=")[0] in ("--out", "--work")):
             key, sign, value = word.rpartition("=")
             words.append(key + sign + Path(value).name if value.startswith("/") else word)
         skip = word in ("--out", "--work")

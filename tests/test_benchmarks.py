@@ -107,6 +107,7 @@ def test_recipes_are_compared_and_a_second_call_trains_nothing(
     name = f"{about.kind} {about.name}"
     labels = ["rank 4, 1 steps", "no class images, 1 steps", f"{name}: rank 4", f"{name}: no class images"]
     assert [row.label for row in Result.read(file).rows] == labels
+    assert "--seeds 1 --steps 1 --workers 1 --recipes" in Result.read(file).command, "but not --work"
     assert len(list((tmp_path / "work" / about.name / "photos").iterdir())) == 5
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("state.json")}
     text = file.read_text()
