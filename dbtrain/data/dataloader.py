@@ -196,8 +196,9 @@ class LatentStream:
 
     def _prompt(self, role: str, position: int, shard: shards.Shard, row: shards.Row) -> int:
         """The prompt of the row at a position: its own, that of its subject's class, or the empty one."""
-        if rng.seed_of(self.seed, "prompt dropout", role, position) < self.prompt_dropout * 2**63:
-            return self.manifest.prompts.texts.index("")
+        share = self.prompt_dropout
+        if share and rng.seed_of(self.seed, "prompt dropout", role, position) < share * 2**63:
+            return self.manifest.prompts.texts.index(shards.EMPTY)
         if self.class_prompts and role == "class":
             return self.class_prompts[shard.part]
         return row.meta["prompt"]

@@ -30,6 +30,7 @@ from dbtrain.runtime.errors import ConfigError, reason
 VERSION: Literal[3] = 3
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
+EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
 PARTS = ("safetensors", "json")  # members of a row in a tar
@@ -40,7 +41,6 @@ Pair = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field
 Numbers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
 File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # no path, so that it cannot leave the folder
-
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

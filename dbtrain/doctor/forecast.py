@@ -69,7 +69,7 @@ def generating(cfg: Config, base: Base, has: float) -> Iterator[str]:
     """What images take that are generated before and after training, which swap blocks as they need to."""
     prepare, sample, vae = cfg.prepare, cfg.sample, tuple(filter(None, [base.family.vae]))
     tasks: list[tuple[str, str, str, Work]] = []
-    if prepare and prepare.class_prompt:
+    if prepare and prepare.has_class_images:
         how, beside = prepare.sampling, vae if prepare.class_pictures or base.family.needs_vae else ()
         work = Work.of([], how.batch, how.guidance, prepare.resolution, beside)
         tasks.append(("class images", "prepare.sampling.batch", how.precision, work))

@@ -27,7 +27,6 @@ from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
-EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 CHANGES = 4  # most changed files to name
 
 
@@ -95,7 +94,7 @@ def plan_shards(
         count = _shard_count(len(rows))
         planned += [_planned(role, len(planned) + k, rows[k::count], number) for k in range(count)]
     asked = [one.prepare.class_prompt for one in cfg.each_subject() if one.prepare]  # maybe without images
-    empty = [EMPTY] if cfg.data.prompt_dropout else []
+    empty = [shards.EMPTY] if cfg.data.prompt_dropout else []
     return list(dict.fromkeys([*texts, *filter(None, asked), *empty])), components, plans
 
 
@@ -222,7 +221,7 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
     made_in = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
     if made_in != space:
         raise ConfigError(f"{cfg.data.shards} has {made_in}, but the base has {space}; {shards.CURE}")
-    if cfg.data.prompt_dropout and EMPTY not in manifest.prompts.texts:
+    if cfg.data.prompt_dropout and shards.EMPTY not in manifest.prompts.texts:
         raise ConfigError(
             f"data.prompt_dropout is {cfg.data.prompt_dropout:g}, but {cfg.data.shards} was made without the "
             f"empty prompt; {shards.CURE}"

@@ -109,7 +109,7 @@ def groups(runs: Sequence[Run]) -> list[Group]:
         ),
         Group(
             "Scores of validation images", _charts(runs, SCORES),
-            "Of few images, so they are noisy; a run with train.stop: best goes by them.",
+            "From a few images, so they are noisy. With train.stop: best, they decide when the run stops.",
         ),
         Group(BY_TIMESTEP, [*(_by_tenth(runs[0]) if len(runs) == 1 else ()), *_profiles(runs)], TIMES_NOTE),
         Group("Optimizer", _charts(runs, OPTIMIZER)),

@@ -16,7 +16,7 @@ def rows(rule: Rule, *values: tuple[float, float]) -> list[Row]:
     return [{"step": 10 * (n + 1), rule.subject: a, rule.prompt: b} for n, (a, b) in enumerate(values)]
 
 
-def test_the_best_is_the_likest_of_those_that_follow_prompts() -> None:
+def test_the_best_is_the_most_similar_of_those_that_follow_prompts() -> None:
     found = rows(DINO_AND_CLIP, (0.3, 0.32), (0.5, 0.315), (0.5, 0.312), (0.9, 0.305))
     best, why = DINO_AND_CLIP.choose(found)
     assert best["step"] == 20, "of equals, the earlier one"

@@ -81,13 +81,13 @@ def flat(image: Image.Image) -> Image.Image:
     return image.quantize(3).convert("RGB")
 
 
-@pytest.mark.parametrize("spoilt", [blurred, washed_out, flat])
+@pytest.mark.parametrize("degrade", [blurred, washed_out, flat])
 def test_images_of_the_class_that_lost_their_quality_are_far_from_the_base_s(
-    spoilt: Callable[[Image.Image], Image.Image],
+    degrade: Callable[[Image.Image], Image.Image],
 ) -> None:
     """Other images of the class are not, and drift says nothing."""
     fresh = drawn(OTHERS)
-    good, bad = (scores_of(kept, fresh) for kept in (fresh, [spoilt(image) for image in fresh]))
+    good, bad = (scores_of(kept, fresh) for kept in (fresh, [degrade(image) for image in fresh]))
     assert good.class_change is not None and bad.class_change is not None
     assert good.class_change < 1.15 < 1.3 < bad.class_change
     assert bad.drift <= 0.05
