@@ -1,0 +1,1 @@
+"""Many subjects, each with an adapter of its own, on one base."""
