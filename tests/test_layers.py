@@ -26,6 +26,7 @@ FLOORS = [
     {"train"},
     {"export", "report"},
     {"doctor"},
+    {"fleet"},
     {"__init__", "__main__"},
 ]
 FLOOR = {folder: number for number, floor in enumerate(FLOORS) for folder in floor}

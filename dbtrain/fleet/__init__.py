@@ -1,0 +1,1 @@
+"""Many subjects at once on one resident base."""
