@@ -1,1 +1,1 @@
-"""Many subjects, each with an adapter of its own, on one base."""
+"""Many subjects at once on one resident base."""

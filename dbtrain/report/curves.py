@@ -99,14 +99,19 @@ SPEEDS = (
 )
 
 
+def losses(runs: Sequence[Run]) -> Group:
+    """Training and held-out losses."""
+    return Group(
+        "Loss", _charts(runs, LOSSES),
+        "The training loss is a mean over all ranks and micro-batches, but at random timesteps, so it is "
+        "noisy. Held-out losses use the same timesteps and noise every time, so compare those.",
+    )  # fmt: skip
+
+
 def groups(runs: Sequence[Run]) -> list[Group]:
     """All charts that have data, grouped by subject; for several runs, those that compare them."""
     found = [
-        Group(
-            "Loss", _charts(runs, LOSSES),
-            "The training loss is a mean over all ranks and micro-batches, but at random timesteps, so it is "
-            "noisy. Held-out losses use the same timesteps and noise every time, so compare those.",
-        ),
+        losses(runs),
         Group(
             "Scores of validation images", _charts(runs, SCORES),
             "From a few images, so they are noisy. With train.stop: best, they decide when the run stops.",
@@ -142,7 +147,7 @@ def scores(runs: Sequence[Run]) -> Group:
 def _charts(runs: Sequence[Run], columns: Sequence[Column]) -> list[Chart]:
     """One chart for each column that any run has values for."""
     charts = []
-    most = max(LEAST_POINTS, min(POINTS, POINTS * RUNS // len(runs)))
+    most = max(LEAST_POINTS, min(POINTS, POINTS * RUNS // max(1, len(runs))))
     for column in columns:
         lines, longest = [], 0
         for at, run in enumerate(runs):

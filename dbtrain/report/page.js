@@ -234,6 +234,22 @@
   }
   for (const button of document.querySelectorAll("[data-sort]")) button.addEventListener("click", () => sort(button));
 
+  // Show the rows of a table that have one of the chosen states, and the text that was typed in their names.
+  const filter = document.getElementById("filter");
+  if (filter) {
+    const { name, shown } = filter.elements;
+    const rows = [...document.querySelectorAll("tr[data-state]")];
+    const choose = () => {
+      const states = new Set([...filter.querySelectorAll("[name=state]:checked")].map((box) => box.value));
+      const text = name.value.trim().toLowerCase();
+      for (const row of rows) row.hidden = !states.has(row.dataset.state) || !row.dataset.name.toLowerCase().includes(text);
+      shown.value = `${rows.filter((row) => !row.hidden).length} shown`;
+    };
+    filter.addEventListener("submit", (event) => event.preventDefault());
+    filter.addEventListener("input", choose);
+    choose(); // a browser that reloads the page keeps what was chosen
+  }
+
   // Enlarge an image. The arrow keys go through its row, or its part of the page.
   const viewer = document.getElementById("viewer");
   const [large, caption, file] = ["img", "#caption", "a"].map((name) => viewer.querySelector(name));

@@ -1,4 +1,4 @@
-"""One self-contained HTML file about one or several runs.
+"""One self-contained HTML file about one or several runs, or about a fleet.
 
 Styles, script, curves and images are all in the file, and its content security policy forbids it to load
 anything else, so it works offline and from a file share. uPlot (MIT) draws the curves: it is 50 KB, where
@@ -21,11 +21,12 @@ from typing import Any
 import jinja2
 
 import dbtrain
-from dbtrain.report import crops, curves, figures, links, palette, thumbs, usage, verdict
+from dbtrain.report import crops, curves, figures, fleet, links, palette, thumbs, usage, verdict
 from dbtrain.report.figures import Figure, short
 from dbtrain.report.run import Run, number, read_all
-from dbtrain.runtime import files
-from dbtrain.runtime.errors import printable
+from dbtrain.runtime import files, fleet_status
+from dbtrain.runtime.errors import ConfigError, printable
+from dbtrain.runtime.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 FEW = 4  # more runs than this have smaller pictures, and folded sections
@@ -58,19 +59,49 @@ class View:
 
 
 def report(folders: Sequence[Path], out: Path | None = None, most_crops: int = 64) -> Path:
-    """Write the page about the runs in these folders, and return its path.
+    """Write the page about the runs in these folders, or about the fleet in one, and return its path.
 
-    `out`: by default `report.html` in the first folder. `most_crops`: stored crops to decode.
+    `out`: by default `report.html` in the first folder. `most_crops`: stored crops of runs to decode.
     Raises ConfigError if a folder is not a run. The page itself says what a run is missing.
     """
+    fleets = [names.path for names in map(RunFolder, folders) if (names.path / fleet_status.NAME).is_file()]
+    if fleets:
+        return report_fleet(fleets[0], len(folders), out)
     runs = read_all(folders)
     page = (files.expand(out) if out else runs[0].names.report).resolve()
     files.write_atomically(page, render(runs, page, most_crops))
     return page
 
 
+def report_fleet(folder: Path, count: int, out: Path | None) -> Path:
+    """Write the page about the fleet in a folder, one of `count` that were given; its path."""
+    if count > 1:
+        raise ConfigError(f"{folder} is a fleet, which has a page of its own; give it alone, or only runs")
+    page = (files.expand(out) if out else RunFolder(folder).report).resolve()
+    shown = fleet.view(folder.resolve(), page)
+    html = filled("fleet.html.jinja", len(shown.runs), fleet=shown, title=shown.name, many=True)
+    files.write_atomically(page, html)
+    return page
+
+
 def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
-    """The page's HTML, for a file at `page`."""
+    """The HTML of the page about runs, for a file at `page`."""
+    reach, many = links.Reach.of(page, runs), len(runs) > FEW
+    views = [view(run, reach, len(runs)) for run in runs]
+    return filled(
+        "page.html.jinja", len(runs), runs=runs, views=views, several=len(runs) > 1, many=many,
+        title=title(runs), questions=verdict.questions(one.verdict.ratings for one in views),
+        figures=table([figures.of_run(run) for run in runs]), groups=curves.groups(runs),
+        score_names=dict.fromkeys(name for run in runs for name in run.scores),
+        meanings={k: text for run in runs for k, text in run.score_labels.items()},
+        score_curves=curves.scores(runs), timelines=thumbs.timelines(runs, by_seed=many),
+        data=crops.data_sheets(runs, most_crops), differences=differences(runs), href=reach.href,
+        number=number, log_tail=LOG_TAIL,
+    )  # fmt: skip
+
+
+def filled(template: str, count: int, **values: Any) -> str:
+    """The HTML of a template with these values, and colours for `count` runs."""
     versions = {
         "dbtrain": dbtrain.__version__, "torch": version("torch"), "diffusers": version("diffusers"),
         "Python": platform.python_version(),
@@ -81,21 +112,11 @@ def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
         undefined=jinja2.StrictUndefined, finalize=without_secrets,
     )  # fmt: skip
     environment.filters["short"] = short
-    reach, many = links.Reach.of(page, runs), len(runs) > FEW
-    views = [view(run, reach, len(runs)) for run in runs]
-    return environment.get_template("page.html.jinja").render(
-        runs=runs, views=views, several=len(runs) > 1, many=many, title=title(runs),
+    return environment.get_template(template).render(
         now=f"{datetime.datetime.now():%Y-%m-%d %H:%M}", versions=versions,
         style=_part("uPlot.min.css") + _part("page.css"), script=script, licence=_part("uPlot.LICENSE"),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        colours={theme: palette.colours(len(runs), theme) for theme in palette.LIGHTNESS},
-        questions=dict.fromkeys(rating.measure.question for one in views for rating in one.verdict.ratings),
-        figures=table([figures.of_run(run) for run in runs]), groups=curves.groups(runs),
-        score_names=dict.fromkeys(name for run in runs for name in run.scores),
-        meanings={k: text for run in runs for k, text in run.score_labels.items()},
-        score_curves=curves.scores(runs), timelines=thumbs.timelines(runs, by_seed=many),
-        data=crops.data_sheets(runs, most_crops), differences=differences(runs), href=reach.href,
-        number=number, log_tail=LOG_TAIL,
+        colours={theme: palette.colours(count, theme) for theme in palette.LIGHTNESS}, **values,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dbtrain.report.run import Run
@@ -111,6 +111,11 @@ def ratings(scores: Scores) -> list[Rating]:
         if all(name in scores for name in names):
             found[measure.question] = Rating(measure, share(*(scores[name] for name in names)), meaning)
     return list(found.values())
+
+
+def questions(rated: Iterable[Sequence[Rating]]) -> list[str]:
+    """The questions that the ratings of any run answer, in order."""
+    return list(dict.fromkeys(rating.measure.question for ratings in rated for rating in ratings))
 
 
 def verdict(run: Run) -> Verdict:
