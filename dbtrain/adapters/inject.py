@@ -93,17 +93,18 @@ def attach(
     seed: int,
     without: Sequence[str] = (),
     presets: Mapping[str, Sequence[str]] | None = None,
+    real: bool = False,
 ) -> None:
     """Add a new adapter to `module`, with fp32 weights on the CPU that depend on `seed` alone.
 
     `part`: "denoiser" or "text_encoder". Modules in `without` and their submodules get no adapter.
-    `presets`: the family's own.
+    `presets`: the family's own. `real`: the adapter has weights even if `module` is on the meta device.
     Raises ConfigError if a target, or a pattern of `ranks`, matches no module.
     """
     kind = KINDS[cfg.kind]
     modules = targets.Modules.of(module, without)
     chosen = targets.select(modules, cfg.targets, part, presets)
-    _silence_dropout(module)
+    silence_dropout(module)
     ranks = targets.ranks(modules, chosen, cfg, part)
     alphas = ranks if cfg.alpha is None else {}
     config = kind.config(
@@ -121,16 +122,27 @@ def attach(
         module.get_submodule(name).requires_grad_(False)
     # Initialize in fp32 on the CPU, whatever the base's dtype and device, so that all start from the same
     # weights. The device has a generator of its own.
-    for parameter in trainable(module).values():
-        parameter.data = parameter.data.to("meta" if parameter.is_meta else "cpu", torch.float32)
+    for name, parameter in trainable(module).items():
+        if parameter.is_meta and real:
+            owner, _, last = name.rpartition(".")
+            new = nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=torch.float32))
+            setattr(module.get_submodule(owner), last, new)
+        else:
+            parameter.data = parameter.data.to("meta" if parameter.is_meta else "cpu", torch.float32)
+    start(module, cfg, seed)
+    _train_mode(module, cfg)
+
+
+def start(module: nn.Module, cfg: AdapterSettings, seed: int) -> None:
+    """Give the adapter on `module` the weights from which training starts."""
+    kind = KINDS[cfg.kind]
     with rng.seeded(seed, "adapter"):
         for layer in module.modules():
             if isinstance(layer, kind.layer):
                 kind.start(layer, cfg)
-    _train_mode(module, cfg)
 
 
-def _silence_dropout(module: nn.Module) -> None:
+def silence_dropout(module: nn.Module) -> None:
     """Disable the dropout of the frozen base (T5 has some): its masks would depend on more than the step."""
     layer: Any
     for layer in module.modules():

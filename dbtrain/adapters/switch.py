@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from dbtrain.adapters.batched import BatchedLora
 from dbtrain.adapters.inject import name_in_files, trainable
 
 
@@ -27,7 +28,7 @@ class Switch(nn.Module):
             (parent, name, layer)
             for parent in module.modules()
             for name, layer in parent.named_children()
-            if isinstance(layer, BaseTunerLayer)
+            if isinstance(layer, (BaseTunerLayer, BatchedLora))
         ]
         self.biases: list[tuple[nn.Module, str]] = []
         for path, parameter in trainable(module).items():

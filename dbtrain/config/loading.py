@@ -37,7 +37,7 @@ MISSING = {  # what to do about a missing setting, if there is more than one way
     "run_dir": "add it to the config, or subject.name, from which it is derived",
     "data": "add it to the config, or subject.name, from which data.shards is derived",
 }
-NULL = "tag:yaml.org,2002:null"
+NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 LIST = '; quote the items of a list that have special characters, e.g. ["mug #1", "a: b"]'
 _REPLACED = ("int", "float", "timestamp")  # PyYAML reads 0500 as 320, 8:20 as 500, and 1e-4 as text
 _NUMBERS = {
@@ -47,7 +47,8 @@ _NUMBERS = {
 }
 
 
-MOST_BYTES, MOST_VALUES = 2**20, 20_000  # of a config; the longest of ours has 3,000 bytes and 100 values
+# Most characters and values; the longest of our configs has 3,000 and 100.
+MOST = {"config": (2**20, 20_000), "list": (2**24, 500_000)}
 
 
 class _Loader(yaml.SafeLoader):
@@ -80,15 +81,32 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
 
 def read_yaml(path: Path, kinds: Mapping[str, Kinds] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file; `kinds` are those of the settings. Raises ConfigError if there is none."""
-    try:
-        values = _parse(_text(path), kinds or {})
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # PyYAML raises these
-        raise ConfigError(f"{path} is not a valid config: {' '.join(str(error).split())[:500]}") from error
-    _check_size(values, path)
+    values = _read(path, "config", kinds or {})
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is not a valid config: it has no `key: value` pairs")
+    return values
+
+
+def read_entries(path: Path, kinds: Mapping[str, Kinds]) -> list[Any] | dict[str, Any]:
+    """The list of entries in a YAML file, or the mapping from their names to them.
+
+    `kinds` are those of the settings in an entry. Raises ConfigError if there is neither.
+    """
+    values = _read(path, "list", kinds)
+    if not isinstance(values, (list, dict, type(None))):
+        raise ConfigError(f"{path} is not a valid list: it has neither `- ` items nor `name:` entries")
+    return values or []
+
+
+def _read(path: Path, what: str, kinds: Mapping[str, Kinds]) -> Any:
+    """The value in a YAML file. `what`: a "config", or a "list" of settings or of names with settings."""
+    try:
+        values = _parse(text_of(path, what), kinds, named=what == "list")
+    except OSError as error:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # PyYAML raises these
+        raise ConfigError(f"{path} is not a valid {what}: {' '.join(str(error).split())[:500]}") from error
+    _check_size(values, path, what)
     return values
 
 
@@ -113,20 +131,26 @@ def _is_text(allowed: Kinds) -> bool:
     return bool(allowed) and allowed <= {str, tuple, type(None)}
 
 
-def _parse(text: str, kinds: Mapping[str, Kinds], key: str = "") -> Any:
-    """The value of YAML text for a dotted key, or for the whole config."""
+def _parse(text: str, kinds: Mapping[str, Kinds], key: str = "", named: bool = False) -> Any:
+    """The value of YAML text for a dotted key, or for the whole config.
+
+    `named`: the keys of a mapping are names, and their values have the settings.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        _retag(node, kinds, key)
+        inner = node.value if named and isinstance(node, yaml.MappingNode) else []
+        for name, _ in inner:
+            name.tag = TEXT
+        _retag([value for _, value in inner] or [node], kinds, key)
         return None if node is None else loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _retag(root: Any, kinds: Mapping[str, Kinds], key: str) -> None:
+def _retag(roots: Sequence[Any], kinds: Mapping[str, Kinds], key: str) -> None:
     """Make plain scalars such as 007 and `on` text where the setting is text; `null` stays if it can be."""
-    todo, seen = [(root, key)], set()
+    todo, seen = [(root, key) for root in roots], set()
     while todo:
         node, key = todo.pop()
         if id(node) in seen:
@@ -139,30 +163,32 @@ def _retag(root: Any, kinds: Mapping[str, Kinds], key: str) -> None:
         elif isinstance(node, yaml.ScalarNode):
             allowed = kinds.get(key, frozenset())
             if _is_text(allowed) and (node.tag != NULL or type(None) not in allowed):
-                node.tag = "tag:yaml.org,2002:str"
+                node.tag = TEXT
 
 
-def _text(path: Path) -> str:
-    """The text of a config. Raises ConfigError if it is endless: a FIFO, a device, or a huge file."""
+def text_of(path: Path, what: str) -> str:
+    """The text of a config or list. Raises ConfigError if it is endless: a FIFO, a device, or a huge file."""
     if path.exists() and not (path.is_file() or path.is_dir() or path.parent == Path("/dev/fd")):
-        raise ConfigError(f"config {path} is not a regular file")
-    with open(path, encoding="utf-8-sig") as file:
-        text = file.read(MOST_BYTES + 1)
-    if len(text) > MOST_BYTES:
-        raise ConfigError(f"config {path} has more than {MOST_BYTES} characters; remove some")
+        raise ConfigError(f"{what} {path} is not a regular file")
+    most, _ = MOST[what]
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        text = file.read(most + 1)
+    if len(text) > most:
+        raise ConfigError(f"{what} {path} has more than {most} characters; remove some")
     return text
 
 
-def _check_size(values: Any, path: Path) -> None:
-    """Raise ConfigError for more than MOST_VALUES values: anchors can repeat a value a billion times."""
+def _check_size(values: Any, path: Path, what: str) -> None:
+    """Raise ConfigError for too many values: anchors can repeat a value a billion times."""
+    _, most = MOST[what]
     inside, count = [values], 0
-    while inside and count <= MOST_VALUES:
+    while inside and count <= most:
         value = inside.pop()
         count += 1
         if isinstance(value, (dict, list)):
             inside.extend(value.values() if isinstance(value, dict) else value)
     if inside:
-        raise ConfigError(f"config {path} has more than {MOST_VALUES} values, or repeats itself; remove some")
+        raise ConfigError(f"{what} {path} has more than {most} values, or repeats itself; remove some")
 
 
 def plain(values: Any) -> Any:
@@ -181,26 +207,32 @@ def override(values: dict[str, Any], item: str, kinds: Mapping[str, Kinds]) -> s
     is quoted. A mapping for a section changes the keys that it has.
     """
     name, equals, text = item.partition("=")
-    keys = name.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(name.split(".")):
         return f"override '{item}' is not of the form section.key=value"
     try:
-        value = _value(name, text.strip(), kinds)
+        value = value_of(name, text.strip(), kinds)
     except (yaml.YAMLError, ValueError, RecursionError):
         return f"override '{item}': the value is not valid YAML{LIST if text.lstrip()[:1] == '[' else ''}"
-    for key in keys[:-1]:
+    problem = put(values, name, value)
+    return problem and f"override '{item}': {problem}"
+
+
+def put(values: dict[str, Any], name: str, value: Any) -> str | None:
+    """Set the value of a dotted key in nested values. Returns the problem with it, or None."""
+    *sections, last = name.split(".")
+    for key in sections:
         inner = values.get(key)
         if inner is None:
             inner = values[key] = {}
         if not isinstance(inner, dict):
-            return f"override '{item}': '{key}' is not a section"
+            return f"'{key}' is not a section"
         values = inner
-    _merge(values, {keys[-1]: value})
+    merge(values, {last: value})
     return None
 
 
-def _value(name: str, text: str, kinds: Mapping[str, Kinds]) -> Any:
-    """The value that the text of an override means for a setting."""
+def value_of(name: str, text: str, kinds: Mapping[str, Kinds]) -> Any:
+    """The value that text means for a setting. Raises an error of PyYAML or ValueError if it has none."""
     allowed = kinds.get(name, frozenset())
     if not _is_text(allowed):
         return _parse(text, kinds, name)
@@ -214,12 +246,12 @@ def _value(name: str, text: str, kinds: Mapping[str, Kinds]) -> Any:
     return text
 
 
-def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
+def merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Put `changes` over nested values."""
     for key, value in changes.items():
         old = values.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            _merge(old, value)
+            merge(old, value)
         else:
             values[key] = value
 
@@ -240,7 +272,7 @@ def _explain(error: dict[str, Any], place: str, known: Sequence[str]) -> str:
     """One message for a pydantic error at a dotted key: what is wrong, which value, what to do."""
     value, context = error.get("input"), error.get("ctx", {})
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{place}'{_did_you_mean(place, known)}"
+        return f"unknown key '{place}'{did_you_mean(place, known)}"
     if error["type"] == "missing":
         return f"'{place}' is missing; {MISSING.get(place.partition('.')[0], 'add it to the config')}"
     if error["type"] == "literal_error":
@@ -262,7 +294,7 @@ def _place(loc: Sequence[str | int], known: Sequence[str]) -> str:
     return ".".join([named[0], *items]) if named else ".".join(parts)
 
 
-def _did_you_mean(place: str, known: Sequence[str]) -> str:
+def did_you_mean(place: str, known: Sequence[str]) -> str:
     """A suggestion: the name in another trainer, the same key in another section, or a close spelling."""
     key = place.split(".")[-1]
     if key in SYNONYMS:

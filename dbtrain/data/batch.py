@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ class Batch:
     position: Tensor  # (rows,) fp64
     extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
     first: int  # position of the first instance row
-    preserved: int  # how many of the last rows have the base's own prediction as their target
+    preserved: int  # how many of the last rows (of each slot) have the base's own prediction as their target
     seen: int  # checksum of the rows' roles, positions and content, to compare runs
+    slots: int = 1  # parts of equal size, each of which is a micro-batch of its own
 
     @classmethod
     def collate(
@@ -67,6 +68,27 @@ class Batch:
             preserved=preserved,
             seen=seen,
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Batch], prompts: int) -> Batch:
+        """The micro-batches of several slots as one; each has a prompt table of `prompts` entries."""
+        chosen = tuple(slot * prompts + k for slot, part in enumerate(parts) for k in part.prompts)
+        tensors: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            if isinstance(values[0], Tensor):
+                tensors[field.name] = torch.cat(values)
+            elif isinstance(values[0], dict):
+                tensors[field.name] = {name: torch.cat([each[name] for each in values]) for name in values[0]}
+        tensors["prompt"] = torch.tensor(chosen)
+        first = parts[0]
+        return cls(
+            **tensors, prompts=chosen, first=first.first, preserved=first.preserved, seen=0, slots=len(parts)
+        )
+
+    def blank(self) -> Batch:
+        """A batch of this one's shape in which everything is zero."""
+        return replace(self._each(torch.zeros_like), prompts=(0,) * len(self.prompts))
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`. Does not wait for the copy."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ logger = logging.getLogger("dbtrain")
 say = logger.info
 warn = logger.warning  # shown for every rank
 
+_run: ContextVar[str] = ContextVar("run", default="")  # of many, whose work this is; "": that of all
 started = time.monotonic()
 spent_s: dict[str, float] = {}  # by phase; mostly the lifetime of its progress bar
 INNER = ("validation", "images")  # phases within another one, which is training
@@ -37,22 +39,25 @@ class _Line(logging.Formatter):
 
 
 class ToFile(logging.Handler):
-    """Appends records to log.txt. Raises errors where logging's own handlers would print them."""
+    """Appends the records of a run to log.txt. Raises errors where logging's handlers would print them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.run = path, _run.get()
         self.setFormatter(_Line("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        files.append(self.path, self.format(record) + "\n")
+        if _run.get() == self.run:
+            files.append(self.path, self.format(record) + "\n")
 
 
 class _AboveBar(logging.Handler):
-    """Prints records above the progress bar."""
+    """Prints records above the progress bar; of the records of one run among many, only its warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        run = _run.get()
+        if not run or record.levelno > logging.INFO:
+            tqdm.write(f"{run}: " * bool(run) + self.format(record), file=sys.stderr)
 
 
 def start() -> None:
@@ -69,6 +74,16 @@ def start() -> None:
         logging.getLogger("py.warnings").addHandler(handler)
     logger.addHandler(handler)
     logger.propagate = False
+
+
+@contextmanager
+def about(run: str) -> Iterator[None]:
+    """In the block, messages are about this run among many: they go to its log, and bars are hidden."""
+    before = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(before)
 
 
 @contextmanager
@@ -130,6 +145,7 @@ def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False,
     return Bar(
         total=total, desc=what, unit=unit, initial=initial, dynamic_ncols=terminal,
         file=sys.stderr if terminal else _Lines(), mininterval=0.1 if terminal else 30.0,
-        disable=not dist.is_main(), leave=leave, delay=0 if leave or terminal else 30, miniters=0,
+        disable=not dist.is_main() or bool(_run.get()), leave=leave,
+        delay=0 if leave or terminal else 30, miniters=0,
         bar_format="{l_bar}{bar}| {whole}/{total_fmt} [{elapsed}<{left}, {rate_fmt}]",
     )  # fmt: skip

@@ -30,6 +30,7 @@ _group: torch_dist.ProcessGroup | None = None  # used while training; has its ow
 _groups: dict[float, torch_dist.ProcessGroup] = {}  # by timeout in seconds
 _wait = PATIENCE
 _heartbeat: Heartbeat | None = None
+_alone = False
 
 
 def init() -> None:
@@ -141,11 +142,22 @@ def is_initialized() -> bool:
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return 0 if _alone else int(os.environ.get("RANK", "0"))
 
 
 def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if _alone else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In the block, this rank works for itself, as a world of one."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def local_rank() -> int:

@@ -11,7 +11,7 @@ runs/dog/
 ├── samples/             step-000500/ or sample-<key>/: images and sheet.png
 ├── scores/              scores.json, sheet.png, checkpoints.json
 ├── report.html
-└── DONE, PREEMPTED      markers for batch scripts
+└── DONE, FAILED, PREEMPTED  markers for batch scripts
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.best = self.path / "best.json"  # exists in a run that looks for its best step
         self.done = self.path / "DONE"  # exists once the run is trained and exported
+        self.failed = self.path / "FAILED"  # in a fleet: exists, and says why, once the run cannot go on
         self.preempted = self.path / "PREEMPTED"  # exists while the same command has to be run again
 
     def table(self, name: str) -> Path:

@@ -25,7 +25,7 @@ from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import EMA, OPTIMIZER, STATE, RunFolder, read_state, step_of
 from dbtrain.train import optim
-from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.dreambooth import Adapted
 from dbtrain.train.ema import Ema
 from dbtrain.train.fingerprint import check_unchanged
 from dbtrain.train.segments import Segments, continued
@@ -35,7 +35,7 @@ from dbtrain.train.segments import Segments, continued
 class Progress:
     """Everything that training changes: a checkpoint stores it with the step."""
 
-    model: DreamBooth
+    model: Adapted
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     skipped: torch.Tensor  # () int64, on the device: steps skipped because of a NaN or infinity
@@ -43,14 +43,15 @@ class Progress:
     segments: Segments = field(default_factory=list)  # settings of the steps so far, and of the next ones
 
     @classmethod
-    def begin(cls, model: DreamBooth, cfg: Config) -> Progress:
+    def begin(cls, model: Adapted, cfg: Config) -> Progress:
         """The progress of a run before its first step."""
         device = dist.device()
+        optimizer = optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph, model.row)
         return cls(
-            model, optim.build(model.trainable(), cfg.optim, cfg.train.cuda_graph),
+            model, optimizer,
             torch.amp.GradScaler(device.type, enabled=PRECISIONS[cfg.train.precision].scaled),
             torch.zeros((), dtype=torch.int64, device=device),
-            Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None, continued([], 0, cfg),
+            Ema(optim.leaves(optimizer), cfg.train.ema) if cfg.train.ema else None, continued([], 0, cfg),
         )  # fmt: skip
 
     def averaged(self, wanted: bool = True) -> AbstractContextManager[None]:
@@ -76,7 +77,7 @@ def save(
                     shutil.rmtree(old)
 
 
-def check_ranks(model: DreamBooth) -> None:
+def check_ranks(model: Adapted) -> None:
     """Raise ConfigError unless all ranks hold the same adapter: DDP synchronizes gradients, not weights."""
     if dist.world() > 1:
         weights = hashlib.sha256()
@@ -100,7 +101,7 @@ def _write(part: Path, step: int, progress: Progress, fingerprint: Mapping[str, 
     files.write(part / STATE, json.dumps(state, indent=1) + "\n")
 
 
-def _write_adapters(folder: Path, step: int, model: DreamBooth) -> None:
+def _write_adapters(folder: Path, step: int, model: Adapted) -> None:
     """Write the adapter and the learned word. Raises ConfigError unless they are finite."""
     if not all(parameter.isfinite().all() for parameter in model.trainable().values()):
         raise ConfigError(
@@ -116,7 +117,7 @@ def _write_adapters(folder: Path, step: int, model: DreamBooth) -> None:
         files.write(folder / word_file.CHECKPOINT, word_file.checkpoint(model.learned, words))
 
 
-def _read_adapters(folder: Path, model: DreamBooth) -> None:
+def _read_adapters(folder: Path, model: Adapted) -> None:
     for component, module in model.trained.items():
         adapters.restore(module, peft_folder.read(folder / component).tensors)
     if words := model.words:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.adapters import tokens
+from dbtrain.adapters.batched import Stack
 from dbtrain.adapters.state import AdapterState
 from dbtrain.adapters.switch import Switch
 from dbtrain.config import Config
+from dbtrain.config.adapter import AdapterSettings
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
 from dbtrain.models import activation_checkpointing
@@ -28,7 +31,62 @@ from dbtrain.train.left_out import LeftOut, merging
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
 
 
-class DreamBooth(nn.Module):
+class Adapted:
+    """What is trained of a model: the adapters on its components, and the words that they learn."""
+
+    learned: Sequence[str] = ()  # words
+    row: tuple[Tensor, Tensor] | None = None  # (N,) weights and gradients of which all adapters are views
+
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """The components with an adapter, by their name in the base's folder."""
+        raise NotImplementedError
+
+    @property
+    def words(self) -> dict[str, tokens.Rows]:
+        """The embeddings of the learned words, by text encoder; {} if none is learned."""
+        return {}
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters, as `<component>.<parameter>`."""
+        found = {
+            f"{component}.{name}": parameter
+            for component, module in self.trained.items()
+            for name, parameter in adapters.trainable(module).items()
+        }
+        return found | {f"{name}.{tokens.DIRECTION}": rows.direction for name, rows in self.words.items()}
+
+    def states(self) -> dict[str, AdapterState]:
+        """The adapters' weights, by component."""
+        return {name: adapters.collect(module) for name, module in self.trained.items()}
+
+
+def attach(components: Mapping[str, nn.Module], family: Family, cfg: Config, real: bool = False) -> None:
+    """Give the denoiser, and the text encoders if they are trained, new adapters.
+
+    `components`: the denoiser, then the text encoders. `real`: see `adapters.attach`.
+    """
+    for name, settings, seed in _settings(components, cfg):
+        module, first = components[name], name == family.denoiser
+        part, presets = ("denoiser", family.presets) if first else ("text_encoder", None)
+        adapters.attach(module, settings, part, seed, family.idle(name, module), presets, real)
+
+
+def start_anew(components: Mapping[str, nn.Module], cfg: Config) -> None:
+    """Give adapters that `attach` made for another run with these settings the weights of a new run."""
+    for name, settings, seed in _settings(components, cfg):
+        adapters.start(components[name], settings, seed)
+
+
+def _settings(components: Iterable[str], cfg: Config) -> Iterator[tuple[str, AdapterSettings, int]]:
+    """Of each component with an adapter: its name, the adapter's settings and its seed."""
+    for number, name in enumerate(components):
+        settings = cfg.adapter.text_encoder if number else cfg.adapter
+        if settings:
+            yield name, settings, cfg.seed + number
+
+
+class DreamBooth(nn.Module, Adapted):
     """The module that DDP wraps. For every family, `forward` returns one loss per image.
 
     Ruiz et al. 2022, "DreamBooth", arXiv:2208.12242.
@@ -63,13 +121,14 @@ class DreamBooth(nn.Module):
         size = sum(table.nbytes for table in prompts.values())
         self.on_host = {name: t for name, t in prompts.items() if name == "lengths" or size > RESIDENT}
         self.prompt_names = tuple(name for name in prompts if name not in self.on_host)
+        self.here = slice(None)  # the entries that batches count from
         for name in self.prompt_names:
             self.register_buffer(f"prompts_{name}", prompts[name], persistent=False)
         self.dtype = dtype  # of the base, and of the denoiser's input
         self.huber = huber
         self.left_out = left_out or LeftOut(denoiser, [])  # what a training adapter changed
         self.adapter = Switch(denoiser, dtype)
-        self.working_copies = WorkingCopies(self, adapters.trainable(self), dtype)
+        self.working_copies: WorkingCopies | Stack = WorkingCopies(self, adapters.trainable(self), dtype)
 
     @classmethod
     def build(
@@ -81,13 +140,14 @@ class DreamBooth(nn.Module):
         training: AdapterState | None = None,
         ranks: parallel.DeviceMesh | None = None,
         kept: int = 0,
+        put: Callable[[Mapping[str, nn.Module], Family, Config], None] = attach,
     ) -> DreamBooth:
         """Load the base's denoiser, and text encoders if they are trained, with new adapters, on the CPU.
 
         `table` is the shards' prompt table, with the ids of the learned word (`tokens.read_again`). Frozen
         text encoders need its embeddings, trained ones its token ids. `training`: an adapter that is part of
         the base in training only. `ranks`: those that hold the denoiser together, but for `kept` blocks; its
-        weights are then on their devices.
+        weights are then on their devices. `put`: what gives the components their adapters.
         """
         # The denoiser, and the text encoders if they are trained, with their adapters.
         dtype = PRECISIONS[cfg.train.precision].dtype
@@ -102,16 +162,11 @@ class DreamBooth(nn.Module):
         left_out = LeftOut(denoiser, plain if cfg.validation.prompts else [])
         if cfg.train.channels_last:
             denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        adapters.attach(
-            denoiser, cfg.adapter, "denoiser", cfg.seed, family.idle(name, denoiser), family.presets
-        )
         encoders = {name: base.load(name, dtype) for name in loaded[1:]}
-        for number, (name, encoder) in enumerate(encoders.items()):
-            if settings:
-                unused = base.family.idle(name, encoder)
-                adapters.attach(encoder, settings, "text_encoder", cfg.seed + 1 + number, unused)
+        put({name: denoiser, **encoders}, family, cfg)
+        for part, encoder in encoders.items():
             if token:
-                tokens.learn(encoder, base.load(family.text_encoders[name]), cfg.learned_words, token)
+                tokens.learn(encoder, base.load(family.text_encoders[part]), cfg.learned_words, token)
         activation_checkpointing.checkpoint_activations(
             denoiser, list(encoders.values()), cfg.train.gradient_checkpointing
         )
@@ -143,26 +198,11 @@ class DreamBooth(nn.Module):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Those of them with an adapter."""
         return {name: module for name, module in self.live.items() if hasattr(module, "peft_config")}
 
     @property
     def words(self) -> dict[str, tokens.Rows]:
-        """The embeddings of the learned words, by text encoder; {} if none is learned."""
         return tokens.trained(dict(self.text_encoders.items()))
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The trained parameters, as `<component>.<parameter>`."""
-        found = {
-            f"{component}.{name}": parameter
-            for component, module in self.trained.items()
-            for name, parameter in adapters.trainable(module).items()
-        }
-        return found | {f"{name}.{tokens.DIRECTION}": rows.direction for name, rows in self.words.items()}
-
-    def states(self) -> dict[str, AdapterState]:
-        """The adapters' weights, by component."""
-        return {name: adapters.collect(module) for name, module in self.trained.items()}
 
     @property
     def follows_the_host(self) -> bool:
@@ -178,10 +218,15 @@ class DreamBooth(nn.Module):
         x_t = self.objective.corrupt(x0, batch.noise, t)
         given = batch.extra | (self.sees(x0, x_t, t, batch, self.noising) if self.sees else {})
         target = self.objective.target(x0, batch.noise, t)
+        by_slot = partial(Tensor.unflatten, dim=0, sizes=(batch.slots, -1))
         if batch.preserved:  # before the pass with gradients: FSDP's and block swap's hooks follow the last
-            rows = slice(-batch.preserved, None)
-            of_base = {name: values[rows] for name, values in (self.rows(batch) | given).items()}
-            target = torch.cat([target[: rows.start], self.base_prediction(x_t[rows], t[rows], of_base)])
+
+            def last(values: Tensor) -> Tensor:
+                return by_slot(values)[:, -batch.preserved :].flatten(0, 1)
+
+            of_base = {name: last(values) for name, values in (self.rows(batch) | given).items()}
+            predicted = by_slot(self.base_prediction(last(x_t), last(t), of_base))
+            target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
         prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, self.condition(batch) | given)
         error = prediction.float() - target
         return self.objective.weight(t) * losses(error, self.objective.signal(t), self.huber)
@@ -211,9 +256,9 @@ class DreamBooth(nn.Module):
         table = self._table() if table is None else table
         rows = {name: values[batch.prompt] for name, values in table.items()}
         for name, values in self.on_host.items():
-            chosen = values[list(batch.prompts)]
+            chosen = values[self.here][list(batch.prompts)]
             rows[name] = chosen if name == "lengths" else chosen.to(batch.prompt.device, non_blocking=True)
         return rows
 
     def _table(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(f"prompts_{name}") for name in self.prompt_names}
+        return {name: self.get_buffer(f"prompts_{name}")[self.here] for name in self.prompt_names}

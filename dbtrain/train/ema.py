@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,8 +16,8 @@ class Ema:
     forgotten. Polyak & Juditsky 1992; the warm-up is TensorFlow's.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.parameters: list[torch.Tensor] = list(parameters.values())
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.parameters: list[torch.Tensor] = list(parameters)
         self.decay = decay
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
         # On the device, so that a recorded step sees it change.
@@ -48,6 +48,9 @@ class Ema:
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
-        for number, parameter in enumerate(self.parameters):
-            self.averages[number], parameter.data = parameter.data, self.averages[number]
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)

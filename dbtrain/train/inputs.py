@@ -32,10 +32,13 @@ class Inputs:
     scoring: Scoring | None  # on rank 0, of a run that stops at its best
 
     @classmethod
-    def find(cls, cfg: Config) -> Inputs:
-        """Find them. Raises ConfigError if the shards are missing, or made for another base or settings."""
+    def find(cls, cfg: Config, base: Base | None = None) -> Inputs:
+        """Find them; `base` is that of `cfg` if it is known.
+
+        Raises ConfigError if the shards are missing, or made for another base or settings.
+        """
         storage = Storage(cfg.data.shards, cfg.faults.retries)
-        base = Base.find(cfg.model)
+        base = base or Base.find(cfg.model)
         training_adapter.fetch(cfg.model)
         with dist.agreed():
             base.check_trains(cfg.adapter, cfg.model.training_adapter)

@@ -272,5 +272,5 @@ def _with_moments(model: DreamBooth, cfg: Config) -> Progress:
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-    ema = Ema(model.trainable(), cfg.train.ema) if cfg.train.ema else None
+    ema = Ema(optim.leaves(optimizer), cfg.train.ema) if cfg.train.ema else None
     return Progress(model, optimizer, scaler, torch.zeros((), dtype=torch.int64), ema)

@@ -46,11 +46,13 @@ class Metrics:
     """
 
     def __init__(
-        self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str], source: Callable[[str, int], str]
-    ) -> None:
-        self.cfg = cfg
+        self, run: RunFolder, cfg: Config, start: int, roles: Sequence[str],
+        source: Callable[[str, int], str], among_others: bool = False,
+    ) -> None:  # fmt: skip
+        """`among_others`: other runs take part in each step, whose time then says nothing about this one."""
+        self.cfg, self.among_others = cfg, among_others
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
-        self.foretold = False
+        self.foretold = among_others
         self.over: set[str] = set()  # interruptions since the last step
         self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
@@ -80,7 +82,8 @@ class Metrics:
         if dist.is_main() and isinstance(problem, (ConfigError, Preempted)):  # the terminal shows it later
             self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
         self.bar.close()
-        duration.remember(self.cfg, "train")
+        if not self.among_others:
+            duration.remember(self.cfg, "train")
         for tracker in self.trackers:
             tracker.close()
         if dist.is_main():

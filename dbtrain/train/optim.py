@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +33,14 @@ SCHEDULES = {
 
 
 def build(
-    parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool = False
-) -> torch.optim.Optimizer:
+    parameters: Mapping[str, nn.Parameter], cfg: Optim, capturable: bool = False,
+    row: tuple[Tensor, Tensor] | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
     """Return the optimizer with one group per learning rate. It needs no host read, nor does fp16 scaling.
 
     `parameters`: by `<component>.<parameter>`. `capturable` allows the step in a CUDA graph: learning rates
-    are tensors, so that a replay sees changes. Raises ConfigError for a name in `lrs` that matches none.
+    are tensors, so that a replay sees changes. `row`: weights and gradients, (N,), of which all parameters
+    are views. Raises ConfigError for a name in `lrs` that matches none.
     Loshchilov & Hutter 2017, "Decoupled Weight Decay Regularization", arXiv:1711.05101. LoRA+: Hayou
     et al. 2024, arXiv:2402.12354.
     """
@@ -44,6 +48,8 @@ def build(
     for name, factor in _factors(list(parameters), cfg).items():
         decay = 0.0 if name.endswith(DIRECTION) else cfg.weight_decay  # a length has nothing to decay
         groups.setdefault((factor, decay), []).append(parameters[name])
+    if row:
+        groups = _joined(groups, *row)
     chosen = [
         {"params": group, "factor": factor, "weight_decay": decay}
         for (factor, decay), group in groups.items()
@@ -59,6 +65,29 @@ def build(
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(cfg.lr, device=group["params"][0].device)
     return optimizer
+
+
+def leaves(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that the optimizer steps."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _joined(
+    groups: Mapping[Any, Sequence[nn.Parameter]], weights: Tensor, grads: Tensor
+) -> dict[Any, list[nn.Parameter]]:
+    """Stretches of a row in the place of the parameters of a group that are neighbours in it."""
+    start = weights.storage_offset()
+    placed = sorted(
+        (p.storage_offset() - start, p.numel(), key) for key, mine in groups.items() for p in mine
+    )
+    joined: dict[Any, list[nn.Parameter]] = {}
+    for key, several in groupby(placed, key=lambda one: one[2]):
+        (first, size, _), *more = several
+        last, size, _ = more[-1] if more else (first, size, key)
+        stretch = nn.Parameter(weights[first : last + size])
+        stretch.grad = grads[first : last + size]
+        joined.setdefault(key, []).append(stretch)
+    return joined
 
 
 def _factors(names: Sequence[str], cfg: Optim) -> dict[str, float]:
@@ -103,13 +132,13 @@ def state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Paramete
     It is stored by name, not by index, so that the order of the parameters does not matter.
     """
     found = {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
-        for name, parameter in parameters.items()
+        f"{moment}.{name}": _of(parameter, stretch, optimizer.state[stretch][moment])
+        for name, (parameter, stretch) in _stretches(optimizer, parameters).items()
         for moment in MOMENTS[type(optimizer)]
-        if parameter in optimizer.state
+        if stretch in optimizer.state
     }
     found |= {f"{name}.{SHARED}": number for name, number in _shared(optimizer).items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
 
 
 def load_state(
@@ -127,13 +156,43 @@ def load_state(
         raise ConfigError(
             f"the checkpoint's optimizer has other parameters, e.g. {sorted(wanted ^ saved.keys())[0]}"
         )
-    for name in names & parameters.keys():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            moment: saved[f"{moment}.{name}"].to(parameter.device) for moment in moments
-        }
+    for name, (parameter, stretch) in _stretches(optimizer, parameters).items():
+        kept = optimizer.state[stretch] if name in names else {}
+        for moment in moments if name in names else ():
+            value = saved[f"{moment}.{name}"].to(parameter.device)
+            if value.shape != parameter.shape:
+                kept[moment] = value
+                continue
+            if moment not in kept:
+                kept[moment] = torch.zeros_like(stretch, dtype=value.dtype)
+            _of(parameter, stretch, kept[moment]).copy_(value)
     for name, number in _shared(optimizer).items():
         number.copy_(saved[f"{name}.{SHARED}"])
+
+
+def _stretches(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Name -> the parameter, and what the optimizer steps: the same, or a stretch that contains it."""
+    every = leaves(optimizer)
+    own = set(every)
+    return {
+        name: (parameter, parameter if parameter in own else next(s for s in every if _at(parameter, s) >= 0))
+        for name, parameter in parameters.items()
+    }
+
+
+def _at(parameter: Tensor, stretch: Tensor) -> int:
+    """Where a stretch contains a parameter of the same row; -1 if it does not."""
+    at = int(parameter.storage_offset() - stretch.storage_offset())
+    return at if at < stretch.numel() else -1
+
+
+def _of(parameter: Tensor, stretch: Tensor, moment: Tensor) -> Tensor:
+    """A parameter's part of what the optimizer keeps of a stretch; what is kept of all alike as it is."""
+    if parameter is stretch or moment.shape != stretch.shape:
+        return moment
+    return moment.as_strided(parameter.shape, parameter.stride(), _at(parameter, stretch))
 
 
 def found_rate(optimizer: torch.optim.Optimizer) -> Tensor | None:

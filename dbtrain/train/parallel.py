@@ -153,6 +153,11 @@ def wrap(module: nn.Module) -> nn.Module:
         )
 
 
+def unwrapped(module: Any) -> Any:
+    """The module that `wrap` was given."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[None]:
     """The context of a micro-batch: gradients are synchronized in the last one of a step only."""
     if last or not isinstance(module, DistributedDataParallel):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import inf
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.adapters import tokens
@@ -35,7 +36,7 @@ from dbtrain.train import (
     validation,
 )
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.dreambooth import Adapted, DreamBooth
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Metrics
 from dbtrain.train.step import Compute, compute_step
@@ -60,6 +61,7 @@ class Job:
 
     cfg: Config
     run: RunFolder
+    model: DreamBooth
     progress: Progress
     stream: LatentStream
     metrics: Metrics
@@ -76,9 +78,9 @@ class Job:
             kernels.attention(train.attention, device), cuda_graph.on_side_stream(train.cuda_graph),
         ):  # fmt: skip
             if train.compile:
-                _compile(self.progress, self.stream, self.cfg)
+                _compile(self)
             with dist.training(self.cfg.faults.timeout_s):
-                ddp, stop = parallel.wrap(self.progress.model), Stop(until)
+                ddp, stop = parallel.wrap(self.model), Stop(until)
                 self._validate(self.start)
                 yield ddp, stop
 
@@ -150,17 +152,13 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
 
     Raises ConfigError for anything a user can fix.
     """
-    run, manifest = RunFolder(cfg.run_dir), inputs.manifest
-    # The model with its adapter, validation, and the state of the newest checkpoint.
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
     kept = kept_blocks(cfg, inputs.base, ranks)
-    encoded = validation.encode(cfg, inputs.base, manifest)
+    encoded = validation.encode(cfg, inputs.base, inputs.manifest)
     with dist.agreed():
-        table = shards.read_prompts(inputs.storage, manifest.prompts)
-        plan.check_prompts(cfg.data.shards, inputs.base, table)
-        table |= tokens.read_again(inputs.base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
+        table = read_table(cfg, inputs)
         training = training_adapter.read(inputs.base, cfg.model)
-        model = DreamBooth.build(inputs.base, manifest, table, cfg, training, ranks, kept)
+        model = DreamBooth.build(inputs.base, inputs.manifest, table, cfg, training, ranks, kept)
         if cfg.train.cuda_graph and model.follows_the_host:
             raise ConfigError(
                 "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "
@@ -170,23 +168,47 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
             formats.check(name, inputs.base.family, states := model.states())
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
-    validator = Validator.build(
-        cfg, inputs.base, model, manifest, inputs.fingerprint, encoded, inputs.scoring
-    )
+    validator = Validator.of(cfg, inputs, model, encoded)
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
-    progress = Progress.begin(model.to(dist.device()), cfg)
+    model.to(dist.device())
     trim()  # what the weights took in RAM
-    start = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
-    checkpoint.check_ranks(model)
+    job = start(cfg, inputs, model, model, validator)
+    console.say(_describe(job, inputs.manifest))
+    if inputs.scoring:
+        console.say(f"stops at the best {inputs.scoring.said}")
+    return job
+
+
+def read_table(cfg: Config, inputs: Inputs) -> dict[str, Tensor]:
+    """The shards' prompt table, with the ids of learned words. Raises ConfigError if it is not right."""
+    prompts = inputs.manifest.prompts
+    table = shards.read_prompts(inputs.storage, prompts)
+    plan.check_prompts(cfg.data.shards, inputs.base, table)
+    return table | tokens.read_again(inputs.base, cfg.learned_words, cfg.adapter.token, prompts.texts)
+
+
+def start(
+    cfg: Config, inputs: Inputs, model: DreamBooth, adapter: Adapted, validator: Validator,
+    device: torch.device | None = None, among_others: bool = False,
+) -> Job:  # fmt: skip
+    """Continue a run from its newest checkpoint: state, data and records.
+
+    `adapter`: what it trains of `model`. `device`: where the stream's batches are. `among_others`: as for
+    `Metrics`. Raises ConfigError for anything a user can fix.
+    """
+    run, manifest, device = RunFolder(cfg.run_dir), inputs.manifest, device or dist.device()
+    progress = Progress.begin(adapter, cfg)
+    step = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
+    checkpoint.check_ranks(adapter)
 
     # The data, from the next step on.
     weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
-        inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=start,
+        inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=step,
         weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
-        noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=dist.device(),
-        resident_gib=cfg.data.resident_gib if dist.device().type == "cuda" else 0.0,
+        noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=device,
+        resident_gib=cfg.data.resident_gib if device.type == "cuda" else 0.0,
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
         stored=inputs.base.family.stored,
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
@@ -194,37 +216,33 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
 
     # The records, without the steps that are repeated.
     with dist.agreed():
-        metrics = Metrics(run, cfg, start, list(weights), stream.source)
+        metrics = Metrics(run, cfg, step, list(weights), stream.source, among_others)
         if dist.is_main():
-            due.forget_after(cfg, inputs.fingerprint, inputs.scoring, start)
+            due.forget_after(cfg, inputs.fingerprint, inputs.scoring, step)
             files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
             run.done.unlink(missing_ok=True)
-    console.say(_describe(cfg, model, manifest, weights, start))
-    if inputs.scoring:
-        console.say(f"stops at the best {inputs.scoring.said}")
     compute = compute_step
     if cfg.train.cuda_graph:
         compute = cuda_graph.Recorded(compute_step, dist.world() > 1)
-    return Job(cfg, run, progress, stream, metrics, validator, compute, start)
+    return Job(cfg, run, model, progress, stream, metrics, validator, compute, step)
 
 
-def _compile(progress: Progress, stream: LatentStream, cfg: Config) -> None:
+def _compile(job: Job) -> None:
     """Compile the denoiser; on each node one rank compiles first, and the others use its cache."""
-    model, device = progress.model, dist.device()
-    kernels.compile_module(model.denoiser, cfg.train.compile, activation_memory=cfg.train.activation_memory)
-    if dist.world() == 1 or cfg.train.shard != "none":  # ranks that share weights compile together
+    model, train, device = job.model, job.cfg.train, dist.device()
+    kernels.compile_module(model.denoiser, train.compile, activation_memory=train.activation_memory)
+    if dist.world() == 1 or train.shard != "none":  # ranks that share weights compile together
         return
     with dist.leaders_first(), model.working_copies.in_place():
-        with PRECISIONS[cfg.train.precision].forward(device):
-            loss = model(stream.peek()).sum()
+        with PRECISIONS[train.precision].forward(device):
+            loss = model(job.stream.peek()).sum()
         loss.backward()
-    progress.optimizer.zero_grad()
+    job.progress.optimizer.zero_grad()
 
 
-def _describe(
-    cfg: Config, model: DreamBooth, manifest: Manifest, role_weights: Mapping[str, float], start: int
-) -> str:
+def _describe(job: Job, manifest: Manifest) -> str:
     """The log line that says what is trained, on which data and devices."""
+    cfg, model, role_weights = job.cfg, job.model, job.stream.role_weights
     images = ("instance",) if cfg.loss.prior == "prediction" else role_weights
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in images)
     rows += ", also with the class prompt" if len(images) < len(role_weights) else ""
@@ -237,7 +255,7 @@ def _describe(
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
     if (together := parallel.holders(model)) > 1:
         where += f", frozen weights sharded over {together} ranks"
-    resuming = f"resuming from step {start}; " if start else ""
+    resuming = f"resuming from step {job.start}; " if job.start else ""
     return (
         f"{resuming}{rows}; training {', '.join(sizes)} in {cfg.train.precision}, "
         f"batches of {cfg.train.global_batch} on {where}"

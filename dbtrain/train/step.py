@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Config
@@ -30,10 +31,7 @@ def train_step(
     compute: Compute | None = None,
 ) -> Outcome:
     """Run optimizer step `step`, counted from 0, on the stream's next micro-batches."""
-    lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
-    optim.set_lr(progress.optimizer, lr)
-    if progress.ema:
-        progress.ema.at(step)
+    lr = begin(progress, step, cfg)
     before = time.perf_counter()
     batches = [next(stream) for _ in range(stream.share.micro_batches)]
     wait_s = time.perf_counter() - before
@@ -41,40 +39,76 @@ def train_step(
     return outcome._replace(lr=lr, wait_s=wait_s)
 
 
+def begin(progress: Progress, step: int, cfg: Config) -> float:
+    """Prepare optimizer step `step`, counted from 0; return its learning rate."""
+    lr = optim.lr_at(step, cfg.optim, cfg.train.steps)
+    optim.set_lr(progress.optimizer, lr)
+    if progress.ema:
+        progress.ema.at(step)
+    return lr
+
+
 def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
     """The part of a step that runs on the device. It never reads a tensor back to the host."""
-    model, optimizer, scaler = progress.model, progress.optimizer, progress.scaler
-    precision, device = PRECISIONS[cfg.train.precision], batches[0].weight.device
-    losses = torch.zeros(2, device=device)
-    tenths = torch.arange(TENTHS, device=device)
-    spread = torch.zeros(2, 2, TENTHS, device=device)
-    bad = torch.full((2,), torch.inf, dtype=torch.float64, device=device)
-    optimizer.zero_grad(set_to_none=not cfg.train.cuda_graph)
+    tally = Tally.zero(batches[0].weight.device)
+    progress.optimizer.zero_grad(set_to_none=not cfg.train.cuda_graph)
 
     # Forward and backward passes of each micro-batch accumulate gradients.
-    with model.working_copies.in_place():
+    with parallel.unwrapped(ddp).working_copies.in_place():
         for number, batch in enumerate(batches):
             if adapters.drops(cfg.adapter):
                 step = batch.first // cfg.train.global_batch
                 rng.seed_dropout(cfg.seed, "dropout", step, batch.first)
             with parallel.accumulating(ddp, last=number == len(batches) - 1):
-                with precision.forward(device):
+                with PRECISIONS[cfg.train.precision].forward(batch.weight.device):
                     per_image = ddp(batch)  # (rows,): instance rows, then class rows
                 # The weights define a sum over the rows of all ranks, but DDP averages over ranks.
                 loss = (batch.weight * per_image).sum() * dist.world()
-                scaler.scale(loss).backward()
+                progress.scaler.scale(loss).backward()
+            tally.add(per_image, batch.u, batch.position, cfg)
 
-            # Keep the statistics for the log on the device: losses by role and timestep, first bad row.
-            by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
-            roles = len(by_role)
-            losses[:roles] += by_role.sum(1) / cfg.train.global_batch
-            in_bin = (batch.u * TENTHS).long().view_as(by_role)[..., None] == tenths
-            spread[:roles, 0] += in_bin.sum(1)
-            spread[:roles, 1] += torch.where(in_bin, by_role[..., None], 0).sum(1)
-            first = torch.where(by_role.isfinite(), torch.inf, batch.position.view_as(by_role)).amin(1)
-            bad[:roles] = torch.minimum(bad[:roles], first)
+    grad_norm = update(progress, cfg)
+    return tally.outcome(progress, grad_norm, batches)
 
-    # Clip the gradients, and step unless something is NaN or infinite.
+
+@dataclass
+class Tally:
+    """The statistics of a step for the log. They stay on the device."""
+
+    losses: Tensor  # (2,) by role
+    spread: Tensor  # (2, 2, TENTHS) by role and timestep
+    bad: Tensor  # (2,) fp64, first bad position by role
+    tenths: Tensor  # (TENTHS,)
+
+    @classmethod
+    def zero(cls, device: torch.device) -> Tally:
+        """See `Outcome`, whose fields these are, for their shapes."""
+        return cls(
+            losses=torch.zeros(2, device=device),
+            spread=torch.zeros(2, 2, TENTHS, device=device),
+            bad=torch.full((2,), torch.inf, dtype=torch.float64, device=device),
+            tenths=torch.arange(TENTHS, device=device),
+        )
+
+    def add(self, per_image: Tensor, u: Tensor, position: Tensor, cfg: Config) -> None:
+        """Add a micro-batch: its losses, timesteps and positions, (rows,) each."""
+        by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
+        roles = len(by_role)
+        self.losses[:roles] += by_role.sum(1) / cfg.train.global_batch
+        in_bin = (u * TENTHS).long().view_as(by_role)[..., None] == self.tenths
+        self.spread[:roles, 0] += in_bin.sum(1)
+        self.spread[:roles, 1] += torch.where(in_bin, by_role[..., None], 0).sum(1)
+        first = torch.where(by_role.isfinite(), torch.inf, position.view_as(by_role)).amin(1)
+        self.bad[:roles] = torch.minimum(self.bad[:roles], first)
+
+    def outcome(self, progress: Progress, grad_norm: Tensor, batches: Sequence[Batch]) -> Outcome:
+        seen, found = sum(batch.seen for batch in batches), optim.found_rate(progress.optimizer)
+        return Outcome(self.losses, grad_norm, self.bad, self.spread, seen, found=found)
+
+
+def update(progress: Progress, cfg: Config) -> Tensor:
+    """Clip the gradients, and step unless something is NaN or infinite. Returns their norm, ()."""
+    optimizer, scaler = progress.optimizer, progress.scaler
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.optim.clip)
@@ -86,5 +120,4 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
     scaler.update()
     if progress.ema:
         progress.ema.update()
-    seen, found = sum(batch.seen for batch in batches), optim.found_rate(optimizer)
-    return Outcome(losses, grad_norm, bad, spread, seen, found=found)
+    return grad_norm

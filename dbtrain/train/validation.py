@@ -33,6 +33,7 @@ from dbtrain.runtime import console, dist, pace
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import best, due, held_out_loss, parallel
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Metrics
 
 
@@ -64,12 +65,11 @@ class Validator:
     stopped: bool = False  # whether the last validation ended the run; on every rank
 
     @classmethod
-    def build(
-        cls, cfg: Config, base: Base, model: DreamBooth, manifest: Manifest,
-        fingerprint: Mapping[str, Any], encoded: list[dict[str, Tensor]] | None, scoring: Scoring | None,
-    ) -> Validator:  # fmt: skip
+    def of(
+        cls, cfg: Config, inputs: Inputs, model: DreamBooth, encoded: list[dict[str, Tensor]] | None
+    ) -> Validator:
         """Read the held-out rows. `encoded`: see `encode`. Raises ConfigError for anything a user can fix."""
-        generator = None
+        generator, base, manifest = None, inputs.base, inputs.manifest
         with dist.agreed():
             if cfg.validation.prompts:
                 generator = ImageGenerator(cfg, base, model, manifest.request["resolution"], encoded)
@@ -79,7 +79,7 @@ class Validator:
                 for role in due.held_out_roles(manifest)
                 for row in held_out_loss.rows(manifest, storage, base.family, role, cfg.validation.timesteps)
             ]
-        return cls(cfg, manifest, model, generator, held_out, fingerprint, scoring)
+        return cls(cfg, manifest, model, generator, held_out, inputs.fingerprint, inputs.scoring)
 
     def is_due(self, step: int) -> bool:
         return due.is_due(self.cfg, self.manifest, step)

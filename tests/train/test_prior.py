@@ -69,7 +69,7 @@ def test_switched_off_it_is_the_base_to_the_bit_and_back_it_is_itself(
         x_t, t, condition = asked(model, first(cfg, prepared))
         dtype = PRECISIONS[precision].dtype
         unet = Base.find(cfg.model).load("unet", dtype).train()
-        inject._silence_dropout(unet)
+        inject.silence_dropout(unet)
         model.eval()
         with PRECISIONS[precision].forward(torch.device("cpu")), torch.no_grad():
             with model.working_copies.in_place():

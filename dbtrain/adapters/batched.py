@@ -1,0 +1,228 @@
+"""Many LoRAs on one frozen model: each row of a batch passes the adapter of its own subject.
+
+The factors of all *slots* are stacked, so that a layer's adapters cost two batched products whatever their
+number, beside one product of the frozen layer for all rows. A slot's rows never meet those of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+
+from dbtrain.adapters.inject import NAME
+from dbtrain.config.adapter import Adapter
+from dbtrain.runtime.errors import ConfigError
+
+
+class Rows:
+    """Which slot each row of a batch belongs to, for all layers of a model.
+
+    In training the rows are those of slot 0, then as many of slot 1, and so on.
+    """
+
+    only: int | None = None  # the slot of all rows
+
+
+class BatchedLora(nn.Module):
+    """A frozen linear or 2-d convolution layer with a LoRA for each slot.
+
+    `A`, (slots, rank, in, ...), and `B`, (slots, rank, out), are PEFT's, B transposed. A smaller rank is the
+    beginning of each; the rest is zero, and so are its gradients.
+    """
+
+    def __init__(self, base_layer: nn.Module, rows: Rows, slots: int) -> None:
+        super().__init__()
+        self.base_layer, self.rows = base_layer, rows
+        self.register_buffer("scale", torch.ones(slots), persistent=False)
+        self.register_parameter("A", None)  # see `Stack.in_place`
+        self.register_parameter("B", None)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of a slot's A and B, without the rank."""
+        layer: Any = self.base_layer
+        if isinstance(layer, nn.Conv2d):
+            return (layer.in_channels, *layer.kernel_size), (layer.out_channels,)
+        return (layer.in_features,), (layer.out_features,)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        of_all: Any = (self.A, self.B, self.scale)
+        a, b, scale = of_all if self.rows.only is None else (each[self.rows.only, None] for each in of_all)
+        update = self._convolve if isinstance(self.base_layer, nn.Conv2d) else self._multiply
+        return update(self.base_layer(x), x, a, b, scale)
+
+    def _multiply(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT) * scale[:, None, None].to(a.dtype)
+        return y + torch.bmm(inner, b).view(y.shape)
+
+    def _convolve(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        """A group of channels a slot, so that one convolution does for all."""
+        layer: Any = self.base_layer
+        slots, rank = a.shape[:2]
+        channels = x.unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)  # (rows, slots * C, H, W)
+        inner = conv2d(channels, a.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, slots)
+        inner = inner.view(-1, slots, rank, prod(inner.shape[2:])).transpose(0, 1)
+        inner = inner * scale[:, None, None, None].to(a.dtype)
+        return y + torch.matmul(b.mT[:, None], inner).view(y.shape)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a stack hold a factor."""
+
+    start: int
+    shape: tuple[int, ...]  # (rank, ...) of the widest slot
+
+    @property
+    def end(self) -> int:
+        return self.start + prod(self.shape)
+
+    def of(self, row: Tensor, rank: int) -> Tensor:
+        """The factor of a slot with this rank, in the slot's row, (N,)."""
+        shape = (rank, *self.shape[1:])
+        return row[self.start : self.start + prod(shape)].view(shape)
+
+    def of_all(self, rows: Tensor) -> Tensor:
+        """The factors of all slots, (slots, rank, ...), in their rows, (slots, N)."""
+        return rows[:, self.start : self.end].unflatten(1, self.shape)
+
+
+class _Spread(torch.autograd.Function):
+    """Copy all factors out of the rows of a stack, in another dtype, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, dtype: torch.dtype, places: Sequence[Place]) -> tuple[Tensor, ...]:
+        ctx.places, ctx.like = places, rows
+        parts = [place.of_all(rows) for place in places]
+        copies = tuple(torch.empty(part.shape, dtype=dtype, device=part.device) for part in parts)
+        torch._foreach_copy_(copies, parts)
+        return copies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows = torch.zeros_like(ctx.like)
+        torch._foreach_copy_([place.of_all(rows) for place in ctx.places], grads)
+        return rows, None, None
+
+
+class Stack:
+    """The LoRAs of all slots on the components of a model: a row of `weights`, (slots, N) fp32, for each.
+
+    Optimizers see a few long tensors rather than hundreds of short ones. The layers compute with copies of
+    the weights, which one kernel each makes once a step.
+    """
+
+    def __init__(self, slots: int, dtype: torch.dtype) -> None:
+        """`dtype`: that of the base."""
+        self.slots, self.rows, self.dtype = slots, Rows(), dtype
+        self.layers: dict[str, BatchedLora] = {}  # by <component>.<module>
+        self.places: dict[tuple[str, str], Place] = {}  # by layer and factor
+        self.weights = nn.Parameter(torch.empty(slots, 0))
+        self.grads = torch.empty(slots, 0)
+
+    def add(self, component: str, module: nn.Module, ranks: Mapping[str, int]) -> None:
+        """Put an adapter for each slot on these layers of a component; `ranks` are the widest.
+
+        Raises ConfigError for a convolution in groups.
+        """
+        for name, rank in ranks.items():
+            base: Any = module.get_submodule(name)
+            if isinstance(base, nn.Conv2d) and base.groups > 1:
+                raise ConfigError(f"{component}.{name} is a convolution in groups, which slots cannot adapt")
+            layer = self.layers[f"{component}.{name}"] = BatchedLora(base, self.rows, self.slots)
+            module.set_submodule(name, layer)
+            for factor, shape in zip("AB", layer.shapes, strict=True):
+                start = max((place.end for place in self.places.values()), default=0)
+                self.places[f"{component}.{name}", factor] = Place(start, (rank, *shape))
+
+    def allocate(self, device: torch.device) -> None:
+        """Make the weights, zero, once all layers are there."""
+        length = max(place.end for place in self.places.values())
+        self.weights = nn.Parameter(torch.zeros(self.slots, length, device=device))
+        self.weights.grad = self.grads = torch.zeros_like(self.weights)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """In the block, forward and backward passes use copies of the weights in the base's precision.
+
+        Gradients accumulate in `grads`.
+        """
+        copies = _Spread.apply(self.weights, self.dtype, tuple(self.places.values()))
+        for (name, factor), copy in zip(self.places, copies, strict=True):
+            self.layers[name]._parameters[factor] = copy  # as torch.func.functional_call does
+        try:
+            yield
+        finally:
+            for name, factor in self.places:
+                self.layers[name]._parameters[factor] = None
+
+    def bind(self, slot: int, component: str, module: nn.Module) -> None:
+        """Move the LoRA that PEFT put on `module` into a slot: its parameters become views of the slot's.
+
+        `module` is a copy of the component, whose other weights are not used. Raises ConfigError if it needs
+        more room than there is.
+        """
+        layer: Any
+        for name, layer in module.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            for factor in "AB":
+                parameter = getattr(layer, f"lora_{factor}")[NAME].weight
+                place = self.places[f"{component}.{name}", factor]
+                if layer.r[NAME] > place.shape[0]:
+                    raise ConfigError(
+                        f"the rank of {component}.{name} is {layer.r[NAME]}, but the slots have room for "
+                        f"{place.shape[0]}; start the fleet again"
+                    )
+                weights, grads = (place.of(row, layer.r[NAME]) for row in self.row(slot))
+                if factor == "B":  # (out, rank, ...)
+                    weights, grads = (view.t().view(parameter.shape) for view in (weights, grads))
+                parameter.data, parameter.grad = weights.copy_(parameter.detach()), grads
+            self.layers[f"{component}.{name}"].get_buffer("scale")[slot] = layer.scaling[NAME]
+
+    def row(self, slot: int) -> tuple[Tensor, Tensor]:
+        """A slot's weights and gradients, (N,) each."""
+        return self.weights.data[slot], self.grads[slot]
+
+    def clear(self, slot: int) -> None:
+        """Make a slot's adapter zero, whose update is zero."""
+        self.weights.data[slot] = 0.0
+
+    @contextmanager
+    def only(self, slot: int) -> Iterator[None]:
+        """In the block, all rows of a batch belong to one slot."""
+        self.rows.only = slot
+        try:
+            yield
+        finally:
+            self.rows.only = None
+
+
+def ranks(module: nn.Module) -> dict[str, int]:
+    """The rank of each layer with a LoRA of PEFT's, by name."""
+    return {name: layer.r[NAME] for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+
+
+# Settings of an adapter that slots do not have, and the value that they need.
+NEEDED = {"kind": "lora", "dropout": 0.0, "dora": False, "bias": "none"}
+
+
+def check(cfg: Adapter) -> None:
+    """Raise ConfigError for an adapter that cannot be trained in slots."""
+    for section, one in (("adapter", cfg), ("adapter.text_encoder", cfg.text_encoder)):
+        for key, needed in NEEDED.items():
+            if one and (value := getattr(one, key)) != needed:
+                raise ConfigError(f"{section}.{key} is {value!r}, which slots cannot train; use {needed!r}")
+    if cfg.token:
+        raise ConfigError("adapter.token: slots learn no words; remove it")

@@ -1,0 +1,72 @@
+"""The training loop of many runs at once. What each becomes does not depend on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from dbtrain.config import Config
+from dbtrain.runtime import console, preemption
+from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.train.inputs import Inputs
+from dbtrain.train.slots import Slots
+
+Take = Callable[[], tuple[Config, Inputs] | None]
+Ended = Callable[[Config, ConfigError | None], None]
+
+
+def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -> None:
+    """Train runs until `take` has no more, as many at once as there are slots.
+
+    `take()`: the next run; None if there is none now. `ended(cfg, problem)` is told of each run that is
+    complete, or cannot go on. `on_step()` is called after each step of all.
+    Raises Preempted, after saving every run, if there is a reason to stop.
+    """
+    with slots.open():
+        try:
+            while _fill(slots, take, ended):
+                # One optimizer step of every run, on its own micro-batches.
+                outcomes = slots.step()
+                for slot, outcome in outcomes.items():
+                    with _attempt(slots, slot, ended):
+                        slots.record(slot, outcome)
+                # Save and validate those for which it is due. Those that are complete make room.
+                for slot in outcomes.keys() & slots.seats.keys():
+                    with _attempt(slots, slot, ended):
+                        slots.settle(slot)
+                        if slots.seats[slot].ended:
+                            ended(slots.seats[slot].job.cfg, None)
+                            slots.leave(slot)
+                on_step()
+                preemption.check()
+        except Preempted as stop:
+            slots.save()
+            raise Preempted(f"{stop} ({len(slots.seats)} runs saved)") from stop
+
+
+def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
+    """Put the next runs into empty slots; whether there is any run to train."""
+    while (slot := slots.free()) is not None and (run := take()):
+        with _named(run[0]):
+            try:
+                slots.enter(slot, *run)
+            except ConfigError as problem:
+                ended(run[0], problem)
+    return bool(slots.seats)
+
+
+@contextmanager
+def _attempt(slots: Slots, slot: int, ended: Ended) -> Iterator[None]:
+    """In the block, a problem ends the run in this slot, and no other."""
+    cfg = slots.seats[slot].job.cfg
+    with _named(cfg):
+        try:
+            yield
+        except ConfigError as problem:
+            ended(cfg, problem)
+            slots.leave(slot)
+
+
+def _named(cfg: Config) -> AbstractContextManager[None]:
+    return console.about(RunFolder(cfg.run_dir).path.name)
