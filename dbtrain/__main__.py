@@ -38,6 +38,11 @@ def _load(verb: str, config: Path, overrides: list[str] | None) -> Config:
     from dbtrain.config import Config
 
     cfg = Config.load(config, overrides or ())
+    _begin(verb, config, cfg)
+    return cfg
+
+
+def _begin(verb: str, config: Path, cfg: Config) -> None:
     start.say(verb, f"{config}, run folder {cfg.run_dir}")
     preemption.listen(cfg.run_dir, cfg.faults.stop_before_s)
     with importing(at_start=True):
@@ -47,7 +52,6 @@ def _load(verb: str, config: Path, overrides: list[str] | None) -> Config:
     console.start()
     if dist.is_main():
         preemption.unmark()
-    return cfg
 
 
 @app.command()
@@ -160,6 +164,27 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
     export.show(cfg, sample.sample_run(cfg))
     hub.push(cfg)
     summary.summary(cfg)
+
+
+@app.command()
+def fleet(
+    config: ConfigPath,
+    subjects: Annotated[
+        Path, typer.Argument(metavar="SUBJECTS", help="list (YAML or CSV) or folder of photo folders")
+    ],
+    overrides: Overrides = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="subjects at once on each GPU")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="wait for new subjects at the end")] = False,
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="score each adapter at the end")] = False,
+) -> None:
+    """Train an adapter for each of many subjects, many at once on one base."""
+    from dbtrain.fleet import listing
+
+    _begin("fleet", config, listing.shared(config, overrides or ()))
+    with importing(at_start=True):
+        from dbtrain.fleet import fleet as verb
+
+    verb.fleet(verb.Order(config, subjects, overrides or (), slots, watch, evaluate))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,13 @@ def _date() -> dict[str, str]:
     return {"ss_training_started_at": seconds} if seconds else {}
 
 
-def finish(cfg: Config) -> None:
-    """Export a trained run and write DONE, which batch scripts wait for, unless that has been done."""
+def finish(cfg: Config, held: bool = False) -> None:
+    """Export a trained run and write DONE, which batch scripts wait for, unless that has been done.
+
+    `held`: this process holds the run's lock already.
+    """
     run = RunFolder(cfg.run_dir)
-    with lock.held(run.path, "run_dir"):
+    with nullcontext() if held else lock.held(run.path, "run_dir"):
         if dist.from_main(
             dist.is_main() and run.done.is_file() and run.done.read_bytes() == _done(cfg).encode()
         ):

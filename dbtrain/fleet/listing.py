@@ -92,9 +92,12 @@ def read(config: Path, subjects: Path, overrides: Sequence[str] = (), settled_s:
     return list(entries.values())
 
 
-def folder_of(config: Path, overrides: Sequence[str] = ()) -> Path:
-    """The folder of a fleet: `run_dir` of its config. Raises ConfigError if the config cannot be used."""
-    return files.expand(_Shared.read(config, overrides).cfg.run_dir)
+def shared(config: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a fleet, with a stand-in for what each subject has of its own; `run_dir` is the fleet's.
+
+    Raises ConfigError if it cannot be used.
+    """
+    return _Shared.read(config, overrides).cfg
 
 
 @dataclass(frozen=True)

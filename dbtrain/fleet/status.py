@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from os import SEEK_END
+from pathlib import Path
+from typing import Any
+
+from dbtrain.runtime import lock
 from dbtrain.runtime.errors import printable
 from dbtrain.runtime.fleet_status import Status
+from dbtrain.runtime.run_folder import RunFolder, step_of
+
+TAIL = 4096  # bytes, more than a line of the metrics
+STEP = re.compile(rb'^\{"step": (\d+),.*\}$', re.MULTILINE)
+
+
+def found(path: Path) -> dict[str, Any]:
+    """State, step and problem of the subject with this run folder."""
+    run = RunFolder(path)
+    checkpoints = run.checkpoints()
+    step = max(_logged(run), step_of(checkpoints[-1]) if checkpoints else 0)
+    if run.failed.is_file():
+        return {"state": "failed", "step": step, "problem": run.failed.read_text().strip()}
+    state = "done" if run.done.is_file() else "training" if lock.holder(path) else "waiting"
+    return {"state": state, "step": step, "problem": None}
+
+
+def _logged(run: RunFolder) -> int:
+    """The last step in the metrics, from the end of the file."""
+    try:
+        with run.table("metrics").open("rb") as file:
+            file.seek(max(0, file.seek(0, SEEK_END) - TAIL))
+            steps = STEP.findall(file.read())
+    except FileNotFoundError:
+        return 0
+    return int(steps[-1]) if steps else 0
 
 
 def table(status: Status) -> list[str]:

@@ -37,6 +37,15 @@ class Subject:
     started: float | None = None  # when it first got a slot
     ended: float | None = None
 
+    def changed(self, **changes: Any) -> Subject:
+        """This subject with other values. A new state sets the time at which it began."""
+        new = replace(self, **changes)
+        if new.state == self.state:
+            return new
+        now = time.time()
+        started = self.started or (now if new.state == "training" else None)
+        return replace(new, started=started, ended=now if new.state in ENDED else None)
+
 
 @dataclass(frozen=True)
 class Status:
@@ -62,7 +71,7 @@ class Status:
     def changed(self, name: str, **changes: Any) -> Status:
         """This status with other values for one subject. A new state sets the time at which it began."""
         return replace(
-            self, subjects=tuple(_changed(one, changes) if one.name == name else one for one in self.subjects)
+            self, subjects=tuple(one.changed(**changes) if one.name == name else one for one in self.subjects)
         )
 
     @property
@@ -78,15 +87,6 @@ class Status:
         ended = [one.ended for one in self.subjects if one.state == "done" and one.ended is not None]
         seconds = max(ended) - min(started) if started and ended else 0.0
         return 3600 * len(ended) / seconds if seconds > 0 else None
-
-
-def _changed(one: Subject, changes: Mapping[str, Any]) -> Subject:
-    new = replace(one, **changes)
-    if new.state == one.state:
-        return new
-    now = time.time()
-    started = one.started or (now if new.state == "training" else None)
-    return replace(new, started=started, ended=now if new.state in ENDED else None)
 
 
 def _subject(values: Mapping[str, Any]) -> Subject:

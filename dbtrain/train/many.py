@@ -12,15 +12,16 @@ from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.slots import Slots
 
-Take = Callable[[], tuple[Config, Inputs] | None]
+Take = Callable[[bool], tuple[Config, Inputs] | None]
 Ended = Callable[[Config, ConfigError | None], None]
 
 
 def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -> None:
     """Train runs until `take` has no more, as many at once as there are slots.
 
-    `take()`: the next run; None if there is none now. `ended(cfg, problem)` is told of each run that is
-    complete, or cannot go on. `on_step()` is called after each step of all.
+    `take(idle)`: the next run, or None if there is none now; `idle`: there is no other to train meanwhile.
+    `ended(cfg, problem)` is told of each run that is complete, or cannot go on. `on_step()` is called after
+    each step of all.
     Raises Preempted, after saving every run, if there is a reason to stop.
     """
     with slots.open():
@@ -47,7 +48,7 @@ def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -
 
 def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
     """Put the next runs into empty slots; whether there is any run to train."""
-    while (slot := slots.free()) is not None and (run := take()):
+    while (slot := slots.free()) is not None and (run := take(not slots.seats)):
         with _named(run[0]):
             try:
                 slots.enter(slot, *run)
