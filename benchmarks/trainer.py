@@ -98,6 +98,20 @@ def making_class_images(begin: Callable[[], None], end: Callable[[], None]) -> I
         yield
 
 
+def phases() -> dict[str, list[tuple[Any, str]]]:
+    """The functions that the phases of `dbtrain run` and `dbtrain fleet` consist of: (where, name)."""
+    from dbtrain.export import export
+    from dbtrain.train import loop, slots
+    from dbtrain.train.validation import Validator
+
+    return {
+        "fixed": [(slots.Slots, "enter")],
+        "training": [(loop, "train_step"), (slots.Slots, "step")],
+        "validation": [(Validator, "run")],
+        "export": [(export, "finish")],
+    }
+
+
 @contextmanager
 def _around(owner: Any, name: str, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
     original = getattr(owner, name)

@@ -10,12 +10,14 @@ from dbtrain.report import crops, curves, thumbs, verdict
 from dbtrain.report.links import Reach
 from dbtrain.report.run import METRICS, Run, read
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.fleet_status import Status, Subject
+from dbtrain.runtime.fleet_status import State, Status, Subject
 from dbtrain.runtime.run_folder import RunFolder
 
 PICTURES, PHOTOS = 3, 2  # most of each in a row
 LOSSES = {"loss_instance": "Instance loss", "loss_prior": "Class loss"}  # by column of the metrics
 POINTS = 40  # most of a small curve
+URGENCY: tuple[State, ...] = ("failed", "training", "waiting", "done")  # what to look at first
+LEVELS = {"failed": verdict.POOR, "done": verdict.GOOD}  # colours of the bars
 WIDTH, HEIGHT = 96, 24  # px, of a small curve
 
 
@@ -41,9 +43,22 @@ class Row:
     photos: list[thumbs.Picture]
 
     @property
+    def share(self) -> float:
+        """How much of its steps the subject has behind it."""
+        return self.subject.step / max(1, self.subject.steps)
+
+    @property
     def percent(self) -> str:
-        """How far the subject is, as a width."""
-        return f"{100 * self.subject.step / max(1, self.subject.steps):.0f}%"
+        return f"{100 * self.share:.0f}%"
+
+    @property
+    def level(self) -> str:
+        return LEVELS.get(self.subject.state, "")
+
+    @property
+    def rank(self) -> float:
+        """Where the row comes by its state and, within one, by its steps."""
+        return URGENCY.index(self.subject.state) + self.share / 2
 
 
 @dataclass(frozen=True)
@@ -85,10 +100,6 @@ class Fleet:
         """The mean answer to a question, and of how many subjects."""
         shares = [row.ratings[question].share for row in self.rows if question in row.ratings]
         return sum(shares) / len(shares), len(shares)
-
-    def urgency(self, state: str) -> int:
-        """The rank of a state: subjects that failed come first, those that are done last."""
-        return ("failed", "training", "waiting", "done").index(state)
 
 
 def view(folder: Path, page: Path) -> Fleet:

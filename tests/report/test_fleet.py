@@ -89,7 +89,7 @@ def page_file(home: Path) -> Path:
 def names(page: Page) -> list[str]:
     """The subjects in the table that are not hidden, from top to bottom."""
     found: list[str] = page(
-        "[...document.querySelectorAll('.index tbody tr')].filter(row => !row.hidden).map(row => row.dataset.name)"
+        "[...document.querySelectorAll('.index tbody tr:not([hidden])')].map(row => row.dataset.name)"
     )
     return found
 
@@ -120,7 +120,7 @@ def test_each_subject_has_a_row_with_what_its_folder_holds(
     page = browser.open(page_file)
     assert names(page) == [subject(number).name for number in range(COUNT)]
     row = ".index tbody tr:nth-child(25) "  # trains
-    assert page.texts(row + ".steps") == ["144 of 400"] and page.texts(row + ".state") == ["training"]
+    assert page.texts(row + ".progress") == ["training 144 of 400"]
     assert page.find(row + ".bar > span").get_attribute("style") == "width: 36%;"
     assert len(page.texts(row + ".spark path")) == 2 and page.texts(row + ".none").count("not scored") == 3
     assert page(f"document.querySelectorAll('{row} img').length") == 3 + 2, "images and photos"
@@ -146,7 +146,7 @@ def test_rows_are_filtered_by_state_and_name(browser: Page, page_file: Path) -> 
 def test_rows_are_sorted_by_name_state_and_score(browser: Page, page_file: Path) -> None:
     page = browser.open(page_file)
     heads = page.texts(".index thead th")
-    assert heads[:3] == ["subject", "state", "steps"] and heads[-2:] == ["Instance loss", "Class loss"]
+    assert heads[:2] == ["subject", "state"] and heads[-2:] == ["Instance loss", "Class loss"]
     page.click(".index [data-sort]", 0)
     assert names(page) == sorted(names(page))
     page.click(".index [data-sort]", 1)

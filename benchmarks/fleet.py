@@ -1,0 +1,170 @@
+"""Many subjects, photos to adapters: subjects an hour of a fleet, beside one run after another.
+
+    python -m benchmarks.fleet --model sd15 --steps 400 --subjects 1 4 16
+
+Class images, and with `train.compile` compiled code, are cached before anything is timed; photos are encoded
+in every run. *Fixed* is all that is neither training, validation nor export: start, loading, encoding. As the
+runs of one subject after another are independent, `--singles` of them are timed for all numbers of subjects.
+The subjects are drawn, five photos each; all models but `tiny` have random weights. Times are wall seconds on
+a GPU and CPU seconds of one thread on a CPU.
+
+With the defaults on a CPU, the record of Diffusers' own script (`results/vs_diffusers-tiny-fp32-cpu.json`:
+as many steps, images and parameters, its class images given too) is a row beside them. It is of the machine
+and the versions that it names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import bases, common, job, verbs
+from benchmarks.common import Measure, Result, Row
+from dbtrain.runtime import console
+from dbtrain.tiny import world
+from dbtrain.tiny.paint import render
+
+RECORD = common.RESULTS / "vs_diffusers-tiny-fp32-cpu.json"
+AS_RECORDED = {"model": "tiny", "device": "cpu", "steps": 100, "batch": 2, "validate": 0, "set": []}
+PHOTOS = 5
+Spent = dict[str, float]  # seconds by phase
+
+
+def run(args: argparse.Namespace, work: Path) -> Result:
+    if args.smoke:
+        args.model, args.repeats, args.singles, args.subjects = "tiny", 1, 1, [1, 2]
+        args.steps, args.class_images = 2, 2
+    place = Path(tempfile.mkdtemp(prefix="fleet-", dir=work))
+    photos = _photos(place / "photos", max(*args.subjects, args.singles))
+    config = _config(args, place, bases.model(args.model, work, weights=True).path)
+    rows = []
+    with console.bar(args.singles + args.repeats * len(args.subjects), f"fleet {args.model}", "run") as bar:
+        _warm(args, config, photos, place)
+        singles = []
+        for number in range(args.singles):
+            singles.append(_single(args, config, photos[number], place / f"single-{number}"))
+            bar.update()
+        rows.append(_row("one run after another", singles, 1))
+        for count in args.subjects:
+            found = []
+            for number in range(args.repeats):
+                found.append(_fleet(args, config, photos[:count], place / f"{count}-{number}"))
+                bar.update()
+            rows.append(_row(f"fleet of {count}", found, count, {"subjects": count}))
+    notes = [f"{args.steps} steps of {args.batch} images and as many of {args.class_images} class images."]
+    if all(getattr(args, name) == value for name, value in AS_RECORDED.items()) and not args.smoke:
+        rows.insert(1, _recorded())
+        notes.append(f"Diffusers' script was not run again: its row is taken from {RECORD.name}.")
+    return common.result(args, "fleet", f"{args.model}-{args.device}", rows, *notes)
+
+
+def _photos(folder: Path, count: int) -> list[Path]:
+    """The photos of `count` drawn subjects, in a folder each."""
+    found = []
+    for number in range(count):
+        found.append(mine := folder / f"subject-{number:02d}")
+        mine.mkdir(parents=True)
+        subject = world.drawn_subject(0, number, "choosing")
+        for pose in range(PHOTOS):
+            render(subject.scene(pose)).save(mine / f"{pose}.png")
+    return found
+
+
+def _config(args: argparse.Namespace, place: Path, base: str) -> Path:
+    """What all subjects share."""
+    prompts = ["a photo of {}"] if args.validate else []
+    values: dict[str, Any] = {
+        "run_dir": str(place / "run"),
+        "model": {"path": base, "variant": None},
+        "subject": {"token": "sks", "class_word": "mug"},
+        "prepare": {
+            "photos": str(place / "photos" / "subject-00"), "instance_prompt": "a photo of {}",
+            "class_prompt": "a photo of a {class}", "class_images": args.class_images,
+            "class_dir": str(place / "classes"), "resolution": bases.side_of(args.model),
+        },
+        "data": {"shards": str(place / "shards")},
+        "adapter": {"rank": 4},
+        "train": {
+            "steps": args.steps, "global_batch": args.batch, "micro_batch": args.batch,
+            "checkpoint_every": args.steps, "precision": "fp32" if args.model == "tiny" else "bf16",
+        },
+        "validation": {"prompts": prompts, "every": args.validate or args.steps},
+    }  # fmt: skip
+    path = place / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _warm(args: argparse.Namespace, config: Path, photos: Sequence[Path], place: Path) -> None:
+    """Fill the caches: class images, and what is compiled for one run and for each size of a fleet."""
+    _single(args, config, photos[0], place / "warm", "train.steps=2")
+    if any(text.startswith("train.compile=") for text in args.set):
+        for count in args.subjects:
+            _fleet(args, config, photos[:count], place / f"warm-{count}", "train.steps=2")
+
+
+def _single(args: argparse.Namespace, config: Path, photos: Path, place: Path, *more: str) -> Spent:
+    own = [f"prepare.photos={photos}", f"data.shards={place / 'shards'}"]
+    return _spent(args, place, "run", str(config), f"run_dir={place / 'run'}", *own, *args.set, *more)
+
+
+def _fleet(args: argparse.Namespace, config: Path, photos: Sequence[Path], place: Path, *more: str) -> Spent:
+    place.mkdir()
+    subjects = place / "subjects.csv"
+    with subjects.open("w", newline="") as file:
+        csv.writer(file).writerows([("name", "photos"), *((one.name, one) for one in photos)])
+    slots = ["--slots", str(args.slots)] if args.slots else []
+    words = (str(config), str(subjects), f"run_dir={place / 'run'}", *args.set, *more, *slots)
+    return _spent(args, place, "fleet", *words)
+
+
+def _spent(args: argparse.Namespace, place: Path, *words: str) -> Spent:
+    """A command in a process of its own: the seconds of each phase. Raises SystemExit if it fails."""
+    place.mkdir(exist_ok=True)
+    report = job.launch("benchmarks.verbs", {"words": words}, place)
+    if report.problem:
+        raise SystemExit(f"error: dbtrain {words[0]} failed: {report.problem}")
+    clock = "wall_s" if args.device == "cuda" else "cpu_s"
+    return {phase: spent[clock] for phase, spent in report.ranks[0].items()}
+
+
+def _row(label: str, found: Sequence[Spent], count: int, config: dict[str, Any] | None = None) -> Row:
+    """Rate and phases of runs of `count` subjects each."""
+    totals = [sum(spent.values()) for spent in found]
+    measures = {
+        "subjects per hour": Measure.of("1/h", [3600 * count / total for total in totals]),
+        "a subject": Measure.of("s", [total / count for total in totals]),
+    }
+    for phase in verbs.PHASES:
+        if any(phase in spent for spent in found):
+            measures[phase] = Measure.of("s", [spent.get(phase, 0.0) for spent in found])
+    return Row(label=label, config=config or {}, measures=measures)
+
+
+def _recorded() -> Row:
+    """Diffusers' script, run after run, from its record."""
+    rows = {row.label: row for row in Result.read(RECORD).rows}
+    seconds = rows["as shipped: reference"].measures["photos → adapter, CPU"].samples
+    return _row("Diffusers' script, run after run (recorded)", [{"script": one} for one in seconds], 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    words = common.parser(__doc__, "model", "set")
+    words.add_argument("--subjects", type=int, nargs="+", default=[1, 4, 16, 64], help="sizes of a fleet")
+    words.add_argument("--slots", type=int, help="subjects at a time (default: what dbtrain chooses)")
+    words.add_argument("--singles", type=int, default=common.LEAST, help="runs of one subject that are timed")
+    words.add_argument("--steps", type=int, default=100)
+    words.add_argument("--batch", type=int, default=2, help="instance images a step; as many class images")
+    words.add_argument("--class-images", type=int, default=32)
+    words.add_argument("--validate", type=int, default=0, help="steps between validations (0: none)")
+    return words
+
+
+if __name__ == "__main__":
+    common.main(run, parser())
