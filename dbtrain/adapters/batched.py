@@ -41,7 +41,7 @@ class BatchedLora(nn.Module):
     def __init__(self, base_layer: nn.Module, rows: Rows, slots: int) -> None:
         super().__init__()
         self.base_layer, self.rows = base_layer, rows
-        self.register_buffer("scale", torch.ones(slots), persistent=False)
+        self.scale = torch.ones(slots)  # no buffer: those of a swapped block are elsewhere
         self.register_parameter("A", None)  # see `Stack.in_place`
         self.register_parameter("B", None)
 
@@ -151,6 +151,8 @@ class Stack:
         length = max(place.end for place in self.places.values())
         self.weights = nn.Parameter(torch.zeros(self.slots, length, device=device))
         self.weights.grad = self.grads = torch.zeros_like(self.weights)
+        for layer in self.layers.values():
+            layer.scale = layer.scale.to(device)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -189,7 +191,7 @@ class Stack:
                 if factor == "B":  # (out, rank, ...)
                     weights, grads = (view.t().view(parameter.shape) for view in (weights, grads))
                 parameter.data, parameter.grad = weights.copy_(parameter.detach()), grads
-            self.layers[f"{component}.{name}"].get_buffer("scale")[slot] = layer.scaling[NAME]
+            self.layers[f"{component}.{name}"].scale[slot] = layer.scaling[NAME]
 
     def row(self, slot: int) -> tuple[Tensor, Tensor]:
         """A slot's weights and gradients, (N,) each."""

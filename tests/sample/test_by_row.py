@@ -9,20 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.by_row import Scales, batches
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import AdapterSettings, Train
-from dbtrain.models import denoiser
 from dbtrain.models.base import Base
-from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
-from dbtrain.sample.sample import Mix, sample
 from tests import bases
-from tests.conftest import Make
 
 EVERY_LAYER = r"(?!cap_embedder).*"
 USES: list[Scales | str] = ["two", {}, {"one": 0.5, "two": -1.0}, "one", {"two": 0.5}]

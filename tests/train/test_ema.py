@@ -24,7 +24,10 @@ from tests.runs import EXPORT
 
 def test_it_is_the_weighted_mean_of_the_weights_so_far() -> None:
     parameters = {"a": nn.Parameter(torch.tensor([1.0, 2.0])), "b": nn.Parameter(torch.tensor([[3.0]]))}
-    ema, wanted = Ema(parameters.values(), 0.3), {name: value.detach().clone() for name, value in parameters.items()}
+    ema, wanted = (
+        Ema(parameters.values(), 0.3),
+        {name: value.detach().clone() for name, value in parameters.items()},
+    )
     for step in range(6):
         for name, parameter in parameters.items():
             parameter.data = parameter.data + step

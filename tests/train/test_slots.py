@@ -29,7 +29,7 @@ def configs_of(make: Make, base: str = "sd", **changes: Any) -> Callable[..., Co
     """Configs of runs on the same shards, by run folder and seed."""
     side = bases.SIDES[base]
     settings = partial(
-        make, model__path=str(bases.ALL[base]()), prepare__resolution=side, prepare__class_images=3,
+        make, model__path=str(bases.OF_FAMILY[base]()), prepare__resolution=side, prepare__class_images=3,
         **{"train__steps": STEPS, "train__global_batch": 2, "train__micro_batch": 2,
            "train__checkpoint_every": 2, "optim__clip": 0.5} | changes,
     )  # fmt: skip
@@ -150,13 +150,15 @@ def test_a_run_that_fails_leaves_the_others_as_they_are(make: Make, tmp_path: Pa
         assert result(tmp_path / f"a{seed}") == result(tmp_path / f"b{seed}")
 
 
-@pytest.mark.parametrize("settings", [{"train__ema": 0.9}, {"optim__name": "prodigy", "optim__lr": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"train__ema": 0.9}, {"optim__name": "prodigy", "optim__lr": 1.0}], ids=str
+)
 def test_a_stopped_run_goes_on_with_others_elsewhere(
     make: Make, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     config = configs_of(make, **settings, **TEXT)
     assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2)], 2)
-    with pytest.raises(Preempted, match="enough .2 runs saved"):
+    with pytest.raises(Preempted, match=r"enough \(2 runs saved\)"):
         train([config(tmp_path / f"b{seed}", seed) for seed in (1, 2)], 2, until=3)
     assert not train([config(tmp_path / "c", 7), config(tmp_path / "b1", 1)], 2)
     assert not train([config(tmp_path / "b2", 2)], 2)
@@ -180,7 +182,10 @@ def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:
     import json
 
     for ours, theirs in zip(
-        *((folder / "validation.jsonl").read_text().splitlines() for folder in (tmp_path / "a2", tmp_path / "alone")),
+        *(
+            (folder / "validation.jsonl").read_text().splitlines()
+            for folder in (tmp_path / "a2", tmp_path / "alone")
+        ),
         strict=True,
     ):
         one, other = json.loads(ours), json.loads(theirs)

@@ -1,0 +1,181 @@
+"""Fleets: whole ones, as a user starts them, on one rank or two, killed, with bad subjects and late ones."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dbtrain.runtime.fleet_status import Status
+from dbtrain.runtime.run_folder import RunFolder
+from tests.conftest import Make, Started, dbtrain, draw_photo, train
+from tests.runs import EXPORT, relative, tree
+
+KILLS = int(os.environ.get("DBTRAIN_KILLS", "6"))
+
+
+class Fleet:
+    """A folder with a config, photos of subjects, and what fleets make of them."""
+
+    def __init__(self, folder: Path, config: Path) -> None:
+        self.folder, self.config = folder, config
+
+    def add(self, *numbers: int) -> None:
+        """Put the photos of these subjects into the folder of subjects."""
+        for number in numbers:
+            there = self.folder / "subjects" / f"s{number}"
+            part = self.folder / "part"
+            part.mkdir(parents=True)
+            for photo in range(2):
+                draw_photo(part / f"{photo}.png", 3 * number + photo)
+            there.parent.mkdir(exist_ok=True)
+            part.rename(there)
+
+    def line(self, name: str, *more: object) -> list[object]:
+        """The arguments of a fleet in a folder of its own."""
+        home = self.folder / name
+        return ["fleet", self.config, self.folder / "subjects", f"run_dir={home}", "--slots", 2, *more]
+
+    def results(self, name: str, numbers: Sequence[int], step: int = 4) -> dict[str, bytes]:
+        """What became of subjects: exports, checkpoints, metrics, shards."""
+        found = {}
+        for number in numbers:
+            run = RunFolder(self.folder / name / f"s{number}")
+            for part in (run.export, run.checkpoint(step), run.path / "shards"):
+                found |= {
+                    f"{number} {path}": data for path, data in tree(part).items() if path != "README.md"
+                }
+            found[f"{number} metrics"] = run.table("metrics").read_bytes()
+        return found
+
+
+@pytest.fixture
+def fleet(make: Make, tmp_path: Path) -> Fleet:
+    make(
+        prepare__class_images=2, train__steps=4, train__global_batch=1, train__checkpoint_every=1,
+        train__log_every=1, train__keep=9, prepare__instance_prompt="a photo of {}",
+    )  # fmt: skip
+    values = yaml.safe_load((tmp_path / "c.yaml").read_text())
+    del values["data"], values["prepare"]["photos"]
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    return Fleet(tmp_path, tmp_path / "c.yaml")
+
+
+def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
+    """It is what the run alone is, whoever trains with it; reports and other verbs know it."""
+    fleet.add(1, 2, 3)
+    done = dbtrain(*fleet.line("a"))
+    assert done.returncode == 0 and "3 subjects: 3 done" in done.stderr
+    status = Status.read(fleet.folder / "a")
+    assert status.slots == 2
+    assert [(one.name, one.state, one.step) for one in status.subjects] == [
+        (f"s{number}", "done", 4) for number in (1, 2, 3)
+    ]
+    # Alone, with the config that it wrote.
+    from dbtrain.config import Config
+
+    run = fleet.folder / "a" / "s2"
+    alone = fleet.folder / "alone"
+    train(Config.load(run / "config.yaml", [f"run_dir={alone}"]))
+    assert relative(run, alone) < 1e-3
+    assert relative(run, fleet.folder / "a" / "s3") > 0.01
+    # With others, in another order.
+    shutil.rmtree(fleet.folder / "subjects" / "s1")
+    fleet.add(0, 7)
+    assert dbtrain(*fleet.line("b")).returncode == 0
+    assert fleet.results("a", (2, 3)) == fleet.results("b", (2, 3))
+    # Once more: nothing to do, and nothing changes.
+    before = tree(fleet.folder / "a" / "s3")
+    assert dbtrain(*fleet.line("a")).returncode == 0
+    assert tree(fleet.folder / "a" / "s3") == before
+    # Longer.
+    assert dbtrain(*fleet.line("a", "train.steps=5")).returncode == 0
+    assert RunFolder(run).checkpoint(5).is_dir()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
+    """Then again until it is done, on another number of ranks: as if undisturbed."""
+    numbers = (1, 2, 3, 4, 5)
+    fleet.add(*numbers)
+    assert dbtrain(*fleet.line("whole")).returncode == 0
+    wanted = fleet.results("whole", numbers)
+    moments = random.Random(f"fleet {ranks}")
+
+    def progress() -> int:
+        return sum(len(files) for _, _, files in os.walk(fleet.folder / "killed"))
+
+    for _ in range(KILLS // 2):
+        shutil.rmtree(fleet.folder / "killed", ignore_errors=True)
+        moment = moments.randrange(sum(len(files) for _, _, files in os.walk(fleet.folder / "whole")))
+        running = Started(*fleet.line("killed"), ranks=ranks)
+        while progress() < moment and running.poll() is None:
+            time.sleep(0.01)
+        running.kill()
+        assert dbtrain(*fleet.line("killed"), ranks=3 - ranks).returncode == 0
+        assert fleet.results("killed", numbers) == wanted
+
+
+def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
+    fleet.add(1, 2, 3)
+    assert dbtrain(*fleet.line("whole", "train.steps=40")).returncode == 0
+    running = Started(*fleet.line("stopped", "train.steps=40"))
+    run = RunFolder(fleet.folder / "stopped" / "s1")
+    running.wait_for(lambda: run.checkpoints())
+    running.signal(signal.SIGTERM)
+    code, said = running.end()
+    assert code == 75 and "2 runs saved" in said
+    assert (fleet.folder / "stopped" / "PREEMPTED").exists()
+    assert dbtrain(*fleet.line("stopped", "train.steps=40")).returncode == 0
+    assert fleet.results("whole", (1, 2, 3), 40) == fleet.results("stopped", (1, 2, 3), 40)
+
+
+def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
+    numbers = (1, 2, 3)
+    fleet.add(*numbers)
+    assert dbtrain(*fleet.line("good")).returncode == 0
+    # A photo that is none, a rate that explodes, a setting that all share.
+    fleet.add(4, 5)
+    (fleet.folder / "subjects" / "s4" / "0.png").write_bytes(b"no picture")
+    entries = [{"photos": f"subjects/s{number}"} for number in (*numbers, 4, 5, 5)]
+    entries[4] |= {"lr": 1e30}
+    entries[5] |= {"name": "s6", "train.micro_batch": 7}
+    (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries))
+    line = fleet.line("mixed")
+    line[2] = fleet.folder / "list.yaml"
+    done = dbtrain(*line)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    problems = {one.name: one.problem or "" for one in Status.read(fleet.folder / "mixed").subjects}
+    assert "0.png" in problems["s4"] and "NaN or infinite" in problems["s5"]
+    assert "train.micro_batch" in problems["s6"]
+    assert "3 of 6 subjects failed" in done.stderr and "s5: the loss" in done.stderr
+    assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
+    # Mended, it is trained.
+    draw_photo(fleet.folder / "subjects" / "s4" / "0.png", 12)
+    (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries[:4]))
+    assert dbtrain(*line).returncode == 0
+    assert (fleet.folder / "mixed" / "s4" / EXPORT).is_file()
+    assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
+
+
+def test_photos_dropped_in_while_it_runs_become_a_subject(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet.add(1, 2, 3)
+    assert dbtrain(*fleet.line("whole")).returncode == 0
+    running = Started(*fleet.line("watched", "--watch"))
+    home = fleet.folder / "watched"
+    running.wait_for(lambda: (home / "s1").exists())
+    fleet.add(9)
+    running.wait_for(lambda: (home / "s9" / "DONE").exists())
+    running.signal(signal.SIGTERM)
+    assert running.end()[0] == 75
+    assert fleet.results("whole", (1, 2, 3)) == fleet.results("watched", (1, 2, 3))
+    assert {one.name for one in Status.read(home).subjects} == {"s1", "s2", "s3", "s9"}
