@@ -1,4 +1,4 @@
-"""prepare for several configs in one pass: the shards of each alone, and each part of the base loaded once."""
+"""prepare for several configs in one pass: the shards of each alone, each part of the base loaded once."""
 
 from __future__ import annotations
 
