@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,16 +34,13 @@ Overrides = Annotated[
 # Commands import what they need when they run: help needs no pydantic, config errors need no torch.
 
 
-def _load(verb: str, config: Path, overrides: list[str] | None) -> Config:
-    """Load and check the config, then start signal handling and terminal output."""
+def _load(
+    verb: str, config: Path, overrides: list[str] | None, read: Callable[..., Config] | None = None
+) -> Config:
+    """Load and check the config, with `read` if given, then start signal handling and terminal output."""
     from dbtrain.config import Config
 
-    cfg = Config.load(config, overrides or ())
-    _begin(verb, config, cfg)
-    return cfg
-
-
-def _begin(verb: str, config: Path, cfg: Config) -> None:
+    cfg = (read or Config.load)(config, overrides or ())
     start.say(verb, f"{config}, run folder {cfg.run_dir}")
     preemption.listen(cfg.run_dir, cfg.faults.stop_before_s)
     with importing(at_start=True):
@@ -52,6 +50,7 @@ def _begin(verb: str, config: Path, cfg: Config) -> None:
     console.start()
     if dist.is_main():
         preemption.unmark()
+    return cfg
 
 
 @app.command()
@@ -59,9 +58,7 @@ def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run, and the shards")],
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos of the subject")],
     base: Annotated[str, typer.Option(help="base model, by its file in configs/, e.g. sdxl, flux2-klein")],
-    word: Annotated[
-        str | None, typer.Option(help="what the photos show, e.g. dog (default: the name of the folder)")
-    ] = None,
+    word: Annotated[str | None, typer.Option(help="what the photos show (default: the folder)")] = None,
 ) -> None:
     """Write a config for a folder of photos and copy the launch scripts."""
     from dbtrain.prepare import init as verb
@@ -106,9 +103,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    until: Annotated[
-        int | None, typer.Option(help="stop at this step as if preempted; rerun the command to continue")
-    ] = None,
+    until: Annotated[int | None, typer.Option(help="stop at this step as if preempted")] = None,
 ) -> None:
     """Train an adapter on the shards, from the newest checkpoint if there is one."""
     cfg = _load("train", config, overrides)
@@ -131,9 +126,7 @@ def export(
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="checkpoint to export (default: best or newest)")] = None,
     out: Annotated[Path | None, typer.Option(help="output folder (default: the run's export/)")] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="adapter file or folder to convert instead of a checkpoint")
-    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="adapter to convert instead of a checkpoint")] = None,
 ) -> None:
     """Export a checkpoint, or convert an adapter, for Diffusers, PEFT, A1111, or ComfyUI."""
     cfg = _load("export", config, overrides)
@@ -169,9 +162,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def fleet(
     config: ConfigPath,
-    subjects: Annotated[
-        Path, typer.Argument(metavar="SUBJECTS", help="list (YAML or CSV) or folder of photo folders")
-    ],
+    subjects: Annotated[Path, typer.Argument(metavar="SUBJECTS", help="YAML or CSV list, or a folder")],
     overrides: Overrides = None,
     slots: Annotated[int | None, typer.Option(min=1, help="subjects at once on each GPU")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="wait for new subjects at the end")] = False,
@@ -180,7 +171,7 @@ def fleet(
     """Train an adapter for each of many subjects, many at once on one base."""
     from dbtrain.fleet import listing
 
-    _begin("fleet", config, listing.shared(config, overrides or ()))
+    _load("fleet", config, overrides, listing.shared)
     with importing(at_start=True):
         from dbtrain.fleet import fleet as verb
 
@@ -192,7 +183,7 @@ def sample(
     config: ConfigPath,
     overrides: Overrides = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="prompt to generate; may be repeated (default: sample.prompts)")
+        list[str] | None, typer.Option(help="instead of sample.prompts; may be repeated")
     ] = None,
     adapter: Annotated[
         list[str] | None,
@@ -222,12 +213,8 @@ def sample(
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,
-    beside: Annotated[
-        Path | None, typer.Option(help="scores.json of another run to print side by side")
-    ] = None,
-    checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="score every checkpoint and suggest one")
-    ] = False,
+    beside: Annotated[Path | None, typer.Option(help="scores.json of another run to show too")] = None,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="score every checkpoint")] = False,
 ) -> None:
     """Score how well a run learned its subject and what it forgot, with a contact sheet."""
     if beside and checkpoints:
@@ -243,9 +230,7 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, finished or not")],
-    out: Annotated[
-        Path | None, typer.Option(help="HTML file (default: report.html in the first run folder)")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file (default: in the first folder)")] = None,
     crops: Annotated[
         int, typer.Option(min=0, help="show at most this many stored crops; 0 skips loading the VAE")
     ] = 64,
@@ -264,19 +249,11 @@ def report(
 def doctor(
     config: ConfigPath,
     overrides: Overrides = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="number of training processes (default: one per local GPU)")
-    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="processes (default: one per local GPU)")] = None,
     memory: Annotated[bool, typer.Option("--memory", help="predict the peak memory of training")] = False,
-    gib: Annotated[
-        float | None, typer.Option(help="compare the prediction with a GPU of this many GiB")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="prepare, train two steps, and export in a temporary folder")
-    ] = False,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="compare straight, interrupted, and two-process training")
-    ] = False,
+    gib: Annotated[float | None, typer.Option(help="compare it with a GPU of this many GiB")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="try two steps in a temporary folder")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="compare whole and interrupted training")] = False,
 ) -> None:
     """Find everything that would make a run of this config fail, before it is queued."""
     if exact:
