@@ -108,8 +108,8 @@ def _adapted(layer: Any, name: str, x: Tensor, result: Tensor) -> Tensor:
     """The output for the input `x` with one adapter more than `result` has, as PEFT computes it."""
     if not isinstance(layer, LoraLayer):
         return result + layer._get_delta_activations(name, x)
-    down, up = layer.lora_A[name], layer.lora_B[name]
+    down: Any = layer.lora_A[name]
     x = x.to(down.weight.dtype)
     if name in layer.lora_variant:  # DoRA
         return layer.lora_variant[name].forward(layer, active_adapter=name, x=x, result=result)
-    return result + up(down(x)) * layer.scaling[name]
+    return result + layer.lora_B[name](down(x)) * layer.scaling[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -297,7 +297,7 @@ class AdapterPipeline:
         states = formats.read(path, self.family, self.base.skeleton)
         return states, word_file.read(path, self.family, self.base.skeleton)
 
-    def _check_names(self, names: Sequence[str] | Mapping[str, float]) -> None:
+    def _check_names(self, names: Iterable[str]) -> None:
         if unknown := set(names) - self.names():
             raise ConfigError(f"there is no adapter '{min(unknown)}'; choose from {sorted(self.names())}")
 

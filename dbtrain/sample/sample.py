@@ -144,7 +144,8 @@ class _Request:
     def generate(self, out: Path, low_res: Sequence[Image.Image], key: str) -> None:
         """Generate this rank's images in batches that do not depend on the number of ranks.
 
-        Images with different adapters share a batch. Batches whose images an interrupted call with the same `key` has written are skipped.
+        Images with different adapters share them. Batches whose images an interrupted call with the same
+        `key` has written are skipped.
         """
         # Split the jobs into batches, and deal those to the ranks.
         settings, size, jobs = self.cfg.sample, self.cfg.sample.batch, self.jobs()
