@@ -242,7 +242,9 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, finished or not")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="run folders, finished or not, or one fleet's")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="HTML file (default: report.html in the first run folder)")
     ] = None,
@@ -250,7 +252,7 @@ def report(
         int, typer.Option(min=0, help="show at most this many stored crops; 0 skips loading the VAE")
     ] = 64,
 ) -> None:
-    """Write one HTML page about one or more runs: curves, images, scores, data, settings."""
+    """Write one HTML page about one or more runs, or a fleet: curves, images, scores, data, settings."""
     start.say("report", ", ".join(map(str, runs)))
     with importing(at_start=True):
         from dbtrain.report import report as verb
