@@ -237,6 +237,18 @@ def put_on(module: nn.Module, state: AdapterState, name: str) -> dict[str, nn.Pa
     return parameters(module, name)
 
 
+def add(module: nn.Module, state: AdapterState, name: str) -> None:
+    """Add an adapter to `module` as `name`, with its weights, for inference in the module's precision.
+
+    Raises what PEFT raises if it does not fit.
+    """
+    like = next(module.parameters())
+    parameters = put_on(module, state, name)
+    fill(parameters, state)
+    for value in parameters.values():
+        value.data = value.data.to(like.device, like.dtype)  # not frozen, so that it is not swapped
+
+
 def parameters(module: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """An adapter's parameters by their name in files."""
     return {

@@ -143,10 +143,22 @@ def learn(encoder: Any, tokenizer: Any, texts: Sequence[str], cfg: Token) -> Non
     _put(encoder, tokenizer, embedding)
 
 
+def joined(adapters: Sequence[Words]) -> list[Word]:
+    """The words of adapters that are used together. Raises ConfigError if two have learned the same word."""
+    words = [word for mine in adapters for word in mine]
+    texts = [word.text for word in words]
+    if twice := {text for text in texts if texts.count(text) > 1}:
+        raise ConfigError(
+            f"two of the adapters have learned the word '{min(twice)}'; use one of them at a time, or "
+            "train one with another subject.token"
+        )
+    return words
+
+
 def speak(encoder: Any, tokenizer: Any, name: str, words: Words) -> None:
     """Make `encoder`, called `name`, and its `tokenizer` know these words; none: only those of the base.
 
-    Raises ConfigError as `teach`, and for a word that two adapters have.
+    Raises ConfigError as `teach`.
     """
     table = encoder.get_input_embeddings()
     if isinstance(table, WordEmbedding):

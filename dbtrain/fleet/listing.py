@@ -83,7 +83,8 @@ def read(config: Path, subjects: Path, overrides: Sequence[str] = (), settled_s:
             if wrong:
                 raise ConfigError(*wrong)
             cfg = shared.with_own(name, own)
-            _check_photos(photos or Path())
+            assert photos  # else the config has a problem
+            _check_photos(photos)
         except ConfigError as error:
             problem = "; also, ".join(error.problems)
         except OSError as error:

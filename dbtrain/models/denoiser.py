@@ -22,6 +22,7 @@ from dbtrain.runtime import console
 from dbtrain.runtime.memory import GIB
 
 PLENTY = 4  # times the weights: enough memory without asking
+EASE = 2  # times the weights: memory in which the whole base fits with ease
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,20 @@ def needs(base: Base, linears: str, dtype: torch.dtype, work: Work) -> Needs:
         if family.vae in others:
             family.decode(others[family.vae], noise[:1])
     return Needs(resident, counter.peak - resident, tuple(map(block_swap.frozen_bytes, blocks(denoiser))))
+
+
+def apart(base: Base, module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The text encoders to have on the device only to encode, as not everything fits with ease.
+
+    `module` is what `load` returned.
+    """
+    frozen = [name for name in base.family.text_encoders if name not in base.family.adaptable_text]
+    has = free(device)
+    if not frozen or has == inf:
+        return []
+    others = [base.skeleton(name, dtype) for name in base.family.models[1:]]
+    weights = sum(weight.nbytes for one in (module, *others) for weight in one.parameters())
+    return frozen if weights * EASE > has else []
 
 
 def about(linears: str) -> dict[str, str]:

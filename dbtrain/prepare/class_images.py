@@ -44,10 +44,11 @@ def as_latents(family: Family, cfg: Prepare) -> bool:
     return family.vae is not None and not cfg.class_pictures
 
 
-def ensure(base: Base, cfg: Prepare, train: Train) -> list[Path]:
+def ensure(base: Base, cfg: Prepare, train: Train, maker: Maker | None = None) -> list[Path]:
     """Return the paths of exactly `cfg.class_images` class images; generate missing ones on all ranks.
 
     The denoiser is stored and swapped as `train` says: they are what the base that is trained draws.
+    `maker`: one for several classes, this one among them.
 
     Raises ConfigError if they cannot be read or written.
     """
@@ -70,7 +71,7 @@ def ensure(base: Base, cfg: Prepare, train: Train) -> list[Path]:
             with dist.agreed():
                 if dist.is_main():
                     files.write_atomically(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-            _complete(base, cfg, train, len(own), paths)
+            _complete(cfg, maker or Maker(base, train, [cfg]), len(own), paths)
     return own + paths
 
 
@@ -104,7 +105,7 @@ def generated(base: Base, cfg: Prepare, linears: str, count: int) -> list[Path]:
     return places(base.family, cfg, about_of(base, cfg, linears), count)
 
 
-def _complete(base: Base, cfg: Prepare, train: Train, own: int, paths: list[Path]) -> None:
+def _complete(cfg: Prepare, maker: Maker, own: int, paths: list[Path]) -> None:
     """Generate the images of `paths` that do not exist, over all ranks."""
     count = len(paths)
     batches = [range(i, min(i + cfg.sampling.batch, count)) for i in range(0, count, cfg.sampling.batch)]
@@ -116,7 +117,7 @@ def _complete(base: Base, cfg: Prepare, train: Train, own: int, paths: list[Path
     console.say(f"class images: {own} of your own, {count - to_generate} existing, {to_generate} to generate")
     with dist.agreed():
         if mine := work[dist.rank() :: dist.world()]:
-            _generate(base, cfg, train, mine, paths)
+            _generate(cfg, maker, mine, paths)
     with dist.agreed():
         unseen = [path for path in paths if not path.exists()] if dist.is_main() else []
         if unseen:
@@ -126,12 +127,10 @@ def _complete(base: Base, cfg: Prepare, train: Train, own: int, paths: list[Path
             )
 
 
-def _generate(
-    base: Base, cfg: Prepare, train: Train, work: list[tuple[range, list[int]]], paths: list[Path]
-) -> None:
+def _generate(cfg: Prepare, maker: Maker, work: list[tuple[range, list[int]]], paths: list[Path]) -> None:
     """Generate this rank's (batch, missing indices) and write each image atomically."""
     compiled = compiles(cfg, len(paths), dist.device())
-    pipe, generate, save = _sampler(base, cfg, train, compiled)
+    pipe, generate, save = maker.sampler(cfg, compiled)
     with console.bar(sum(len(todo) for _, todo in work), "class images", "image", share=True) as bar:
         for batch, todo in work:
             preemption.check()
@@ -155,33 +154,52 @@ def compiles(cfg: Prepare, count: int, device: torch.device) -> bool:
     return cfg.sampling.compile
 
 
-def _sampler(
-    base: Base, cfg: Prepare, train: Train, compiled: bool
-) -> tuple[Any, Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
-    """Return a pipeline, a function that generates a class image per generator, and one that saves it."""
-    prompt = cfg.class_prompt or ""
-    how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
-    latents = as_latents(base.family, cfg)
-    dtype, family = DTYPES[cfg.sampling.precision], base.family
-    # The prompt first: the text encoders are gone when the denoiser takes its memory.
-    encoded = sampler.encode_alone(base, [prompt], cfg.sampling.guidance, dtype, cfg.memory_gib)
-    module = denoiser.load(base, train.base_linears, dtype)
-    beside = (family.vae,) if family.vae and (not latents or family.needs_vae) else ()
-    work = Work.of(encoded, cfg.sampling.batch, cfg.sampling.guidance, cfg.resolution, beside)
-    swapped = denoiser.swap(base, module, train, dist.device(), work)
-    given = dict.fromkeys(family.text_encoders) | {family.denoiser: module}
-    if latents:
-        pipe = sampler.without_vae(base, cfg.resolution, dtype, given)
-    else:
-        pipe = sampler.build(base, dtype, dist.device(), given)
-    if compiled:
-        kernels.compile_module(module, "regional" if swapped else True)
-    space = family.space(base, cfg.resolution) if latents else None
-    return (
-        pipe,
-        lambda seeds: sampler.generate_encoded(pipe, family, encoded * len(seeds), seeds, *how, space=space),
-        save_latent if latents else save_png,
-    )
+class Maker:
+    """Generates the images of several classes in turn, with a denoiser that is loaded once."""
+
+    def __init__(self, base: Base, train: Train, classes: Sequence[Prepare]) -> None:
+        self.base, self.train = base, train
+        self.prompts = list(dict.fromkeys(cfg.class_prompt or "" for cfg in classes))
+        self.loaded: tuple[object, Any, dict[str, dict[str, Tensor]]] = (None, None, {})
+
+    def sampler(
+        self, cfg: Prepare, compiled: bool
+    ) -> tuple[Any, Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
+        """Return a pipeline, a function that generates an image per generator, and one that saves it."""
+        base, family = self.base, self.base.family
+        latents = as_latents(family, cfg)
+        key = (cfg.sampling, cfg.resolution, latents, compiled)
+        if self.loaded[0] != key:
+            self.loaded = (None, None, {})  # frees the one before
+            self.loaded = (key, *self._load(cfg, latents, compiled))
+        _, pipe, encoded = self.loaded
+        rows = [encoded[cfg.class_prompt or ""]]
+        how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
+        space = family.space(base, cfg.resolution) if latents else None
+        return (
+            pipe,
+            lambda seeds: sampler.generate_encoded(pipe, family, rows * len(seeds), seeds, *how, space=space),
+            save_latent if latents else save_png,
+        )
+
+    def _load(self, cfg: Prepare, latents: bool, compiled: bool) -> tuple[Any, dict[str, dict[str, Tensor]]]:
+        """A pipeline, and the encoded prompts of all classes."""
+        base, train, family = self.base, self.train, self.base.family
+        guidance, dtype = cfg.sampling.guidance, DTYPES[cfg.sampling.precision]
+        # The prompts first: the text encoders are gone when the denoiser takes its memory.
+        encoded = sampler.encode_alone(base, self.prompts, guidance, dtype, cfg.memory_gib)
+        module = denoiser.load(base, train.base_linears, dtype)
+        beside = (family.vae,) if family.vae and (not latents or family.needs_vae) else ()
+        work = Work.of(encoded, cfg.sampling.batch, guidance, cfg.resolution, beside)
+        swapped = denoiser.swap(base, module, train, dist.device(), work)
+        given = dict.fromkeys(family.text_encoders) | {family.denoiser: module}
+        if latents:
+            pipe = sampler.without_vae(base, cfg.resolution, dtype, given)
+        else:
+            pipe = sampler.build(base, dtype, dist.device(), given)
+        if compiled:
+            kernels.compile_module(module, "regional" if swapped else True)
+        return pipe, dict(zip(self.prompts, encoded, strict=True))
 
 
 def about_of(base: Base, cfg: Prepare, linears: str) -> dict[str, object]:
@@ -209,12 +227,17 @@ def find_own(cfg: Prepare) -> list[Path]:
     """The user's own class images, at most `cfg.class_images`."""
     if not cfg.class_dir or not root(cfg).exists():
         return []
-    if root(cfg).resolve() == files.expand(cfg.photos).resolve():
+    check_folder(cfg)
+    return photos.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]
+
+
+def check_folder(cfg: Prepare) -> None:
+    """Raise ConfigError if the folder of the subject's photos is that of class images."""
+    if cfg.class_dir and root(cfg).resolve() == files.expand(cfg.photos).resolve():
         raise ConfigError(
             f"prepare.class_dir is '{cfg.class_dir}', the folder of prepare.photos: the subject's photos "
             "would be its class images; use another folder"
         )
-    return photos.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]
 
 
 def unused(cfg: Prepare) -> Iterator[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dbtrain.data import photos, shards
 from dbtrain.data.photos import Crop
@@ -18,7 +18,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.families.family import sampled_moments
 from dbtrain.models.pretrained import DTYPES
 from dbtrain.prepare import class_images
-from dbtrain.runtime import dist, files, hashing
+from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 
@@ -55,29 +55,39 @@ def image_encoder(base: Base, precision: str, side: int) -> Callable[[str, dict[
     return encode
 
 
+def table_name(base: Base, texts: Sequence[str]) -> str:
+    """The file name of the table of these prompts, which depends on all that the table does."""
+    parts = [*base.family.text_encoders, *base.family.text_encoders.values()]
+    return f"prompts-{content_key([texts, [base.key(part) for part in parts]])[:12]}.safetensors"
+
+
+def tokenizer(base: Base) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """A function from prompts to ids of each text encoder, (prompts, L) int64."""
+    tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
+    return partial(base.family.tokenize, tokenizers)
+
+
 @torch.no_grad()
-def prompt_table(
-    base: Base, texts: list[str], folder: Path, old: shards.Prompts | None, gib: float | None = None
-) -> shards.Prompts:
-    """Write the table of these prompts into `folder`, unless `old` describes the same table.
+def prompt_tables(base: Base, every: Sequence[Mapping[str, Tensor]], gib: float | None) -> list[bytes]:
+    """The tables of several lists of prompts, of which `every` has what `tokenizer` makes of each list.
 
-    `gib`: memory for the weights of the text encoders.
+    `gib`: memory for the weights of the text encoders, which are loaded once. Each list is a batch of its
+    own: no table depends on the others.
 
-    The table holds `condition.<name>`, (prompts, ...) in the family's `text_dtype`, and
+    A table holds `condition.<name>`, (prompts, ...) in the family's `text_dtype`, and
     `ids.<text encoder>`, (prompts, L) int64.
     """
-    parts = [*base.family.text_encoders, *base.family.text_encoders.values()]
-    key = content_key([texts, [base.key(part) for part in parts]])
-    path = folder / f"prompts-{key[:12]}.safetensors"
-    valid = old and old.file == path.name and path.exists() and hashing.sha256_of(path) == old.sha256
-    if not valid:
-        tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-        ids = base.family.tokenize(tokenizers, texts)
-        here = {name: tensor.to(dist.device()) for name, tensor in ids.items()}
-        condition = text_encoders.encoded(
-            base, base.family.text_dtype, gib, lambda encoders: partial(base.family.embed, encoders, here)
-        )
+    here = [{name: tensor.to(dist.device()) for name, tensor in ids.items()} for ids in every]
+
+    def use(encoders: Mapping[str, nn.Module]) -> Callable[[], list[dict[str, Tensor]]]:
+        held = encoders if len(here) == 1 else dict(encoders)  # else each would be loaded for every list
+        return lambda: [base.family.embed(held, ids) for ids in here]
+
+    tables = []
+    for ids, condition in zip(
+        every, text_encoders.encoded(base, base.family.text_dtype, gib, use), strict=True
+    ):
         table = {f"condition.{name}": tensor.cpu().contiguous() for name, tensor in condition.items()}
         table |= {f"ids.{name}": tensor.contiguous() for name, tensor in ids.items()}
-        files.write_atomically(path, safetensors.torch.save(table))
-    return shards.Prompts(file=path.name, sha256=hashing.sha256_of(path), texts=tuple(texts))
+        tables.append(safetensors.torch.save(table))
+    return tables

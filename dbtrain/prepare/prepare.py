@@ -1,13 +1,13 @@
 """prepare: photos -> class images -> VAE moments and prompt table -> shards.
 
-It first plans what the shards will contain, then encodes only what the folder lacks.
+It first plans what the shards of every config will contain, then encodes only what their folders lack: the
+photos of all subjects with one VAE, and their prompts with text encoders that are loaded once.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,10 @@ from dbtrain.data import photos, shards
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, duration, encode, subjects
-from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request, sources_of
+from dbtrain.prepare.plan import Planned
+from dbtrain.prepare.task import Task, entry_of
 from dbtrain.runtime import console, dist, files, lock, pace, preemption
-from dbtrain.runtime.errors import ConfigError
-
-OURS = re.compile(
-    r"(instance|class)(-held-out)?-\d{5}-[0-9a-f]{12}\.tar|prompts-[0-9a-f]{12}\.safetensors"
-    r"|\.(manifest\.json|(instance|class|prompts)(-held-out)?-[0-9a-f-]+\.(tar|safetensors))\.\d+\.tmp"
-)
-
-
-@dataclass(frozen=True)
-class Task:
-    """The request, the base model, and the existing shards."""
-
-    cfg: Config
-    settings: Prepare  # of the config; with several subjects, of the first
-    base: Base
-    folder: Path
-    storage: Storage  # of the same folder
-    old: shards.Manifest | None
+from dbtrain.runtime.errors import ConfigError, os_problem
 
 
 def prepare(cfg: Config) -> Path:
@@ -43,191 +27,233 @@ def prepare(cfg: Config) -> Path:
 
     Does nothing if they are up to date. Raises ConfigError for anything a user can fix.
     """
-    if cfg.prepare is None:
-        raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
-    dist.init()
-    of_role = subjects.parts(cfg)
-    with dist.agreed():
-        images = {"instance": [photos.of_subject(part.prepare) for part in of_role["instance"]]}
-    base = Base.find(cfg.model)
-    with dist.agreed():
-        base.check_trains(cfg.adapter, cfg.model.training_adapter)
-        storage = Storage(cfg.data.shards)
-        folder = storage.folder
-        if folder is None:
-            raise ConfigError(
-                f"data.shards is '{cfg.data.shards}', but prepare writes to a local folder only; "
-                "set it to one, then copy the shards there"
-            )
-        base.family.space(base, cfg.prepare.resolution)  # fail now, not after encoding
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
-        subjects.check_class_images(cfg)
-    if classes := of_role["class"]:
-        images["class"] = [class_images.ensure(base, part.prepare, cfg.train) for part in classes]
-
-    with lock.held(folder, "data.shards"):
-        _fill(Task(cfg, cfg.prepare, base, folder, storage, _old_manifest(storage)), images)
-    duration.remember(cfg, "prepare")
+    (problem,) = prepare_all([cfg])
+    if problem:
+        raise ConfigError(*problem.split("\n"), shared=True)
+    folder = Storage(cfg.data.shards).folder
+    assert folder
     return folder
 
 
-def _fill(task: Task, images: dict[str, list[list[Path]]]) -> None:
-    """Encode the planned shards that the folder lacks, and publish the manifest."""
-    # Rank 0 plans, and finds the shards that are already valid.
-    with dist.agreed():
-        plan = plan_shards(task.base, task.cfg, images) if dist.is_main() else None
-        sources = sources_of(task.cfg) if dist.is_main() else {}  # before hours of encoding
-    texts, components, plans = dist.from_main(plan)
-    planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
-    everything = [shard for every in planned.values() for shard in every]
-    with dist.agreed():
-        valid = _valid_shards(task, everything) if dist.is_main() else None
-    entries = dist.from_main(valid)
+def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
+    """Like `prepare` for each of several configs, in one pass; return the problem of each, or None.
 
-    # All ranks encode the missing ones; rank 0 publishes.
-    missing = [shard for shard in everything if shard.file not in entries]
-    with dist.agreed():
-        written = _encode(task, missing[dist.rank() :: dist.world()])
-    for part in dist.gather_json(written):
-        entries |= part
-    with dist.agreed():
-        if dist.is_main():
-            _publish(task, _manifest(task, texts, components, planned, entries, sources))
-
-
-def _old_manifest(storage: Storage) -> shards.Manifest | None:
-    """The existing manifest, on every rank; None if it is missing or unreadable."""
-    with dist.agreed():
-        try:
-            old = shards.Manifest.read(storage).text() if dist.is_main() else None
-        except ConfigError:
-            old = None  # everything is written again, and the log says so
-    text = dist.from_main(old)
-    return shards.Manifest.model_validate_json(text, strict=False) if text else None
-
-
-def _valid_shards(task: Task, planned: list[Planned]) -> dict[str, dict[str, Any]]:
-    """Manifest entries of the planned shards that exist undamaged, by file name."""
-    known = {shard.file: shard for shard in task.old.shards} if task.old else {}
-    valid = {}
-    for plan in planned:
-        path = task.folder / plan.file
-        if not path.is_file():
-            continue
-        entry = _entry(plan, path.read_bytes())
-        shard = known.get(plan.file) or shards.Shard(**entry)  # a killed prepare leaves shards, no manifest
-        try:
-            if [row.meta for row in _sound_rows(task, shard)] == plan.metas:
-                valid[plan.file] = entry
-        except ConfigError as problem:
-            console.say(f"{problem}: writing it again")
-    return valid
-
-
-def _sound_rows(task: Task, shard: shards.Shard) -> list[shards.Row]:
-    """The rows of an existing shard whose tensors are those of the family, of the right shape.
-
-    Raises ConfigError if the shard cannot be read.
+    Loads the parts of a base once. The shards of a config do not depend on the others, and a problem with
+    its photos or its folder stops none of them. Raises ConfigError if a base cannot be used.
     """
-    shape = task.base.family.space(task.base, task.settings.resolution).shape
-    expected = dict.fromkeys(task.base.family.stored, shape)
-    rows = shards.read(task.storage, shard)
-    return [row for row in rows if {name: tuple(t.shape) for name, t in row.tensors.items()} == expected]
+    dist.init()
+    states = _States(len(cfgs))
+    # What each config asks for, checked before a base is downloaded or loaded.
+    images = {}
+    with dist.agreed():
+        for number, cfg in enumerate(cfgs):
+            with states.trying(number):
+                images[number] = _photos(cfg)
+    states.agree()
+    bases = dict.fromkeys(cfgs[number].model for number in states.well)
+    found = {model: Base.find(model) for model in bases}
+    tasks = {}
+    with dist.agreed():
+        for number in states.well:
+            with states.trying(number):
+                tasks[number] = Task.of(cfgs[number], found[cfgs[number].model], images[number])
+    states.agree()
+
+    _find_class_images(tasks, states)
+    with ExitStack() as locks:
+        lacking = _plan(tasks, states, locks)
+        _encode(lacking, states)
+        _finish(lacking, states)
+    if states.well:
+        duration.remember(cfgs[states.well[0]], "prepare")
+    return ["\n".join(problems) or None for problems in states.problems]
 
 
-def _sound_prompts(task: Task) -> shards.Prompts | None:
-    """The existing prompt table, if the base can read it."""
-    if task.old is None:
-        return None
-    try:
-        check_prompts(str(task.folder), task.base, shards.read_prompts(task.storage, task.old.prompts))
-    except ConfigError:
-        return None  # it is written again
-    return task.old.prompts
+class _States:
+    """What went wrong with which of several configs."""
+
+    def __init__(self, count: int) -> None:
+        self.problems: list[tuple[str, ...]] = [()] * count
+
+    @property
+    def well(self) -> list[int]:
+        """The numbers of the configs without a problem."""
+        return [number for number, problems in enumerate(self.problems) if not problems]
+
+    @contextmanager
+    def trying(self, number: int) -> Iterator[None]:
+        """What a user can fix is a problem of this config alone. The block must contain no collective."""
+        try:
+            with self.agreeing(number):
+                yield
+        except OSError as error:
+            self.problems[number] += (os_problem(error),)
+
+    @contextmanager
+    def agreeing(self, number: int) -> Iterator[None]:
+        """The same for a block with collectives, which raises a ConfigError on all ranks or none."""
+        try:
+            yield
+        except ConfigError as error:
+            self.problems[number] += error.problems
+
+    def agree(self) -> None:
+        """Tell all ranks the problems of each."""
+        everyone = zip(*dist.gather_json(self.problems), strict=True)
+        self.problems = [tuple(dict.fromkeys(line for lines in one for line in lines)) for one in everyone]
 
 
-def _encode(task: Task, mine: list[Planned]) -> dict[str, dict[str, Any]]:
-    """Write this rank's missing shards and return their manifest entries; reuse rows of old shards."""
-    if not mine:
-        return {}
-    settings = task.settings
-    encoder = encode.image_encoder(task.base, settings.vae_precision, settings.resolution)
-    old_rows = _reusable_rows(task, {meta["key"] for plan in mine for meta in plan.metas})
+def _photos(cfg: Config) -> dict[str, list[list[Path]]]:
+    """The photos of each subject of a config."""
+    if cfg.prepare is None:
+        raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
+    return {"instance": [photos.of_subject(part.prepare) for part in subjects.parts(cfg)["instance"]]}
+
+
+def _find_class_images(tasks: dict[int, Task], states: _States) -> None:
+    """Add the class images of each task; generate missing ones, each class once."""
+    classes = {
+        number: [(part.prepare, _class_of(tasks[number], part.prepare)) for part in parts]
+        for number in states.well
+        if (parts := subjects.parts(tasks[number].cfg)["class"])
+    }
+    makers: dict[Any, class_images.Maker] = {}
+    there: dict[Any, list[Path]] = {}
+    failed: dict[Any, tuple[str, ...]] = {}
+    for number, several in classes.items():
+        task, every = tasks[number], []
+        for settings, key in several:
+            with states.agreeing(number):
+                class_images.check_folder(settings)
+                if key in failed:
+                    raise ConfigError(*failed[key])
+                if key not in there:
+                    maker = makers.setdefault(key[0], class_images.Maker(
+                        task.base, task.cfg.train,
+                        [cfg for one in classes.values() for cfg, other in one if other[0] == key[0]],
+                    ))  # fmt: skip
+                    try:
+                        there[key] = class_images.ensure(task.base, settings, task.cfg.train, maker)
+                    except ConfigError as error:
+                        failed[key] = error.problems
+                        raise
+                every.append(there[key])
+        task.images["class"] = every
+
+
+def _class_of(task: Task, cfg: Prepare) -> tuple[Any, ...]:
+    """What the denoiser depends on, and what class images depend on besides: those that are alike are one."""
+    train = task.cfg.train
+    return (
+        (task.cfg.model, train.base_linears, train.swap_blocks),
+        (cfg.class_prompt, cfg.class_images, cfg.class_dir, cfg.class_pictures, cfg.resolution, cfg.sampling),
+    )
+
+
+def _plan(tasks: dict[int, Task], states: _States, locks: ExitStack) -> dict[int, Task]:
+    """Plan each task; publish those that lack nothing, and return the others, whose folders stay locked."""
+    lacking, complete = {}, []
+    for number in states.well:
+        task = tasks[number]
+        with states.agreeing(number), ExitStack() as mine:
+            mine.enter_context(lock.held(task.folder, "data.shards"))
+            if task.plan():
+                lacking[number] = task
+                locks.push(mine.pop_all())
+            else:
+                with dist.agreed():
+                    if dist.is_main():
+                        task.publish()
+                complete.append(task)
+    if complete and dist.is_main():
+        which = f"{complete[0].folder}" if len(complete) == 1 else f"{len(complete)} folders"
+        more = f" ({complete[0].counts()})" if len(complete) == 1 else ""
+        console.say(f"shards in {which} are up to date{more}: nothing to do")
+    return lacking
+
+
+def _encode(tasks: dict[int, Task], states: _States) -> None:
+    """Encode the missing shards of all tasks, over all ranks."""
+    todo = [(number, plan) for number, task in tasks.items() for plan in task.missing]
+    written: dict[str, dict[str, Any]] = {}
+    with dist.agreed():
+        if mine := todo[dist.rank() :: dist.world()]:
+            written = _write_shards(tasks, mine, states)
+    states.agree()
+    for part in dist.gather_json(written):
+        for number, entries in part.items():
+            tasks[int(number)].entries |= entries
+
+
+def _write_shards(
+    tasks: dict[int, Task], mine: list[tuple[int, Planned]], states: _States
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's missing shards; return their manifest entries by number of the task and file."""
+    written: dict[str, dict[str, Any]] = {}
+    encoders: dict[Any, Any] = {}
+    of_classes: dict[str, Any] = {}  # tensors of class images, which subjects share, by content key
     encoded = 0
-    entries = {}
-    total = sum(len(plan.metas) for plan in mine)
+    total = sum(len(plan.metas) for _, plan in mine)
     with console.bar(total, "encode", "image", share=True) as bar:
-        for plan in mine:
-            rows = []
-            for source, meta in zip(plan.sources, plan.metas, strict=True):
-                preemption.check()
-                tensors, before = old_rows.get(meta["key"]), pace.clock()
-                rows.append(shards.Row(tensors, meta) if tensors else encoder(source, meta))
-                if tensors is None and not source.endswith(class_images.SUFFIX):
-                    encoded += 1
-                    pace.add("encode", pace.clock() - before)
-                bar.update()
-            data = shards.pack(rows, f"{plan.file.removesuffix('.tar')}-")
-            files.write_atomically(task.folder / plan.file, data)
-            entries[plan.file] = _entry(plan, data)
+        for number, task in tasks.items():
+            plans = [plan for owner, plan in mine if owner == number]
+            keys = {meta["key"] for plan in plans for meta in plan.metas}
+            reused = of_classes | (task.reusable_rows(keys) if keys else {})
+            how = (task.settings.vae_precision, task.settings.resolution)
+            encoder = encoders.setdefault((task.cfg.model, *how), encode.image_encoder(task.base, *how))
+            for plan in plans:
+                with states.trying(number):
+                    rows = []
+                    for source, meta in zip(plan.sources, plan.metas, strict=True):
+                        preemption.check()
+                        tensors, before = reused.get(meta["key"]), pace.clock()
+                        if tensors is None:
+                            tensors = encoder(source, meta).tensors
+                            if not source.endswith(class_images.SUFFIX):
+                                encoded += 1
+                                pace.add("encode", pace.clock() - before)
+                        rows.append(shards.Row(tensors, meta))
+                        bar.update()
+                    data = shards.pack(rows, f"{plan.file.removesuffix('.tar')}-")
+                    files.write_atomically(task.folder / plan.file, data)
+                    written.setdefault(str(number), {})[plan.file] = entry_of(plan, data)
+                    if plan.file.startswith("class"):
+                        of_classes |= {row.meta["key"]: row.tensors for row in rows}
     where = " on rank 0" if dist.world() > 1 else ""
     console.say(f"encoded {encoded} images and reused {total - encoded} in {len(mine)} shards{where}")
-    return entries
+    return written
 
 
-def _reusable_rows(task: Task, keys: set[str]) -> dict[str, Any]:
-    """Tensors of the rows in the old shards that have one of these content keys, by key."""
-    found: dict[str, Any] = {}
-    for shard in task.old.shards if task.old else ():
-        if keys & set(shard.keys):
-            try:
-                rows = _sound_rows(task, shard)
-            except ConfigError:
-                continue  # damaged: its rows are encoded again
-            found |= {row.meta["key"]: row.tensors for row in rows if row.meta["key"] in keys}
-    return found
+def _finish(tasks: dict[int, Task], states: _States) -> None:
+    """Write on rank 0 the prompt tables that are missing, and publish the manifests."""
+    with dist.agreed():
+        if dist.is_main():
+            mine = {number: task for number, task in tasks.items() if not states.problems[number]}
+            _write_prompts({number: task for number, task in mine.items() if not task.prompts}, states)
+            for number, task in mine.items():
+                if not states.problems[number]:
+                    with states.trying(number):
+                        task.publish()
+                        texts = ", ".join(map(repr, task.texts))
+                        console.say(f"shards in {task.folder}: {task.counts()}, prompts: {texts}")
+    states.agree()
 
 
-def _entry(plan: Planned, data: bytes) -> dict[str, Any]:
-    keys = [meta["key"] for meta in plan.metas]
-    sha256 = hashlib.sha256(data).hexdigest()
-    return {"file": plan.file, "bytes": len(data), "sha256": sha256, "keys": keys, "part": plan.part}
-
-
-def _manifest(
-    task: Task,
-    texts: list[str],
-    components: dict[str, str],
-    planned: dict[str, list[Planned]],
-    entries: dict[str, dict[str, Any]],
-    sources: dict[str, dict[str, shards.Source]],
-) -> shards.Manifest:
-    prompts = encode.prompt_table(
-        task.base, texts, task.folder, _sound_prompts(task), task.settings.memory_gib
-    )
-    space = task.base.family.space(task.base, task.settings.resolution)
-    return shards.Manifest(
-        version=shards.VERSION, family=task.base.family.name, base=task.base.name, components=components,
-        request=request(task.cfg, task.base.family), latent_shape=space.shape,
-        latent_scale=space.scale, latent_shift=space.shift, prompts=prompts, sources=sources,
-        roles={role: tuple(shards.Shard(**entries[plan.file]) for plan in every)
-               for role, every in planned.items()},
-    )  # fmt: skip
-
-
-def _publish(task: Task, manifest: shards.Manifest) -> None:
-    """Write the manifest, then delete the files that it no longer refers to."""
-    if task.old != manifest:
-        files.write_atomically(task.folder / shards.MANIFEST, manifest.text())
-    used = {shard.file for shard in manifest.shards} | {manifest.prompts.file}
-    for path in task.folder.iterdir():  # replaced files, and partial files of a killed run
-        if OURS.fullmatch(path.name) and path.name not in used:
-            path.unlink()
-    counts = ", ".join(f"{sum(manifest.rows(role))} {role} crops" for role in manifest.roles)
-    if task.old == manifest:
-        console.say(f"shards in {task.folder} are up to date ({counts}): nothing to do")
-    else:
-        console.say(
-            f"shards in {task.folder}: {counts}, prompts: {', '.join(map(repr, manifest.prompts.texts))}"
-        )
+def _write_prompts(tasks: dict[int, Task], states: _States) -> None:
+    """Encode the prompts of all tasks of a base with text encoders that are loaded once."""
+    groups: dict[Any, dict[tuple[str, ...], list[int]]] = {}
+    for number, task in tasks.items():
+        group = groups.setdefault((task.cfg.model, task.settings.memory_gib), {})
+        group.setdefault(tuple(task.texts), []).append(number)
+    for (_, gib), numbers in groups.items():
+        base = tasks[next(iter(numbers.values()))[0]].base
+        tokenize, ids = encode.tokenizer(base), {}
+        for texts, owners in numbers.items():
+            for number in owners:
+                with states.trying(number):
+                    ids[texts] = tokenize(list(texts))
+        tables = encode.prompt_tables(base, list(ids.values()), gib) if ids else []
+        for texts, table in zip(ids, tables, strict=True):
+            for number in numbers[texts]:
+                with states.trying(number):
+                    tasks[number].write_prompts(table)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import inf
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor, nn
 
-from dbtrain.adapters import inject, tokens
+from dbtrain.adapters import by_row, inject, tokens
+from dbtrain.adapters.by_row import Scales, tuner_layers
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.common import States
-from dbtrain.adapters.state import AdapterState
 from dbtrain.adapters.tokens import Word, Words
 from dbtrain.config import Model, Train
 from dbtrain.models import denoiser, sampler
@@ -25,8 +24,6 @@ from dbtrain.models.denoiser import Work
 from dbtrain.models.pretrained import DTYPES
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError, reason
-
-EASE = 2  # times the weights: memory in which the whole base fits with ease
 
 
 class AdapterPipeline:
@@ -50,7 +47,7 @@ class AdapterPipeline:
         self.base, self.family, self.dtype = base, base.family, DTYPES[precision]
         self.device, self.train, self.memory_gib = device or dist.device(), train or Train(), memory_gib
         module = denoiser.load(base, self.train.base_linears, self.dtype)
-        self.apart = self._apart(module)
+        self.apart = denoiser.apart(base, module, self.dtype, self.device)
         given = {**dict.fromkeys(self.apart), self.family.denoiser: module}
         self.pipe = sampler.build(base, self.dtype, torch.device("cpu"), given)
         self.components: dict[str, nn.Module] = {
@@ -66,16 +63,6 @@ class AdapterPipeline:
         self.scales: dict[str, float] = {}  # of the adapters in use
         self.words: dict[str, Words] = {}  # adapter -> the words that it has learned
         self.spoken: list[Word] = []  # those of the adapters in use
-
-    def _apart(self, module: nn.Module) -> list[str]:
-        """The text encoders that are on the device only to encode, as not everything fits with ease."""
-        frozen = [name for name in self.family.text_encoders if name not in self.family.adaptable_text]
-        has = denoiser.free(self.device)
-        if not frozen or has == inf:
-            return []
-        others = [self.base.skeleton(name, self.dtype) for name in self.family.models[1:]]
-        weights = sum(weight.nbytes for one in (module, *others) for weight in one.parameters())
-        return frozen if weights * EASE > has else []
 
     @classmethod
     def load(
@@ -101,7 +88,7 @@ class AdapterPipeline:
             for component, state in states.items():
                 self.deltas[name] |= inject.bias_changes(self.components[component], state)
                 self.layouts[name] |= {component: state.layout}
-                _inject(self.components[component], state, name)
+                inject.add(self.components[component], state, name)
         except Exception as error:  # PEFT raises many kinds for layers that it cannot wrap
             self.remove(name)
             self.use(scales)
@@ -140,7 +127,7 @@ class AdapterPipeline:
         self.use({other: scale for other, scale in self.scales.items() if other != name})
         del self.deltas[name], self.words[name]
         for component in self.layouts.pop(name):
-            for layer in _tuner_layers(self.components[component]):
+            for layer in tuner_layers(self.components[component]):
                 if name in layer._all_available_adapter_names():
                     layer.delete_adapter(name)
             getattr(self.components[component], "peft_config", {}).pop(name, None)
@@ -149,9 +136,9 @@ class AdapterPipeline:
         """Names of the loaded adapters."""
         return set(self.layouts)
 
-    def use(self, adapters: Mapping[str, float] | str) -> None:
+    def use(self, adapters: Scales | str) -> None:
         """Activate exactly these adapters, each at its scale, or just one; {} is the base alone."""
-        scales = {adapters: 1.0} if isinstance(adapters, str) else adapters
+        scales = _scales(adapters)
         self._check_names(scales)
         self._speak(scales)
         for layer in self._layers():
@@ -171,15 +158,9 @@ class AdapterPipeline:
 
         Raises ConfigError if two of them have learned the same word, or if the base has it.
         """
-        words = [word for name in adapters for word in self.words[name]]
+        words = tokens.joined([self.words[name] for name in adapters])
         if words == self.spoken:
             return
-        texts = [word.text for word in words]
-        if twice := {text for text in texts if texts.count(text) > 1}:
-            raise ConfigError(
-                f"two of the adapters have learned the word '{min(twice)}'; use one of them at a time, or "
-                "train one with another subject.token"
-            )
         for name in self.family.adaptable_text:
             reader = self.family.text_encoders[name]
             setattr(self.pipe, reader, self.base.load(reader))
@@ -221,25 +202,47 @@ class AdapterPipeline:
         guidance: float = 7.5,
         side: int | None = None,
         images: Sequence[Image.Image] = (),
+        adapters: Sequence[Scales | str] = (),
     ) -> list[Image.Image]:
         """Return one image for each of the seeds, `side` px square (None: the base's size).
 
         `prompts` is one prompt for all seeds or one per seed. `images` are the low-resolution inputs of an
-        upscaler (IF stage II), one per seed.
+        upscaler (IF stage II), one per seed. `adapters` is what `use` takes, one per seed, in place of the
+        adapters in use; all images are still one batch.
+
+        Raises ConfigError if some of the adapters cannot share a batch: `together` says which ones can.
         """
         seeds = [seeds] if isinstance(seeds, int) else seeds
+        if adapters and (len(adapters) != len(seeds) or len(self.together(adapters)) > 1):
+            raise ConfigError(
+                f"adapters={list(adapters)} does not fit one batch of {len(seeds)} images; give each image "
+                "its own, and split those that cannot share a batch as `together` does"
+            )
         if isinstance(prompts, str):
             prompts = [prompts] * len(seeds)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.encode(prompts, guidance)
         if self.swapped is None:
             self._move(len(seeds), guidance, side)
-        different = sorted(set(prompts))
-        encoded = dict(zip(different, self._rows(different, guidance), strict=True))
-        rows = [encoded[prompt] for prompt in prompts]
-        return sampler.generate_encoded(
-            self.pipe, self.family, rows, generators, steps, guidance, side, images
-        )
+        own = [_scales(one) for one in adapters] or [self.scales] * len(seeds)
+        with self._adapting(own, prompts, guidance) as rows:
+            return sampler.generate_encoded(
+                self.pipe, self.family, rows, generators, steps, guidance, side, images
+            )
+
+    def together(self, adapters: Sequence[Scales | str]) -> list[list[int]]:
+        """The places in `adapters` of those that can share a batch, batch by batch.
+
+        All of them can, but for adapters with trained biases of the base, or on Z-Image's text embedder.
+        """
+        images = [_scales(one) for one in adapters]
+        self._check_names({name for scales in images for name in scales})
+        alone, layers = self.family.texts_as_one, self.family.denoiser
+        able = {
+            name for name, layouts in self.layouts.items()
+            if not self.deltas[name] and not any(n.startswith(alone) for n in layouts.get(layers, ()))
+        }  # fmt: skip
+        return by_row.batches(images, able)
 
     def _move(self, images: int, guidance: float, side: int | None) -> None:
         """Move the pipeline to its device; blocks of the denoiser for which there is no room are swapped."""
@@ -253,13 +256,35 @@ class AdapterPipeline:
             self.use(self.scales)  # unmerges: swapped weights do not change
         self.pipe.to(self.device)
 
-    def _rows(self, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
+    @contextmanager
+    def _adapting(
+        self, images: Sequence[Scales], prompts: Sequence[str], guidance: float
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """In the block, each image of a batch has its own adapters. Gives the prompts, encoded with them."""
+        before, groups = self.scales, by_row.groups(images)
+        rows: dict[int, dict[str, Tensor]] = {}
+        try:
+            for scales, places in groups:
+                if scales != self.scales:  # those in use may be merged
+                    self.use(scales)
+                different = sorted({prompts[place] for place in places})
+                encoded = dict(zip(different, self._encoded(different, guidance), strict=True))
+                rows |= {place: encoded[prompts[place]] for place in places}
+            if len(groups) > 1:
+                self.use({})
+            with by_row.adapting(self.components[self.family.denoiser], images):
+                yield [rows[place] for place in range(len(images))]
+        finally:
+            if before != self.scales:
+                self.use(before)
+
+    def _encoded(self, prompts: Sequence[str], guidance: float) -> list[dict[str, Tensor]]:
         """The prompts as the text encoders encode them, with the adapters in use."""
         if not self.apart:
             return sampler.encode(self.pipe, self.family, prompts, guidance)
         rows = [self.encoded[prompt, guidance > 1] for prompt in prompts]
         encoders = {name: self.components[name] for name in self.family.adaptable_text}
-        if not self.spoken and not any(any(_tuner_layers(encoder)) for encoder in encoders.values()):
+        if not self.spoken and not any(any(tuner_layers(encoder)) for encoder in encoders.values()):
             return rows
         tokenizers = {name: getattr(self.pipe, self.family.text_encoders[name]) for name in encoders}
         return [
@@ -278,21 +303,8 @@ class AdapterPipeline:
 
     def _layers(self) -> Iterator[Any]:
         for module in self.components.values():
-            yield from _tuner_layers(module)
+            yield from tuner_layers(module)
 
 
-def _inject(module: nn.Module, state: AdapterState, name: str) -> None:
-    """Add an adapter to `module` for inference, under `name`, in the module's precision.
-
-    Raises what PEFT raises if it does not fit.
-    """
-    like = next(module.parameters())
-    parameters = inject.put_on(module, state, name)
-    inject.fill(parameters, state)
-    for value in parameters.values():
-        value.data = value.data.to(like.device, like.dtype)  # not frozen, so that it is not swapped
-
-
-def _tuner_layers(module: nn.Module) -> Iterator[Any]:
-    """All layers of a module that hold adapters; PEFT nests layers of different kinds."""
-    return (layer for layer in module.modules() if isinstance(layer, BaseTunerLayer))
+def _scales(adapters: Scales | str) -> Scales:
+    return {adapters: 1.0} if isinstance(adapters, str) else adapters

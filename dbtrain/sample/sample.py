@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -144,13 +144,12 @@ class _Request:
     def generate(self, out: Path, low_res: Sequence[Image.Image], key: str) -> None:
         """Generate this rank's images in batches that do not depend on the number of ranks.
 
-        Batches whose images an interrupted call with the same `key` has written are skipped.
+        Images with different adapters share a batch. Batches whose images an interrupted call with the same `key` has written are skipped.
         """
-        # Split the jobs into batches of one mix each, and deal those to the ranks.
-        settings, size = self.cfg.sample, self.cfg.sample.batch
-        by_mix = [list(jobs) for _, jobs in groupby(self.jobs(), key=lambda job: job[0])]
-        batches = [jobs[i : i + size] for jobs in by_mix for i in range(0, len(jobs), size)]
-        existing = {job for job in self.jobs() if _key_in(out / _name(*job)) == key}
+        # Split the jobs into batches, and deal those to the ranks.
+        settings, size, jobs = self.cfg.sample, self.cfg.sample.batch, self.jobs()
+        batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+        existing = {job for job in jobs if _key_in(out / _name(*job)) == key}
         mine = [batch for batch in batches[dist.rank() :: dist.world()] if not existing.issuperset(batch)]
         if not mine:
             return
@@ -169,17 +168,21 @@ class _Request:
 
         # Generate and save each batch.
         with console.bar(sum(map(len, mine)), "sample", "image", share=True) as bar:
-            for batch in mine:
+            adapters = [{names[path]: scale for path, scale in mix.parts} for mix in self.mixes]
+            parts = [[batch[i] for i in places] for batch in mine
+                     for places in pipe.together([adapters[m] for m, _, _ in batch])]  # fmt: skip
+            for batch in parts:
                 preemption.check()
-                mix = self.mixes[batch[0][0]]
-                pipe.use({names[path]: scale for path, scale in mix.parts})
                 seeds = [seed for _, _, seed in batch]
                 texts = [self.prompts[p] for _, p, _ in batch]
                 inputs = [low_res[(seed - settings.seed) % len(low_res)] for seed in seeds] if low_res else []
                 with sampler.moving(pipe.pipe, bar, len(batch), "sample"):
-                    images = pipe.generate(texts, seeds, settings.steps, settings.guidance, self.side, inputs)
+                    images = pipe.generate(
+                        texts, seeds, settings.steps, settings.guidance, self.side, inputs,
+                        [adapters[m] for m, _, _ in batch],
+                    )  # fmt: skip
                 for (m, p, seed), image in zip(batch, images, strict=True):
-                    note = {"prompt": self.prompts[p], "seed": seed, "adapters": mix.label,
+                    note = {"prompt": self.prompts[p], "seed": seed, "adapters": self.mixes[m].label,
                             "model": self.cfg.model.path, "steps": settings.steps,
                             "guidance": settings.guidance, "key": key}  # fmt: skip
                     save_png(out / _name(m, p, seed), image, json.dumps(note))

@@ -26,7 +26,8 @@ from dbtrain.models.families import registry as families
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import class_images
-from dbtrain.prepare.prepare import prepare, request
+from dbtrain.prepare.plan import request
+from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.train.dreambooth import DreamBooth
 from tests import bases

@@ -105,6 +105,8 @@ class Family:
     needs_vae: bool = False  # whether the pipeline needs its VAE even to return latents
     distilled: Callable[[Pretrained], str | None] = lambda base: None
     """(base) -> the model to train instead, if it was distilled to few steps."""
+    texts_as_one: tuple[str, ...] = ()
+    """The denoiser's modules that take the texts of all rows, of lengths of their own, as one sequence."""
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
 

@@ -114,6 +114,7 @@ FAMILY = Family(
         "all": (*ATTENDED, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
     },
     stored=("mean",),
+    texts_as_one=("cap_embedder",),
     encode_prompt=encode_prompt,
     arguments=arguments,
     lora_mixin="ZImageLoraLoaderMixin",

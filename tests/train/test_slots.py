@@ -1,0 +1,211 @@
+"""Runs in slots: each becomes what it becomes alone, whoever its companions are and whichever its slot is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dbtrain.config import Config
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.train import loop, many
+from dbtrain.train.inputs import Inputs
+from dbtrain.train.slots import Slots
+from tests import bases
+from tests.conftest import Make, slow
+from tests.runs import tree
+from tests.session import once
+
+STEPS = 4
+
+
+def configs_of(make: Make, base: str = "sd", **changes: Any) -> Callable[..., Config]:
+    """Configs of runs on the same shards, by run folder and seed."""
+    side = bases.SIDES[base]
+    settings = partial(
+        make, model__path=str(bases.ALL[base]()), prepare__resolution=side, prepare__class_images=3,
+        **{"train__steps": STEPS, "train__global_batch": 2, "train__micro_batch": 2,
+           "train__checkpoint_every": 2, "optim__clip": 0.5} | changes,
+    )  # fmt: skip
+    key = "-".join([base, *sorted(f"{k}={v}" for k, v in changes.items() if k.startswith("prepare"))])
+    made = once(f"slots-{key}", lambda folder: prepare(settings(data__shards=str(folder / "shards"))))
+
+    def config(folder: Path, seed: int, **more: Any) -> Config:
+        return settings(data__shards=str(made / "shards"), run_dir=str(folder), seed=seed, **more)
+
+    return config
+
+
+def train(cfgs: Iterable[Config], count: int, until: int | None = None) -> dict[str, ConfigError]:
+    """Train runs in so many slots; stop after `until` steps. Returns what went wrong, by run folder."""
+    waiting = [(cfg, Inputs.find(cfg)) for cfg in cfgs]
+    slots = Slots(count, *zip(*waiting, strict=True))  # type: ignore[arg-type]
+    problems: dict[str, ConfigError] = {}
+    steps = 0
+
+    def ended(cfg: Config, problem: ConfigError | None) -> None:
+        if problem:
+            problems[Path(cfg.run_dir).name] = problem
+
+    def stepped() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == until:
+            raise Preempted("enough")
+
+    many.train(slots, lambda idle: waiting.pop(0) if waiting else None, ended, stepped)
+    return problems
+
+
+def result(folder: Path, step: int = STEPS) -> dict[str, bytes]:
+    """The checkpoint and the metrics of a run."""
+    return tree(RunFolder(folder).checkpoint(step)) | {"metrics": (folder / "metrics.jsonl").read_bytes()}
+
+
+def adapters(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    checkpoint = RunFolder(folder).checkpoint(STEPS)
+    return {f"{path.parent.name}.{name}": tensor for path in checkpoint.rglob("adapter_model.safetensors")
+            for name, tensor in load_file(path).items()}  # fmt: skip
+
+
+def distance(one: Path, other: Path) -> float:
+    """The largest relative distance of two runs' tensors."""
+    ours, theirs = adapters(one), adapters(other)
+    assert ours.keys() == theirs.keys()
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
+
+
+TEXT = {"adapter__text_encoder": {"rank": 2, "targets": "all"}}
+CASES: list[Any] = [
+    ("sd", {"adapter__targets": "all", "loss__min_snr_gamma": 5.0} | TEXT),
+    ("sd", {"train__micro_batch": 1, "train__ema": 0.9}),
+    ("sd", {"loss__prior": "prediction"}),
+    ("sd", {"prepare__class_prompt": None, "adapter__rslora": True, "adapter__alpha": 3}),
+    ("sd", {"optim__name": "prodigy", "optim__lr": 1.0} | TEXT),
+    ("sd", {"optim__lora_plus_ratio": 4.0, "adapter__ranks": {"mid_block.*": 7}}),
+    ("sd", {"train__precision": "bf16", "train__base_linears": "int8"}),
+    slow("sd", {"train__precision": "fp16"}),
+    slow("sd", {"train__gradient_checkpointing": "blocks", "train__swap_blocks": 3}),
+    ("sdxl", TEXT),
+    slow("deepfloyd", {}),
+    ("flux1", TEXT),
+    *(slow(name, {}) for name in bases.FLOW if name != "flux1"),
+]
+LOOSE = {"bf16": 0.1, "fp16": 0.1}  # relative distance from a run alone, by precision; it is of rounding
+
+
+@pytest.mark.parametrize(("base", "settings"), CASES, ids=str)
+def test_a_run_does_not_depend_on_its_companions_and_is_the_one_alone(
+    make: Make, tmp_path: Path, base: str, settings: dict[str, Any]
+) -> None:
+    config = configs_of(make, base, **settings)
+    assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)], 3)
+    assert not train([config(tmp_path / f"b{seed}", seed) for seed in (4, 3, 1)], 3)
+    for seed in (1, 3):
+        assert result(tmp_path / f"a{seed}") == result(tmp_path / f"b{seed}")
+    loop.train(config(tmp_path / "alone", 1))
+    bound = LOOSE.get(settings.get("train__precision", ""), 1e-3)
+    assert distance(tmp_path / "a1", tmp_path / "alone") < bound
+    assert distance(tmp_path / "a2", tmp_path / "alone") > 0.01, "the bound tells subjects apart"
+
+
+DIFFERENT: list[dict[str, Any]] = [
+    {"adapter__rank": 4}, {"adapter__rank": 2, "train__steps": 2}, {"optim__lr": 2e-4},
+    {"adapter__rank": 6, "adapter__alpha": 1}, {"optim__schedule": "cosine"},
+]  # fmt: skip
+
+
+def test_runs_differ_in_rank_rate_and_steps_and_take_turns(make: Make, tmp_path: Path) -> None:
+    config = configs_of(make)
+
+    def each(name: str) -> list[Config]:
+        return [config(tmp_path / f"{name}{k}", k, **changes) for k, changes in enumerate(DIFFERENT)]
+
+    assert not train(each("a"), 2)
+    assert not train(reversed(each("b")), 2)
+    for number, cfg in enumerate(each("c")):
+        steps = cfg.train.steps
+        assert result(tmp_path / f"a{number}", steps) == result(tmp_path / f"b{number}", steps)
+        if steps == STEPS:
+            loop.train(cfg)
+            assert distance(tmp_path / f"a{number}", tmp_path / f"c{number}") < 1e-3
+
+
+def test_a_run_that_fails_leaves_the_others_as_they_are(make: Make, tmp_path: Path) -> None:
+    config = configs_of(make, train__log_every=1)
+    good = [config(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)]
+    assert not train(good, 2)
+    bad = config(tmp_path / "bad", 4, optim__lr=1e30)
+    problems = train([config(tmp_path / "b1", 1), bad, *(config(tmp_path / f"b{k}", k) for k in (2, 3))], 2)
+    assert problems.keys() == {"bad"} and "NaN or infinite at step" in str(problems["bad"])
+    for seed in (1, 2, 3):
+        assert result(tmp_path / f"a{seed}") == result(tmp_path / f"b{seed}")
+
+
+@pytest.mark.parametrize("settings", [{"train__ema": 0.9}, {"optim__name": "prodigy", "optim__lr": 1.0}], ids=str)
+def test_a_stopped_run_goes_on_with_others_elsewhere(
+    make: Make, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = configs_of(make, **settings, **TEXT)
+    assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2)], 2)
+    with pytest.raises(Preempted, match="enough .2 runs saved"):
+        train([config(tmp_path / f"b{seed}", seed) for seed in (1, 2)], 2, until=3)
+    assert not train([config(tmp_path / "c", 7), config(tmp_path / "b1", 1)], 2)
+    assert not train([config(tmp_path / "b2", 2)], 2)
+    for seed in (1, 2):
+        assert result(tmp_path / f"a{seed}") == result(tmp_path / f"b{seed}")
+    # It is an ordinary run, and goes on alone as well.
+    with pytest.raises(Preempted):
+        train([config(tmp_path / "d", 1), config(tmp_path / "e", 2)], 2, until=2)
+    loop.train(config(tmp_path / "d", 1))
+    assert distance(tmp_path / "d", tmp_path / "a1") < 1e-3
+
+
+def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:
+    """Images and held-out losses in slots are those of the same adapter alone."""
+    config = configs_of(
+        make, prepare__held_out=1, validation__prompts=["a photo of sks dog"], validation__images=2,
+        validation__every=2, train__ema=0.5, export__ema=True, **TEXT,
+    )  # fmt: skip
+    assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2)], 2)
+    loop.train(config(tmp_path / "alone", 2))
+    import json
+
+    for ours, theirs in zip(
+        *((folder / "validation.jsonl").read_text().splitlines() for folder in (tmp_path / "a2", tmp_path / "alone")),
+        strict=True,
+    ):
+        one, other = json.loads(ours), json.loads(theirs)
+        assert one["held_out_instance"] == pytest.approx(other["held_out_instance"], rel=1e-4)
+    from PIL import Image, ImageChops
+
+    for path in sorted((tmp_path / "alone" / "validation").rglob("*.png")):
+        same = tmp_path / "a2" / path.relative_to(tmp_path / "alone")
+        difference = ImageChops.difference(Image.open(path), Image.open(same))
+        assert max(high for _, high in difference.getextrema()) <= 2  # of 255
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter__kind": "loha"}, "adapter.kind is 'loha'"),
+        ({"adapter__dropout": 0.1}, "adapter.dropout is 0.1"),
+        ({"adapter__dora": True}, "adapter.dora is True"),
+        ({"adapter__text_encoder": {"rank": 2, "bias": "all"}}, "adapter.text_encoder.bias is 'all'"),
+        ({"train__shard": "all"}, "train.shard"),
+    ],
+    ids=str,
+)
+def test_what_slots_do_not_have_is_refused(
+    make: Make, tmp_path: Path, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train([configs_of(make)(tmp_path / "a", 1, **settings)], 2)
