@@ -169,7 +169,7 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     (tmp_path / "c.yaml").write_text(
         "run_dir: runs/fleet\nmodel: {path: tiny}\n"
         "prepare: {instance_prompt: 'a photo of {}', resolution: 64}\n"
-        "train: {steps: 200, global_batch: 1, checkpoint_every: 200, precision: fp32}\n"
+        "train: {steps: 100, global_batch: 1, checkpoint_every: 100, precision: fp32}\n"
     )
     job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path)
     fleet = tmp_path / "runs" / "fleet"
@@ -177,7 +177,7 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     slurm.call("exec", "scancel", "--signal=USR1", job)
     ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 1
-    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 200 for name in names)
+    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 100 for name in names)
     assert not (fleet / "PREEMPTED").exists()
     assert len({(fleet / name / EXPORT).read_bytes() for name in names}) == 3
 
