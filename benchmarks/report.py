@@ -47,6 +47,9 @@ EXPECTED = (
     ("end_to_end", "tiny-cpu", "photos to adapter with the embedded base on a CPU"),
     ("end_to_end", "sd15-cuda", "photos to adapter with SD-1.5 and 200 class images, on a GPU"),
     ("end_to_end", "sd15-cuda-no-class-images", "photos to adapter with SD-1.5, without class images"),
+    ("fleet", "tiny-cpu", "subjects an hour with the embedded base, together and one by one, on a CPU"),
+    ("fleet", "sd15-cuda", "subjects an hour with SD-1.5, on a GPU"),
+    ("fleet", "sdxl-cuda", "subjects an hour with SDXL, on a GPU"),
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
     ("prior_step", "cpu", "what a step costs by the kind of prior preservation"),
     ("prior", "sd15-cuda", "class images of SD-1.5 on a GPU"),
@@ -118,6 +121,7 @@ PLOTS: dict[str, tuple[str, ...]] = {
     "throughput": ("samples",), "prior": ("class images",), "scaling": ("efficiency",),
     "data": ("amplification, most",), "ladder": ("speed-up",), "choose_settings": ("closed",),
     "stopping": ("gained",),
+    "fleet": ("subjects per hour",),
     "end_to_end": ("imports", "class images", "encode", "train start", "steps", "export"),
 }  # fmt: skip
 FIRST_STEP = ("imports", "load", "first step")  # of throughput's results without a sweep

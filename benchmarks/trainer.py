@@ -17,19 +17,31 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
+from dbtrain.export import export as exporting
 from dbtrain.export.export import export
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime import dist
-from dbtrain.train import checkpoint, parallel
+from dbtrain.train import checkpoint, loop, parallel, slots
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.loop import train
 from dbtrain.train.metrics import Metrics, Outcome
 from dbtrain.train.setup import swap_blocks
 from dbtrain.train.step import train_step
+from dbtrain.train.validation import Validator
 
-__all__ = ["Steps", "each_step", "export", "making_class_images", "prepare", "steps", "train", "when_loaded"]
+__all__ = [
+    "Steps",
+    "each_step",
+    "export",
+    "making_class_images",
+    "phases",
+    "prepare",
+    "steps",
+    "train",
+    "when_loaded",
+]
 
 
 @dataclass
@@ -100,15 +112,11 @@ def making_class_images(begin: Callable[[], None], end: Callable[[], None]) -> I
 
 def phases() -> dict[str, list[tuple[Any, str]]]:
     """The functions that the phases of `dbtrain run` and `dbtrain fleet` consist of: (where, name)."""
-    from dbtrain.export import export
-    from dbtrain.train import loop, slots
-    from dbtrain.train.validation import Validator
-
     return {
         "fixed": [(slots.Slots, "enter")],
         "training": [(loop, "train_step"), (slots.Slots, "step")],
         "validation": [(Validator, "run")],
-        "export": [(export, "finish")],
+        "export": [(exporting, "finish")],
     }
 
 

@@ -17,6 +17,7 @@ from benchmarks import (
     common,
     data,
     end_to_end,
+    fleet,
     flops,
     ladder,
     memory,
@@ -176,7 +177,8 @@ def test_where_a_run_stops_is_told_by_images_that_the_rule_has_not_seen() -> Non
 SMOKE = {
     throughput: ("throughput-tiny-cpu", "samples"), ladder: ("ladder-tiny-batch1-cpu-memory", "speed-up"),
     data: ("data-cpu", "data wait"),
-    end_to_end: ("end_to_end-tiny-cpu", "photos to adapter"), prior: ("prior-tiny-cpu", "class images"),
+    end_to_end: ("end_to_end-tiny-cpu", "photos to adapter"),
+    fleet: ("fleet-tiny-cpu", "subjects per hour"), prior: ("prior-tiny-cpu", "class images"),
     memory: ("memory-tiny-64-cpu", None), quantization: ("quantization-cpu", None),
     text_encoders: ("text_encoders-t5-cpu", "CPU time"), prior_step: ("prior_step-cpu", "step"),
 }  # fmt: skip
@@ -187,7 +189,7 @@ SMOKE = {
 @pytest.mark.parametrize(
     "script",
     [prior, *map(slow, (
-        throughput, ladder, data, end_to_end, memory, quantization, text_encoders, prior_step,
+        throughput, ladder, data, end_to_end, fleet, memory, quantization, text_encoders, prior_step,
     ))],
     ids=lambda script: script.__name__.rpartition(".")[2],
 )  # fmt: skip

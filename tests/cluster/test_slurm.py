@@ -19,8 +19,8 @@ from tests.runs import EXPORT, relative, tree
 
 pytestmark = pytest.mark.xdist_group("slurm")  # they share what takes long to make
 
-TRAIN, PREPARE, ARRAY, DREAMBENCH = (
-    ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array", "dreambench")
+TRAIN, PREPARE, ARRAY, FLEET, DREAMBENCH = (
+    ROOT / "launch" / f"{name}.sbatch" for name in ("train", "prepare", "array", "fleet", "dreambench")
 )
 minutes = pytest.mark.skipif("DBTRAIN_CLUSTER" not in os.environ, reason="minutes: DBTRAIN_CLUSTER=1 runs it")
 TWO = ("--nodes=2", "--ntasks-per-node=1")
@@ -156,6 +156,37 @@ def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Pa
     assert len(made) == 10
     exports = {(tmp_path / "runs" / name / EXPORT).read_bytes() for name in names}
     assert len(exports) == 3
+
+
+@pytest.mark.slow
+def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: Path) -> None:
+    """On two nodes, with a config that leaves the words, photos and shards to the list."""
+    names = ("mug", "ball", "boot")
+    for name in names:
+        world.main(tmp_path / "photos" / name, name)
+    rows = ["name,photos,token,class", *(f"{name},photos/{name},sks,thing" for name in names)]
+    (tmp_path / "subjects.csv").write_text("\n".join(rows))
+    (tmp_path / "c.yaml").write_text(
+        "run_dir: runs/fleet\nmodel: {path: tiny}\n"
+        "prepare: {instance_prompt: 'a photo of {}', resolution: 64}\n"
+        "train: {steps: 100, global_batch: 1, checkpoint_every: 100, precision: fp32}\n"
+    )
+    job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path)
+    fleet = tmp_path / "runs" / "fleet"
+    until(lambda: steps_done(fleet / "mug") >= 5)
+    slurm.call("exec", "scancel", "--signal=USR1", job)
+    ended = slurm.wait(job)
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 1
+    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 100 for name in names)
+    assert not (fleet / "PREEMPTED").exists()
+    assert len({(fleet / name / EXPORT).read_bytes() for name in names}) == 3
+
+
+def test_a_fleet_without_a_list_is_told_what_it_needs(slurm: Cluster, tmp_path: Path) -> None:
+    job = slurm.submit(FLEET, "c.yaml", cwd=tmp_path)
+    assert slurm.wait(job)["ExitCode"] == "2:0"
+    said = (tmp_path / f"fleet-{job}.out").read_text()
+    assert said.startswith("usage: sbatch launch/fleet.sbatch CONFIG SUBJECTS")
 
 
 REQUEUED = f"""#!/usr/bin/env bash
