@@ -75,6 +75,7 @@ def steps(cfg: Config) -> Iterator[Steps]:
         place, manifest, share, weights, seed=0, device=dist.device(),
         extra=lambda meta: family.row(meta, manifest.request["resolution"]),
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
+        preserved=cfg.loss.asks_the_base,
     )  # fmt: skip
     with closing(stream), dist.training(cfg.faults.timeout_s):
         yield Steps(cfg, model, parallel.wrap(model), progress, stream)

@@ -37,6 +37,7 @@ def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
     manifest, weights = Manifest.read(at(folder)), {"instance": 1.0, "class": cfg.loss.prior_weight}
     options.setdefault("share", RankSlice(cfg.train.global_batch, cfg.train.micro_batch))
     options["class_prompts"] = manifest.class_prompts() if cfg.loss.prior == "prediction" else None
+    options["preserved"] = cfg.loss.asks_the_base
     return LatentStream(
         at(folder), manifest, role_weights=weights, seed=cfg.seed,
         extra=lambda meta: families.get(manifest.family).row(meta, manifest.request["resolution"]), **options,

@@ -108,14 +108,15 @@ class Config(Section):
     def _something_to_preserve(self) -> Config:
         if not (prepare := self.prepare):
             return self
-        if self.loss.prior == "prediction" and not prepare.class_prompt:
+        prior = self.loss.prior
+        if self.loss.asks_the_base and not prepare.class_prompt:
             raise ValueError(
-                "loss.prior is prediction, but there is no prompt to predict for; set prepare.class_prompt"
+                f"loss.prior is {prior}, but there is no prompt to predict for; set prepare.class_prompt"
             )
-        if self.loss.prior == "images" and prepare.class_prompt and not prepare.class_images:
+        if prior in ("images", "distillation") and prepare.class_prompt and not prepare.class_images:
             raise ValueError(
-                "prepare.class_images is 0, but loss.prior is images; set it to 50 or more, or loss.prior to "
-                "prediction or none"
+                f"prepare.class_images is 0, but loss.prior is {prior}; set it to 50 or more, or loss.prior "
+                "to prediction or none"
             )
         return self
 

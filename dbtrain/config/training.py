@@ -53,10 +53,11 @@ class Timesteps(Section):
 
 
 class Loss(Section):
-    prior: Literal["images", "prediction", "none"] = Field(
+    prior: Literal["images", "prediction", "distillation", "none"] = Field(
         "images",
-        description="what preserves the class: `images` of it, or the base's own `prediction` for the "
-        "photos with `prepare.class_prompt`, which needs no class images",
+        description="what preserves the class: `images` of it; the base's own `prediction` for the photos "
+        "with `prepare.class_prompt`, which needs no class images; or `distillation`, its prediction for the "
+        "class images",
     )
     prior_weight: NonNegative = Field(1.0, description="weight of the loss that preserves the class")
     min_snr_gamma: Positive | None = Field(
@@ -76,12 +77,17 @@ class Loss(Section):
         "none", description="flow matching: loss weight by noise level, as in Diffusers' scripts"
     )
 
+    @property
+    def asks_the_base(self) -> bool:
+        """Whether what the base predicts for a class row is its target."""
+        return self.prior in ("prediction", "distillation")
+
     def role_weights(self, class_images: bool) -> dict[str, float]:
         """The roles to train on, and the weight of each role's mean loss.
 
         `class_images`: whether there are any. Those of weight 0 are not loaded at all.
         """
-        there = {"images": class_images, "prediction": True, "none": False}[self.prior]
+        there = {"prediction": True, "none": False}.get(self.prior, class_images)
         return {"instance": 1.0} | ({"class": self.prior_weight} if there and self.prior_weight else {})
 
 

@@ -80,9 +80,9 @@ class LatentStream:
     `role_weights`: the roles to train on and the weight of each role's mean loss. `weights`: how often
     each of several subjects, or of their classes, is trained on, by role. `extra`: a row's description ->
     further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows are instance
-    rows with these prompts, the index of one for each subject, in an order of their own; the base's
-    predictions for them are their targets. `prompt_dropout`: the share of rows that get the empty prompt,
-    which the shards then have. `next` raises ConfigError if a shard is missing or damaged.
+    rows with these prompts, the index of one for each subject, in an order of their own. `preserved`: the
+    base's predictions for class rows are their targets. `prompt_dropout`: the share of rows that get the
+    empty prompt, which the shards then have. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -103,8 +103,9 @@ class LatentStream:
         extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
         stored: Collection[str] = (),
         class_prompts: Sequence[int] | None = None,
+        preserved: bool = False,
     ) -> None:
-        self.class_prompts = class_prompts
+        self.class_prompts, self.preserved = class_prompts, preserved
         self.images = {role: "instance" if class_prompts else role for role in role_weights}
         self.manifest = manifest
         self.share = share
@@ -187,7 +188,7 @@ class LatentStream:
                 self._prompt(*place, shard, row)
                 for place, (shard, _), row in zip(positions, locations, rows, strict=True)
             ],
-            preserved=sum(role == "class" for role, _ in positions) if self.class_prompts else 0,
+            preserved=sum(role == "class" for role, _ in positions) if self.preserved else 0,
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)

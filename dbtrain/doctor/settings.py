@@ -61,9 +61,9 @@ def prompts(case: Case) -> Iterator[Finding]:
             f"loss.prior_weight is 0: {cfg.class_images} class images are generated but never trained on",
             "set loss.prior=none, or loss.prior_weight=1",
         )
-    if case.cfg.loss.prior == "prediction" and not case.cfg.loss.prior_weight:
+    if case.cfg.loss.asks_the_base and not case.cfg.loss.prior_weight:
         yield warning(
-            "loss.prior is prediction, but loss.prior_weight is 0: nothing preserves the class",
+            f"loss.prior is {case.cfg.loss.prior}, but loss.prior_weight is 0: nothing preserves the class",
             "set loss.prior=none, or loss.prior_weight=1",
         )
     yield ok(f"'{cfg.instance_prompt}'" + (f", class '{cfg.class_prompt}'" if cfg.class_prompt else ""))

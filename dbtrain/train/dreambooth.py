@@ -175,7 +175,7 @@ class DreamBooth(nn.Module, Adapted):
         length = base.family.tokens(manifest.latent_shape)
         objective = base.family.objective.of(base.config("scheduler"), cfg.loss, length)
         frozen = family.text_encoders.keys() - encoders
-        asked = cfg.loss.prior == "prediction"  # the base, whose text encoders are not trained
+        asked = cfg.loss.asks_the_base  # and its text encoders are not trained
         needed = {"condition": bool(frozen) or asked, "ids": bool(encoders)}
         unread = {f"ids.{name}" for name in frozen}
         prompts = {

@@ -133,7 +133,7 @@ def predict(
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
         size = cfg.train.micro_batch
-        preserved = size * (shapes.roles - 1) if cfg.loss.prior == "prediction" else 0
+        preserved = size * (shapes.roles - 1) if cfg.loss.asks_the_base else 0
         compute_step(model, progress, [batch(size * shapes.roles, preserved)], cfg)
         activations, flops = counter.peak - before, counter.flops
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0

@@ -212,6 +212,7 @@ def start(
         extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
         stored=inputs.base.family.stored,
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
+        preserved=cfg.loss.asks_the_base,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.

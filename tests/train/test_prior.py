@@ -110,6 +110,20 @@ def test_rows_do_not_depend_on_the_number_of_ranks(make: Make, prepared: Path) -
     assert seen[0] == seen[1]
 
 
+def test_distillation_asks_for_class_images(make: Make, prepared: Path) -> None:
+    """Its rows are those of class images; their targets are the base's predictions for them."""
+    of_images, distilled = (
+        first(make(loss__prior=prior, train__micro_batch=2), prepared) for prior in ("images", "distillation")
+    )
+    assert (of_images.preserved, distilled.preserved, distilled.prompts) == (0, 2, (0, 0, 1, 1))
+    assert of_images.seen == distilled.seen
+    for name, rows in of_images.stored.items():
+        assert torch.equal(rows, distilled.stored[name])
+    model = build(make(loss__prior="distillation", train__micro_batch=2), prepared)
+    losses = model(distilled)
+    assert losses[2:].max() < 1e-9 < losses[:2].min(), "a new adapter changes nothing"
+
+
 TRAINED: dict[str, dict[str, Any]] = {
     "frozen": {},
     "trained": {"adapter__text_encoder": {"kind": "lora", "rank": 2}},
@@ -208,7 +222,7 @@ def test_a_run_without_class_images_resumes_to_the_bit(make: Make, tmp_path: Pat
 def test_shards_with_class_images_can_be_trained_by_prediction_and_without(
     make: Make, prepared: Path, tmp_path: Path
 ) -> None:
-    for prior, roles in (("prediction", 2), ("none", 1)):
+    for prior, roles in (("prediction", 2), ("distillation", 2), ("none", 1)):
         cfg = make(
             data__shards=str(prepared), loss__prior=prior, run_dir=str(tmp_path / prior), train__steps=1
         )
@@ -226,6 +240,7 @@ def test_runs_and_shards_without_it_are_as_they_were(make: Make, prepared: Path)
 @pytest.mark.parametrize(("changes", "words"), [
     ({"loss__prior": "prediction", "prepare__class_prompt": None}, "set prepare.class_prompt"),
     ({"prepare__class_images": 0}, "prepare.class_images is 0, but loss.prior is images"),
+    ({"loss__prior": "distillation", "prepare__class_images": 0}, "but loss.prior is distillation"),
     ({"loss__prior": "prediction", "prepare__class_held_out": 2}, "there are no class images"),
 ])  # fmt: skip
 def test_settings_that_preserve_nothing_are_refused(make: Make, changes: dict[str, Any], words: str) -> None:
