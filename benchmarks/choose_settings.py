@@ -49,7 +49,6 @@ RECIPES = {
     "no ema": NO_EMA,
     "no ema, lr 1e-3": (*NO_EMA, "optim.lr=1e-3"),
     "no ema, lr 1e-3, text_encoder_lr 3e-3": (*NO_EMA, "optim.lr=1e-3", "optim.text_encoder_lr=3e-3"),
-    "no ema, lr 1e-3, prior by prediction": (*NO_EMA, "optim.lr=1e-3", "loss.prior=prediction"),
     "no ema, cosine from 3e-3": (
         *NO_EMA,
         "optim.lr=3e-3",
@@ -58,12 +57,15 @@ RECIPES = {
     ),
     "no ema, learned word": (*NO_EMA, "adapter.token={}"),
     "learned word": ("adapter.token={}",),
-    "prior by prediction": ("loss.prior=prediction",),
-    "no class images": ("prepare.class_prompt=null",),
+    "prior by images": ("loss.prior=images", "loss.prior_weight=1"),
+    "prior by images, weight 2": ("loss.prior=images", "loss.prior_weight=2"),
+    "prior by 128 images": ("loss.prior=images", "loss.prior_weight=1", "prepare.class_images=128"),
+    "prior by prediction": ("loss.prior=prediction", "loss.prior_weight=1"),
+    "prior by distillation, weight 1": ("loss.prior_weight=1",),
+    "no class images": ("prepare.class_prompt=null", "loss.prior=none"),
     "class images at guidance 3": ("prepare.sampling.guidance=3",),
     "frozen text encoder": ("adapter.text_encoder=null",),
     "no min_snr_gamma": ("loss.min_snr_gamma=null",),
-    "prior_weight 0.3": ("loss.prior_weight=0.3",),
     "lr 1e-3": ("optim.lr=1e-3",),
     "lr 4e-3": ("optim.lr=4e-3",),
     "rank 4": ("adapter.rank=4",),
@@ -230,7 +232,7 @@ def _workers(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
 def parser() -> argparse.ArgumentParser:
     words = common.parser(__doc__, "set")
     words.add_argument("--half", default="choosing", choices=get_args(world.Half))
-    words.add_argument("--looks", type=int, default=18, metavar="SEED", help="draws a list of subjects")
+    words.add_argument("--looks", type=int, default=21, metavar="SEED", help="draws a list of subjects")
     words.add_argument("--subjects", type=int, nargs="+", default=list(range(8)), help="numbers in that list")
     words.add_argument("--seeds", type=int, default=3, help="training runs of each subject and recipe")
     words.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME",
