@@ -175,7 +175,7 @@ def fleet(
     with importing(at_start=True):
         from dbtrain.fleet import fleet as verb
 
-    verb.fleet(verb.Order(config, subjects, overrides or (), slots, watch, evaluate))
+    verb.fleet(verb.Request(config, subjects, overrides or (), slots, watch, evaluate))
 
 
 @app.command()

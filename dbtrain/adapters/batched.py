@@ -6,7 +6,7 @@ number, beside one product of the frozen layer for all rows. A slot's rows never
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from dbtrain.adapters.inject import NAME
+from dbtrain.adapters.inject import NAME, trainable
 from dbtrain.config.adapter import Adapter
 from dbtrain.runtime.errors import ConfigError
 
@@ -170,27 +170,28 @@ class Stack:
                 self.layers[name]._parameters[factor] = None
 
     def bind(self, slot: int, component: str, module: nn.Module) -> None:
-        """Move the LoRA that PEFT put on `module` into a slot: its parameters become views of the slot's.
+        """Make the parameters of the LoRA that PEFT put on `module` views of a slot.
 
-        `module` is a copy of the component, whose other weights are not used. Raises ConfigError if it needs
-        more room than there is.
+        `module` is a `skeleton` of the component. Raises ConfigError if it needs more room than there is.
         """
         layer: Any
+        linears: Any
         for name, layer in module.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
-            for factor in "AB":
-                parameter = getattr(layer, f"lora_{factor}")[NAME].weight
-                place = self.places[f"{component}.{name}", factor]
-                if layer.r[NAME] > place.shape[0]:
+            for factor, linears in (("A", layer.lora_A), ("B", layer.lora_B)):
+                place, rank = self.places[f"{component}.{name}", factor], layer.r[NAME]
+                if rank > place.shape[0]:
                     raise ConfigError(
-                        f"the rank of {component}.{name} is {layer.r[NAME]}, but the slots have room for "
+                        f"the rank of {component}.{name} is {rank}, but the slots have room for "
                         f"{place.shape[0]}; start the fleet again"
                     )
-                weights, grads = (place.of(row, layer.r[NAME]) for row in self.row(slot))
+                weights, grads = (place.of(row, rank) for row in self.row(slot))
                 if factor == "B":  # (out, rank, ...)
-                    weights, grads = (view.t().view(parameter.shape) for view in (weights, grads))
-                parameter.data, parameter.grad = weights.copy_(parameter.detach()), grads
+                    shape = linears[NAME].weight.shape
+                    weights, grads = (view.t().view(shape) for view in (weights, grads))
+                linears[NAME].weight = nn.Parameter(weights)
+                linears[NAME].weight.grad = grads
             self.layers[f"{component}.{name}"].scale[slot] = layer.scaling[NAME]
 
     def row(self, slot: int) -> tuple[Tensor, Tensor]:
@@ -209,6 +210,21 @@ class Stack:
             yield
         finally:
             self.rows.only = None
+
+
+@contextmanager
+def on_the_cpu(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """In the block, parameters of adapters are on the CPU and contiguous, as where training starts anew.
+
+    Their values afterwards become those of the slot.
+    """
+    parameters = [parameter for module in modules for parameter in trainable(module).values()]
+    views = [parameter.data for parameter in parameters]
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = torch.empty(view.shape)
+    yield
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.data = view.copy_(parameter.data)
 
 
 def ranks(module: nn.Module) -> dict[str, int]:

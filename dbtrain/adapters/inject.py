@@ -93,12 +93,11 @@ def attach(
     seed: int,
     without: Sequence[str] = (),
     presets: Mapping[str, Sequence[str]] | None = None,
-    real: bool = False,
 ) -> None:
     """Add a new adapter to `module`, with fp32 weights on the CPU that depend on `seed` alone.
 
     `part`: "denoiser" or "text_encoder". Modules in `without` and their submodules get no adapter.
-    `presets`: the family's own. `real`: the adapter has weights even if `module` is on the meta device.
+    `presets`: the family's own.
     Raises ConfigError if a target, or a pattern of `ranks`, matches no module.
     """
     kind = KINDS[cfg.kind]
@@ -122,13 +121,8 @@ def attach(
         module.get_submodule(name).requires_grad_(False)
     # Initialize in fp32 on the CPU, whatever the base's dtype and device, so that all start from the same
     # weights. The device has a generator of its own.
-    for name, parameter in trainable(module).items():
-        if parameter.is_meta and real:
-            owner, _, last = name.rpartition(".")
-            new = nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=torch.float32))
-            setattr(module.get_submodule(owner), last, new)
-        else:
-            parameter.data = parameter.data.to("meta" if parameter.is_meta else "cpu", torch.float32)
+    for parameter in trainable(module).values():
+        parameter.data = parameter.data.to("meta" if parameter.is_meta else "cpu", torch.float32)
     start(module, cfg, seed)
     _train_mode(module, cfg)
 

@@ -7,13 +7,23 @@ from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
-from dbtrain.runtime import lock
-from dbtrain.runtime.errors import printable
-from dbtrain.runtime.fleet_status import Status
+from dbtrain.runtime import console, lock
+from dbtrain.runtime.errors import ConfigError, printable
+from dbtrain.runtime.fleet_status import NAME, Status
 from dbtrain.runtime.run_folder import RunFolder, step_of
 
 TAIL = 4096  # bytes, more than a line of the metrics
 STEP = re.compile(rb'^\{"step": (\d+),.*\}$', re.MULTILINE)
+
+
+def read(fleet: Path) -> Status:
+    """The status of a fleet so far; an empty one of a new fleet, or if it cannot be read."""
+    try:
+        return Status.read(fleet)
+    except ConfigError as problem:
+        if (fleet / NAME).exists():
+            console.warn(f"{problem}; beginning with a new one")
+        return Status(0, ())
 
 
 def found(path: Path) -> dict[str, Any]:

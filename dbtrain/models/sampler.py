@@ -168,40 +168,51 @@ def encode_alone(
 
 
 def encode_once(
-    folder: Path,
+    wanted: Sequence[tuple[Path, Sequence[str]]],
     base: Base,
     components: Mapping[str, str],
-    prompts: Sequence[str],
     guidance: float,
     precision: str,
     gib: float | None = None,
-) -> list[dict[str, Tensor]]:
-    """The prompts as `encode` returns them, encoded by the base's own text encoders, on the CPU.
+) -> list[list[dict[str, Tensor]]]:
+    """Prompts as `encode` returns them, encoded by the base's own text encoders, on the CPU.
 
-    Rank 0 encodes them once and saves them in `folder` for the other ranks and later starts.
-    `components`: the hashes of the base's components. `gib`: memory for the weights of the text encoders.
+    `wanted`: (folder, its prompts). Rank 0 encodes those that are not there once, and saves them in the
+    folders for the other ranks and later starts. `components`: the hashes of the base's components. `gib`:
+    memory for the weights of the text encoders.
     """
-    # The file is named by everything that the tensors depend on.
+    # The files are named by everything that their tensors depend on.
     parts = [components[name] for name in (*base.family.text_encoders, *base.family.text_encoders.values())]
-    key = content_key([parts, list(prompts), guidance > 1, precision])
-    path = folder / f"prompts-{key[:12]}.safetensors"
-    # Rank 0 writes it.
+    paths = []
+    for folder, prompts in wanted:
+        key = content_key([parts, list(prompts), guidance > 1, precision])
+        paths.append(folder / f"prompts-{key[:12]}.safetensors")
+    # Rank 0 writes them.
     with dist.agreed():
-        if dist.is_main() and not path.is_file():
+        pairs = zip(paths, wanted, strict=True)
+        missing = {path: prompts for path, (_, prompts) in pairs if not path.is_file()}
+        if dist.is_main() and missing:
+            texts = list(dict.fromkeys(text for prompts in missing.values() for text in prompts))
             tokenizers = {encoder: base.load(name) for encoder, name in base.family.text_encoders.items()}
-            base.family.tokenize(tokenizers, prompts)  # reports prompts that are too long
-            found = encode_alone(base, prompts, guidance, PRECISIONS[precision].dtype, gib)
-            tensors = {
-                f"{number}.{name}": tensor.cpu().contiguous()
-                for number, one in enumerate(found)
-                for name, tensor in one.items()
-            }
-            files.write_atomically(path, safetensors.torch.save(tensors))
-    # Every rank reads it.
+            base.family.tokenize(tokenizers, texts)  # reports prompts that are too long
+            every = encode_alone(base, texts, guidance, PRECISIONS[precision].dtype, gib)
+            found = dict(zip(texts, every, strict=True))
+            for path, prompts in missing.items():
+                tensors = {
+                    f"{number}.{name}": tensor.cpu().contiguous()
+                    for number, text in enumerate(prompts)
+                    for name, tensor in found[text].items()
+                }
+                files.write_atomically(path, safetensors.torch.save(tensors))
+    # Every rank reads them.
     with dist.agreed():
-        stored = safetensors.torch.load_file(path)
-    encoded: list[dict[str, Tensor]] = [{} for _ in prompts]
-    for name, tensor in stored.items():
+        return [_encoded(path, len(prompts)) for path, (_, prompts) in zip(paths, wanted, strict=True)]
+
+
+def _encoded(path: Path, count: int) -> list[dict[str, Tensor]]:
+    """What is stored of so many prompts."""
+    encoded: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in safetensors.torch.load_file(path).items():
         number, _, argument = name.partition(".")
         encoded[int(number)][argument] = tensor
     return encoded

@@ -61,15 +61,15 @@ class Adapted:
         return {name: adapters.collect(module) for name, module in self.trained.items()}
 
 
-def attach(components: Mapping[str, nn.Module], family: Family, cfg: Config, real: bool = False) -> None:
+def attach(components: Mapping[str, nn.Module], family: Family, cfg: Config) -> None:
     """Give the denoiser, and the text encoders if they are trained, new adapters.
 
-    `components`: the denoiser, then the text encoders. `real`: see `adapters.attach`.
+    `components`: the denoiser, then the text encoders.
     """
     for name, settings, seed in _settings(components, cfg):
         module, first = components[name], name == family.denoiser
         part, presets = ("denoiser", family.presets) if first else ("text_encoder", None)
-        adapters.attach(module, settings, part, seed, family.idle(name, module), presets, real)
+        adapters.attach(module, settings, part, seed, family.idle(name, module), presets)
 
 
 def start_anew(components: Mapping[str, nn.Module], cfg: Config) -> None:

@@ -154,7 +154,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
     """
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
     kept = kept_blocks(cfg, inputs.base, ranks)
-    encoded = validation.encode(cfg, inputs.base, inputs.manifest)
+    (encoded,) = validation.encode([cfg], inputs)
     with dist.agreed():
         table = read_table(cfg, inputs)
         training = training_adapter.read(inputs.base, cfg.model)

@@ -81,7 +81,8 @@ class Slots:
         pairs = list(zip(cfgs, inputs, strict=True))
         tables = [read_table(*pair) for pair in pairs]
         self.prompts = max(map(_length, tables))  # of a slot
-        self.encoded = {cfg.run_dir: validation.encode(cfg, self.base, one.manifest) for cfg, one in pairs}
+        encoded = validation.encode(cfgs, inputs[0])
+        self.encoded = {cfg.run_dir: found for cfg, found in zip(cfgs, encoded, strict=True)}
         training = training_adapter.read(self.base, self.cfg.model)
         self.stack = batched.Stack(count, PRECISIONS[self.cfg.train.precision].dtype)
 
@@ -132,7 +133,7 @@ class Slots:
             adapter = SlotAdapter(self._adapters(slot, cfg), self.stack.row(slot))
             self._write_prompts(slot, read_table(cfg, inputs))
             if cfg.run_dir not in self.encoded:
-                self.encoded[cfg.run_dir] = validation.encode(cfg, self.base, inputs.manifest)
+                (self.encoded[cfg.run_dir],) = validation.encode([cfg], inputs)
             validator = Validator.of(cfg, inputs, self.model, self.encoded.pop(cfg.run_dir))
             job = start(cfg, inputs, self.model, adapter, validator, CPU, among_others=True)
             held.enter_context(closing(job.stream))
@@ -223,22 +224,22 @@ class Slots:
     def _adapters(self, slot: int, cfg: Config) -> dict[str, nn.Module]:
         """The components with the adapters of a new run, whose weights are those of the slot."""
         key, modules = self.modules.get(slot, ("", {}))
-        if key == _key(cfg):
+        if key != _key(cfg):
+            modules = self._skeletons(cfg)
+            for name, module in modules.items():
+                self.stack.bind(slot, name, module)
+            self.modules[slot] = (_key(cfg), modules)
+        with batched.on_the_cpu(modules.values()):
             start_anew(modules, cfg)
-            return modules
-        modules = self._skeletons(cfg, real=True)
-        for name, module in modules.items():
-            self.stack.bind(slot, name, module)
-        self.modules[slot] = (_key(cfg), modules)
         return modules
 
-    def _skeletons(self, cfg: Config, real: bool = False) -> dict[str, nn.Module]:
-        """The components that take part in training, without weights, with the adapters of a new run."""
+    def _skeletons(self, cfg: Config) -> dict[str, nn.Module]:
+        """The components that take part in training, with adapters, all on the meta device."""
         names = self.base.family.adaptable if cfg.adapter.text_encoder else (self.base.family.denoiser,)
         found = {name: self.base.skeleton(name) for name in names}
         for name, module in found.items():
             self.base.drop_unread(name, module)
-        attach(found, self.base.family, cfg, real)
+        attach(found, self.base.family, cfg)
         return found
 
     def _write_prompts(self, slot: int, table: Mapping[str, Tensor]) -> None:
@@ -258,7 +259,7 @@ class Slots:
 def check(cfg: Config) -> None:
     """Raise ConfigError for settings that slots do not have."""
     batched.check(cfg.adapter)
-    for key, needed in (("train.cuda_graph", False), ("train.shard", "none"), ("subjects", ())):
+    for key, needed in (("train.cuda_graph", False), ("train.shard", "none"), ("train.wandb", None)):
         if cfg.get(key) != needed:
             raise ConfigError(f"{key} does not go with slots; leave it at its default")
 

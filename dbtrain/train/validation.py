@@ -36,19 +36,26 @@ from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Metrics
 
+Encoded = list[dict[str, Tensor]]
 
-def encode(cfg: Config, base: Base, manifest: Manifest) -> list[dict[str, Tensor]] | None:
-    """The prompts of the images as the base encodes them; None without any, or if training changes that.
 
-    Rank 0 encodes them on its device, so call this while no denoiser is there.
+def encode(cfgs: Sequence[Config], inputs: Inputs) -> list[Encoded | None]:
+    """The prompts of each run's images, as the base encodes them; None without, or if training changes that.
+
+    Rank 0 encodes them on its device, so call this while no denoiser is there. The runs have the base and the
+    settings of the first one, whose `inputs` these are.
     """
-    trained = base.family.adaptable_text if cfg.adapter.text_encoder or cfg.adapter.token else ()
-    if not cfg.validation.prompts or set(trained) == base.family.text_encoders.keys():
-        return None
-    return sampler.encode_once(
-        RunFolder(cfg.run_dir).validation, base, manifest.components, cfg.validation.prompts,
-        cfg.sample.guidance, cfg.train.precision, cfg.prepare.memory_gib if cfg.prepare else None,
+    first, base = cfgs[0], inputs.base
+    trained = base.family.adaptable_text if first.adapter.text_encoder or first.adapter.token else ()
+    if set(trained) == base.family.text_encoders.keys():
+        return [None] * len(cfgs)
+    wanted = [(RunFolder(cfg.run_dir).validation, cfg.validation.prompts) for cfg in cfgs]
+    found = sampler.encode_once(
+        [one for one in wanted if one[1]], base, inputs.manifest.components, first.sample.guidance,
+        first.train.precision, first.prepare.memory_gib if first.prepare else None,
     )  # fmt: skip
+    rest = iter(found)
+    return [next(rest) if prompts else None for _, prompts in wanted]
 
 
 @dataclass
@@ -65,9 +72,7 @@ class Validator:
     stopped: bool = False  # whether the last validation ended the run; on every rank
 
     @classmethod
-    def of(
-        cls, cfg: Config, inputs: Inputs, model: DreamBooth, encoded: list[dict[str, Tensor]] | None
-    ) -> Validator:
+    def of(cls, cfg: Config, inputs: Inputs, model: DreamBooth, encoded: Encoded | None) -> Validator:
         """Read the held-out rows. `encoded`: see `encode`. Raises ConfigError for anything a user can fix."""
         generator, base, manifest = None, inputs.base, inputs.manifest
         with dist.agreed():
