@@ -44,9 +44,9 @@ def _load(
     start.say(verb, f"{config}, run folder {cfg.run_dir}")
     preemption.listen(cfg.run_dir, cfg.faults.stop_before_s)
     with importing(at_start=True):
-        from dbtrain.runtime import console, dist
+        from dbtrain.runtime import console, dist, slurm
 
-    dist.adopt_slurm()
+    slurm.adopt()
     console.start()
     if dist.is_main():
         preemption.unmark()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from dbtrain.runtime import slurm
 from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, reason
 from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Heartbeat
 
@@ -36,7 +36,7 @@ _alone = False
 def init() -> None:
     """Join the process group that torchrun's or srun's variables describe. Does nothing in a world of one."""
     global _heartbeat
-    adopt_slurm()
+    slurm.adopt()
     if world() == 1 or is_initialized():
         return
     if device().type == "cuda":
@@ -118,23 +118,6 @@ def at(step: int) -> None:
 
 def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo"
-
-
-def adopt_slurm() -> None:
-    """Set torchrun's variables from srun's if srun, not torchrun, started several tasks."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
-        return
-    for ours, slurms in (
-        ("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
-    ):  # fmt: skip
-        os.environ[ours] = os.environ[slurms]
-    if "MASTER_ADDR" not in os.environ:
-        nodes = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        os.environ["MASTER_ADDR"] = nodes.stdout.split()[0]
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 10000))
 
 
 def is_initialized() -> bool:
