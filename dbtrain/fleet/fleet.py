@@ -110,7 +110,7 @@ class Work:
         self.status = status.read(folder)
 
     def prepare(self) -> None:
-        """Make the shards of all subjects, in one pass over all ranks, and agree on the number of slots."""
+        """Make the shards of all subjects, in one pass over all ranks. Ranks agree on what is left to do."""
         if dist.is_main():
             for name in self.entries:
                 RunFolder(self.folder / name).failed.unlink(missing_ok=True)  # it may have been mended
@@ -121,24 +121,29 @@ class Work:
                 self.bad.add(name)
                 if dist.is_main():
                     self._fail(name, ConfigError(problem))
-        if cfgs:
-            hub.check(cfgs[0])
-            self.base = Base.find(cfgs[0].model)
-            self.slots = min(dist.gather_json(self._slots(cfgs[0], self.base)))
+        if not cfgs:
+            return
+        hub.check(cfgs[0])
+        self.base = Base.find(cfgs[0].model)
+        self.slots = min(dist.gather_json(self._slots(cfgs[0], self.base)))
+        # Each rank finds out which of its own are trained already.
+        with dist.alone():
+            for name, entry in list(self.entries.items())[self.rank :: self.world]:
+                with self._failing(name):
+                    if entry.cfg and name not in self.bad:
+                        if Inputs.find(entry.cfg, self.base).trained_to(entry.cfg):
+                            export.finish(entry.cfg)
+                            self.done.add(name)
+        for done, bad in dist.gather_json([list(self.done), list(self.bad)]):
+            self.done.update(done)
+            self.bad.update(bad)
 
     def train(self) -> None:
         """Train and export until no subject is left. Raises Preempted, with everything saved."""
-        runs = []  # all, even if they are done: the layout of the slots depends on them
-        for name, entry in self.entries.items():
-            with self._failing(name):
-                if entry.cfg and name not in self.bad:
-                    inputs = Inputs.find(entry.cfg, self.base)
-                    if inputs.trained_to(entry.cfg):
-                        self.done.add(name)
-                        export.finish(entry.cfg)
-                    runs.append((entry.cfg, inputs))
-        if not runs or not (self.request.watch or any(map(self._is_open, self.entries))):
+        cfgs = [one.cfg for name, one in self.entries.items() if one.cfg and name not in self.bad]
+        if not cfgs or not (self.request.watch or any(map(self._is_open, self.entries))):
             return
+        runs = [(cfg, Inputs.find(cfg, self.base)) for cfg in cfgs]  # all: they shape the slots
         console.say(f"{len(runs)} subjects, {self.slots} at once on each of {self.world} ranks")
         try:
             many.train(slots.Slots(self.slots, *zip(*runs, strict=True)), self._take, self._ended, self._look)
@@ -233,6 +238,7 @@ class Work:
             self._release(name)
 
     def _fail(self, name: str, problem: ConfigError) -> None:
+        self.bad.add(name)
         text = "; ".join(problem.problems)
         console.warn(f"{name} failed: {text}")
         files.write_atomically(RunFolder(self.folder / name).failed, text + "\n")

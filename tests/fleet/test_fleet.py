@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dbtrain.config import Config
 from dbtrain.runtime.fleet_status import Status
 from dbtrain.runtime.run_folder import RunFolder
 from tests.conftest import Make, Started, dbtrain, draw_photo, train
 from tests.runs import EXPORT, relative, tree
 
-KILLS = int(os.environ.get("DBTRAIN_KILLS", "6"))
+KILLS = int(os.environ.get("DBTRAIN_KILLS", "6")) // 6  # moments, for one rank and for two
 
 
 class Fleet:
@@ -79,8 +80,6 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
         (f"s{number}", "done", 4) for number in (1, 2, 3)
     ]
     # Alone, with the config that it wrote.
-    from dbtrain.config import Config
-
     run = fleet.folder / "a" / "s2"
     alone = fleet.folder / "alone"
     train(Config.load(run / "config.yaml", [f"run_dir={alone}"]))
@@ -100,6 +99,7 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     assert RunFolder(run).checkpoint(5).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
     """Then again until it is done, on another number of ranks: as if undisturbed."""
@@ -112,7 +112,7 @@ def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
     def progress() -> int:
         return sum(len(files) for _, _, files in os.walk(fleet.folder / "killed"))
 
-    for _ in range(KILLS // 2):
+    for _ in range(KILLS):
         shutil.rmtree(fleet.folder / "killed", ignore_errors=True)
         moment = moments.randrange(sum(len(files) for _, _, files in os.walk(fleet.folder / "whole")))
         running = Started(*fleet.line("killed"), ranks=ranks)
