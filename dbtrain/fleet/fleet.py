@@ -130,10 +130,10 @@ class Work:
         with dist.alone():
             for name, entry in list(self.entries.items())[self.rank :: self.world]:
                 with self._failing(name):
-                    if entry.cfg and name not in self.bad:
-                        if Inputs.find(entry.cfg, self.base).trained_to(entry.cfg):
-                            export.finish(entry.cfg)
-                            self.done.add(name)
+                    cfg = None if name in self.bad else entry.cfg
+                    if cfg and Inputs.find(cfg, self.base).trained_to(cfg):
+                        export.finish(cfg)
+                        self.done.add(name)
         for done, bad in dist.gather_json([list(self.done), list(self.bad)]):
             self.done.update(done)
             self.bad.update(bad)
