@@ -89,7 +89,7 @@ def read(config: Path, subjects: Path, overrides: Sequence[str] = (), settled_s:
             problem = "; also, ".join(error.problems)
         except OSError as error:
             problem = os_problem(error)
-        entries[name] = Entry(name, cfg, None) if problem is None else Entry(name, None, f"{name}: {problem}")
+        entries[name] = Entry(name, cfg, None) if problem is None else Entry(name, None, problem)
     return list(entries.values())
 
 

@@ -155,7 +155,7 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     problems = {one.name: one.problem or "" for one in Status.read(fleet.folder / "mixed").subjects}
     assert "0.png" in problems["s4"] and "NaN or infinite" in problems["s5"]
     assert "train.micro_batch" in problems["s6"]
-    assert "3 of 6 subjects failed" in done.stderr and "s5: the loss" in done.stderr
+    assert "3 of 6 subjects are not done" in done.stderr and "s5: the loss" in done.stderr
     assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
     # Mended, it is trained.
     draw_photo(fleet.folder / "subjects" / "s4" / "0.png", 12)
