@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dbtrain.__main__ import entry
 from tests import eyes
@@ -42,10 +43,12 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     skipped = shutil.ignore_patterns(".git", ".venv", "runs", "shards", "photos", "*_cache", "__pycache__")
     copy = Path(shutil.copytree(ROOT, folder / "dbtrain", ignore=skipped))
-    for subject in ("dog", "mydog"):
+    for subject in ("dog", "mydog", "rex", "tom"):
         (copy / "photos" / subject).mkdir(parents=True)
         for number in range(5):
             draw_photo(copy / "photos" / subject / f"{number}.jpg", number)
+    fleet = [{"photos": "photos/rex", "class": "dog"}, {"photos": "photos/tom", "class": "cat"}]
+    (copy / "subjects.yaml").write_text(yaml.safe_dump(fleet))
     if (ROOT / ".venv").exists():
         (copy / ".venv").symlink_to(ROOT / ".venv")
     return copy

@@ -47,7 +47,8 @@ def encode(cfgs: Sequence[Config], inputs: Inputs) -> list[Encoded | None]:
     """
     first, base = cfgs[0], inputs.base
     trained = base.family.adaptable_text if first.adapter.text_encoder or first.adapter.token else ()
-    if set(trained) == base.family.text_encoders.keys():
+    shown = any(cfg.validation.prompts for cfg in cfgs)
+    if not shown or set(trained) == base.family.text_encoders.keys():
         return [None] * len(cfgs)
     wanted = [(RunFolder(cfg.run_dir).validation, cfg.validation.prompts) for cfg in cfgs]
     found = sampler.encode_once(
