@@ -166,7 +166,7 @@ def test_each_subject_has_a_repository_of_its_own(read: Read, tmp_path: Path) ->
     unnamed = CONFIG.replace("run_dir: runs/fleet", "")
     found = good(read(".", overrides=["hub.repo=me/pets", "subject.name=pets"], config=unnamed))
     assert found["mug"].hub.repo == "me/pets-mug" and found["mug"].run_dir == "runs/pets/mug"
-    assert listing.folder_of(tmp_path / "c.yaml", ["run_dir=elsewhere"]) == Path("elsewhere")
+    assert listing.shared(tmp_path / "c.yaml", ["run_dir=elsewhere"]).run_dir == "elsewhere"
 
 
 def test_photos_that_are_still_copied_are_not_listed_yet(read: Read, tmp_path: Path) -> None:
