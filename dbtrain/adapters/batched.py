@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,15 +22,6 @@ from dbtrain.config.adapter import Adapter
 from dbtrain.runtime.errors import ConfigError
 
 
-class Rows:
-    """Which slot each row of a batch belongs to, for all layers of a model.
-
-    In training the rows are those of slot 0, then as many of slot 1, and so on.
-    """
-
-    only: int | None = None  # the slot of all rows
-
-
 class BatchedLora(nn.Module):
     """A frozen linear or 2-d convolution layer with a LoRA for each slot.
 
@@ -38,10 +29,10 @@ class BatchedLora(nn.Module):
     beginning of each; the rest is zero, and so are its gradients.
     """
 
-    def __init__(self, base_layer: nn.Module, rows: Rows, slots: int) -> None:
+    def __init__(self, base_layer: nn.Module, stack: Stack) -> None:
         super().__init__()
-        self.base_layer, self.rows = base_layer, rows
-        self.scale = torch.ones(slots)  # no buffer: those of a swapped block are elsewhere
+        self.base_layer, self.stack = base_layer, stack
+        self.scale = torch.ones(stack.slots)  # no buffer: those of a swapped block are elsewhere
         self.register_parameter("A", None)  # see `Stack.in_place`
         self.register_parameter("B", None)
 
@@ -57,8 +48,8 @@ class BatchedLora(nn.Module):
         return self.base_layer
 
     def forward(self, x: Tensor) -> Tensor:
-        of_all: Any = (self.A, self.B, self.scale)
-        a, b, scale = of_all if self.rows.only is None else (each[self.rows.only, None] for each in of_all)
+        slot, of_all = self.stack.slot, cast("tuple[Tensor, ...]", (self.A, self.B, self.scale))
+        a, b, scale = of_all if slot is None else (each[slot, None] for each in of_all)
         update = self._convolve if isinstance(self.base_layer, nn.Conv2d) else self._multiply
         return update(self.base_layer(x), x, a, b, scale)
 
@@ -125,7 +116,8 @@ class Stack:
 
     def __init__(self, slots: int, dtype: torch.dtype) -> None:
         """`dtype`: that of the base."""
-        self.slots, self.rows, self.dtype = slots, Rows(), dtype
+        self.slots, self.dtype = slots, dtype
+        self.slot: int | None = None  # of all rows; None: those of slot 0 first, then as many of slot 1, ...
         self.layers: dict[str, BatchedLora] = {}  # by <component>.<module>
         self.places: dict[tuple[str, str], Place] = {}  # by layer and factor
         self.weights = nn.Parameter(torch.empty(slots, 0))
@@ -140,7 +132,7 @@ class Stack:
             base: Any = module.get_submodule(name)
             if isinstance(base, nn.Conv2d) and base.groups > 1:
                 raise ConfigError(f"{component}.{name} is a convolution in groups, which slots cannot adapt")
-            layer = self.layers[f"{component}.{name}"] = BatchedLora(base, self.rows, self.slots)
+            layer = self.layers[f"{component}.{name}"] = BatchedLora(base, self)
             module.set_submodule(name, layer)
             for factor, shape in zip("AB", layer.shapes, strict=True):
                 start = max((place.end for place in self.places.values()), default=0)
@@ -205,11 +197,11 @@ class Stack:
     @contextmanager
     def only(self, slot: int) -> Iterator[None]:
         """In the block, all rows of a batch belong to one slot."""
-        self.rows.only = slot
+        self.slot = slot
         try:
             yield
         finally:
-            self.rows.only = None
+            self.slot = None
 
 
 @contextmanager

@@ -48,9 +48,8 @@ class Request:
     def read(self, settled_s: float = 0.0) -> list[Entry]:
         return listing.read(self.config, self.subjects, self.overrides, settled_s)
 
-    @property
-    def folder(self) -> Path:
-        return files.expand(listing.shared(self.config, self.overrides).run_dir)
+    def shared(self) -> Config:
+        return listing.shared(self.config, self.overrides)
 
 
 def fleet(request: Request) -> Path:
@@ -61,11 +60,12 @@ def fleet(request: Request) -> Path:
     """
     dist.init()
     with dist.agreed():
-        folder, entries = request.folder, request.read()
+        shared, entries = request.shared(), request.read()
+        slots.check(shared)
         if not entries:
             raise ConfigError(f"SUBJECTS is '{request.subjects}', in which there are no subjects")
     dist.assert_same(content_key([entry.name for entry in entries]), "the list of subjects")
-    stopped = ""
+    stopped, folder = "", files.expand(shared.run_dir)
     with lock.held(folder, "run_dir"):
         work = Work(request, folder, entries)
         work.prepare()
@@ -195,9 +195,13 @@ class Work:
             self._look()
 
     def _in_turn(self) -> Iterator[tuple[str, Entry]]:
-        """The subjects that are left: first those of this rank, then those of others, who may be behind."""
-        turns = [(number % self.world != self.rank, one) for number, one in enumerate(self.entries.items())]
-        return (one for _, one in sorted(turns, key=lambda turn: turn[0]) if self._is_open(one[0]))
+        """The subjects that are left: first those of this rank, then what others have not begun."""
+        every = list(self.entries.items())
+        mine = every[self.rank :: self.world]
+        yield from (one for one in mine if self._is_open(one[0]))
+        names = {name for name, _ in mine}
+        others = (one for one in every if one[0] not in names and self._is_open(one[0]))
+        yield from (one for one in others if not lock.holder(self.folder / one[0]))
 
     def _is_open(self, name: str) -> bool:
         """Whether a subject is to be trained, and nobody is known to have it."""
@@ -240,7 +244,8 @@ class Work:
     def _fail(self, name: str, problem: ConfigError) -> None:
         self.bad.add(name)
         text = "; ".join(problem.problems)
-        console.warn(f"{name} failed: {text}")
+        with console.about(name):
+            console.warn(f"failed: {text}")
         files.write_atomically(RunFolder(self.folder / name).failed, text + "\n")
 
     def _release(self, name: str) -> None:

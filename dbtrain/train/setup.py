@@ -164,20 +164,12 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
                 "train.cuda_graph is true, but the prompts differ in length, or are too many for the GPU's "
                 "memory: a recorded step would repeat the first one's; set it to false"
             )
-        for name in cfg.export.formats:  # fail now, not after the last step
-            formats.check(name, inputs.base.family, states := model.states())
-            if caveat := formats.caveat(name, states, cfg.export.formats):
-                console.say(f"warning: {caveat}")
     validator = Validator.of(cfg, inputs, model, encoded)
     with dist.agreed():
         swap_blocks(cfg, inputs.base, model)
     model.to(dist.device())
     trim()  # what the weights took in RAM
-    job = start(cfg, inputs, model, model, validator)
-    console.say(_describe(job, inputs.manifest))
-    if inputs.scoring:
-        console.say(f"stops at the best {inputs.scoring.said}")
-    return job
+    return start(cfg, inputs, model, model, validator)
 
 
 def read_table(cfg: Config, inputs: Inputs) -> dict[str, Tensor]:
@@ -198,6 +190,11 @@ def start(
     `Metrics`. Raises ConfigError for anything a user can fix.
     """
     run, manifest, device = RunFolder(cfg.run_dir), inputs.manifest, device or dist.device()
+    with dist.agreed():
+        for name in cfg.export.formats:  # fail now, not after the last step
+            formats.check(name, inputs.base.family, states := adapter.states())
+            if caveat := formats.caveat(name, states, cfg.export.formats):
+                console.say(f"warning: {caveat}")
     progress = Progress.begin(adapter, cfg)
     step = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(adapter)
@@ -225,7 +222,11 @@ def start(
     compute = compute_step
     if cfg.train.cuda_graph:
         compute = cuda_graph.Recorded(compute_step, dist.world() > 1)
-    return Job(cfg, run, model, progress, stream, metrics, validator, compute, step)
+    job = Job(cfg, run, model, progress, stream, metrics, validator, compute, step)
+    console.say(_describe(job, manifest))
+    if inputs.scoring:
+        console.say(f"stops at the best {inputs.scoring.said}")
+    return job
 
 
 def _compile(job: Job) -> None:
@@ -243,18 +244,18 @@ def _compile(job: Job) -> None:
 
 def _describe(job: Job, manifest: Manifest) -> str:
     """The log line that says what is trained, on which data and devices."""
-    cfg, model, role_weights = job.cfg, job.model, job.stream.role_weights
+    cfg, adapter, role_weights = job.cfg, job.progress.model, job.stream.role_weights
     images = ("instance",) if cfg.loss.prior == "prediction" else role_weights
     rows = ", ".join(f"{sum(manifest.rows(role))} {role} images" for role in images)
     rows += ", also with the class prompt" if len(images) < len(role_weights) else ""
     sizes = []
-    for name, module in model.trained.items():
+    for name, module in adapter.trained.items():
         trained = sum(p.numel() for p in adapters.trainable(module).values())
         sizes.append(f"{trained:,} of {quantization.parameters(module):,} parameters of {name}")
-    if model.learned:
-        sizes.append(f"{', '.join(map(repr, model.learned))} of {', '.join(model.words)}")
+    if adapter.learned:
+        sizes.append(f"{', '.join(map(repr, adapter.learned))} of {', '.join(adapter.words)}")
     where = f"{dist.world()} ranks on {dist.device().type}" if dist.world() > 1 else dist.device().type
-    if (together := parallel.holders(model)) > 1:
+    if (together := parallel.holders(job.model)) > 1:
         where += f", frozen weights sharded over {together} ranks"
     resuming = f"resuming from step {job.start}; " if job.start else ""
     return (

@@ -179,3 +179,10 @@ def test_photos_dropped_in_while_it_runs_become_a_subject(
     assert running.end()[0] == 75
     assert fleet.results("whole", (1, 2, 3)) == fleet.results("watched", (1, 2, 3))
     assert {one.name for one in Status.read(home).subjects} == {"s1", "s2", "s3", "s9"}
+
+
+def test_what_slots_do_not_have_is_refused_before_anything_is_made(fleet: Fleet) -> None:
+    fleet.add(1)
+    done = dbtrain(*fleet.line("a", "adapter.kind=loha"))
+    assert done.returncode == 2 and "adapter.kind is 'loha', which slots cannot train" in done.stderr
+    assert not (fleet.folder / "a").exists()

@@ -17,26 +17,11 @@ from dbtrain.data import shards
 from dbtrain.data.shards import Manifest
 from dbtrain.models import encoder_plan
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, encode
-from dbtrain.prepare import prepare as verb
+from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.memory import GIB
 from tests import bases
 from tests.conftest import Make, at, draw_photo
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that go through the VAE."""
-    names: list[str] = []
-    original = encode.image_encoder
-
-    def counting(*args):  # type: ignore[no-untyped-def]
-        inner = original(*args)
-        return lambda path, meta: names.append(Path(path).name) or inner(path, meta)
-
-    monkeypatch.setattr(verb.encode, "image_encoder", counting)
-    return names
 
 
 @pytest.fixture

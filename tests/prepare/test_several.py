@@ -11,8 +11,6 @@ import pytest
 
 from dbtrain.config import Config
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import encode
-from dbtrain.prepare import prepare as verb
 from dbtrain.prepare.prepare import prepare, prepare_all
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, draw_photo, finished
@@ -106,20 +104,10 @@ def test_what_goes_wrong_with_one_stops_no_other(
     assert content(first) == alone(first, tmp_path / "mended")
 
 
-def test_class_images_that_subjects_share_are_encoded_once(
-    several: list[Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names: list[str] = []
-    original = encode.image_encoder
-
-    def counting(*args):  # type: ignore[no-untyped-def]
-        inner = original(*args)
-        return lambda path, meta: names.append(Path(path).name) or inner(path, meta)
-
-    monkeypatch.setattr(verb.encode, "image_encoder", counting)
+def test_class_images_that_subjects_share_are_encoded_once(several: list[Config], encoded: list[str]) -> None:
     pictures = [cfg.override("prepare.class_pictures=true") for cfg in several]
     assert prepare_all(pictures) == [None] * 3
-    assert Counter(names)["00001.png"] == 2, "a class that two subjects share, and another"
+    assert Counter(encoded)["00001.png"] == 2, "a class that two subjects share, and another"
 
 
 CODE = """
