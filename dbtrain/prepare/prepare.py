@@ -120,11 +120,14 @@ def _find_class_images(tasks: dict[int, Task], states: _States) -> None:
     makers: dict[Any, class_images.Maker] = {}
     there: dict[Any, list[Path]] = {}
     failed: dict[Any, tuple[str, ...]] = {}
+    folders: dict[Path, Prepare] = {}
     for number, several in classes.items():
         task, every = tasks[number], []
         for settings, key in several:
             with states.agreeing(number):
                 class_images.check_folder(settings)
+                first = folders.setdefault(class_images.root(settings), settings)
+                subjects.check_classes([first, settings])
                 if key in failed:
                     raise ConfigError(*failed[key])
                 if key not in there:

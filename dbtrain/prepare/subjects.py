@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dbtrain.config import Config, Prepare
@@ -43,10 +44,14 @@ def weights(cfg: Config) -> dict[str, tuple[float, ...]]:
 
 def check_class_images(cfg: Config) -> None:
     """Raise ConfigError if the user's own class images would be those of several classes."""
-    classes = parts(cfg)["class"]
-    if len(classes) > 1 and class_images.find_own(classes[0].prepare):
-        prompts = " and ".join(f"'{part.prepare.class_prompt}'" for part in classes)
+    check_classes([part.prepare for part in parts(cfg)["class"]])
+
+
+def check_classes(settings: Sequence[Prepare]) -> None:
+    """The same for classes that may be of several configs, with one folder."""
+    prompts = list(dict.fromkeys(f"'{one.class_prompt}'" for one in settings))
+    if len(prompts) > 1 and class_images.find_own(settings[0]):
         raise ConfigError(
-            f"prepare.class_dir is '{classes[0].prepare.class_dir}', whose images would be of {prompts}; "
-            "use an empty folder, into which class images are generated"
+            f"prepare.class_dir is '{settings[0].class_dir}', whose images would be of "
+            f"{' and '.join(prompts)}; use an empty folder, into which class images are generated"
         )

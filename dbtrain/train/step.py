@@ -110,8 +110,7 @@ def update(progress: Progress, cfg: Config) -> Tensor:
     """Clip the gradients, and step unless something is NaN or infinite. Returns their norm, ()."""
     optimizer, scaler = progress.optimizer, progress.scaler
     scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.optim.clip)
+    grad_norm = nn.utils.clip_grad_norm_(optim.leaves(optimizer), cfg.optim.clip)
     if cfg.faults.nonfinite == "skip" and not scaler.is_enabled():
         skip = ~grad_norm.isfinite()
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # GradScaler's protocol

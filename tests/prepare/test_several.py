@@ -138,3 +138,12 @@ def test_ranks_share_the_work_and_agree_on_problems(several: list[Config], tmp_p
     assert one == two and [bool(problem) for problem in one] == [False, True, False]
     for number in (0, 2):
         assert content(several[number]) == alone(several[number], tmp_path / f"alone-{number}")
+
+
+def test_own_images_of_a_class_serve_no_other(several: list[Config], tmp_path: Path) -> None:
+    """Those that nobody can tell apart are refused for all classes but the first."""
+    (tmp_path / "class").mkdir(exist_ok=True)
+    draw_photo(tmp_path / "class" / "mine.png", 7)
+    *dogs, cat = prepare_all(several)
+    assert dogs == [None, None]
+    assert cat and "whose images would be of 'a photo of a dog' and 'a photo of a cat'" in cat
