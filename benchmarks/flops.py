@@ -10,6 +10,7 @@ from benchmarks import common
 from benchmarks.bases import Random
 from dbtrain.adapters import inject as adapters
 from dbtrain.config import Adapter
+from dbtrain.data.sizes import Size
 from dbtrain.models.base import Base
 from dbtrain.models.pretrained import DTYPES
 
@@ -24,7 +25,7 @@ def of_step(base: Base, side: int, adapter: Adapter, tokens: int = 77) -> tuple[
     base = Random.of_base(base)
     denoiser = base.skeleton(family.denoiser).requires_grad_(False)
     adapters.attach(denoiser, adapter, "denoiser", 0, presets=family.presets)
-    x_t, condition = torch.empty(1, *family.space(base, side).shape), dict[str, Tensor]()
+    x_t, condition = torch.empty(1, *family.space(base, Size.square(side)).shape), dict[str, Tensor]()
     for name, shape in family.conditions(base).items():
         condition[name] = torch.empty(1, *(tokens if size is None else size for size in shape))
     condition |= {

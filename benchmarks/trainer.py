@@ -12,7 +12,7 @@ from unittest import mock
 from torch import nn
 
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import prompt_table
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
@@ -63,7 +63,7 @@ def steps(cfg: Config) -> Iterator[Steps]:
     """The steps of a config whose shards are there, on this process's device."""
     base, place = Base.find(cfg.model), Storage(cfg.data.shards, 0)
     manifest = Manifest.read(place)
-    table = shards.read_prompts(place, manifest.prompts)
+    table = prompt_table.read(place, manifest.prompts)
     family = base.family
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
     model = DreamBooth.build(base, manifest, table, cfg, None, ranks)
@@ -73,7 +73,7 @@ def steps(cfg: Config) -> Iterator[Steps]:
     weights = cfg.loss.role_weights("class" in manifest.roles)
     stream = LatentStream(
         place, manifest, share, weights, seed=0, device=dist.device(),
-        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+        extra=family.row,
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
         preserved=cfg.loss.asks_the_base,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dbtrain.adapters import tokens
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import prompt_table
 from dbtrain.data.batch import Batch
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
@@ -28,7 +28,7 @@ from tests.conftest import at
 def build(cfg: Config, folder: Path, training: AdapterState | None = None) -> DreamBooth:
     manifest = Manifest.read(at(folder))
     base = Base.find(cfg.model)
-    table = shards.read_prompts(at(folder), manifest.prompts)
+    table = prompt_table.read(at(folder), manifest.prompts)
     table |= tokens.read_again(base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
     return DreamBooth.build(base, manifest, table, cfg, training)
 
@@ -40,7 +40,7 @@ def stream(cfg: Config, folder: Path, **options: Any) -> LatentStream:
     options["preserved"] = cfg.loss.asks_the_base
     return LatentStream(
         at(folder), manifest, role_weights=weights, seed=cfg.seed,
-        extra=lambda meta: families.get(manifest.family).row(meta, manifest.request["resolution"]), **options,
+        extra=families.get(manifest.family).row, **options,
     )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def first_batch(cfg: Config, family: Family, roles: Sequence[str] = ("instance",
     stream = LatentStream(
         at(folder), manifest, RankSlice(2, 2), dict.fromkeys(roles, 1.0), seed=5,
         stored=family.stored,
-        extra=lambda meta: family.row(meta, manifest.request["resolution"]),
+        extra=family.row,
     )  # fmt: skip
     batch = next(stream)
     stream.close()

@@ -57,6 +57,7 @@ Text = Annotated[str, BeforeValidator(path_text), Field(min_length=1, pattern=r"
 Count = Annotated[int, Field(ge=1, le=10**6)]  # bounded, as lists are as long as some of them
 Rank = Annotated[int, Field(ge=1, le=2**14)]  # of an adapter; more than the widest layer of any base
 Side = Annotated[int, Field(ge=1, le=2**14)]  # px
+SizeText = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")]  # width x height, px
 Natural = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Steps = Annotated[int, Field(ge=1, le=1000)]  # of a sampler; base models have 1000 training timesteps

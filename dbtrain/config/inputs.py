@@ -5,9 +5,21 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dbtrain.config.base import Count, Natural, NonNegative, Positive, Section, Share, Side, Steps, Text
+from dbtrain.config.base import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Section,
+    Share,
+    Side,
+    SizeText,
+    Steps,
+    Text,
+    listed,
+)
 
 PLACEHOLDER = re.compile(r"\{(|token|class)\}")
 
@@ -110,9 +122,24 @@ class Prepare(Section):
         description="keep generated class images as PNG files, to look at (false: keep their latents, which "
         "skips decoding and encoding; pixel-space models always keep images)",
     )
-    resolution: Side = Field(512, description="side length of the square crops, px")
+    resolution: Side | Annotated[tuple[Side, ...], BeforeValidator(listed), Field(min_length=1)] = Field(
+        512,
+        description="side length of the square crops, px; with several, e.g. `[512, 768]`, each photo is "
+        "stored at all that do not enlarge it, and images are generated at the largest",
+    )
+    buckets: bool | Annotated[tuple[SizeText, ...], BeforeValidator(listed), Field(min_length=1)] = Field(
+        False,
+        description="keep the shapes of photos instead of cropping squares: true: sizes of about the area of "
+        "`resolution`, which keep at least 95% of each photo; or a list of sizes, width x height, e.g. "
+        "`[768x512, 512x768]`. Batches have one size each",
+    )
+    class_buckets: bool = Field(
+        True,
+        description="whether class images have the sizes of the photos (false: they are squares, which takes "
+        "a forward pass of their own)",
+    )
     crop: Literal["center", "random"] = Field(
-        "center", description="crop position, after the short side is resized to `resolution`"
+        "center", description="crop position, after the photo is resized to cover its size"
     )
     variants: Count = Field(1, description="random crops stored per photo")
     flip: bool = Field(False, description="also store a mirrored copy of each crop")
@@ -133,6 +160,16 @@ class Prepare(Section):
     sampling: Sampling = Field(default=Sampling(), description="how class images are generated")
 
     @property
+    def resolutions(self) -> tuple[int, ...]:
+        """The side lengths, px, the smallest first."""
+        return (self.resolution,) if isinstance(self.resolution, int) else tuple(sorted(set(self.resolution)))
+
+    @property
+    def side(self) -> int:
+        """The side length of generated images, px."""
+        return self.resolutions[-1]
+
+    @property
     def has_class_images(self) -> bool:
         return self.class_prompt is not None and self.class_images > 0
 
@@ -151,6 +188,15 @@ class Prepare(Section):
             raise ValueError(
                 f"variants is {self.variants}, but crop is 'center', which gives one crop per photo; "
                 "use crop: random"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_list_of_sizes(self) -> Prepare:
+        if isinstance(self.buckets, tuple) and len(self.resolutions) > 1:
+            raise ValueError(
+                f"resolution is {list(self.resolutions)}, but buckets lists all sizes; set resolution to one "
+                "number, the side of generated images"
             )
         return self
 

@@ -15,7 +15,10 @@ from dbtrain.runtime import rng
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: instance rows, then as many class rows (none without prior preservation)."""
+    """A micro-batch: instance rows, then as many class rows (none without prior preservation).
+
+    All rows have one shape. Class images of other shapes than the photos are batches of their own.
+    """
 
     stored: dict[str, Tensor]  # output of the family's `encode_images`, (rows, C, H, W) each
     posterior: Tensor  # (rows, C, H, W) normal, to sample the VAE's posterior
@@ -30,6 +33,7 @@ class Batch:
     first: int  # position of the first instance row
     preserved: int  # how many of the last rows (of each slot) have the base's own prediction as their target
     seen: int  # checksum of the rows' roles, positions and content, to compare runs
+    first_role: int = 0  # of the rows: 1 if all are class rows
     slots: int = 1  # parts of equal size, each of which is a micro-batch of its own
 
     @classmethod
@@ -44,6 +48,7 @@ class Batch:
         positions: Sequence[int] | None = None,
         prompts: Sequence[int] | None = None,
         preserved: int = 0,
+        first_role: int = 0,
         seen: int = 0,
     ) -> Batch:
         """The batch of these rows and their random numbers, on the CPU.
@@ -66,6 +71,7 @@ class Batch:
             extra=_stacked(extras),
             first=(positions or zeros)[0],
             preserved=preserved,
+            first_role=first_role,
             seen=seen,
         )
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbtrain.data import shards
+from dbtrain.data import sequence, shards
 from dbtrain.data.batch import Batch
 from dbtrain.data.order import RankSlice
+from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import rng
 
@@ -53,36 +54,46 @@ class ShardCache:
 
 
 class Resident:
-    """All rows of a rank on its device, copied there once and gathered by index."""
+    """All rows of a rank on its device, copied there once and gathered by index: a table for each shape."""
 
-    def __init__(self, mine: list[shards.Shard]) -> None:
-        self.mine = mine
-        starts = accumulate((len(shard.keys) for shard in mine), initial=0)
-        self.starts = {shard.file: start for shard, start in zip(mine, starts, strict=False)}
-        self.tables: dict[str, Tensor] = {}
+    def __init__(self, mine: list[shards.Shard], manifest: shards.Manifest) -> None:
+        self.mine: dict[tuple[int, ...], list[shards.Shard]] = {}
+        for shard in mine:
+            self.mine.setdefault(manifest.shape(manifest.size(shard)), []).append(shard)
+        self.starts: dict[str, int] = {}
+        for group in self.mine.values():
+            starts = accumulate((len(shard.keys) for shard in group), initial=0)
+            self.starts |= {shard.file: start for shard, start in zip(group, starts, strict=False)}
+        self.tables: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def fill(self, cache: ShardCache, device: torch.device) -> None:
         """Read all rows and copy them to `device`."""
-        rows = [row.tensors for shard in self.mine for row in cache.rows(shard)]
-        self.tables = {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        for shape, group in self.mine.items():
+            rows = [row.tensors for shard in group for row in cache.rows(shard)]
+            self.tables[shape] = {
+                name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]
+            }
 
     def index(self, locations: list[tuple[shards.Shard, int]]) -> dict[str, Tensor]:
         """The argument of `gather` for these (shard, row)."""
         return {"index": torch.tensor([self.starts[shard.file] + row for shard, row in locations])}
 
-    def gather(self, index: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: table[index["index"]] for name, table in self.tables.items()}
+    def gather(self, batch: Batch) -> Batch:
+        """The batch with the rows that it has the index of."""
+        tables, index = self.tables[tuple(batch.noise.shape[1:])], batch.stored["index"]
+        return replace(batch, stored={name: table[index] for name, table in tables.items()})
 
 
 class LatentStream:
     """The endless sequence of this rank's micro-batches, from step `start` on.
 
     `role_weights`: the roles to train on and the weight of each role's mean loss. `weights`: how often
-    each of several subjects, or of their classes, is trained on, by role. `extra`: a row's description ->
-    further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows are instance
-    rows with these prompts, the index of one for each subject, in an order of their own. `preserved`: the
-    base's predictions for class rows are their targets. `prompt_dropout`: the share of rows that get the
-    empty prompt, which the shards then have. `next` raises ConfigError if a shard is missing or damaged.
+    each of several subjects, or of their classes, is trained on, by role. `extra`: (a row's description,
+    its size) -> further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows
+    are instance rows with these prompts, the index of one for each subject, in an order of their own.
+    `preserved`: the base's predictions for class rows are their targets. `prompt_dropout`: the share of rows
+    that get the empty prompt, which the shards then have. `next` raises ConfigError if a shard is missing or
+    damaged.
     """
 
     def __init__(
@@ -100,7 +111,7 @@ class LatentStream:
         cache_gib: float = 1.0,
         device: torch.device | None = None,
         resident_gib: float = 0.0,
-        extra: Callable[[dict[str, Any]], dict[str, Tensor]] | None = None,
+        extra: Callable[[dict[str, Any], Size], dict[str, Tensor]] | None = None,
         stored: Collection[str] = (),
         class_prompts: Sequence[int] | None = None,
         preserved: bool = False,
@@ -115,13 +126,12 @@ class LatentStream:
         self.noise_offset = noise_offset
         self.prompt_dropout = prompt_dropout
         self.device = device or torch.device("cpu")
-        self.extra = extra or (lambda meta: {})
-        self.orders = {
-            role: manifest.order(
-                role, (weights or {}).get(role, (1.0,)), share.global_batch, seed, self.images[role]
-            )
-            for role in role_weights
-        }
+        self.extra = extra or (lambda meta, size: {})
+        self.orders = sequence.orders(manifest, self.images, weights or {}, share.global_batch, seed)
+        # The roles of each batch: those whose images have the same sizes.
+        self.together = [[role] for role in role_weights]
+        if not sequence.apart(manifest, self.images):
+            self.together = [list(role_weights)]
         self.cache = ShardCache(storage, cache_gib * 2**30, manifest, stored)
         mine = {
             shard.file: shard
@@ -129,7 +139,7 @@ class LatentStream:
             for shard in (manifest.roles[self.images[role]][number] for number in order.shards_of(share))
         }
         size = sum(shard.bytes for shard in mine.values())
-        self.resident = Resident(list(mine.values())) if size <= resident_gib * 2**30 else None
+        self.resident = Resident(list(mine.values()), manifest) if size <= resident_gib * 2**30 else None
         self.ahead: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
         self.peeked: Batch | None = None
         self.closed = threading.Event()
@@ -147,7 +157,7 @@ class LatentStream:
         if isinstance(item, BaseException):
             raise item
         batch = item.to(self.device)
-        return replace(batch, stored=self.resident.gather(batch.stored)) if self.resident else batch
+        return self.resident.gather(batch) if self.resident else batch
 
     def peek(self) -> Batch:
         """The next micro-batch, without consuming it."""
@@ -166,21 +176,28 @@ class LatentStream:
             with contextlib.suppress(queue.Empty):
                 self.ahead.get(timeout=0.05)  # unblocks a thread that waits to put a batch
 
-    def micro_batch(self, step: int, micro: int) -> Batch:
+    @property
+    def batches(self) -> int:
+        """How many batches a step has on this rank."""
+        return self.share.micro_batches * len(self.together)
+
+    def micro_batch(self, step: int, number: int) -> Batch:
         """A micro-batch of a step: a pure function of the shards and the seed."""
-        positions = [
-            (role, position) for role in self.role_weights for position in self.share.positions(step, micro)
-        ]
+        micro, part = divmod(number, len(self.together))
+        roles = self.together[part]
+        positions = [(role, position) for role in roles for position in self.share.positions(step, micro)]
         locations = [self._locate(role, position) for role, position in positions]
         rows = [self.cache.rows(shard)[row] for shard, row in locations]
+        size = self.manifest.size(locations[0][0])  # of all
+        shape = self.manifest.shape(size)
         draws = [
-            rng.sample_noise(self.seed, role, position, self.manifest.latent_shape, self.noise_offset)
+            rng.sample_noise(self.seed, role, position, shape, self.noise_offset)
             for role, position in positions
         ]
         return Batch.collate(
             rows,
             draws,
-            [self.extra(row.meta) for row in rows],
+            [self.extra(row.meta, size) for row in rows],
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
             positions=[position for _, position in positions],
@@ -189,6 +206,7 @@ class LatentStream:
                 for place, (shard, _), row in zip(positions, locations, rows, strict=True)
             ],
             preserved=sum(role == "class" for role, _ in positions) if self.preserved else 0,
+            first_role=list(self.role_weights).index(roles[0]),
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
@@ -216,8 +234,8 @@ class LatentStream:
             if self.resident:
                 self.resident.fill(self.cache, self.device)
             while not self.closed.is_set():
-                for micro in range(self.share.micro_batches):
-                    batch = self.micro_batch(step, micro)
+                for number in range(self.batches):
+                    batch = self.micro_batch(step, number)
                     self.ahead.put(batch.pinned() if self.device.type == "cuda" else batch)
                     if self.closed.is_set():
                         return

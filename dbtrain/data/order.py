@@ -104,21 +104,21 @@ class Order:
 
 
 class Turns:
-    """Position -> location, for several subjects, or their classes, in turn.
+    """Position -> location, for several orders in turn: of subjects, of their classes, or of sizes.
 
-    They are spread evenly: of any n positions in a row, each has its share by weight, give or take one.
+    They are spread evenly: of any n blocks of positions in a row, each has its share by weight, give or take
+    one.
     """
 
     def __init__(
-        self, shard_rows: Sequence[int], parts: Sequence[Sequence[int]], weights: Sequence[float],
-        seed: int, role: str,
-    ) -> None:  # fmt: skip
-        """`parts`: the shards of each; `weights`: how often each is trained on."""
-        self.parts = parts
-        self.orders = [
-            Order(tuple(shard_rows[shard] for shard in part), 1, seed, f"{role} {number}")
-            for number, part in enumerate(parts)
-        ]
+        self,
+        parts: Sequence[Sequence[int]],
+        orders: Sequence[Order | Turns],
+        weights: Sequence[float],
+        block: int = 1,
+    ) -> None:
+        """`parts`: the shards of each order; `weights`: how often each has a block of `block` positions."""
+        self.parts, self.orders, self.block = parts, orders, block
         # A cycle in which each has its turns at the same distances.
         shares = [weight / sum(weights) for weight in weights]
         length = next((n for n in range(1, CYCLE) if all(_is_whole(share * n) for share in shares)), CYCLE)
@@ -128,14 +128,18 @@ class Turns:
         self.cycle = [(number, turn) for _, number, turn in sorted(turns)]
 
     def shards_of(self, share: RankSlice) -> list[int]:
-        """The shards that a rank reads: all of them."""
-        return sorted(shard for part in self.parts for shard in part)
+        """The shards that a rank reads: all of them, unless a turn is a whole step."""
+        whole = self.block == share.global_batch
+        pairs = list(zip(self.parts, self.orders, strict=True))
+        mine = [[part[shard] for shard in order.shards_of(share)] if whole else part for part, order in pairs]
+        return sorted(shard for part in mine for shard in part)
 
     def locate(self, position: int) -> RowLocation:
         """The location of a position, the same on every rank."""
-        cycles, place = divmod(position, len(self.cycle))
+        number_of_block, within = divmod(position, self.block)
+        cycles, place = divmod(number_of_block, len(self.cycle))
         number, turn = self.cycle[place]
-        found = self.orders[number].locate(cycles * self.counts[number] + turn)
+        found = self.orders[number].locate((cycles * self.counts[number] + turn) * self.block + within)
         return found._replace(shard=self.parts[number][found.shard])
 
 

@@ -12,10 +12,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dbtrain.config import Prepare
+from dbtrain.data import sizes
 from dbtrain.data.color import to_srgb
 from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
 from dbtrain.data.photo_files import listing, no_photos, opened
 from dbtrain.data.photo_files import size as size
+from dbtrain.data.sizes import Size
 from dbtrain.runtime import files, rng
 from dbtrain.runtime.console import say, warn
 from dbtrain.runtime.errors import ConfigError
@@ -23,7 +25,7 @@ from dbtrain.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Crop:
-    """A square crop, px, of a photo whose short side was resized to the square's side."""
+    """A crop, px, of a photo that was resized to cover the crop's size."""
 
     top: int
     left: int
@@ -66,19 +68,19 @@ def load(path: Path, tell: Callable[[str], object] = warn) -> Image.Image:
         return to_srgb(photo, lambda problem: tell(f"photo {path}: {problem}"))
 
 
-def resized(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after the short side is resized to `side` px, with the same aspect ratio."""
-    scale = side / min(height, width)
-    return max(side, round(height * scale)), max(side, round(width * scale))
+def resized(height: int, width: int, size: Size) -> tuple[int, int]:
+    """(height, width) after a photo is resized to cover `size`, with the same aspect ratio."""
+    scale = sizes.scale(height, width, size)
+    return max(size.height, round(height * scale)), max(size.width, round(width * scale))
 
 
-def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> list[Crop]:
-    """The crops to store of one photo: center or random ones, with `flip` each mirrored too.
+def crops(photo_key: str, height: int, width: int, size: Size, cfg: Prepare, seed: int) -> list[Crop]:
+    """The crops of `size` to store of one photo: center or random ones, with `flip` each mirrored too.
 
     Random crops depend on the photo's content and `seed`, not on the other photos. Duplicates are dropped.
     """
-    tall, wide = resized(height, width, cfg.resolution)
-    down, right = tall - cfg.resolution, wide - cfg.resolution
+    tall, wide = resized(height, width, size)
+    down, right = tall - size.height, wide - size.width
     corners = [(round(down / 2), round(right / 2))]
     if cfg.crop == "random":
         corners = []
@@ -89,12 +91,12 @@ def crops(photo_key: str, height: int, width: int, cfg: Prepare, seed: int) -> l
     return [Crop(top, left, flip) for top, left in dict.fromkeys(corners) for flip in flips]
 
 
-def pixels(photo: Image.Image, crop: Crop, side: int) -> Tensor:
-    """One crop as input for the VAE, (3, side, side) in [-1, 1]."""
-    tall, wide = resized(photo.height, photo.width, side)
+def pixels(photo: Image.Image, crop: Crop, size: Size) -> Tensor:
+    """One crop as input for the VAE, (3, height, width) in [-1, 1]."""
+    tall, wide = resized(photo.height, photo.width, size)
     small = photo.resize((wide, tall), Image.Resampling.LANCZOS)
-    square = small.crop((crop.left, crop.top, crop.left + side, crop.top + side))
+    part = small.crop((crop.left, crop.top, crop.left + size.width, crop.top + size.height))
     if crop.flip:
-        square = ImageOps.mirror(square)
-    values = torch.from_numpy(np.array(square))  # (side, side, 3) uint8
+        part = ImageOps.mirror(part)
+    values = torch.from_numpy(np.array(part))  # (height, width, 3) uint8
     return values.permute(2, 0, 1).float() / 127.5 - 1.0

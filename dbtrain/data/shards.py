@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,8 +20,8 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr, Va
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dbtrain.config.base import Names, Natural, Section, listed
-from dbtrain.data.order import Order, Turns
+from dbtrain.config.base import Names, Natural, Section, SizeText, listed
+from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
@@ -53,6 +53,7 @@ class Shard(Section):
     sha256: Sha256
     keys: Annotated[Names, Field(min_length=1)]
     part: Natural = Field(0, exclude_if=lambda part: not part)  # of several subjects or classes, which one
+    size: SizeText | None = Field(None, exclude_if=lambda size: size is None)  # None: that of the manifest
 
 
 class Prompts(Section):
@@ -78,7 +79,7 @@ class Manifest(Section):
     base: str
     components: dict[str, str]  # sha256 of each component of the base that the content depends on
     request: dict[str, Any]  # the settings that the content was made with
-    latent_shape: Numbers  # (C, H, W)
+    latent_shape: Numbers  # (C, H, W), of the largest square
     latent_scale: Floats  # one, or one per channel
     latent_shift: Floats
     prompts: Prompts
@@ -99,7 +100,7 @@ class Manifest(Section):
     @field_validator("request")
     @classmethod
     def _has_a_side(cls, request: dict[str, Any]) -> dict[str, Any]:
-        if type(request.get("resolution")) is not int:
+        if not all(type(side) is int for side in _resolutions(request)):
             raise ValueError("no resolution")
         return request
 
@@ -123,26 +124,32 @@ class Manifest(Section):
         """The shards of all roles."""
         return [shard for every in self.roles.values() for shard in every]
 
+    @property
+    def side(self) -> int:
+        """The side length of the largest square, px."""
+        return max(_resolutions(self.request))
+
+    def size(self, shard: Shard) -> Size:
+        """The size of a shard's images."""
+        return Size.parse(shard.size) if shard.size else Size.square(self.side)
+
+    def shape(self, size: Size) -> tuple[int, ...]:
+        """The shape of images of this size as they are stored, (C, H, W)."""
+        cell = self.side // self.latent_shape[-1]
+        return self.latent_shape[0], size.height // cell, size.width // cell
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The sizes of the images, the most frequent first."""
+        counts: dict[Size, int] = {}
+        for shard in self.shards:
+            size = self.size(shard)
+            counts[size] = counts.get(size, 0) + len(shard.keys)
+        return sorted(counts, key=lambda size: (-counts[size], size))
+
     def rows(self, role: str) -> tuple[int, ...]:
         """The number of rows of each shard of a role."""
         return tuple(len(shard.keys) for shard in self.roles[role])
-
-    def order(
-        self, role: str, weights: Sequence[float], global_batch: int, seed: int, images: str | None = None
-    ) -> Order | Turns:
-        """The order in which the rows of a role are trained on.
-
-        `weights`: of each subject, or of each class, in the order of the config. `images`: the role whose
-        images they are, if not its own.
-        """
-        images = images or role
-        rows = self.rows(images)
-        if len(weights) == 1:
-            return Order(rows, global_batch, seed, role)
-        parts: list[list[int]] = [[] for _ in weights]
-        for number, shard in enumerate(self.roles[images]):
-            parts[shard.part].append(number)
-        return Turns(rows, parts, weights, seed, role)
 
     def class_prompts(self) -> tuple[int, ...]:
         """The index of each subject's class prompt in the table. Raises ConfigError if one is not there."""
@@ -174,6 +181,12 @@ class Description(BaseModel):
     prompt: StrictInt = Field(ge=0)  # index into the prompt table
     original_size: Pair  # px
     crop: Pair  # px
+
+
+def _resolutions(request: Mapping[str, Any]) -> Sequence[Any]:
+    """The resolutions in a manifest, whatever they are."""
+    found = request.get("resolution")
+    return found if isinstance(found, list) and found else [found]
 
 
 @dataclass(frozen=True)
@@ -212,7 +225,7 @@ def read(
     if problem := _size_problem(storage, shard):
         raise ConfigError(problem)
     path = storage.where(shard.file)
-    data = _checked(storage, "shard", shard.file, shard.sha256)
+    data = checked(storage, "shard", shard.file, shard.sha256)
     try:
         rows = [
             Row(
@@ -225,8 +238,9 @@ def read(
     if [row.meta.get("key") for row in rows] != list(shard.keys):
         raise ConfigError(f"shard {path} does not match the rows in the manifest; {CURE}")
     if manifest:
+        shape = manifest.shape(manifest.size(shard))
         for row in rows:
-            if problem := _row_problem(row, manifest, stored):
+            if problem := _row_problem(row, manifest, shape, stored):
                 raise ConfigError(f"shard {path}: row {row.meta['key'][:16]} has {problem}; {CURE}")
     return rows
 
@@ -255,13 +269,13 @@ def _samples(data: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
         yield row["safetensors"], row["json"]
 
 
-def _row_problem(row: Row, manifest: Manifest, stored: Collection[str]) -> str | None:
+def _row_problem(row: Row, manifest: Manifest, shape: tuple[int, ...], stored: Collection[str]) -> str | None:
     """What a row has that the manifest does not say; None if they match."""
     if stored and row.tensors.keys() != set(stored):
         return f"the tensors {', '.join(row.tensors)}, not {', '.join(stored)}"
     for name, tensor in row.tensors.items():
-        if tuple(tensor.shape) != manifest.latent_shape or tensor.dtype not in DTYPES:
-            return f"{name} of {tuple(tensor.shape)} {tensor.dtype}, not of {manifest.latent_shape}"
+        if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
+            return f"{name} of {tuple(tensor.shape)} {tensor.dtype}, not of {shape}"
     try:
         described = Description.model_validate(row.meta)
     except ValidationError as error:
@@ -271,26 +285,8 @@ def _row_problem(row: Row, manifest: Manifest, stored: Collection[str]) -> str |
     return None
 
 
-def read_prompts(storage: Storage, prompts: Prompts) -> dict[str, Tensor]:
-    """The prompt table: `condition.<name>` and `ids.<text encoder>`, one row per prompt.
-
-    Raises ConfigError if it is missing, damaged, or has another number of prompts.
-    """
-    data = _checked(storage, "prompt table", prompts.file, prompts.sha256)
-    where = f"prompt table {storage.where(prompts.file)}"
-    try:
-        table = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise ConfigError(f"{where} cannot be read: {reason(error)}; {CURE}") from error
-    for name, tensor in table.items():
-        if not tensor.dim() or len(tensor) != len(prompts.texts):
-            raise ConfigError(
-                f"{where}: {name} is of {tuple(tensor.shape)}, not of {len(prompts.texts)} prompts; {CURE}"
-            )
-    return table
-
-
-def _checked(storage: Storage, what: str, file: str, sha256: str) -> bytes:
+def checked(storage: Storage, what: str, file: str, sha256: str) -> bytes:
+    """The bytes of a file. Raises ConfigError unless they are those of this hash."""
     try:
         return storage.read(file, sha256)
     except FileNotFoundError as error:

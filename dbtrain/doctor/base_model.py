@@ -18,6 +18,7 @@ from dbtrain.doctor.case import Case, Finding, error, findings_of, ok, problems_
 from dbtrain.models.base import Base
 from dbtrain.models.locate import EMBEDDED
 from dbtrain.models.pretrained import Pretrained
+from dbtrain.prepare import images
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.train import training_adapter
@@ -50,8 +51,8 @@ def model(case: Case) -> Iterator[Finding]:
         cure = f"copy the vocabulary of {name} into that folder"
         found += problems_of(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]
     if case.cfg.prepare:
-        side = case.cfg.prepare.resolution
-        found += problems_of(lambda: base.family.space(base, side), "use another prepare.resolution")
+        prepare, side = case.cfg.prepare, case.cfg.prepare.side
+        found += problems_of(lambda: images.check_sizes(base, prepare), "use another prepare.resolution")
         if path == EMBEDDED and side != TOY_SIDE:
             text = f"model.path is {path}, a toy that knows drawings of {TOY_SIDE} px"
             found.append(warning(f"{text}; prepare.resolution is {side}", "use a real base model, e.g. "

@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.doctor.base_model import adapter_bytes, diff_bytes
 from dbtrain.doctor.case import Case, Finding, error, ok
-from dbtrain.prepare import class_images, subjects
+from dbtrain.prepare import class_images, images, own_images, subjects
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import os_problem
 
@@ -43,7 +44,7 @@ def _folders(case: Case) -> Iterator[tuple[str, Path]]:
     if cfg.prepare and shards:
         yield "data.shards", shards
         if cfg.prepare.has_class_images:
-            yield "prepare.class_dir", class_images.root(cfg.prepare)
+            yield "prepare.class_dir", own_images.root(cfg.prepare)
     yield "cache", files.cache()
 
 
@@ -88,7 +89,7 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
     if prepare is None or shards is None:
         return
     # Shards.
-    latent = 4 * math.prod(case.base.family.space(case.base, prepare.resolution).shape)
+    latent = 4 * math.prod(case.base.family.space(case.base, Size.square(prepare.side)).shape)
     classes = subjects.parts(cfg)["class"]
     count = len(classes) * prepare.class_images
     if case.manifest is None:
@@ -98,11 +99,10 @@ def _needs(case: Case) -> Iterator[tuple[str, Path, float]]:
         yield "shards", shards, (crops + count) * row
     # Class images.
     if case.base.family.enlarges == 1:
-        missing = 0
+        missing, shares = 0, images.of_classes(case.base, cfg) if classes else {}
         for one in (part.prepare for part in classes):
-            count = one.class_images - len(class_images.find_own(one))
-            made = class_images.generated(case.base, one, cfg.train.base_linears, count)
-            missing += count - sum(path.exists() for path in made)
-        png = prepare.resolution**2 * PNG
+            made = class_images.there(case.base, one, cfg.train.base_linears, shares)
+            missing += one.class_images - len(own_images.find_own(one)) - made
+        png = prepare.side**2 * PNG
         each = latent if class_images.as_latents(case.base.family, prepare) else png
-        yield "class images", class_images.root(prepare), missing * each
+        yield "class images", own_images.root(prepare), missing * each

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from dbtrain.config import Config
+from dbtrain.data.sizes import Size
 from dbtrain.doctor.plans import Plan, plans
 from dbtrain.models import denoiser
 from dbtrain.models.base import Base
@@ -71,11 +72,11 @@ def generating(cfg: Config, base: Base, has: float) -> Iterator[str]:
     tasks: list[tuple[str, str, str, Work]] = []
     if prepare and prepare.has_class_images:
         how, beside = prepare.sampling, vae if prepare.class_pictures or base.family.needs_vae else ()
-        work = Work.of([], how.batch, how.guidance, prepare.resolution, beside)
+        work = Work.of([], how.batch, how.guidance, Size.square(prepare.side), beside)
         tasks.append(("class images", "prepare.sampling.batch", how.precision, work))
     if prepare and sample.prompts:
         work = Work.of(
-            [], sample.batch, sample.guidance, prepare.resolution, (*vae, *base.family.adaptable_text)
+            [], sample.batch, sample.guidance, Size.square(prepare.side), (*vae, *base.family.adaptable_text)
         )
         tasks.append(("samples", "sample.batch", sample.precision, work))
     for name, setting, precision, work in tasks if base.family.enlarges == 1 else ():

@@ -16,9 +16,11 @@ from dbtrain.data import photos as images
 from dbtrain.data.captions import file_of
 from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
+from dbtrain.data.sizes import Size
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
 from dbtrain.models import sampler
-from dbtrain.prepare import class_images, plan, subjects
+from dbtrain.prepare import class_images, own_images, subjects
+from dbtrain.prepare.images import left, of_classes
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError
 
@@ -71,7 +73,7 @@ def _unused(folder: Path, cfg: Prepare) -> Iterator[Finding]:
         yield warning(f"skipped, neither photos nor their captions: {listed(others)}",
                       "export photos among them as JPEG or PNG, or remove them")  # fmt: skip
     for inner, count in subfolders(folder).items() if found.photos else ():
-        if inner.resolve() != class_images.root(cfg).resolve():
+        if inner.resolve() != own_images.root(cfg).resolve():
             yield warning(
                 f"the folder '{inner.name}' with {count} photos is not read", "move them up, or remove it"
             )
@@ -109,7 +111,7 @@ def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[
     """Photos that are small, blurred, there twice, or badly cropped."""
     # Each photo by itself.
     small = [f"{p.name} ({one.width} x {one.height})" for p, one in photos
-             if min(one.height, one.width) < cfg.resolution]  # fmt: skip
+             if min(one.height, one.width) < cfg.resolutions[0]]  # fmt: skip
     blurred = [f"{p.name} ({one.sharpness:.0f})" for p, one in photos if one.sharpness < SHARP]
     # Pairs of photos.
     hashes = [hashing.sha256_of(path) for path, _ in photos]
@@ -118,13 +120,13 @@ def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[
     near = [f"{photos[a][0].name} ~ {photos[b][0].name}" for a, b in pairs if hashes[a] != hashes[b]]
     # One warning for each problem.
     for names, problem, cure in (
-        (small, f"smaller than prepare.resolution ({cfg.resolution} px), so they are upscaled",
+        (small, f"smaller than prepare.resolution ({cfg.resolutions[0]} px), so they are upscaled",
          "use larger photos, or a smaller prepare.resolution"),
         (blurred, f"blurred (sharpness below {SHARP:.0f})", "replace or remove them"),
         (same, "duplicate files, trained on twice as often", "keep one of each"),
         (near, "near duplicates", "keep one of each; other views teach more"),
         (_cut_off(photos, cfg), "the center crop cuts off a lot",
-         "check that the subject is in the center; if not, crop by hand, or use prepare.crop=random"),
+         "keep whole photos with prepare.buckets=true; or check that the subject is in the center"),
     ):  # fmt: skip
         if names:
             yield warning(f"{problem}: {listed(names)}", cure)
@@ -133,11 +135,11 @@ def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[
 def _cut_off(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> list[str]:
     """Photos whose center crop cuts off a lot, or has less detail than another square."""
     cut = []
-    for path, one in photos if cfg.crop == "center" else ():
+    for path, one in photos if cfg.crop == "center" and not cfg.buckets else ():
         if one.missed < MISSED and one.left_out < LEFT_OUT:
             continue
-        tall, wide = images.resized(one.height, one.width, cfg.resolution)
-        top, left = round((tall - cfg.resolution) / 2), round((wide - cfg.resolution) / 2)
+        tall, wide = images.resized(one.height, one.width, Size.square(cfg.side))
+        top, left = round((tall - cfg.side) / 2), round((wide - cfg.side) / 2)
         ends = ("left", "right") if wide > tall else ("top", "bottom")
         text = f"{path.name} (at {left},{top} of {wide} x {tall} px; {one.left_out:.0%} is cut off"
         if one.missed >= MISSED:
@@ -153,7 +155,7 @@ def passes(case: Case) -> Iterator[Finding]:
         yield Finding("skipped", "not checked: no photo can be read")
         return
     if cfg.prepare:
-        count = plan.left(cfg.prepare, "instance", count)
+        count = left(cfg.prepare, "instance", count)
     each = cfg.train.steps * cfg.train.global_batch / count
     text = (
         f"{cfg.train.steps} steps of {cfg.train.global_batch} images: each of {count} photos {each:.3g} times"
@@ -182,19 +184,18 @@ def of_class(case: Case) -> Iterator[Finding]:
 
 
 def _of_class(case: Case, cfg: Prepare) -> Iterator[Finding]:
-    own = class_images.find_own(cfg)
-    yield from findings_of(ConfigError(*class_images.unused(cfg)), level="warning")
+    own = own_images.find_own(cfg)
+    yield from findings_of(ConfigError(*own_images.unused(cfg)), level="warning")
     for path in own:
         yield from problems_of(lambda path=path: images.size(path), "replace or remove it")  # type: ignore[misc]
     count = cfg.class_images - len(own)
     if count and (found := problems_of(lambda: class_images.check_draws(case.base, cfg, len(own)), "")):
         yield from found
         return
-    plan.left(cfg, "class", cfg.class_images)
-    made = class_images.generated(case.base, cfg, case.cfg.train.base_linears, count)
-    kept = sum(path.exists() for path in made)
+    left(cfg, "class", cfg.class_images)
+    kept = class_images.there(case.base, cfg, case.cfg.train.base_linears, of_classes(case.base, case.cfg))
     yield ok(f"{cfg.class_images}: {len(own)} of your own, {kept} already generated, "
-             f"{count - kept} to generate, in {class_images.root(cfg)}")  # fmt: skip
+             f"{count - kept} to generate, in {own_images.root(cfg)}")  # fmt: skip
 
 
 def generated_images(case: Case) -> Iterator[Finding]:
@@ -204,7 +205,7 @@ def generated_images(case: Case) -> Iterator[Finding]:
     count = validations * len(cfg.validation.prompts) * cfg.validation.images
     after = 2 * len(cfg.sample.prompts) * cfg.sample.images
     if count + after:
-        side = cfg.prepare.resolution if cfg.prepare else None
+        side = Size.square(cfg.prepare.side) if cfg.prepare else None
         sampler.small_pictures(cfg.sample.low_res, case.base.family, side)
         yield ok(
             f"{count} in {validations} validations, {after} after training; {cfg.sample.steps} steps each"

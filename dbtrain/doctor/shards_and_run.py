@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dbtrain.data import sequence
 from dbtrain.data import shards as stored
 from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
@@ -80,10 +81,9 @@ def _reading(case: Case, share: RankSlice) -> Iterator[Finding]:
     if fewest >= share.world:
         return
     total, weights = sum(shard.bytes for shard in manifest.shards), subjects.weights(cfg)
-    orders = {
-        role: manifest.order(role, weights.get(role, (1.0,)), share.global_batch, cfg.seed)
-        for role, _ in roles
-    }
+    orders = sequence.orders(
+        manifest, {role: role for role, _ in roles}, weights, share.global_batch, cfg.seed
+    )
     mine = sum(
         manifest.roles[role][number].bytes
         for role, order in orders.items()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dbtrain.config import Train
+from dbtrain.data.sizes import Size
 from dbtrain.models import block_swap
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
@@ -30,18 +31,18 @@ class Work:
     """What a denoiser generates at once, and what is on the device meanwhile."""
 
     rows: int  # images, or twice as many with guidance
-    side: int  # px
+    size: Size
     tokens: int  # of the longest prompt
     beside: Collection[str] = ()  # other components; a VAE among them decodes one image at a time
 
     @classmethod
     def of(
-        cls, encoded: Sequence[Mapping[str, Tensor]], images: int, guidance: float, side: int,
+        cls, encoded: Sequence[Mapping[str, Tensor]], images: int, guidance: float, size: Size,
         beside: Collection[str] = (),
     ) -> Work:  # fmt: skip
         """Generating `images` at once of prompts that `sampler.encode` encoded."""
         tokens = max((row["prompt_embeds"].shape[1] for row in encoded), default=0)
-        return cls(images * (2 if guidance > 1 else 1), side, tokens, beside)
+        return cls(images * (2 if guidance > 1 else 1), size, tokens, beside)
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ class Needs:
 
 def needs(base: Base, linears: str, dtype: torch.dtype, work: Work) -> Needs:
     """What generating takes on a GPU, with `train.base_linears` of `linears`. Reads configs alone."""
-    family, shape = base.family, base.family.space(base, work.side).shape
+    family, shape = base.family, base.family.space(base, work.size).shape
     denoiser = base.denoiser(linears, dtype)
     others = {name: base.skeleton(name, dtype) for name in work.beside}
     wanted = {
         name: [size or work.tokens for size in every] for name, every in family.conditions(base).items()
     }
-    rows = family.row({"original_size": (work.side, work.side), "crop": (0, 0)}, work.side)
+    rows = family.row({"original_size": work.size, "crop": (0, 0)}, work.size)
     wanted |= {name: list(value.shape) for name, value in rows.items()}
     wanted.pop("lengths", None)  # all prompts count as long as the longest
     with torch.no_grad(), FakeTensorMode(), like_cuda(), MemoryCounter(512) as counter:

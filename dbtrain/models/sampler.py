@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dbtrain.data import photos
+from dbtrain.data.sizes import Size
 from dbtrain.models import text_encoders
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
@@ -59,10 +60,10 @@ def build(
     return pipe.to(device)
 
 
-def default_side(pipe: Any, denoiser: Any) -> int:
-    """The side of the images that a pipeline generates by default, px."""
+def default_size(pipe: Any, denoiser: Any) -> Size:
+    """The size of the images that a pipeline generates by default."""
     cells = getattr(pipe, "default_sample_size", None) or getattr(denoiser.config, "sample_size", None)
-    return cells * getattr(pipe, "vae_scale_factor", 1) if cells else 1024
+    return Size.square(cells * getattr(pipe, "vae_scale_factor", 1) if cells else 1024)
 
 
 def name_of(base: Base) -> str:
@@ -70,17 +71,17 @@ def name_of(base: Base) -> str:
     return base.family.objective.SAMPLER or str(base.index["scheduler"][1])
 
 
-def without_vae(base: Base, side: int, dtype: torch.dtype, given: Mapping[str, Any] | None = None) -> Any:
+def without_vae(base: Base, size: Size, dtype: torch.dtype, given: Mapping[str, Any] | None = None) -> Any:
     """Like `build`, for latents only: without the VAE, unless the pipeline reads something in it.
 
-    The pipeline generates latents for images of `side` px.
+    `size`: any that the base can have.
     """
     family, given = base.family, given or {}
     if family.needs_vae:
         return build(base, dtype, dist.device(), given)
     pipe = build(base, dtype, dist.device(), {**given, str(family.vae): None})
     # Without a VAE the pipeline would assume a factor of 8.
-    pipe.vae_scale_factor = side // family.space(base, side).shape[-1]
+    pipe.vae_scale_factor = size.width // family.space(base, size).shape[-1]
     return pipe
 
 
@@ -246,11 +247,11 @@ def generate_encoded(
     generators: Sequence[torch.Generator],
     steps: int,
     guidance: float,
-    side: int | None,
+    size: Size | None,
     images: Sequence[Image.Image] = (),
     space: LatentSpace | None = None,
 ) -> list[Any]:
-    """One image per encoded prompt, `side` px square (None: the base's default size).
+    """One image per encoded prompt, of `size` (None: the base's default).
 
     Each starts from noise of its own CPU generator, which depends on neither the batch nor the device.
     `images`: input images of an upscaler, one per prompt.
@@ -261,8 +262,8 @@ def generate_encoded(
     if space:
         more["output_type"] = "latent"
     made = pipe(
-        generator=list(generators), num_inference_steps=steps, height=side, width=side,
-        **family.arguments(rows, guidance), **more,
+        generator=list(generators), num_inference_steps=steps,
+        height=size and size.height, width=size and size.width, **family.arguments(rows, guidance), **more,
     ).images  # fmt: skip
     return list(family.generated(made, space) if space else made)
 
@@ -277,7 +278,7 @@ def decode(vae: nn.Module, family: Family, latent: Tensor, space: LatentSpace) -
     return Image.fromarray((values * 255).round().to(torch.uint8).numpy())
 
 
-def small_pictures(names: Sequence[str], family: Family, side: int | None) -> list[Image.Image]:
+def small_pictures(names: Sequence[str], family: Family, size: Size | None) -> list[Image.Image]:
     """The images in `sample.low_res`, resized to the input size of an upscaler.
 
     Raises ConfigError if an upscaler has no input images, or if another model has some.
@@ -285,5 +286,6 @@ def small_pictures(names: Sequence[str], family: Family, side: int | None) -> li
     if (family.enlarges > 1) != bool(names):
         need = "enlarges images; add some" if family.enlarges > 1 else "enlarges none; remove them"
         raise ConfigError(f"sample.low_res has {len(names)} images, but a {family.name} model {need}")
-    size = (side or 256) // family.enlarges
-    return [photos.load(files.expand(name)).resize((size, size), Image.Resampling.LANCZOS) for name in names]
+    height, width = (side // family.enlarges for side in size or Size.square(256))
+    small = (width, height)
+    return [photos.load(files.expand(name)).resize(small, Image.Resampling.LANCZOS) for name in names]

@@ -8,9 +8,9 @@ number of ranks.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dbtrain.config import Prepare, Train
-from dbtrain.data import photos
-from dbtrain.data.photo_files import listing, subfolders
+from dbtrain.data import sizes
 from dbtrain.data.pictures import save_png
+from dbtrain.data.sizes import Size, Sized
 from dbtrain.models import denoiser, kernels, sampler
 from dbtrain.models.base import Base
 from dbtrain.models.denoiser import Work
 from dbtrain.models.families.family import Family
 from dbtrain.models.pretrained import DTYPES
+from dbtrain.prepare.own_images import ABOUT, assigned, find_own, root, unused
 from dbtrain.runtime import console, dist, files, lock, preemption, rng
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import content_key
@@ -35,7 +36,6 @@ from dbtrain.runtime.hashing import content_key
 # `sampling.compile: auto` compiles for at least this many images. Estimated for SD 1.5 at 512 px on an
 # H200: compiling takes 30 s and saves a fifth of 0.15 s per image. Larger models break even earlier.
 MANY = 1000
-ABOUT = "about.json"  # in a folder of generated images: what they depend on
 SUFFIX, LATENT = ".safetensors", "x0"  # of a file that stores a latent, and the name of its only tensor
 
 
@@ -44,25 +44,54 @@ def as_latents(family: Family, cfg: Prepare) -> bool:
     return family.vae is not None and not cfg.class_pictures
 
 
-def ensure(base: Base, cfg: Prepare, train: Train, maker: Maker | None = None) -> list[Path]:
-    """Return the paths of exactly `cfg.class_images` class images; generate missing ones on all ranks.
+def ensure(
+    base: Base, cfg: Prepare, train: Train, shares: Mapping[Size, float] | None = None,
+    maker: Maker | None = None,
+) -> list[Sized]:  # fmt: skip
+    """Return exactly `cfg.class_images` class images; generate missing ones on all ranks.
 
     The denoiser is stored and swapped as `train` says: they are what the base that is trained draws.
-    `maker`: one for several classes, this one among them.
+    `shares`: how many have which size (None: all are squares). `maker`: one for several classes, this one
+    among them.
 
     Raises ConfigError if they cannot be read or written.
     """
     with dist.agreed():
-        own = find_own(cfg)
+        counts = quotas(cfg, shares)
+        own = assigned(find_own(cfg), counts)
         if dist.is_main():
             for problem in unused(cfg):
                 console.warn(problem)
-    count = cfg.class_images - len(own)
-    if count == 0:
+    missing = Counter(counts) - Counter(size for _, size in own)
+    if not missing:
         return own
     with dist.agreed():
         check_draws(base, cfg, len(own))
-        about = about_of(base, cfg, train.base_linears) if dist.is_main() else None
+    maker = maker or Maker(base, train, [cfg])
+    found = list(own)
+    for size, count in missing.items():
+        mine = sum(its == size for _, its in own)
+        found += [(path, size) for path in _generated(base, cfg, train, size, count, mine, maker)]
+    return found
+
+
+def quotas(cfg: Prepare, shares: Mapping[Size, float] | None) -> dict[Size, int]:
+    """How many class images have which size. Raises ConfigError if some size would have none."""
+    shares = shares or {Size.square(cfg.side): 1.0}
+    if len(shares) > cfg.class_images:
+        raise ConfigError(
+            f"prepare.class_images is {cfg.class_images}, but the photos have {len(shares)} sizes; use at "
+            f"least {len(shares)}, or set prepare.class_buckets to false"
+        )
+    return sizes.quotas(shares, cfg.class_images)
+
+
+def _generated(
+    base: Base, cfg: Prepare, train: Train, size: Size, count: int, own: int, maker: Maker
+) -> list[Path]:
+    """The paths of `count` generated images of one size; generate those that are missing."""
+    with dist.agreed():
+        about = about_of(base, cfg, train.base_linears, size) if dist.is_main() else None
     about = dist.from_main(about)
     paths = places(base.family, cfg, about, count)
     folder = paths[0].parent
@@ -71,8 +100,8 @@ def ensure(base: Base, cfg: Prepare, train: Train, maker: Maker | None = None) -
             with dist.agreed():
                 if dist.is_main():
                     files.write_atomically(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-            _complete(cfg, maker or Maker(base, train, [cfg]), len(own), paths)
-    return own + paths
+            _complete(cfg, maker, size, own, paths)
+    return paths
 
 
 def check_draws(base: Base, cfg: Prepare, own: int) -> None:
@@ -92,20 +121,24 @@ def places(family: Family, cfg: Prepare, about: dict[str, object], count: int) -
     return [folder / f"{index:05d}{suffix}" for index in range(count)]
 
 
-def generated(base: Base, cfg: Prepare, linears: str, count: int) -> list[Path]:
-    """Paths of `count` generated class images; [] if there are none yet, which saves hashing the base.
+def there(base: Base, cfg: Prepare, linears: str, shares: Mapping[Size, float] | None = None) -> int:
+    """How many generated class images there are already. If there are none, the base is not hashed.
 
-    `linears`: `train.base_linears`.
+    `linears`: `train.base_linears`. `shares`: as for `ensure`.
     """
-    if not count:
-        return []
+    counts = quotas(cfg, shares)
+    missing = Counter(counts) - Counter(size for _, size in assigned(find_own(cfg), counts))
     folder = places(base.family, cfg, {}, 1)[0].parent  # <prompt>-<key of the settings>
-    if not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
-        return []
-    return places(base.family, cfg, about_of(base, cfg, linears), count)
+    if not missing or not any(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*")):
+        return 0
+    return sum(
+        path.exists()
+        for size, count in missing.items()
+        for path in places(base.family, cfg, about_of(base, cfg, linears, size), count)
+    )
 
 
-def _complete(cfg: Prepare, maker: Maker, own: int, paths: list[Path]) -> None:
+def _complete(cfg: Prepare, maker: Maker, size: Size, own: int, paths: list[Path]) -> None:
     """Generate the images of `paths` that do not exist, over all ranks."""
     count = len(paths)
     batches = [range(i, min(i + cfg.sampling.batch, count)) for i in range(0, count, cfg.sampling.batch)]
@@ -117,7 +150,7 @@ def _complete(cfg: Prepare, maker: Maker, own: int, paths: list[Path]) -> None:
     console.say(f"class images: {own} of your own, {count - to_generate} existing, {to_generate} to generate")
     with dist.agreed():
         if mine := work[dist.rank() :: dist.world()]:
-            _generate(cfg, maker, mine, paths)
+            _generate(cfg, maker, size, mine, paths)
     with dist.agreed():
         unseen = [path for path in paths if not path.exists()] if dist.is_main() else []
         if unseen:
@@ -127,10 +160,12 @@ def _complete(cfg: Prepare, maker: Maker, own: int, paths: list[Path]) -> None:
             )
 
 
-def _generate(cfg: Prepare, maker: Maker, work: list[tuple[range, list[int]]], paths: list[Path]) -> None:
+def _generate(
+    cfg: Prepare, maker: Maker, size: Size, work: list[tuple[range, list[int]]], paths: list[Path]
+) -> None:
     """Generate this rank's (batch, missing indices) and write each image atomically."""
     compiled = compiles(cfg, len(paths), dist.device())
-    pipe, generate, save = maker.sampler(cfg, compiled)
+    pipe, generate, save = maker.sampler(cfg, size, compiled)
     with console.bar(sum(len(todo) for _, todo in work), "class images", "image", share=True) as bar:
         for batch, todo in work:
             preemption.check()
@@ -163,19 +198,19 @@ class Maker:
         self.loaded: tuple[object, Any, dict[str, dict[str, Tensor]]] = (None, None, {})
 
     def sampler(
-        self, cfg: Prepare, compiled: bool
+        self, cfg: Prepare, size: Size, compiled: bool
     ) -> tuple[Any, Callable[[Sequence[torch.Generator]], list[Any]], Callable[[Path, Any], None]]:
         """Return a pipeline, a function that generates an image per generator, and one that saves it."""
         base, family = self.base, self.base.family
         latents = as_latents(family, cfg)
-        key = (cfg.sampling, cfg.resolution, latents, compiled)
+        key = (cfg.sampling, cfg.side, latents, compiled)
         if self.loaded[0] != key:
             self.loaded = (None, None, {})  # frees the one before
             self.loaded = (key, *self._load(cfg, latents, compiled))
         _, pipe, encoded = self.loaded
         rows = [encoded[cfg.class_prompt or ""]]
-        how = (cfg.sampling.steps, cfg.sampling.guidance, cfg.resolution)
-        space = family.space(base, cfg.resolution) if latents else None
+        how = (cfg.sampling.steps, cfg.sampling.guidance, size)
+        space = family.space(base, size) if latents else None
         return (
             pipe,
             lambda seeds: sampler.generate_encoded(pipe, family, rows * len(seeds), seeds, *how, space=space),
@@ -190,11 +225,11 @@ class Maker:
         encoded = sampler.encode_alone(base, self.prompts, guidance, dtype, cfg.memory_gib)
         module = denoiser.load(base, train.base_linears, dtype)
         beside = (family.vae,) if family.vae and (not latents or family.needs_vae) else ()
-        work = Work.of(encoded, cfg.sampling.batch, guidance, cfg.resolution, beside)
+        work = Work.of(encoded, cfg.sampling.batch, guidance, Size.square(cfg.side), beside)
         swapped = denoiser.swap(base, module, train, dist.device(), work)
         given = dict.fromkeys(family.text_encoders) | {family.denoiser: module}
         if latents:
-            pipe = sampler.without_vae(base, cfg.resolution, dtype, given)
+            pipe = sampler.without_vae(base, Size.square(cfg.side), dtype, given)
         else:
             pipe = sampler.build(base, dtype, dist.device(), given)
         if compiled:
@@ -202,73 +237,19 @@ class Maker:
         return pipe, dict(zip(self.prompts, encoded, strict=True))
 
 
-def about_of(base: Base, cfg: Prepare, linears: str) -> dict[str, object]:
+def about_of(base: Base, cfg: Prepare, linears: str, size: Size) -> dict[str, object]:
     """Everything that a generated image depends on except its index. `linears`: `train.base_linears`."""
     about: dict[str, object] = {}
     parts = base.family.parts
     if as_latents(base.family, cfg):  # they depend on the VAE's scale factor only, not on its weights
-        about = {"latent_shape": base.family.space(base, cfg.resolution).shape}
+        about = {"latent_shape": base.family.space(base, size).shape}
         parts = tuple(part for part in parts if part != base.family.vae)
     return about | {
         "base": {part: base.key(part) for part in parts},
         "prompt": cfg.class_prompt, "sampler": sampler.name_of(base), "steps": cfg.sampling.steps,
-        "guidance": cfg.sampling.guidance, "side_px": cfg.resolution, "precision": cfg.sampling.precision,
+        "guidance": cfg.sampling.guidance, "side_px": size.width if size.is_square else list(size),
+        "precision": cfg.sampling.precision,
     } | denoiser.about(linears)  # fmt: skip
-
-
-def root(cfg: Prepare) -> Path:
-    """The folder of the user's own class images; generated ones are in its subfolders."""
-    if cfg.class_dir:
-        return files.expand(cfg.class_dir)
-    return files.cache() / "class-images"
-
-
-def find_own(cfg: Prepare) -> list[Path]:
-    """The user's own class images, at most `cfg.class_images`."""
-    if not cfg.class_dir or not root(cfg).exists():
-        return []
-    check_folder(cfg)
-    return photos.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]
-
-
-def check_folder(cfg: Prepare) -> None:
-    """Raise ConfigError if the folder of the subject's photos is that of class images."""
-    if cfg.class_dir and root(cfg).resolve() == files.expand(cfg.photos).resolve():
-        raise ConfigError(
-            f"prepare.class_dir is '{cfg.class_dir}', the folder of prepare.photos: the subject's photos "
-            "would be its class images; use another folder"
-        )
-
-
-def unused(cfg: Prepare) -> Iterator[str]:
-    """Own class images that are probably meant, but not used: one problem with its cure for each folder."""
-    folder = root(cfg)
-    if not cfg.class_dir:
-        return
-    if not folder.exists():
-        near = difflib.get_close_matches(folder.name, _with_photos(folder.parent), n=1, cutoff=0.8)
-        if near:
-            yield (
-                f"prepare.class_dir '{cfg.class_dir}' does not exist, but '{near[0]}' beside it has photos, "
-                "which are not used; correct the name"
-            )
-        return
-    for inner, count in subfolders(folder).items():
-        if not (inner / ABOUT).exists():  # not generated
-            yield (
-                f"prepare.class_dir: the {count} images in its folder '{inner.name}' are not used; move them "
-                f"up to '{cfg.class_dir}', or use that folder"
-            )
-    if (count := len(listing(folder).photos)) > cfg.class_images:
-        yield (
-            f"prepare.class_dir has {count} images, but only the first {cfg.class_images} by name are used; "
-            f"set prepare.class_images={count} to use all"
-        )
-
-
-def _with_photos(folder: Path) -> list[str]:
-    """Names of the folders below `folder` that have photos."""
-    return [inner.name for inner in subfolders(folder)] if folder.is_dir() else []
 
 
 def save_latent(path: Path, x0: Tensor) -> None:

@@ -23,7 +23,7 @@ from dbtrain.data.shards import Manifest
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
-from dbtrain.prepare import class_images, plan, subjects
+from dbtrain.prepare import class_images, images, own_images, plan, subjects
 from dbtrain.runtime import console, dist, files, pace
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
@@ -88,14 +88,15 @@ def _to_prepare(cfg: Config) -> tuple[int, int]:
             return 0, 0
     own, wanted = 0, 0
     parts = subjects.parts(cfg)
+    every = [photos.of_subject(part.prepare) for part in parts["instance"]]
     for part in parts["class"]:
-        mine = len(class_images.find_own(part.prepare))
+        mine = len(own_images.find_own(part.prepare))
         missing = part.prepare.class_images - mine
         if base:
-            made = class_images.generated(base, part.prepare, cfg.train.base_linears, missing)
-            missing -= sum(path.exists() for path in made)
+            shares = images.of_classes(base, cfg, every)
+            missing -= class_images.there(base, part.prepare, cfg.train.base_linears, shares)
         own, wanted = own + mine, wanted + missing
-    count = sum(len(photos.of_subject(part.prepare)) for part in parts["instance"])
+    count = sum(map(len, every))
     crops = count * cfg.prepare.variants * (1 + cfg.prepare.flip)
     return wanted, crops + own + (wanted if cfg.prepare.class_pictures else 0)
 

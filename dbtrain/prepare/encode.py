@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dbtrain.data import photos, shards
 from dbtrain.data.photos import Crop
+from dbtrain.data.sizes import Size
 from dbtrain.models import text_encoders
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import sampled_moments
@@ -23,26 +24,27 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 
 
-def image_encoder(base: Base, precision: str, side: int) -> Callable[[str, dict[str, Any]], shards.Row]:
-    """Return a function from (image path, row description) to the encoded row.
+def image_encoder(base: Base, precision: str) -> Callable[[str, dict[str, Any], Size], shards.Row]:
+    """Return a function from (image path, row description, size) to the encoded row.
 
     It encodes one image at a time, so that latents do not depend on the other images of a batch. It loads
     the VAE on first use: a class image that is stored as a latent needs none.
     """
-    space = base.family.space(base, side)
+    space = cache(partial(base.family.space, base))
 
     @cache
     def vae() -> nn.Module | None:
         return base.load(base.family.vae, DTYPES[precision]).to(dist.device()) if base.family.vae else None
 
     @torch.no_grad()
-    def encode(path: str, meta: dict[str, Any]) -> shards.Row:
+    def encode(path: str, meta: dict[str, Any], size: Size) -> shards.Row:
         if Path(path).suffix == class_images.SUFFIX:
-            made = sampled_moments(class_images.load_latent(Path(path), space.shape), space)
+            latent = class_images.load_latent(Path(path), space(size).shape)
+            made = sampled_moments(latent, space(size))
             return shards.Row({name: made[name] for name in base.family.stored}, meta)
         photo = photos.load(Path(path))
         top, left = meta["crop"]
-        pixels = photos.pixels(photo, Crop(top, left, meta["flip"]), side)
+        pixels = photos.pixels(photo, Crop(top, left, meta["flip"]), size)
         stored = base.family.encode_images(vae(), pixels[None])
         tensors = {name: tensor[0].cpu().contiguous() for name, tensor in stored.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photos, shards
+from dbtrain.data import photos, shards, sizes
 from dbtrain.data.captions import caption
 from dbtrain.data.photo_files import listing
 from dbtrain.data.shards import Manifest
+from dbtrain.data.sizes import Size, Sized
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.families.space import LatentSpace
-from dbtrain.prepare import class_images
+from dbtrain.prepare import class_images, own_images
+from dbtrain.prepare.images import split as split_held_out
 from dbtrain.prepare.subjects import parts
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.console import say
@@ -27,6 +29,7 @@ from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
+LATER = ("buckets", "class_buckets")  # settings that older manifests lack, recorded if not the default
 CHANGES = 4  # most changed files to name
 
 
@@ -38,6 +41,7 @@ class Planned:
     sources: list[str]
     metas: list[dict[str, Any]]
     part: int  # the number of its subject, or class
+    size: str | None  # of its images; None: the largest square
 
 
 def request(cfg: Config, family: Family) -> dict[str, Any]:
@@ -49,17 +53,20 @@ def request(cfg: Config, family: Family) -> dict[str, Any]:
     if not prepare.has_class_images:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):
             del settings[name]
+    for name, field in Prepare.model_fields.items():
+        if name in LATER and settings[name] == field.default:
+            del settings[name]
     if cfg.subjects:
         settings["subjects"] = [one.model_dump(mode="json", exclude={"weight"}) for one in cfg.subjects]
     return settings
 
 
 def plan_shards(
-    base: Base, cfg: Config, images: Mapping[str, Sequence[Sequence[Path]]]
+    base: Base, cfg: Config, every: Mapping[str, Sequence[Sequence[Sized]]]
 ) -> tuple[list[str], dict[str, str], dict[str, list[dict[str, Any]]]]:
     """Return (prompts, keys of the base's components, planned shards by role), JSON-able.
 
-    `images`: those of each of `parts`, by role.
+    `every`: the images of each of `parts`, by role.
     """
     first = cfg.prepare
     assert first is not None
@@ -67,32 +74,34 @@ def plan_shards(
     vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
     encoder = f"{components['vae']} {first.vae_precision}" if vae else "pixels"
-    space = base.family.space(base, first.resolution)
     texts: list[str] = []
     plans: dict[str, list[dict[str, Any]]] = {}
-    every = parts(cfg)
+    settings = parts(cfg)
     split = [
-        (role, number, every[of][number].prepare, paths)
-        for of, several in images.items()
+        (role, number, settings[of][number].prepare, images)
+        for of, several in every.items()
         for number, whole in enumerate(several)
-        for role, paths in _split_held_out(of, whole, first, cfg.seed).items()
+        for role, images in split_held_out(of, whole, first, cfg.seed).items()
     ]
-    for role, number, prepare, paths in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
-        rows = []
-        settings = prepare.model_copy(update=ONE_CROP.get(role, {}))
-        for path in paths:
+    for role, number, prepare, images in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
+        rows: dict[Size, list[tuple[str, dict]]] = {}
+        crops = prepare.model_copy(update=ONE_CROP.get(role, {}))
+        for path, size in images:
+            mine = rows.setdefault(size, [])
             text = prepare.class_prompt or ""
             if role.startswith("instance"):
                 text = caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
             if path.suffix == class_images.SUFFIX:
-                rows.append(_latent_row(path, texts.index(text), prepare.resolution, space))
+                mine.append(_latent_row(path, texts.index(text), size, base.family.space(base, size)))
             else:
-                rows += _rows(path, texts.index(text), settings, cfg.seed, encoder)
+                mine += _rows(path, texts.index(text), size, crops, cfg.seed, encoder)
         planned = plans.setdefault(role, [])
-        count = _shard_count(len(rows))
-        planned += [_planned(role, len(planned) + k, rows[k::count], number) for k in range(count)]
+        for size, mine in rows.items():
+            about = {"part": number, "size": None if size == Size.square(first.side) else str(size)}
+            count = _shard_count(len(mine))
+            planned += [_planned(role, len(planned) + k, mine[k::count], about) for k in range(count)]
     asked = [one.prepare.class_prompt for one in cfg.each_subject() if one.prepare]  # maybe without images
     empty = [shards.EMPTY] if cfg.data.prompt_dropout else []
     return list(dict.fromkeys([*texts, *filter(None, asked), *empty])), components, plans
@@ -105,54 +114,30 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 }
 
 
-def left(prepare: Prepare, role: str, count: int) -> int:
-    """How many of `count` images of a role are left to train on. Raises ConfigError if none are."""
-    key = {"instance": "held_out", "class": "class_held_out"}[role]
-    held_out = getattr(prepare, key)
-    if held_out >= count:
-        raise ConfigError(
-            f"prepare.{key} is {held_out}, but there are only {count} {role} images, which leaves none to "
-            "train on; hold out fewer"
-        )
-    return count - held_out
-
-
-def _split_held_out(role: str, paths: Sequence[Path], prepare: Prepare, seed: int) -> dict[str, list[Path]]:
-    """The images of a role, with held-out images under a role of their own.
-
-    The choice depends on their content and `seed`: adding a photo changes it by one image at most.
-    """
-    contents = {hashing.sha256_of(path) for path in paths}  # copies of a photo stay together
-    count = len(contents) - left(prepare, role, len(contents))
-    if not count:
-        return {role: list(paths)}
-    chosen = sorted(contents, key=lambda content: content_key([seed, "held out", content]))[:count]
-    return {
-        role: [path for path in paths if hashing.sha256_of(path) not in chosen],
-        shards.HELD_OUT[role]: [path for path in paths if hashing.sha256_of(path) in chosen],
-    }
-
-
-def _rows(path: Path, prompt: int, prepare: Prepare, seed: int, encoder: str) -> list[tuple[str, dict]]:
+def _rows(
+    path: Path, prompt: int, size: Size, prepare: Prepare, seed: int, encoder: str
+) -> list[tuple[str, dict]]:
     """(image path, row description) of every stored crop of one image."""
     photo_key = hashing.sha256_of(path)
     height, width = photos.size(path)
-    if min(height, width) < prepare.resolution:
-        say(f"{path} is {width} x {height} px and will be enlarged to {prepare.resolution} px")
+    of_size = size.width if size.is_square else list(size)
+    if sizes.scale(height, width, size) > 1:
+        to = f"{size.width}" if size.is_square else f"{size.width} x {size.height}"
+        say(f"{path} is {width} x {height} px and will be enlarged to {to} px")
     rows = []
-    for crop in photos.crops(photo_key, height, width, prepare, seed):
-        where = [prepare.resolution, asdict(crop)]
+    for crop in photos.crops(photo_key, height, width, size, prepare, seed):
+        where = [of_size, asdict(crop)]
         key = content_key([shards.VERSION, encoder, photo_key, where])
         rows.append((str(path), _meta(path, [height, width], crop, prompt, key)))
     return rows
 
 
-def _latent_row(path: Path, prompt: int, side: int, space: LatentSpace) -> tuple[str, dict]:
+def _latent_row(path: Path, prompt: int, size: Size, space: LatentSpace) -> tuple[str, dict]:
     """(path, row description) of a class image that is stored as a latent: neither cropped nor resized."""
     key = content_key(
         [shards.VERSION, class_images.LATENT, space.scale, space.shift, hashing.sha256_of(path)]
     )
-    return str(path), _meta(path, [side, side], photos.Crop(0, 0, False), prompt, key)
+    return str(path), _meta(path, list(size), photos.Crop(0, 0, False), prompt, key)
 
 
 def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, key: str) -> dict[str, Any]:
@@ -173,7 +158,7 @@ def sources_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
             prepare = part.prepare
             if role == "class" and (len(several) > 1 or not prepare.class_dir):
                 continue
-            folder = class_images.root(prepare) if role == "class" else files.expand(prepare.photos)
+            folder = own_images.root(prepare) if role == "class" else files.expand(prepare.photos)
             if folder.is_dir():
                 most = prepare.class_images if role == "class" else None
                 found[role if number == 1 else f"{role} {number}"] = {
@@ -198,10 +183,12 @@ def _shard_count(rows: int) -> int:
     return count
 
 
-def _planned(role: str, number: int, rows: list[tuple[str, dict]], part: int) -> dict[str, Any]:
+def _planned(
+    role: str, number: int, rows: list[tuple[str, dict]], about: Mapping[str, Any]
+) -> dict[str, Any]:
     metas = [meta for _, meta in rows]
     file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
-    return {"file": file, "sources": [source for source, _ in rows], "metas": metas, "part": part}
+    return {"file": file, "sources": [source for source, _ in rows], "metas": metas, **about}
 
 
 def check(cfg: Config, base: Base, manifest: Manifest) -> None:
@@ -217,7 +204,7 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
         raise ConfigError(
             f"{cfg.data.shards} was made for family '{manifest.family}', not '{family}'; {shards.CURE}"
         )
-    space = base.family.space(base, manifest.request["resolution"])
+    space = base.family.space(base, Size.square(manifest.side))
     made_in = LatentSpace(manifest.latent_shape, manifest.latent_scale, manifest.latent_shift)
     if made_in != space:
         raise ConfigError(f"{cfg.data.shards} has {made_in}, but the base has {space}; {shards.CURE}")
@@ -229,7 +216,7 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
     if cfg.prepare:
         now = request(cfg, base.family)
         made = manifest.request
-        changed = [key for key in dict.fromkeys([*now, "subjects"]) if now.get(key) != made.get(key)]
+        changed = [key for key in dict.fromkeys([*now, "subjects", *LATER]) if now.get(key) != made.get(key)]
         if changed:
             changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")

@@ -13,9 +13,10 @@ from typing import Any
 
 from dbtrain.config import Config, Prepare
 from dbtrain.data import photos, shards
+from dbtrain.data.sizes import Size, Sized
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, duration, encode, subjects
+from dbtrain.prepare import class_images, duration, encode, images, own_images, subjects
 from dbtrain.prepare.plan import Planned
 from dbtrain.prepare.task import Task, entry_of
 from dbtrain.runtime import console, dist, files, lock, pace, preemption
@@ -44,11 +45,11 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
     dist.init()
     states = _States(len(cfgs))
     # What each config asks for, checked before a base is downloaded or loaded.
-    images = {}
+    paths = {}
     with dist.agreed():
         for number, cfg in enumerate(cfgs):
             with states.trying(number):
-                images[number] = _photos(cfg)
+                paths[number] = _photos(cfg)
     states.agree()
     bases = dict.fromkeys(cfgs[number].model for number in states.well)
     found = {model: Base.find(model) for model in bases}
@@ -56,7 +57,7 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
     with dist.agreed():
         for number in states.well:
             with states.trying(number):
-                tasks[number] = Task.of(cfgs[number], found[cfgs[number].model], images[number])
+                tasks[number] = Task.of(cfgs[number], found[cfgs[number].model], paths[number])
     states.agree()
 
     _find_class_images(tasks, states)
@@ -103,30 +104,38 @@ class _States:
         self.problems = [tuple(dict.fromkeys(line for lines in one for line in lines)) for one in everyone]
 
 
-def _photos(cfg: Config) -> dict[str, list[list[Path]]]:
+def _photos(cfg: Config) -> list[list[Path]]:
     """The photos of each subject of a config."""
     if cfg.prepare is None:
         raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
-    return {"instance": [photos.of_subject(part.prepare) for part in subjects.parts(cfg)["instance"]]}
+    return [photos.of_subject(part.prepare) for part in subjects.parts(cfg)["instance"]]
 
 
 def _find_class_images(tasks: dict[int, Task], states: _States) -> None:
     """Add the class images of each task; generate missing ones, each class once."""
+    shares: dict[int, dict[Size, float]] = {}
+    with dist.agreed():
+        for number in states.well:
+            with states.trying(number):
+                shares[number] = images.of_classes(
+                    tasks[number].base, tasks[number].cfg, tasks[number].photos
+                )
+    states.agree()
     classes = {
-        number: [(part.prepare, _class_of(tasks[number], part.prepare)) for part in parts]
+        number: [(part.prepare, _class_of(tasks[number], part.prepare, shares[number])) for part in parts]
         for number in states.well
         if (parts := subjects.parts(tasks[number].cfg)["class"])
     }
     makers: dict[Any, class_images.Maker] = {}
-    there: dict[Any, list[Path]] = {}
+    there: dict[Any, list[Sized]] = {}
     failed: dict[Any, tuple[str, ...]] = {}
     folders: dict[Path, Prepare] = {}
     for number, several in classes.items():
         task, every = tasks[number], []
         for settings, key in several:
             with states.agreeing(number):
-                class_images.check_folder(settings)
-                first = folders.setdefault(class_images.root(settings), settings)
+                own_images.check_folder(settings)
+                first = folders.setdefault(own_images.root(settings), settings)
                 subjects.check_classes([first, settings])
                 if key in failed:
                     raise ConfigError(*failed[key])
@@ -136,20 +145,30 @@ def _find_class_images(tasks: dict[int, Task], states: _States) -> None:
                         [cfg for one in classes.values() for cfg, other in one if other[0] == key[0]],
                     ))  # fmt: skip
                     try:
-                        there[key] = class_images.ensure(task.base, settings, task.cfg.train, maker)
+                        there[key] = class_images.ensure(
+                            task.base, settings, task.cfg.train, shares[number], maker
+                        )
                     except ConfigError as error:
                         failed[key] = error.problems
                         raise
                 every.append(there[key])
-        task.images["class"] = every
+        task.classes = every
 
 
-def _class_of(task: Task, cfg: Prepare) -> tuple[Any, ...]:
+def _class_of(task: Task, cfg: Prepare, shares: dict[Size, float]) -> tuple[Any, ...]:
     """What the denoiser depends on, and what class images depend on besides: those that are alike are one."""
     train = task.cfg.train
     return (
         (task.cfg.model, train.base_linears, train.swap_blocks),
-        (cfg.class_prompt, cfg.class_images, cfg.class_dir, cfg.class_pictures, cfg.resolution, cfg.sampling),
+        (
+            cfg.class_prompt,
+            cfg.class_images,
+            cfg.class_dir,
+            cfg.class_pictures,
+            cfg.side,
+            cfg.sampling,
+            tuple(shares.items()),
+        ),
     )
 
 
@@ -202,16 +221,16 @@ def _write_shards(
             plans = [plan for owner, plan in mine if owner == number]
             keys = {meta["key"] for plan in plans for meta in plan.metas}
             reused = of_classes | (task.reusable_rows(keys) if keys else {})
-            how = (task.settings.vae_precision, task.settings.resolution)
-            encoder = encoders.setdefault((task.cfg.model, *how), encode.image_encoder(task.base, *how))
+            how = task.settings.vae_precision
+            encoder = encoders.setdefault((task.cfg.model, how), encode.image_encoder(task.base, how))
             for plan in plans:
                 with states.trying(number):
-                    rows = []
+                    rows, size = [], task.size_of(plan)
                     for source, meta in zip(plan.sources, plan.metas, strict=True):
                         preemption.check()
                         tensors, before = reused.get(meta["key"]), pace.clock()
                         if tensors is None:
-                            tensors = encoder(source, meta).tensors
+                            tensors = encoder(source, meta, size).tensors
                             if not source.endswith(class_images.SUFFIX):
                                 encoded += 1
                                 pace.add("encode", pace.clock() - before)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dbtrain.config import Config, Prepare
-from dbtrain.prepare import class_images
+from dbtrain.prepare import own_images
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def check_class_images(cfg: Config) -> None:
 def check_classes(settings: Sequence[Prepare]) -> None:
     """The same for classes that may be of several configs, with one folder."""
     prompts = list(dict.fromkeys(f"'{one.class_prompt}'" for one in settings))
-    if len(prompts) > 1 and class_images.find_own(settings[0]):
+    if len(prompts) > 1 and own_images.find_own(settings[0]):
         raise ConfigError(
             f"prepare.class_dir is '{settings[0].class_dir}', whose images would be of "
             f"{' and '.join(prompts)}; use an empty folder, into which class images are generated"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import shards
+from dbtrain.data import prompt_table, shards
+from dbtrain.data.sizes import Size, Sized
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
-from dbtrain.prepare import encode, subjects
+from dbtrain.prepare import encode, images, subjects
 from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request, sources_of
 from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
@@ -32,7 +33,8 @@ class Task:
     base: Base
     storage: Storage
     folder: Path  # the same
-    images: dict[str, list[list[Path]]]  # of each of `subjects.parts`, by role
+    photos: list[list[Path]]  # of each subject
+    classes: list[list[Sized]] = field(default_factory=list)  # the images of each class
     old: shards.Manifest | None = None  # the existing one; on other ranks if something is missing
     planned: dict[str, list[Planned]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
@@ -43,7 +45,7 @@ class Task:
     missing: list[Planned] = field(default_factory=list)
 
     @classmethod
-    def of(cls, cfg: Config, base: Base, images: dict[str, list[list[Path]]]) -> Task:
+    def of(cls, cfg: Config, base: Base, photos: list[list[Path]]) -> Task:
         """Raises ConfigError for what would only be found after hours of work."""
         assert cfg.prepare
         base.check_trains(cfg.adapter, cfg.model.training_adapter)
@@ -54,11 +56,11 @@ class Task:
                 f"data.shards is '{cfg.data.shards}', but prepare writes to a local folder only; "
                 "set it to one, then copy the shards there"
             )
-        base.family.space(base, cfg.prepare.resolution)
+        images.check_sizes(base, cfg.prepare)
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
         subjects.check_class_images(cfg)
-        return cls(cfg, cfg.prepare, base, storage, folder, images)
+        return cls(cfg, cfg.prepare, base, storage, folder, photos)
 
     def plan(self) -> bool:
         """Plan on rank 0, and find what is there; return whether a shard or the prompt table is missing."""
@@ -78,7 +80,10 @@ class Task:
             self.old = shards.Manifest.read(self.storage)
         except ConfigError:
             self.old = None  # everything is written again, and the log says so
-        self.texts, self.components, plans = plan_shards(self.base, self.cfg, self.images)
+        every = {"instance": [images.of_subject(self.base, self.settings, one) for one in self.photos]}
+        if self.classes:
+            every["class"] = self.classes
+        self.texts, self.components, plans = plan_shards(self.base, self.cfg, every)
         self.planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
         self.sources = sources_of(self.cfg)  # before hours of encoding
         everything = [shard for every in self.planned.values() for shard in every]
@@ -109,10 +114,13 @@ class Task:
 
         Raises ConfigError if the shard cannot be read.
         """
-        shape = self.base.family.space(self.base, self.settings.resolution).shape
+        shape = self.base.family.space(self.base, self.size_of(shard)).shape
         expected = dict.fromkeys(self.base.family.stored, shape)
         rows = shards.read(self.storage, shard)
         return [row for row in rows if {name: tuple(t.shape) for name, t in row.tensors.items()} == expected]
+
+    def size_of(self, shard: Planned | shards.Shard) -> Size:
+        return Size.parse(shard.size) if shard.size else Size.square(self.settings.side)
 
     def _sound_prompts(self) -> shards.Prompts | None:
         """The existing prompt table, if it is of these prompts and the base can read it."""
@@ -122,7 +130,7 @@ class Task:
         if there.file != path.name or not path.exists() or hashing.sha256_of(path) != there.sha256:
             return None
         try:
-            check_prompts(str(self.folder), self.base, shards.read_prompts(self.storage, there))
+            check_prompts(str(self.folder), self.base, prompt_table.read(self.storage, there))
         except ConfigError:
             return None  # it is written again
         return there
@@ -163,7 +171,7 @@ class Task:
 
     def _manifest(self) -> shards.Manifest:
         assert self.prompts
-        space = self.base.family.space(self.base, self.settings.resolution)
+        space = self.base.family.space(self.base, Size.square(self.settings.side))
         return shards.Manifest(
             version=shards.VERSION, family=self.base.family.name, base=self.base.name,
             components=self.components, request=request(self.cfg, self.base.family),
@@ -183,4 +191,5 @@ def entry_of(plan: Planned, data: bytes) -> dict[str, Any]:
     """What the manifest says of a shard."""
     keys = [meta["key"] for meta in plan.metas]
     sha256 = hashlib.sha256(data).hexdigest()
-    return {"file": plan.file, "bytes": len(data), "sha256": sha256, "keys": keys, "part": plan.part}
+    about = {"part": plan.part, "size": plan.size}
+    return {"file": plan.file, "bytes": len(data), "sha256": sha256, "keys": keys, **about}

@@ -162,7 +162,7 @@ def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str], side: i
     (tall, wide), (top, left) = meta["original_size"], meta["crop"]
     captions = [
         meta["source"],
-        f"of {wide} × {tall} px",
+        f"{picture.width} × {picture.height} of {wide} × {tall} px",
         f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
         f"“{prompts[meta['prompt']]}”",
     ]

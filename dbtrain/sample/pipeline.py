@@ -18,6 +18,7 @@ from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.common import States
 from dbtrain.adapters.tokens import Word, Words
 from dbtrain.config import Model, Train
+from dbtrain.data.sizes import Size
 from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
 from dbtrain.models.denoiser import Work
@@ -218,17 +219,16 @@ class AdapterPipeline:
                 f"adapters={list(adapters)} does not fit one batch of {len(seeds)} images; give each image "
                 "its own, and split those that cannot share a batch as `together` does"
             )
-        if isinstance(prompts, str):
-            prompts = [prompts] * len(seeds)
+        prompts = [prompts] * len(seeds) if isinstance(prompts, str) else prompts
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        size = Size.square(side) if side else None
         self.encode(prompts, guidance)
         if self.swapped is None:
-            self._move(len(seeds), guidance, side)
+            self._move(len(seeds), guidance, size)
         own = [_scales(one) for one in adapters] or [self.scales] * len(seeds)
+        how = (generators, steps, guidance, size, images)
         with self._adapting(own, prompts, guidance) as rows:
-            return sampler.generate_encoded(
-                self.pipe, self.family, rows, generators, steps, guidance, side, images
-            )
+            return sampler.generate_encoded(self.pipe, self.family, rows, *how)
 
     def together(self, adapters: Sequence[Scales | str]) -> list[list[int]]:
         """The places in `adapters` of those that can share a batch, batch by batch.
@@ -244,11 +244,11 @@ class AdapterPipeline:
         }  # fmt: skip
         return by_row.batches(images, able)
 
-    def _move(self, images: int, guidance: float, side: int | None) -> None:
+    def _move(self, images: int, guidance: float, size: Size | None) -> None:
         """Move the pipeline to its device; blocks of the denoiser for which there is no room are swapped."""
         module, beside = self.components[self.family.denoiser], set(self.family.models) - set(self.apart)
         work = Work.of(
-            list(self.encoded.values()), images, guidance, side or sampler.default_side(self.pipe, module),
+            list(self.encoded.values()), images, guidance, size or sampler.default_size(self.pipe, module),
             tuple(beside - {self.family.denoiser}),
         )  # fmt: skip
         self.swapped = denoiser.swap(self.base, module, self.train, self.device, work)

@@ -14,6 +14,7 @@ from PIL import Image
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, note_in, save_png
+from dbtrain.data.sizes import Size
 from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
 from dbtrain.prepare import duration
@@ -69,9 +70,9 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
     if not prompts:
         raise ConfigError("there is no prompt; give --prompt or set sample.prompts", shared=True)
     base = Base.find(cfg.model)
-    side = cfg.prepare.resolution if cfg.prepare else None
+    side = cfg.prepare.side if cfg.prepare else None
     with dist.agreed():
-        low_res = sampler.small_pictures(cfg.sample.low_res, base.family, side)
+        low_res = sampler.small_pictures(cfg.sample.low_res, base.family, Size.square(side) if side else None)
         paths = {path: formats.find(path) for mix in mixes for path, _ in mix.parts}
         request = _Request(cfg, base, prompts, mixes, paths, side)
         key = request.key() if dist.is_main() else None

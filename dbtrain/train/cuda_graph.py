@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dbtrain.train.metrics import Outcome
     from dbtrain.train.step import Compute
 
+Shapes = tuple[tuple[int, ...], ...]  # of the batches of a step
 WARM_UP = {False: 3, True: 11}  # by whether DDP is used: its buckets take up to 11 steps to settle
 
 
@@ -28,7 +30,7 @@ def check(wanted: bool, device: torch.device) -> None:
 
 
 class Recorded:
-    """A step that is recorded as a CUDA graph after a few warm-up calls and then replayed.
+    """A step that is recorded as a CUDA graph, once a shape, after a few warm-up calls and then replayed.
 
     Forward, backward, and optimizer become a single launch, so that a small batch is not limited by the
     time that Python takes to launch thousands of kernels. Inputs are copied into the recorded tensors.
@@ -37,29 +39,40 @@ class Recorded:
 
     def __init__(self, compute: Compute, distributed: bool) -> None:
         self.compute = compute
-        self.calls_left = WARM_UP[distributed]
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: list[Batch] = []
-        self.result: Outcome | None = None
+        self.left = WARM_UP[distributed]  # calls to warm up: by all shapes
+        self.again: dict[Shapes, int] = {}  # and by each
+        self.steps: dict[Shapes, _Step] = {}
 
     def __call__(self, ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
-        if self.calls_left:
-            self.calls_left -= 1
+        shapes = tuple(tuple(batch.noise.shape) for batch in batches)
+        left = self.again.setdefault(shapes, WARM_UP[False])
+        if self.left > 0 or left > 0:
+            self.left, self.again[shapes] = self.left - 1, left - 1
             return self.compute(ddp, progress, batches, cfg)
-        if self.graph is None:
-            self.inputs = list(batches)
-            self.graph = torch.cuda.CUDAGraph()
+        if shapes not in self.steps:
+            inputs, graph = list(batches), torch.cuda.CUDAGraph()
+            pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
             # thread_local: the prefetching thread may pin memory during the capture.
             with torch.cuda.graph(
-                self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+                graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
-                self.result = self.compute(ddp, progress, self.inputs, cfg)
+                result = self.compute(ddp, progress, inputs, cfg)
+            self.steps[shapes] = _Step(graph, inputs, result)
         else:
-            for mine, given in zip(self.inputs, batches, strict=True):
+            for mine, given in zip(self.steps[shapes].inputs, batches, strict=True):
                 mine.take(given)
-        self.graph.replay()
-        assert self.result is not None
-        return self.result._replace(seen=sum(batch.seen for batch in batches))
+        step = self.steps[shapes]
+        step.graph.replay()
+        return step.result._replace(seen=sum(batch.seen for batch in batches))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A recorded step, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Batch]
+    result: Outcome
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ class DreamBooth(nn.Module, Adapted):
         family: Family,
         denoiser: nn.Module,
         text_encoders: Mapping[str, nn.Module],
-        objective: Objective,
+        objectives: Mapping[int, Any],
         prompts: Mapping[str, Tensor],
         space: LatentSpace,
         noising: DDPM | None = None,
@@ -112,7 +113,8 @@ class DreamBooth(nn.Module, Adapted):
         self.denoiser = denoiser
         self.text_encoders = nn.ModuleDict(text_encoders)  # those with an adapter or a learned word
         self.learned = learned  # words
-        self.objective = objective
+        # An `Objective` for each number of tokens, as larger images need more noise.
+        self.objectives = nn.ModuleDict({str(tokens): one for tokens, one in objectives.items()})
         for name, values in (("latent_scale", space.scale), ("latent_shift", space.shift)):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.noising = noising
@@ -172,8 +174,11 @@ class DreamBooth(nn.Module, Adapted):
         )
 
         # The objective, the prompts, and the latents' scale.
-        length = base.family.tokens(manifest.latent_shape)
-        objective = base.family.objective.of(base.config("scheduler"), cfg.loss, length)
+        shapes = [manifest.latent_shape, *map(manifest.shape, manifest.sizes)]
+        lengths = dict.fromkeys(map(base.family.tokens, shapes))
+        objectives = {
+            length: base.family.objective.of(base.config("scheduler"), cfg.loss, length) for length in lengths
+        }
         frozen = family.text_encoders.keys() - encoders
         asked = cfg.loss.asks_the_base  # and its text encoders are not trained
         needed = {"condition": bool(frozen) or asked, "ids": bool(encoders)}
@@ -187,7 +192,7 @@ class DreamBooth(nn.Module, Adapted):
         noising = DDPM.of(base.config(base.family.noising)) if base.family.noising else None
         sees = base.family.sees.get(cfg.model.low_res)
         return cls(
-            family, denoiser, encoders, objective, prompts, space, noising, sees, dtype, left_out,
+            family, denoiser, encoders, objectives, prompts, space, noising, sees, dtype, left_out,
             cfg.loss.huber, cfg.learned_words,
         )  # fmt: skip
 
@@ -211,13 +216,19 @@ class DreamBooth(nn.Module, Adapted):
         uneven = lengths is not None and len(lengths.unique()) > 1
         return uneven or bool(self.on_host.keys() - {"lengths"})
 
+    @property
+    def objective(self) -> Objective:
+        """The objective for the largest squares."""
+        return next(iter(self.objectives.values()))  # type: ignore[return-value]
+
     def forward(self, batch: Batch) -> Tensor:
         """Denoising loss of each image, (rows,) fp32."""
         x0 = self.x0(batch)
-        t = self.objective.timesteps(batch.u)
-        x_t = self.objective.corrupt(x0, batch.noise, t)
+        objective: Any = self.objectives[str(self.family.tokens(x0.shape[1:]))]
+        t = objective.timesteps(batch.u)
+        x_t = objective.corrupt(x0, batch.noise, t)
         given = batch.extra | (self.sees(x0, x_t, t, batch, self.noising) if self.sees else {})
-        target = self.objective.target(x0, batch.noise, t)
+        target = objective.target(x0, batch.noise, t)
         by_slot = partial(Tensor.unflatten, dim=0, sizes=(batch.slots, -1))
         if batch.preserved:  # before the pass with gradients: FSDP's and block swap's hooks follow the last
 
@@ -229,7 +240,7 @@ class DreamBooth(nn.Module, Adapted):
             target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
         prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, self.condition(batch) | given)
         error = prediction.float() - target
-        return self.objective.weight(t) * losses(error, self.objective.signal(t), self.huber)
+        return objective.weight(t) * losses(error, objective.signal(t), self.huber)
 
     @torch.no_grad()
     def base_prediction(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

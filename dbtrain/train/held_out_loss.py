@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -42,10 +43,10 @@ class HeldOut:
 def rows(
     manifest: Manifest, storage: Storage, family: Family, role: str, timesteps: int
 ) -> Iterator[HeldOut]:
-    """Yield every held-out row of a role at the centers of `timesteps` equal parts of the range."""
-    for shard in manifest.roles[HELD_OUT[role]]:
+    """Yield every held-out row of a role at the centers of `timesteps` equal parts of the range, by size."""
+    for shard in sorted(manifest.roles[HELD_OUT[role]], key=manifest.size):
         for row in shards.read(storage, shard, manifest, family.stored):
-            extra = family.row(row.meta, manifest.request["resolution"])
+            extra = family.row(row.meta, manifest.size(shard))
             for number in range(timesteps):
                 yield HeldOut(role, number, (number + 0.5) / timesteps, row, extra)
 
@@ -56,7 +57,12 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     The work is split over ranks into batches that do not depend on their number.
     """
     size = 2 * cfg.train.micro_batch  # a training step holds as many rows, and their gradients
-    batches = [held_out[i : i + size] for i in range(0, len(held_out), size)]
+    batches = [
+        alike[i : i + size]
+        for _, group in groupby(held_out, key=shape_of)
+        for alike in [list(group)]
+        for i in range(0, len(alike), size)
+    ]
     mine: dict[int, list[float]] = {}
     for number, keep in parallel.rounds(len(batches), parallel.is_sharded(model)):
         with PRECISIONS[cfg.train.precision].forward(dist.device()):
@@ -79,12 +85,16 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
     return {**means, "timesteps": timesteps, "by_timestep": by_timestep}
 
 
+def shape_of(one: HeldOut) -> tuple[int, ...]:
+    """The shape of a row's latents, (C, H, W)."""
+    return tuple(next(iter(one.row.tensors.values())).shape)
+
+
 def batch_of(rows: Sequence[HeldOut]) -> Batch:
     """Return the rows as a training batch, with noise that depends only on the image and the timestep."""
     noises = []
     for one in rows:
-        shape = tuple(next(iter(one.row.tensors.values())).shape)
-        noise = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape, 0.0)
+        noise = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape_of(one), 0.0)
         u = torch.tensor(one.u)
         noises.append(noise._replace(u=u, level=u))
     return Batch.collate([one.row for one in rows], noises, [one.extra for one in rows])

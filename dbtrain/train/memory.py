@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest, Row
+from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.models import block_swap, loading
 from dbtrain.models.base import Base
@@ -197,7 +198,7 @@ def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str,
     }
     vae = base.load(family.vae) if family.vae else None
     with FakeTensorMode(), torch.no_grad():
-        stored = family.encode_images(vae and materialized(vae), torch.empty(1, 3, shapes.side, shapes.side))
+        stored = family.encode_images(vae and materialized(vae), torch.empty(1, 3, *shapes.size))
     return table, {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in stored.items()
     }
@@ -223,7 +224,7 @@ class _Skeleton(Base):
 class _Shapes:
     """The shapes of the training data."""
 
-    side: int  # px
+    size: Size  # the largest
     space: LatentSpace
     roles: int  # 1: instance images; 2: class images too
     prompts: int
@@ -234,32 +235,38 @@ class _Shapes:
         """What `prepare` describes, or else what the shards have. Raises ConfigError if there is neither."""
         if cfg.prepare is None:
             manifest = Manifest.read(Storage(cfg.data.shards, cfg.faults.retries))
-            side, images = manifest.request["resolution"], "class" in manifest.roles
+            sizes, images = manifest.sizes, "class" in manifest.roles
             texts = manifest.prompts.texts
             prompts = len(texts)
         else:
-            side, images = cfg.prepare.resolution, cfg.prepare.has_class_images
+            sizes, images = [Size.square(cfg.prepare.side)], cfg.prepare.has_class_images
+            if isinstance(cfg.prepare.buckets, tuple):
+                sizes = [Size.parse(text) for text in cfg.prepare.buckets]
             each = [one.prepare for one in cfg.each_subject() if one.prepare]
             both = (text for one in each for text in (one.instance_prompt, one.class_prompt) if text)
             texts = tuple(dict.fromkeys(both))
             # With captions, more prompts than a batch has rows, so that each row is encoded.
             prompts = 1000 if cfg.prepare.captions else len(texts) + bool(cfg.data.prompt_dropout)
         roles = len(cfg.loss.role_weights(images))
-        return cls(side, base.family.space(base, side), roles, prompts, texts)
+        size = max(sizes, key=lambda size: size.area)
+        return cls(size, base.family.space(base, size), roles, prompts, texts)
 
     def manifest(self) -> Manifest:
         """A manifest with what the model needs to know about the shards."""
         space = self.space
-        values: Any = {"latent_shape": space.shape, "latent_scale": space.scale, "latent_shift": space.shift}
+        values: Any = {
+            "latent_shape": space.shape, "latent_scale": space.scale, "latent_shift": space.shift,
+            "roles": {},
+        }  # fmt: skip
         return Manifest.model_construct(**values)
 
 
 def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int, preserved: int = 0) -> Batch:
     """A micro-batch of fake tensors. `preserved`: see `Batch`."""
-    shape, side = shapes.space.shape, shapes.side
+    shape, size = shapes.space.shape, shapes.size
     image = {name: torch.empty(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in stored.items()}
     noise = RowNoise(torch.empty(()), torch.empty(shape), torch.empty(shape), torch.empty(()))
-    extra = base.family.row({"original_size": (side, side), "crop": (0, 0)}, side)
+    extra = base.family.row({"original_size": size, "crop": (0, 0)}, size)
     row = Row(image, {"prompt": 0})
     return Batch.collate([row] * rows, [noise] * rows, [extra] * rows, preserved=preserved)
 

@@ -14,7 +14,7 @@ from dbtrain.adapters import inject as adapters
 from dbtrain.adapters import tokens
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import prompt_table
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.shards import Manifest
 from dbtrain.models import block_swap, kernels, quantization
@@ -175,7 +175,7 @@ def setup(cfg: Config, inputs: Inputs) -> Job:
 def read_table(cfg: Config, inputs: Inputs) -> dict[str, Tensor]:
     """The shards' prompt table, with the ids of learned words. Raises ConfigError if it is not right."""
     prompts = inputs.manifest.prompts
-    table = shards.read_prompts(inputs.storage, prompts)
+    table = prompt_table.read(inputs.storage, prompts)
     plan.check_prompts(cfg.data.shards, inputs.base, table)
     return table | tokens.read_again(inputs.base, cfg.learned_words, cfg.adapter.token, prompts.texts)
 
@@ -206,7 +206,7 @@ def start(
         weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=device,
         resident_gib=cfg.data.resident_gib if device.type == "cuda" else 0.0,
-        extra=lambda meta: inputs.base.family.row(meta, manifest.request["resolution"]),
+        extra=inputs.base.family.row,
         stored=inputs.base.family.stored,
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
         preserved=cfg.loss.asks_the_base,

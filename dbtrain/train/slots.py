@@ -259,6 +259,11 @@ class Slots:
 def check(cfg: Config) -> None:
     """Raise ConfigError for settings that slots do not have."""
     batched.check(cfg.adapter)
+    if cfg.prepare and (cfg.prepare.buckets or len(cfg.prepare.resolutions) > 1):
+        raise ConfigError(
+            "prepare.buckets and several resolutions do not go with slots, whose batches have one size; "
+            "leave prepare.buckets at false, and set prepare.resolution to one number"
+        )
     for key, needed in (("train.cuda_graph", False), ("train.shard", "none"), ("train.wandb", None)):
         if cfg.get(key) != needed:
             raise ConfigError(f"{key} does not go with slots; leave it at its default")

@@ -33,7 +33,7 @@ def train_step(
     """Run optimizer step `step`, counted from 0, on the stream's next micro-batches."""
     lr = begin(progress, step, cfg)
     before = time.perf_counter()
-    batches = [next(stream) for _ in range(stream.share.micro_batches)]
+    batches = [next(stream) for _ in range(stream.batches)]
     wait_s = time.perf_counter() - before
     outcome = (compute or compute_step)(ddp, progress, batches, cfg)
     return outcome._replace(lr=lr, wait_s=wait_s)
@@ -58,14 +58,15 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
         for number, batch in enumerate(batches):
             if adapters.drops(cfg.adapter):
                 step = batch.first // cfg.train.global_batch
-                rng.seed_dropout(cfg.seed, "dropout", step, batch.first)
+                alone = ("class",) if batch.first_role else ()
+                rng.seed_dropout(cfg.seed, "dropout", step, batch.first, *alone)
             with parallel.accumulating(ddp, last=number == len(batches) - 1):
                 with PRECISIONS[cfg.train.precision].forward(batch.weight.device):
                     per_image = ddp(batch)  # (rows,): instance rows, then class rows
                 # The weights define a sum over the rows of all ranks, but DDP averages over ranks.
                 loss = (batch.weight * per_image).sum() * dist.world()
                 progress.scaler.scale(loss).backward()
-            tally.add(per_image, batch.u, batch.position, cfg)
+            tally.add(per_image, batch.u, batch.position, cfg, batch.first_role)
 
     grad_norm = update(progress, cfg)
     return tally.outcome(progress, grad_norm, batches)
@@ -90,16 +91,16 @@ class Tally:
             tenths=torch.arange(TENTHS, device=device),
         )
 
-    def add(self, per_image: Tensor, u: Tensor, position: Tensor, cfg: Config) -> None:
+    def add(self, per_image: Tensor, u: Tensor, position: Tensor, cfg: Config, first_role: int = 0) -> None:
         """Add a micro-batch: its losses, timesteps and positions, (rows,) each."""
         by_role = per_image.detach().view(-1, cfg.train.micro_batch)  # (roles, micro_batch)
-        roles = len(by_role)
-        self.losses[:roles] += by_role.sum(1) / cfg.train.global_batch
+        roles = slice(first_role, first_role + len(by_role))
+        self.losses[roles] += by_role.sum(1) / cfg.train.global_batch
         in_bin = (u * TENTHS).long().view_as(by_role)[..., None] == self.tenths
-        self.spread[:roles, 0] += in_bin.sum(1)
-        self.spread[:roles, 1] += torch.where(in_bin, by_role[..., None], 0).sum(1)
+        self.spread[roles, 0] += in_bin.sum(1)
+        self.spread[roles, 1] += torch.where(in_bin, by_role[..., None], 0).sum(1)
         first = torch.where(by_role.isfinite(), torch.inf, position.view_as(by_role)).amin(1)
-        self.bad[:roles] = torch.minimum(self.bad[:roles], first)
+        self.bad[roles] = torch.minimum(self.bad[roles], first)
 
     def outcome(self, progress: Progress, grad_norm: Tensor, batches: Sequence[Batch]) -> Outcome:
         seen, found = sum(batch.seen for batch in batches), optim.found_rate(progress.optimizer)

@@ -23,6 +23,7 @@ from dbtrain.adapters import tokens
 from dbtrain.config import Config
 from dbtrain.data.pictures import SheetRow, contact_sheet, save_png
 from dbtrain.data.shards import Manifest
+from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.evaluate.scoring import Scoring
 from dbtrain.models import sampler
@@ -78,7 +79,7 @@ class Validator:
         generator, base, manifest = None, inputs.base, inputs.manifest
         with dist.agreed():
             if cfg.validation.prompts:
-                generator = ImageGenerator(cfg, base, model, manifest.request["resolution"], encoded)
+                generator = ImageGenerator(cfg, base, model, Size.square(manifest.side), encoded)
             storage = Storage(cfg.data.shards, cfg.faults.retries)
             held_out = [
                 row
@@ -155,12 +156,12 @@ class ImageGenerator:
     """Generates validation images with a Diffusers pipeline around the trained modules."""
 
     def __init__(
-        self, cfg: Config, base: Base, model: DreamBooth, side: int, encoded: list[dict[str, Tensor]] | None
+        self, cfg: Config, base: Base, model: DreamBooth, size: Size, encoded: list[dict[str, Tensor]] | None
     ) -> None:
         """`encoded`: the prompts as the base encodes them; None if all text encoders are trained."""
-        self.cfg, self.base, self.family, self.model, self.side = cfg, base, base.family, model, side
+        self.cfg, self.base, self.family, self.model, self.size = cfg, base, base.family, model, size
         self.seeds = range(cfg.sample.seed, cfg.sample.seed + cfg.validation.images)
-        self.low_res = sampler.small_pictures(cfg.sample.low_res, base.family, side)
+        self.low_res = sampler.small_pictures(cfg.sample.low_res, base.family, size)
         self.encoded = encoded
 
     @cached_property
@@ -172,7 +173,7 @@ class ImageGenerator:
         given |= {family.text_encoders[name]: tokenizer for name, tokenizer in readers.items()}
         dtype = PRECISIONS[self.cfg.train.precision].dtype
         if family.vae:
-            return sampler.without_vae(self.base, self.side, dtype, given)
+            return sampler.without_vae(self.base, self.size, dtype, given)
         return sampler.build(self.base, dtype, dist.device(), given)
 
     def _encoded(self) -> list[dict[str, Tensor]]:
@@ -231,7 +232,7 @@ class ImageGenerator:
     def _latents(self, encoded: Mapping[str, Tensor], seeds: Sequence[int], bar: console.Bar) -> list[Any]:
         """x0 of one prompt with each seed, or its images if the family has no VAE."""
         settings, family = self.cfg.sample, self.family
-        space = family.space(self.base, self.side) if family.vae else None
+        space = family.space(self.base, self.size) if family.vae else None
         offsets = [seed - settings.seed for seed in seeds]
         inputs = [self.low_res[k % len(self.low_res)] for k in offsets] if self.low_res else []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -239,7 +240,7 @@ class ImageGenerator:
         with autocast, sampler.moving(self.pipe, bar, len(seeds), "validation image"):
             return sampler.generate_encoded(
                 self.pipe, family, [encoded] * len(seeds), generators, settings.steps, settings.guidance,
-                self.side, inputs, space,
+                self.size, inputs, space,
             )  # fmt: skip
 
     def _write(
@@ -259,7 +260,7 @@ class ImageGenerator:
     def _decode(self, latents: Sequence[Tensor]) -> list[Image.Image]:
         """Decode one image at a time: the VAE needs more memory per image than the denoiser."""
         self.vae.to(dist.device())
-        space = self.family.space(self.base, self.side)
+        space = self.family.space(self.base, self.size)
         images = [sampler.decode(self.vae, self.family, latent, space) for latent in latents]
         self.vae.to("cpu")
         return images

@@ -15,6 +15,7 @@ from dbtrain.adapters import inject
 from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
+from dbtrain.data.sizes import Size
 from dbtrain.models.base import Base
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import Preempted
@@ -78,7 +79,7 @@ def predicted(base: Base, components: Mapping[str, Any]) -> dict[str, Tensor]:
     """What every component makes of the same inputs."""
     family, side = base.family, bases.SIDES[base.family.name]
     torch.manual_seed(0)
-    x = torch.randn(1, *family.space(base, side).shape)
+    x = torch.randn(1, *family.space(base, Size.square(side)).shape)
     condition = {
         name: torch.randn(1, *(8 if size is None else size for size in shape))
         for name, shape in family.conditions(base).items()

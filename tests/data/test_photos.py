@@ -12,7 +12,10 @@ from PIL import Image
 from dbtrain.config import Prepare
 from dbtrain.data import photos
 from dbtrain.data.photos import Crop
+from dbtrain.data.sizes import Size
 from tests.conftest import REAL_PHOTOS, draw_photo
+
+SQUARE = Size.square(32)
 
 
 def settings(**changes: object) -> Prepare:
@@ -100,34 +103,34 @@ def test_transparency_goes_over_white(tmp_path: Path) -> None:
 def test_center_crop_keeps_the_middle() -> None:
     photo = Image.new("RGB", (96, 32), "black")
     photo.paste("white", (32, 0, 64, 32))
-    (crop,) = photos.crops("key", 32, 96, settings(), seed=0)
+    (crop,) = photos.crops("key", 32, 96, SQUARE, settings(), seed=0)
     assert crop == Crop(0, 32, False)
-    assert photos.pixels(photo, crop, 32).min() == 1.0
+    assert photos.pixels(photo, crop, SQUARE).min() == 1.0
 
 
 def test_the_short_side_is_resized() -> None:
-    assert photos.resized(100, 50, 32) == (64, 32)
-    assert photos.resized(33, 1000, 32) == (32, 970)
+    assert photos.resized(100, 50, SQUARE) == (64, 32)
+    assert photos.resized(33, 1000, SQUARE) == (32, 970)
     photo = Image.new("RGB", (50, 100), "red")
-    assert photos.pixels(photo, Crop(10, 0, False), 32).shape == (3, 32, 32)
+    assert photos.pixels(photo, Crop(10, 0, False), SQUARE).shape == (3, 32, 32)
 
 
 def test_random_crops_are_inside_differ_and_depend_on_photo_and_seed_only() -> None:
     cfg = settings(crop="random", variants=4)
-    crops = photos.crops("key", 64, 200, cfg, seed=0)
+    crops = photos.crops("key", 64, 200, SQUARE, cfg, seed=0)
     assert len(set(crops)) > 1
     assert all(crop.top == 0 and 0 <= crop.left <= 100 - 32 for crop in crops)
-    assert crops == photos.crops("key", 64, 200, cfg, seed=0)
-    assert crops != photos.crops("other", 64, 200, cfg, seed=0)
-    assert crops != photos.crops("key", 64, 200, cfg, seed=1)
+    assert crops == photos.crops("key", 64, 200, SQUARE, cfg, seed=0)
+    assert crops != photos.crops("other", 64, 200, SQUARE, cfg, seed=0)
+    assert crops != photos.crops("key", 64, 200, SQUARE, cfg, seed=1)
 
 
 def test_flips_are_stored_beside_each_crop() -> None:
-    crops = photos.crops("key", 64, 200, settings(crop="random", variants=3, flip=True), seed=0)
+    crops = photos.crops("key", 64, 200, SQUARE, settings(crop="random", variants=3, flip=True), seed=0)
     assert [crop.flip for crop in crops] == [False, True] * 3
     photo = Image.new("RGB", (64, 32))
     photo.paste("white", (0, 0, 20, 32))
-    plain, mirrored = (photos.pixels(photo, Crop(0, 0, flip), 32) for flip in (False, True))
+    plain, mirrored = (photos.pixels(photo, Crop(0, 0, flip), SQUARE) for flip in (False, True))
     assert (plain == mirrored.flip(-1)).all()
     assert not (plain == mirrored).all()
 
@@ -135,7 +138,7 @@ def test_flips_are_stored_beside_each_crop() -> None:
 def test_pixels_span_minus_one_to_one() -> None:
     photo = Image.new("RGB", (32, 32), "black")
     photo.paste("white", (0, 0, 16, 32))
-    values = photos.pixels(photo, Crop(0, 0, False), 32)
+    values = photos.pixels(photo, Crop(0, 0, False), SQUARE)
     assert (values.min(), values.max()) == (-1.0, 1.0)
 
 

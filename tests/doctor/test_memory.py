@@ -15,6 +15,7 @@ from torch.nn import functional
 from benchmarks import bases as real
 from benchmarks.common import Result
 from benchmarks.memory import BOUND, configured, measured
+from dbtrain.data.sizes import Size
 from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.models.memory_counter import MemoryCounter, like_cuda
@@ -113,7 +114,7 @@ def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
     found = memory.predict(cfg, base, "cpu")
     vae = base.load("vae")
     with MemoryCounter(64) as counter, torch.no_grad():
-        vae.decode(torch.randn(1, *families.get("sd").space(base, 64).shape))
+        vae.decode(torch.randn(1, *families.get("sd").space(base, Size.square(64)).shape))
         taken = counter.peak + sum(parameter.nbytes for parameter in vae.parameters())
     assert found.validation == pytest.approx(taken, rel=BOUND)
     assert found.peak == found.base + found.adapter + found.moments + found.gradients + max(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dbtrain.config import Model, Train
+from dbtrain.data.sizes import Size
 from dbtrain.models import block_swap, denoiser
 from dbtrain.models.base import Base
 from dbtrain.models.block_swap import Swapped
@@ -25,7 +26,7 @@ def test_it_takes_what_was_counted() -> None:
     assert found.resident == pytest.approx(weights, rel=0.01)
     shapes = base.family.conditions(base).items()
     condition = {part: torch.zeros(rows, *(size or 40 for size in shape)) for part, shape in shapes}
-    noise = torch.zeros(rows, *base.family.space(base, 64).shape)
+    noise = torch.zeros(rows, *base.family.space(base, Size.square(64)).shape)
     with torch.no_grad(), MemoryCounter(512) as counter:
         base.family.denoise(module, noise, torch.ones(rows), condition)
     assert found.temporary == pytest.approx(counter.peak, rel=0.1)

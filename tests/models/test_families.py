@@ -23,7 +23,7 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import strength
 from dbtrain.adapters.formats.diffusers_file import FILE as DIFFUSERS
 from dbtrain.config import Config, Model
-from dbtrain.data import shards
+from dbtrain.data import prompt_table
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
 from dbtrain.models import kernels, sampler
@@ -73,7 +73,7 @@ def network(cfg: Config) -> DreamBooth:
     base = Base.find(cfg.model)
     folder = Path(cfg.data.shards)
     manifest = Manifest.read(at(folder))
-    table = shards.read_prompts(at(folder), manifest.prompts)
+    table = prompt_table.read(at(folder), manifest.prompts)
     table |= tokens.read_again(base, cfg.learned_words, cfg.adapter.token, manifest.prompts.texts)
     model = DreamBooth.build(base, manifest, table, cfg)
     newest = RunFolder(cfg.run_dir).checkpoints()[-1]
@@ -171,7 +171,7 @@ def test_a_stock_loader_predicts_what_the_trained_module_does(
         optim__token_lr=0.1,
         export__formats=forms.split(),
     )
-    table = shards.read_prompts(at(prepare(cfg)), Manifest.read(at(Path(cfg.data.shards))).prompts)
+    table = prompt_table.read(at(prepare(cfg)), Manifest.read(at(Path(cfg.data.shards))).prompts)
     folder = train(cfg) / "export"
     model = network(cfg)
     family = model.family
@@ -261,7 +261,7 @@ def test_rows_have_their_own_prompt_size_and_crop(make: Make, tmp_path: Path) ->
     family = families.get("sdxl")
     batch = first_batch(cfg, family)
     assert batch.prompt.tolist() == [0, 0, 1, 1]
-    table = shards.read_prompts(at(Path(cfg.data.shards)), manifest.prompts)
+    table = prompt_table.read(at(Path(cfg.data.shards)), manifest.prompts)
     base = Base.find(cfg.model)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(cfg.model.path, dtype=torch.float32)
     for number, text in enumerate(["a photo of sks dog", "a photo of a dog"]):

@@ -22,9 +22,10 @@ from torch import Tensor
 from dbtrain.adapters import inject
 from dbtrain.config import AdapterSettings, Config, Model
 from dbtrain.config.training import Loss, Timesteps
-from dbtrain.data import shards
+from dbtrain.data import prompt_table
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
+from dbtrain.data.sizes import Size
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.models.blocks import blocks
@@ -106,7 +107,7 @@ def run(
     call: Any = type(pipe).__call__
     given = base.family.arguments(rows, guidance) if rows else {}
     made = call.__wrapped__(pipe, **given, output_type="latent", height=SIDE, width=SIDE, **arguments).images
-    return base.family.generated(made, base.family.space(base, SIDE))
+    return base.family.generated(made, base.family.space(base, Size.square(SIDE)))
 
 
 @pytest.mark.parametrize("name", FLOW)
@@ -115,7 +116,9 @@ def test_our_steps_are_the_pipeline_s(name: str, monkeypatch: pytest.MonkeyPatch
     base = found(name)
     family, pipe = base.family, stock(base)
     prompts = ["a photo of sks mug", "a dog"]
-    x = torch.randn(2, *family.space(base, SIDE).shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        2, *family.space(base, Size.square(SIDE)).shape, generator=torch.Generator().manual_seed(0)
+    )
     starting_from(x, pipe, monkeypatch)
     rows = [family.encode_prompt(pipe, prompt, False) for prompt in prompts]
     with torch.no_grad():
@@ -171,7 +174,7 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
     x0 = model.x0(batch)
     x_t = pipe.scheduler.scale_noise(x0, pipe.scheduler.timesteps.expand(len(x0)), batch.noise)
     starting_from(x_t, pipe, monkeypatch)
-    table = shards.read_prompts(at(folder), Manifest.read(at(folder)).prompts)
+    table = prompt_table.read(at(folder), Manifest.read(at(folder)).prompts)
     rows = [as_encoded(pipe, table, int(prompt)) for prompt in batch.prompt]
     landed = run(pipe, base, rows, num_inference_steps=1, sigmas=[0.6])
     velocity = (x_t - landed) / 0.6
@@ -313,7 +316,7 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.tobytes() == other.tobytes()
         # Decoded by us from latents, as validation does.
-        space = base.family.space(base, SIDE)
+        space = base.family.space(base, Size.square(SIDE))
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         latents = sampler.without_vae(base, SIDE, torch.float32)
         encoded = sampler.encode(latents, base.family, ["a dog"], guidance) * 2
@@ -333,7 +336,7 @@ def test_a_prompt_is_encoded_the_same_beside_a_longer_one(name: str) -> None:
     family = base.family
     tokenizers = {encoder: base.load(words) for encoder, words in family.text_encoders.items()}
     encoders = {encoder: base.load(encoder) for encoder in family.text_encoders}
-    x = torch.randn(1, *family.space(base, SIDE).shape)
+    x = torch.randn(1, *family.space(base, Size.square(SIDE)).shape)
     t, transformer = torch.full((1,), 0.4), base.load(family.denoiser)
     seen = []
     with torch.no_grad():
@@ -565,7 +568,9 @@ def test_sd_3_without_its_t5_is_what_the_pipeline_makes_of_it(monkeypatch: pytes
     base = Base.find(Model(path=str(bases.sd3(with_t5=False))))
     family, pipe = base.family, stock(base)
     assert "text_encoder_3" not in family.text_encoders
-    x = torch.randn(1, *family.space(base, SIDE).shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        1, *family.space(base, Size.square(SIDE)).shape, generator=torch.Generator().manual_seed(0)
+    )
     starting_from(x, pipe, monkeypatch)
     with torch.no_grad():
         theirs = run(pipe, base, [], prompt="a dog", num_inference_steps=3, guidance_scale=3.0)
@@ -578,7 +583,7 @@ def test_sd_3_without_its_t5_is_what_the_pipeline_makes_of_it(monkeypatch: pytes
 def test_sd_3_refuses_a_side_beyond_its_positions() -> None:
     base = found("sd3")
     with pytest.raises(ConfigError, match=r"resolution is 256; use at most 128, where .* has positions"):
-        base.family.space(base, 256)
+        base.family.space(base, Size.square(256))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

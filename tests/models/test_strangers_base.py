@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from dbtrain.config import Model
+from dbtrain.data.sizes import Size
 from dbtrain.evaluate import encoders
 from dbtrain.models import locate
 from dbtrain.models.base import Base
@@ -168,7 +169,7 @@ SD: dict[str, tuple[Harm, str]] = {
 
 def loaded(model: Model) -> None:
     base = Base.find(model)
-    base.family.space(base, 64)
+    base.family.space(base, Size.square(64))
     for part in base.family.parts:
         base.load(part)
 

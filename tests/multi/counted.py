@@ -16,7 +16,7 @@ from torch._dynamo import utils as dynamo
 from torch._dynamo.backends.debugging import aot_eager
 
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import prompt_table, shards
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
 from dbtrain.data.storage import Storage
@@ -39,7 +39,7 @@ def main() -> None:
     dist.init()
     place = Storage(cfg.data.shards)
     manifest = shards.Manifest.read(place)
-    table = shards.read_prompts(place, manifest.prompts)
+    table = prompt_table.read(place, manifest.prompts)
     ranks = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
     model = DreamBooth.build(Base.find(cfg.model), manifest, table, cfg, ranks=ranks, kept=kept)
     compiled: list[int] = []

@@ -18,7 +18,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(*args):  # type: ignore[no-untyped-def]
         inner = original(*args)
-        return lambda path, meta: names.append(Path(path).name) or inner(path, meta)
+        return lambda path, meta, size: names.append(Path(path).name) or inner(path, meta, size)
 
     monkeypatch.setattr(verb.encode, "image_encoder", counting)
     return names

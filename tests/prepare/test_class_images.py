@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import prompt_table, shards
 from dbtrain.data.shards import Manifest
+from dbtrain.data.sizes import Size
 from dbtrain.models.base import Base
 from dbtrain.models.block_swap import Ring
 from dbtrain.models.families import registry as families
@@ -59,7 +60,7 @@ def drawn(make: Make, tmp_path: Path) -> Callable[..., tuple[Config, list[Path]]
 def ensure(cfg: Config) -> list[Path]:
     assert cfg.prepare
     base = Base.find(cfg.model)
-    return class_images.ensure(base, cfg.prepare, cfg.train)
+    return [path for path, _ in class_images.ensure(base, cfg.prepare, cfg.train)]
 
 
 def class_rows(folder: Path) -> list[shards.Row]:
@@ -73,7 +74,7 @@ def test_a_latent_is_what_the_picture_was_decoded_from(drawn: Any, base: str) ->
     cfg, kept = drawn(LATENT_BASES[base]())
     _, pictures = drawn(LATENT_BASES[base](), prepare__class_pictures=True)
     model = Base.find(cfg.model)
-    vae, space = model.load("vae"), model.family.space(model, 64)
+    vae, space = model.load("vae"), model.family.space(model, Size.square(64))
     for latent, picture in zip(kept, pictures, strict=True):
         assert latent.parent != picture.parent
         with torch.no_grad():
@@ -145,7 +146,7 @@ def test_a_quantized_base_has_class_images_of_its_own(drawn: Any) -> None:
     assert 0 < (x0 - rounded).norm() < 0.1 * x0.norm()
     assert cfg.prepare
     base = Base.find(cfg.model)
-    assert class_images.generated(base, cfg.prepare, "int8", 1) == [coded]
+    assert coded.exists() and class_images.there(base, cfg.prepare, "int8") == cfg.prepare.class_images
 
 
 def stretched(base: Path, folder: Path) -> Path:
@@ -167,7 +168,7 @@ def test_training_sees_the_sampler_s_latent(drawn: Any, tmp_path: Path, base: st
     out = prepare(cfg)
     manifest, model = Manifest.read(at(out)), Base.find(cfg.model)
     family = model.family
-    table = shards.read_prompts(at(out), manifest.prompts)
+    table = prompt_table.read(at(out), manifest.prompts)
     network = DreamBooth.build(model, manifest, table, cfg)
     seen = network.x0(first_batch(cfg, family))[2:]  # the class images follow the instance images
     assert len(seen) == 2

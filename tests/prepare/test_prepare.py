@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from dbtrain.config import Model
-from dbtrain.data import shards
+from dbtrain.data import prompt_table, shards
 from dbtrain.data.shards import Manifest
 from dbtrain.models import encoder_plan
 from dbtrain.models.base import Base
@@ -58,7 +58,7 @@ def test_shards_hold_the_vae_s_moments(make: Make, photo_dir: Path) -> None:
 def test_the_prompt_table_is_the_pipeline_s_own_embedding(make: Make, photo_dir: Path) -> None:
     folder = prepare(make(prepare__photos=str(photo_dir)))
     manifest = Manifest.read(at(folder))
-    table = shards.read_prompts(at(folder), manifest.prompts)
+    table = prompt_table.read(at(folder), manifest.prompts)
     assert manifest.prompts.texts == ("a photo of sks dog", "a photo of a dog")
     pipe = StableDiffusionPipeline.from_pretrained(bases.sd(), dtype=torch.float32)
     for number, text in enumerate(manifest.prompts.texts):

@@ -14,7 +14,7 @@ from dbtrain.data import photos
 from dbtrain.data.shards import Manifest
 from dbtrain.doctor import doctor
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, plan
+from dbtrain.prepare import own_images, plan
 from dbtrain.prepare.prepare import prepare
 from dbtrain.report import report
 from dbtrain.runtime import files
@@ -122,7 +122,7 @@ def test_own_class_images_that_are_not_used_are_named(cfg: Config, own: Path, na
     assert cfg.prepare
     folder = own.parent / str(settings.get("class_dir", "dogs"))
     changed = cfg.prepare.model_copy(update=settings | {"class_dir": str(folder)})
-    told = list(class_images.unused(changed))
+    told = list(own_images.unused(changed))
     assert len(told) == bool(said) and said in "".join(told)
 
 

@@ -13,7 +13,7 @@ import pytest
 from dbtrain.config import Config
 from dbtrain.data import shards
 from dbtrain.data.dataloader import LatentStream
-from dbtrain.data.order import RankSlice, Turns
+from dbtrain.data.order import Order, RankSlice, Turns
 from dbtrain.data.shards import Manifest
 from dbtrain.models.families import registry as families
 from dbtrain.prepare import plan, subjects
@@ -134,7 +134,8 @@ def test_subjects_take_turns_by_weight(several: Several) -> None:
 )
 def test_any_stretch_has_each_subject_s_share(weights: tuple[float, ...]) -> None:
     rows = tuple(range(1, len(weights) + 1))
-    order = Turns(rows, [[k] for k in range(len(weights))], weights, seed=1, role="instance")
+    parts = [Order((count,), 1, 1, f"instance {number}") for number, count in enumerate(rows)]
+    order = Turns([[k] for k in range(len(weights))], parts, weights)
     found = [order.locate(position) for position in range(2400)]
     for part, weight in enumerate(weights):
         share = max(weight / sum(weights), 1 / 1000)

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from dbtrain.data import shards
+from dbtrain.data import prompt_table
 from dbtrain.data.shards import Manifest
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.train import optim
@@ -56,7 +56,7 @@ def test_the_weighted_loss_is_the_reference_s(make: Make, prepared: Path, weight
         latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
         t = (batch.u * 1000).long()
         noisy = scheduler.add_noise(latents, batch.noise, t)
-        table = shards.read_prompts(at(prepared), Manifest.read(at(prepared)).prompts)[
+        table = prompt_table.read(at(prepared), Manifest.read(at(prepared)).prompts)[
             "condition.prompt_embeds"
         ]
         prediction = model.denoiser(noisy, t, table[batch.prompt]).sample
@@ -183,7 +183,7 @@ def test_v_prediction_comes_from_the_base_s_scheduler(make: Make, prepared: Path
     with torch.no_grad():
         latents = (batch.stored["mean"] + batch.stored["std"] * batch.posterior) * 0.18215
         t = (batch.u * 1000).long()
-        table = shards.read_prompts(at(prepared), Manifest.read(at(prepared)).prompts)[
+        table = prompt_table.read(at(prepared), Manifest.read(at(prepared)).prompts)[
             "condition.prompt_embeds"
         ]
         prediction = unet(scheduler.add_noise(latents, batch.noise, t), t, table[batch.prompt]).sample

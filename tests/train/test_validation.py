@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dbtrain.config import Config
-from dbtrain.data import shards
+from dbtrain.data import prompt_table, shards
 from dbtrain.data.shards import HELD_OUT, Manifest
 from dbtrain.models import kernels, sampler
 from dbtrain.models.base import Base
@@ -167,7 +167,7 @@ def test_the_held_out_loss_is_the_objective_s_own(make: Make) -> None:
 
     # The base's own loss of the photo, by Diffusers' scheduler and UNet.
     base, manifest = Base.find(cfg.model), Manifest.read(place)
-    table = shards.read_prompts(place, manifest.prompts)
+    table = prompt_table.read(place, manifest.prompts)
     unet, noising = base.load("unet"), DDPMScheduler.from_pretrained(base.folder / "scheduler")
     losses = []
     for one in held_out_loss.rows(manifest, place, sd.FAMILY, "instance", 4):

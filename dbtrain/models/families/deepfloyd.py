@@ -23,7 +23,7 @@ from dbtrain.models.families.family import (
     matching,
     padded,
 )
-from dbtrain.models.families.space import pixel_space
+from dbtrain.models.families.space import pixel_space, unet_grids
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -86,9 +86,9 @@ def small_image(x0: Tensor, x_t: Tensor, t: Tensor, batch: Batch, noising: DDPM 
     pixels do not need otherwise.
     """
     assert noising is not None
-    side = x0.shape[-1]
-    small = interpolate(x0, size=max(1, side // ENLARGES), mode="bilinear", antialias=True)
-    large = interpolate(small, size=side, mode="bilinear", align_corners=True)
+    size = x0.shape[2:]
+    small = interpolate(x0, size=[max(1, side // ENLARGES) for side in size], mode="bilinear", antialias=True)
+    large = interpolate(small, size=size, mode="bilinear", align_corners=True)
     level = noising.timesteps(batch.level)
     return {"small": noising.corrupt(large, batch.posterior, level), "level": level}
 
@@ -112,6 +112,7 @@ STAGE_1 = Family(
     tokenize=tokenize,
     embed=embed,
     space=pixel_space,
+    grids=unet_grids,
     encode_images=encode_images,
     sample_posterior=unit_pixels,
     conditions=conditions,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.config.adapter import PRESETS
+from dbtrain.data.sizes import Size
 from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.objectives import Objective
@@ -47,8 +48,10 @@ class Family:
 
     Where prompts have lengths of their own, `lengths`, (prompts,) int64, says how many rows of the others are
     text. It stays on the CPU."""
-    space: Callable[[Pretrained, int], LatentSpace]
-    """(base, side in px) -> the denoiser's space. Raises ConfigError if the VAE cannot divide the side."""
+    space: Callable[[Pretrained, Size], LatentSpace]
+    """(base, size) -> the denoiser's space. Raises ConfigError if the VAE cannot divide the size."""
+    grids: Callable[[Pretrained], tuple[int, ...]]
+    """(base) -> px that divide the sides of images of other shapes than squares, the best first."""
     encode_images: Callable[[nn.Module | None, Tensor], dict[str, Tensor]]
     """(vae, images (B, 3, H, W) in [-1, 1]) -> the tensors to store in shards, (B, C, H, W) each."""
     sample_posterior: Callable[[Mapping[str, Tensor], Tensor], Tensor]
@@ -70,8 +73,8 @@ class Family:
     """The denoiser's modules by preset of `adapter.targets`, as suffixes of their names."""
     stored: tuple[str, ...] = ("mean", "std")  # the names of the tensors that `encode_images` returns
     vae: str | None = "vae"  # None: the denoiser works on pixels
-    row: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda meta, side: {}
-    """(a row's description, side in px) -> further conditions of the row."""
+    row: Callable[[Mapping[str, Any], Size], dict[str, Tensor]] = lambda meta, size: {}
+    """(a row's description, its size) -> further conditions of the row."""
     noising: str | None = None  # scheduler that adds noise to the input image of an upscaler
     sees: Mapping[str, Sees] = field(default_factory=dict)  # input of an upscaler, by model.low_res
     enlarges: int = 1  # output side / input side of an upscaler

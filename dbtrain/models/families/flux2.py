@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from dbtrain.data.sizes import Size
 from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart
-from dbtrain.models.families.space import LatentSpace, latent_shape
+from dbtrain.models.families.space import LatentSpace, latent_shape, patch_grids
 from dbtrain.models.families.transformer import (
     ATTENDED,
     DOUBLE,
@@ -79,9 +80,9 @@ def check(base: Pretrained, layers: Sequence[int] = LAYERS) -> None:
         )
 
 
-def space(base: Pretrained, side: int) -> LatentSpace:
+def space(base: Pretrained, size: Size) -> LatentSpace:
     """Patches of the VAE's latents, normalized. The statistics are weights of the VAE."""
-    channels, height, width = latent_shape(base, side, PATCH)
+    channels, height, width = latent_shape(base, size, PATCH)
     mean, var = (base.tensor("vae", f"bn.running_{name}").double() for name in ("mean", "var"))
     std = (var + base.setting("vae", "batch_norm_eps", float)).sqrt()
     shape = (channels * PATCH**2, height // PATCH, width // PATCH)
@@ -135,6 +136,7 @@ KLEIN = Family(
     tokenize=tokenize,
     embed=embed,
     space=space,
+    grids=partial(patch_grids, patch=PATCH),
     encode_images=encode_images,
     sample_posterior=lambda stored, posterior: stored["mean"],
     conditions=conditions,

@@ -17,7 +17,7 @@ from dbtrain.models.families.family import (
     sample_moments,
     tokenize_clip,
 )
-from dbtrain.models.families.space import vae_space
+from dbtrain.models.families.space import unet_grids, vae_space
 from dbtrain.models.pretrained import Pretrained
 
 
@@ -68,6 +68,7 @@ FAMILY = Family(
     tokenize=tokenize_clip,
     embed=embed,
     space=vae_space,
+    grids=unet_grids,
     encode_images=encode_moments,
     sample_posterior=sample_moments,
     conditions=conditions,

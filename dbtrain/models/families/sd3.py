@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from dbtrain.data.sizes import Size
 from dbtrain.models.families import transformer as dit
 from dbtrain.models.families.family import (
     CLIP_WORDS,
@@ -24,7 +25,7 @@ from dbtrain.models.families.family import (
     encode_guided,
     tokenize_clip,
 )
-from dbtrain.models.families.space import LatentSpace, vae_space
+from dbtrain.models.families.space import LatentSpace, named, vae_space
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -62,15 +63,13 @@ def check(base: Pretrained) -> None:
     })  # fmt: skip
 
 
-def space(base: Pretrained, side: int) -> LatentSpace:
+def space(base: Pretrained, size: Size) -> LatentSpace:
     """The VAE's latents. Raises ConfigError for a side beyond the positions that the transformer knows."""
-    found = vae_space(base, side, dit.PATCH)
-    most, tokens = base.setting("transformer", "pos_embed_max_size", int), found.shape[1] // dit.PATCH
+    found = vae_space(base, size, dit.PATCH)
+    most, tokens = base.setting("transformer", "pos_embed_max_size", int), max(found.shape[1:]) // dit.PATCH
     if tokens > most:
-        known = most * side // tokens
-        raise ConfigError(
-            f"prepare.resolution is {side}; use at most {known}, where {base.name} has positions"
-        )
+        known = most * max(size) // tokens
+        raise ConfigError(f"{named(size)}; use at most {known}, where {base.name} has positions")
     return found
 
 

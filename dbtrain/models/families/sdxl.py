@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbtrain.data.sizes import Size
 from dbtrain.models.families.family import (
     CLIP_WORDS,
     Family,
@@ -19,7 +20,7 @@ from dbtrain.models.families.family import (
     sample_moments,
     tokenize_clip,
 )
-from dbtrain.models.families.space import vae_space
+from dbtrain.models.families.space import unet_grids, vae_space
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -35,9 +36,9 @@ def embed(encoders: Mapping[str, nn.Module], ids: Mapping[str, Tensor]) -> dict[
     return {"prompt_embeds": hidden, "pooled": second.text_embeds}
 
 
-def row(meta: Mapping[str, Any], side: int) -> dict[str, Tensor]:
+def row(meta: Mapping[str, Any], size: Size) -> dict[str, Tensor]:
     """The row's size and crop, (6,), which tell the denoiser crops from whole images."""
-    ids = [*meta["original_size"], *meta["crop"], side, side]
+    ids = [*meta["original_size"], *meta["crop"], *size]
     return {"time_ids": torch.tensor(ids, dtype=torch.float32)}
 
 
@@ -105,6 +106,7 @@ FAMILY = Family(
     tokenize=tokenize_clip,
     embed=embed,
     space=vae_space,
+    grids=unet_grids,
     encode_images=encode_moments,
     sample_posterior=sample_moments,
     conditions=conditions,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dbtrain.data.sizes import Size
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
 
@@ -36,31 +38,39 @@ class LatentSpace:
         ]
 
 
-def latent_shape(base: Pretrained, side: int, patch: int = 1) -> tuple[int, int, int]:
-    """(C, h, w) of the VAE's latents for square images of `side` px.
+def shrinking(base: Pretrained) -> int:
+    """How many px of each side are one of the VAE's latents."""
+    return 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
 
-    Raises ConfigError if the VAE, with `patch` latents to a token in each direction, cannot divide the side.
+
+def latent_shape(base: Pretrained, size: Size, patch: int = 1) -> tuple[int, int, int]:
+    """(C, h, w) of the VAE's latents for images of `size`.
+
+    Raises ConfigError if the VAE, with `patch` latents to a token in each direction, cannot divide it.
     """
-    shrinks = 2 ** (len(base.setting("vae", "block_out_channels", list)) - 1)
-    cells = latent_side(base, side, shrinks, patch)
-    return base.setting("vae", "latent_channels", int), cells, cells
+    return base.setting("vae", "latent_channels", int), *latent_sides(base, size, shrinking(base), patch)
 
 
-def latent_side(base: Pretrained, side: int, shrinks: int, patch: int) -> int:
-    """The side of the VAE's latents, `shrinks` px to a latent, for `side` px. Raises as `latent_shape`."""
+def latent_sides(base: Pretrained, size: Size, shrinks: int, patch: int) -> tuple[int, int]:
+    """(h, w) of the VAE's latents, `shrinks` px to a latent. Raises as `latent_shape`."""
     cell = shrinks * patch
-    if side % cell:
-        near = max(1, round(side / cell)) * cell
+    if size.height % cell or size.width % cell:
+        near = Size(*(max(1, round(side / cell)) * cell for side in size))
         raise ConfigError(
-            f"prepare.resolution is {side}, which the VAE of {base.name} cannot divide; use a multiple of "
-            f"{cell}, e.g. {near}"
+            f"{named(size)}, which the VAE of {base.name} cannot divide; use a multiple of {cell}, "
+            f"e.g. {near.width if size.is_square else near}"
         )
-    return side // shrinks
+    return size.height // shrinks, size.width // shrinks
 
 
-def vae_space(base: Pretrained, side: int, patch: int = 1) -> LatentSpace:
-    """The latent space of a base's VAE for square images of `side` px, which `patch` latents must divide."""
-    shape = latent_shape(base, side, patch)
+def named(size: Size) -> str:
+    """The beginning of a message about the setting of a size."""
+    return f"prepare.resolution is {size.width}" if size.is_square else f"prepare.buckets has {size}"
+
+
+def vae_space(base: Pretrained, size: Size, patch: int = 1) -> LatentSpace:
+    """The latent space of a base's VAE for images of `size`, which `patch` latents must divide."""
+    shape = latent_shape(base, size, patch)
     config, scale = base.config("vae"), base.setting("vae", "scaling_factor", (int, float))
     if not math.isfinite(scale) or scale <= 0:
         raise ConfigError(
@@ -72,6 +82,21 @@ def vae_space(base: Pretrained, side: int, patch: int = 1) -> LatentSpace:
     return LatentSpace(shape, (float(scale),), (float(config.get("shift_factor") or 0),))
 
 
-def pixel_space(base: Pretrained, side: int) -> LatentSpace:
-    """The space of square RGB images of `side` px, in [-1, 1]."""
-    return LatentSpace((3, side, side))
+def pixel_space(base: Pretrained, size: Size) -> LatentSpace:
+    """The space of RGB images of `size`, in [-1, 1]."""
+    return LatentSpace((3, *size))
+
+
+def unet_grids(base: Pretrained) -> tuple[int, ...]:
+    """Px that divide the sides of images well: each level of the UNet halves them, then only the VAE does.
+
+    An odd number of cells on a level is resized on the way up.
+    """
+    cell = shrinking(base) if base.index.get("vae") else 1
+    levels = len(base.setting("unet", "block_out_channels", list))
+    return tuple(cell * 2**level for level in reversed(range(levels)))
+
+
+def patch_grids(base: Pretrained, patch: int, shrinks: Callable[[Pretrained], int] = shrinking) -> tuple[int]:
+    """Px that divide the sides of images for a transformer: those of `patch` latents."""
+    return (patch * shrinks(base),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
+from dbtrain.data.sizes import Size
 from dbtrain.models.families.family import encode_moments, sample_moments
-from dbtrain.models.families.space import LatentSpace, latent_side
+from dbtrain.models.families.space import LatentSpace, latent_sides, patch_grids
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.runtime.errors import ConfigError
@@ -43,7 +45,8 @@ PATCH = 2  # latents per token in each direction
 # What the families have in common whose VAE is Stable Diffusion's, with more channels.
 COMMON: dict[str, Any] = {
     "denoiser": "transformer", "encode_images": encode_moments, "sample_posterior": sample_moments,
-    "objective": FlowMatching, "patch": PATCH, "text_dtype": torch.bfloat16,
+    "objective": FlowMatching, "patch": PATCH, "grids": partial(patch_grids, patch=PATCH),
+    "text_dtype": torch.bfloat16,
 }  # fmt: skip
 
 
@@ -238,11 +241,16 @@ def in_message_states(
     return padded_rows(rows)
 
 
-def frame_space(base: Pretrained, side: int) -> LatentSpace:
+def frame_shrinking(base: Pretrained) -> int:
+    """How many px of each side are one latent of Qwen-Image's VAE."""
+    return 2 ** len(base.setting("vae", "temperal_downsample", list))
+
+
+def frame_space(base: Pretrained, size: Size) -> LatentSpace:
     """The space of Qwen-Image's VAE, which has a mean and a standard deviation per channel."""
-    cells = latent_side(base, side, 2 ** len(base.setting("vae", "temperal_downsample", list)), PATCH)
+    sides = latent_sides(base, size, frame_shrinking(base), PATCH)
     mean, std = (base.setting("vae", f"latents_{name}", list) for name in ("mean", "std"))
-    shape = (base.setting("vae", "z_dim", int), cells, cells)
+    shape = (base.setting("vae", "z_dim", int), *sides)
     return LatentSpace(shape, tuple(1 / value for value in std), tuple(map(float, mean)))
 
 
@@ -272,4 +280,5 @@ def decode_frames(vae: Any, latents: Tensor) -> Tensor:
 FRAMES: dict[str, Any] = COMMON | {
     "text_encoders": {"text_encoder": "tokenizer"}, "trained_text": (), "tokenize": in_message,
     "space": frame_space, "encode_images": encode_frames, "decode": decode_frames, "generated": unpacked_x0,
+    "grids": partial(patch_grids, patch=PATCH, shrinks=frame_shrinking),
 }  # fmt: skip

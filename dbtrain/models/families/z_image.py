@@ -19,7 +19,7 @@ from dbtrain.models.families.family import (
     encode_moments,
     matching,
 )
-from dbtrain.models.families.space import vae_space
+from dbtrain.models.families.space import patch_grids, vae_space
 from dbtrain.models.families.transformer import ATTENDED, PATCH, chat, joined_layers, lengths_of, padded_rows
 from dbtrain.models.flow_matching import FlowMatching
 from dbtrain.models.pretrained import Pretrained
@@ -96,6 +96,7 @@ FAMILY = Family(
     tokenize=tokenize,
     embed=embed,
     space=partial(vae_space, patch=PATCH),
+    grids=partial(patch_grids, patch=PATCH),
     encode_images=lambda vae, images: {"mean": encode_moments(vae, images)["mean"]},
     sample_posterior=lambda stored, posterior: stored["mean"],
     conditions=conditions,
