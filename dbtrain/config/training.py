@@ -52,6 +52,17 @@ class Timesteps(Section):
         return self
 
 
+class Mask(Section):
+    """How masked photos are trained on. Class images have no mask."""
+
+    weight: Positive = Field(1.0, description="weight of the loss of photos with a mask")
+    background: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1,
+        description="weight of what is outside the mask, relative to the subject; the loss is a weighted "
+        "mean, so that a small subject does not learn more slowly",
+    )
+
+
 class Loss(Section):
     prior: Literal["images", "prediction", "distillation", "none"] = Field(
         "images",
@@ -77,18 +88,23 @@ class Loss(Section):
         "none", description="flow matching: loss weight by noise level, as in Diffusers' scripts"
     )
 
+    mask: Mask = Field(default=Mask(), description="where photos have masks (`prepare.mask`)")
+
     @property
     def asks_the_base(self) -> bool:
         """Whether what the base predicts for a class row is its target."""
         return self.prior in ("prediction", "distillation")
 
-    def role_weights(self, class_images: bool) -> dict[str, float]:
+    def role_weights(self, class_images: bool, masked: bool = False) -> dict[str, float]:
         """The roles to train on, and the weight of each role's mean loss.
 
-        `class_images`: whether there are any. Those of weight 0 are not loaded at all.
+        `class_images`: whether there are any. Those of weight 0 are not loaded at all. `masked`: whether the
+        photos have masks.
         """
         there = {"prediction": True, "none": False}.get(self.prior, class_images)
-        return {"instance": 1.0} | ({"class": self.prior_weight} if there and self.prior_weight else {})
+        return {"instance": self.mask.weight if masked else 1.0} | (
+            {"class": self.prior_weight} if there and self.prior_weight else {}
+        )
 
 
 LEAST_FACTOR = 0.01  # of the rate that an optimizer finds; what is below is a rate meant for another

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.data import shards
+from dbtrain.data.shards import MASK
 from dbtrain.runtime import rng
 
 
@@ -27,6 +28,7 @@ class Batch:
     prompt: Tensor  # (rows,) int64, index into the prompt table
     prompts: tuple[int, ...]  # the same, on the host
     weight: Tensor  # (rows,) weight in the step's loss
+    background: Tensor  # (rows,) weight of what is outside a row's mask, relative to the inside
     level: Tensor  # (rows,) uniform in [0, 1), for upscalers
     position: Tensor  # (rows,) fp64
     extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
@@ -45,6 +47,7 @@ class Batch:
         *,
         stored: Mapping[str, Tensor] | None = None,
         weights: Sequence[float] | None = None,
+        background: Sequence[float] | None = None,
         positions: Sequence[int] | None = None,
         prompts: Sequence[int] | None = None,
         preserved: int = 0,
@@ -54,7 +57,7 @@ class Batch:
         """The batch of these rows and their random numbers, on the CPU.
 
         `extras`: further conditions of each row. `stored` and `prompts` replace the rows' own. `weights` and
-        `positions` default to 0.
+        `positions` default to 0, `background` to 1.
         """
         zeros = [0] * len(rows)
         chosen = [row.meta["prompt"] for row in rows] if prompts is None else prompts
@@ -66,6 +69,7 @@ class Batch:
             prompt=torch.tensor(chosen),
             prompts=tuple(chosen),
             weight=torch.tensor(weights or zeros, dtype=torch.float32),
+            background=torch.tensor(background or [1.0] * len(rows)),
             level=torch.stack([draw.level for draw in draws]),
             position=torch.tensor(positions or zeros, dtype=torch.float64),
             extra=_stacked(extras),
@@ -91,6 +95,14 @@ class Batch:
         return cls(
             **tensors, prompts=chosen, first=first.first, preserved=first.preserved, seen=0, slots=len(parts)
         )
+
+    @property
+    def places(self) -> Tensor | None:
+        """The weight of each place in a row's loss, (rows, 1, H, W); None if no row has a mask."""
+        if (mask := self.stored.get(MASK)) is None:
+            return None
+        inside = mask.float() / 255
+        return inside + self.background[:, None, None, None] * (1 - inside)
 
     def blank(self) -> Batch:
         """A batch of this one's shape in which everything is zero."""

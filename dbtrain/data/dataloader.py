@@ -42,7 +42,10 @@ class ShardCache:
 
     def rows(self, shard: shards.Shard) -> list[shards.Row]:
         if shard.file not in self.shards:
-            self.shards[shard.file] = shards.read(self.storage, shard, self.manifest, self.stored)
+            rows = shards.read(self.storage, shard, self.manifest, self.stored)
+            if self.manifest.has_masks:
+                rows = [row.with_mask() for row in rows]
+            self.shards[shard.file] = rows
             self.reads[shard.file] += 1
             while len(self.shards) > 1 and self._nbytes() > self.limit:
                 self.shards.popitem(last=False)
@@ -91,9 +94,9 @@ class LatentStream:
     each of several subjects, or of their classes, is trained on, by role. `extra`: (a row's description,
     its size) -> further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows
     are instance rows with these prompts, the index of one for each subject, in an order of their own.
-    `preserved`: the base's predictions for class rows are their targets. `prompt_dropout`: the share of rows
-    that get the empty prompt, which the shards then have. `next` raises ConfigError if a shard is missing or
-    damaged.
+    `preserved`: the base's predictions for class rows are their targets. `background`: of instance rows, see
+    `Batch`. `prompt_dropout`: the share of rows that get the empty prompt, which the shards then have. `next`
+    raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -115,7 +118,9 @@ class LatentStream:
         stored: Collection[str] = (),
         class_prompts: Sequence[int] | None = None,
         preserved: bool = False,
+        background: float = 1.0,
     ) -> None:
+        self.background = {"instance": background}
         self.class_prompts, self.preserved = class_prompts, preserved
         self.images = {role: "instance" if class_prompts else role for role in role_weights}
         self.manifest = manifest
@@ -200,6 +205,7 @@ class LatentStream:
             [self.extra(row.meta, size) for row in rows],
             stored=self.resident.index(locations) if self.resident else None,
             weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
+            background=[self.background.get(role, 1.0) for role, _ in positions],
             positions=[position for _, position in positions],
             prompts=[
                 self._prompt(*place, shard, row)

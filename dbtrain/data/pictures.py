@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from dbtrain.runtime import files
@@ -77,6 +77,7 @@ def contact_sheet(rows: Sequence[SheetRow], least_cell: int = 96) -> Image.Image
             pen.text((GAP + k * (cell + GAP), top), caption, "gray", font)
         top += LINE if row.captions else 0
         for k, picture in enumerate(row.pictures):
-            page.paste(picture.convert("RGB").resize((cell, cell)), (GAP + k * (cell + GAP), top))
+            fitted = ImageOps.pad(picture.convert("RGB"), (cell, cell), color="white")
+            page.paste(fitted, (GAP + k * (cell + GAP), top))
         top += cell + GAP
     return page

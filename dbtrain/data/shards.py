@@ -30,6 +30,7 @@ from dbtrain.runtime.errors import ConfigError, reason
 VERSION: Literal[3] = 3
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
+MASK = "mask"  # the tensor of rows that have one, (1, H, W) uint8: 255 is the subject
 EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
@@ -139,10 +140,19 @@ class Manifest(Section):
         return self.latent_shape[0], size.height // cell, size.width // cell
 
     @property
+    def has_masks(self) -> bool:
+        """Whether the photos have masks."""
+        return bool(self.request.get("mask"))
+
+    @property
     def sizes(self) -> list[Size]:
-        """The sizes of the images, the most frequent first."""
+        """The sizes of all images."""
+        return list(dict.fromkeys(size for role in self.roles for size in self.sizes_of(role)))
+
+    def sizes_of(self, role: str) -> list[Size]:
+        """The sizes of the images of a role, the most frequent first."""
         counts: dict[Size, int] = {}
-        for shard in self.shards:
+        for shard in self.roles[role]:
             size = self.size(shard)
             counts[size] = counts.get(size, 0) + len(shard.keys)
         return sorted(counts, key=lambda size: (-counts[size], size))
@@ -199,6 +209,11 @@ class Row:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def with_mask(self) -> Row:
+        """The row with a mask: if it has none, as class images, all of it is subject."""
+        shape = (1, *next(iter(self.tensors.values())).shape[1:])
+        return Row({MASK: torch.full(shape, 255, dtype=torch.uint8), **self.tensors}, self.meta)
 
 
 def pack(rows: list[Row], shard: str = "") -> bytes:
@@ -271,11 +286,12 @@ def _samples(data: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
 
 def _row_problem(row: Row, manifest: Manifest, shape: tuple[int, ...], stored: Collection[str]) -> str | None:
     """What a row has that the manifest does not say; None if they match."""
-    if stored and row.tensors.keys() != set(stored):
+    if stored and row.tensors.keys() - {MASK} != set(stored):
         return f"the tensors {', '.join(row.tensors)}, not {', '.join(stored)}"
     for name, tensor in row.tensors.items():
-        if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
-            return f"{name} of {tuple(tensor.shape)} {tensor.dtype}, not of {shape}"
+        wanted = (1, *shape[1:]) if name == MASK else shape
+        if tuple(tensor.shape) != wanted or tensor.dtype not in DTYPES:
+            return f"{name} of {tuple(tensor.shape)} {tensor.dtype}, not of {wanted}"
     try:
         described = Description.model_validate(row.meta)
     except ValidationError as error:

@@ -68,7 +68,9 @@ def check_scheduler(
         raise ConfigError(f"the base's scheduler is {named}, {UNFITTING}")
 
 
-def losses(error: Tensor, signal: Tensor, huber: float | None) -> Tensor:
+def losses(
+    error: Tensor, signal: Tensor, huber: float | None = None, weights: Tensor | None = None
+) -> Tensor:
     """The loss of each image, (rows,), from its error, (rows, C, H, W).
 
     That is the squared error, or the pseudo-Huber loss of each element: like the square up to a threshold,
@@ -76,12 +78,17 @@ def losses(error: Tensor, signal: Tensor, huber: float | None) -> Tensor:
     threshold is that of kohya's `--loss_type huber --huber_schedule snr`.
     Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled
     Pseudo-Huber Loss", arXiv:2403.16728.
+
+    `weights`: of each place, (rows, 1, H, W); the loss is then a weighted mean.
     """
     square = error.square()
     if huber is not None:
         c = (huber + (1 - huber) * signal.square())[:, None, None, None]
         square = 2 * c * square / ((square + c.square()).sqrt() + c)  # 2 c (sqrt(e^2 + c^2) - c)
-    return square.flatten(1).mean(1)
+    if weights is None:
+        return square.flatten(1).mean(1)
+    weighted = weights * square.mean(1, keepdim=True)  # (rows, 1, H, W)
+    return weighted.flatten(1).sum(1) / weights.flatten(1).sum(1).clamp_min(1e-6)
 
 
 def span(settings: Timesteps, level: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -240,7 +240,7 @@ class DreamBooth(nn.Module, Adapted):
             target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
         prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, self.condition(batch) | given)
         error = prediction.float() - target
-        return objective.weight(t) * losses(error, objective.signal(t), self.huber)
+        return objective.weight(t) * losses(error, objective.signal(t), self.huber, batch.places)
 
     @torch.no_grad()
     def base_prediction(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

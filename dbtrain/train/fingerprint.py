@@ -24,7 +24,7 @@ PREPARE = (
 OPTIONAL = ("data.prompt_dropout", "optim.name")
 DEFAULTS = {name: field.get_default() for name, field in fields() if name in OPTIONAL}
 # Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
-LATER = {"timesteps", "weighting", "prior", "huber"}
+LATER = {"timesteps", "weighting", "prior", "huber", "mask"}
 
 
 def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:

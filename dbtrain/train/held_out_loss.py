@@ -46,6 +46,7 @@ def rows(
     """Yield every held-out row of a role at the centers of `timesteps` equal parts of the range, by size."""
     for shard in sorted(manifest.roles[HELD_OUT[role]], key=manifest.size):
         for row in shards.read(storage, shard, manifest, family.stored):
+            row = row.with_mask() if manifest.has_masks else row
             extra = family.row(row.meta, manifest.size(shard))
             for number in range(timesteps):
                 yield HeldOut(role, number, (number + 0.5) / timesteps, row, extra)
@@ -64,9 +65,10 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
         for i in range(0, len(alike), size)
     ]
     mine: dict[int, list[float]] = {}
+    background = cfg.loss.mask.background
     for number, keep in parallel.rounds(len(batches), parallel.is_sharded(model)):
         with PRECISIONS[cfg.train.precision].forward(dist.device()):
-            found = model(batch_of(batches[number]).to(dist.device())).tolist()
+            found = model(batch_of(batches[number], background).to(dist.device())).tolist()
         if keep:
             mine[number] = found
     gathered = {int(number): each for part in dist.gather_json(mine) for number, each in part.items()}
@@ -90,11 +92,14 @@ def shape_of(one: HeldOut) -> tuple[int, ...]:
     return tuple(next(iter(one.row.tensors.values())).shape)
 
 
-def batch_of(rows: Sequence[HeldOut]) -> Batch:
+def batch_of(rows: Sequence[HeldOut], background: float = 1.0) -> Batch:
     """Return the rows as a training batch, with noise that depends only on the image and the timestep."""
     noises = []
     for one in rows:
         noise = rng.sample_noise(0, f"held out {one.row.meta['key']}", one.number, shape_of(one), 0.0)
         u = torch.tensor(one.u)
         noises.append(noise._replace(u=u, level=u))
-    return Batch.collate([one.row for one in rows], noises, [one.extra for one in rows])
+    return Batch.collate(
+        [one.row for one in rows], noises, [one.extra for one in rows],
+        background=[background if one.role == "instance" else 1.0 for one in rows],
+    )  # fmt: skip

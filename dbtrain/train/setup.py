@@ -200,7 +200,7 @@ def start(
     checkpoint.check_ranks(adapter)
 
     # The data, from the next step on.
-    weights = cfg.loss.role_weights("class" in manifest.roles)
+    weights = cfg.loss.role_weights("class" in manifest.roles, manifest.has_masks)
     stream = LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=step,
         weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
@@ -209,7 +209,7 @@ def start(
         extra=inputs.base.family.row,
         stored=inputs.base.family.stored,
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
-        preserved=cfg.loss.asks_the_base,
+        preserved=cfg.loss.asks_the_base, background=cfg.loss.mask.background,
     )  # fmt: skip
 
     # The records, without the steps that are repeated.

@@ -79,7 +79,7 @@ class Validator:
         generator, base, manifest = None, inputs.base, inputs.manifest
         with dist.agreed():
             if cfg.validation.prompts:
-                generator = ImageGenerator(cfg, base, model, Size.square(manifest.side), encoded)
+                generator = ImageGenerator(cfg, base, model, manifest.sizes_of("instance"), encoded)
             storage = Storage(cfg.data.shards, cfg.faults.retries)
             held_out = [
                 row
@@ -156,12 +156,17 @@ class ImageGenerator:
     """Generates validation images with a Diffusers pipeline around the trained modules."""
 
     def __init__(
-        self, cfg: Config, base: Base, model: DreamBooth, size: Size, encoded: list[dict[str, Tensor]] | None
-    ) -> None:
-        """`encoded`: the prompts as the base encodes them; None if all text encoders are trained."""
-        self.cfg, self.base, self.family, self.model, self.size = cfg, base, base.family, model, size
+        self, cfg: Config, base: Base, model: DreamBooth, sizes: Sequence[Size],
+        encoded: list[dict[str, Tensor]] | None,
+    ) -> None:  # fmt: skip
+        """`sizes`: of the images, in turn. `encoded`: the prompts as the base encodes them; None if all text
+        encoders are trained."""
+        self.cfg, self.base, self.family, self.model = cfg, base, base.family, model
         self.seeds = range(cfg.sample.seed, cfg.sample.seed + cfg.validation.images)
-        self.low_res = sampler.small_pictures(cfg.sample.low_res, base.family, size)
+        self.sizes = {size: self.seeds[k :: len(sizes)] for k, size in enumerate(sizes)}
+        self.low_res = {
+            size: sampler.small_pictures(cfg.sample.low_res, base.family, size) for size in self.sizes
+        }
         self.encoded = encoded
 
     @cached_property
@@ -173,7 +178,7 @@ class ImageGenerator:
         given |= {family.text_encoders[name]: tokenizer for name, tokenizer in readers.items()}
         dtype = PRECISIONS[self.cfg.train.precision].dtype
         if family.vae:
-            return sampler.without_vae(self.base, self.size, dtype, given)
+            return sampler.without_vae(self.base, next(iter(self.sizes)), dtype, given)
         return sampler.build(self.base, dtype, dist.device(), given)
 
     def _encoded(self) -> list[dict[str, Tensor]]:
@@ -198,14 +203,15 @@ class ImageGenerator:
     def generate(self, folder: Path, step: int) -> None:
         """Write this rank's images, in batches that do not depend on the number of ranks.
 
-        A batch has a single prompt, so that the prompts can be split over ranks.
+        A batch has a single prompt, so that the prompts can be split over ranks, and a single size.
         Raises ConfigError or Preempted on all ranks.
         """
-        size, count = self.cfg.sample.batch, len(self.cfg.validation.prompts)
+        most, count = self.cfg.sample.batch, len(self.cfg.validation.prompts)
         batches = [
-            (number, self.seeds[i : i + size])
+            (number, size, seeds[i : i + most])
             for number in range(count)
-            for i in range(0, len(self.seeds), size)
+            for size, seeds in self.sizes.items()
+            for i in range(0, len(seeds), most)
         ]
         sharded = parallel.is_sharded(self.model)
         mine = batches[dist.rank() :: dist.world()]
@@ -217,30 +223,33 @@ class ImageGenerator:
 
         # Latents first, or the images themselves if the family has no VAE.
         made: list[Any] = []
-        total = sum(len(seeds) for _, seeds in mine)
+        total = sum(len(seeds) for *_, seeds in mine)
         with console.bar(total, "images", "image", share=True, leave=False) as bar:
             for number, keep in parallel.rounds(len(batches), sharded):
-                prompt, seeds = batches[number]
-                found = self._latents(encoded[prompt], seeds, bar)
+                prompt, size, seeds = batches[number]
+                found = self._latents(encoded[prompt], size, seeds, bar)
                 made += found if keep else []
 
         # Then decode them and write the files.
         with dist.agreed():
             if mine:
-                self._write(folder, step, mine, made)
+                self._write(folder, step, [(prompt, seeds) for prompt, _, seeds in mine], made)
 
-    def _latents(self, encoded: Mapping[str, Tensor], seeds: Sequence[int], bar: console.Bar) -> list[Any]:
+    def _latents(
+        self, encoded: Mapping[str, Tensor], size: Size, seeds: Sequence[int], bar: console.Bar
+    ) -> list[Any]:
         """x0 of one prompt with each seed, or its images if the family has no VAE."""
         settings, family = self.cfg.sample, self.family
-        space = family.space(self.base, self.size) if family.vae else None
+        space = family.space(self.base, size) if family.vae else None
         offsets = [seed - settings.seed for seed in seeds]
-        inputs = [self.low_res[k % len(self.low_res)] for k in offsets] if self.low_res else []
+        small = self.low_res[size]
+        inputs = [small[k % len(small)] for k in offsets] if small else []
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         autocast = PRECISIONS[self.cfg.train.precision].forward(dist.device())
         with autocast, sampler.moving(self.pipe, bar, len(seeds), "validation image"):
             return sampler.generate_encoded(
                 self.pipe, family, [encoded] * len(seeds), generators, settings.steps, settings.guidance,
-                self.size, inputs, space,
+                size, inputs, space,
             )  # fmt: skip
 
     def _write(
@@ -260,7 +269,7 @@ class ImageGenerator:
     def _decode(self, latents: Sequence[Tensor]) -> list[Image.Image]:
         """Decode one image at a time: the VAE needs more memory per image than the denoiser."""
         self.vae.to(dist.device())
-        space = self.family.space(self.base, self.size)
+        space = self.family.space(self.base, next(iter(self.sizes)))  # its scale is that of all
         images = [sampler.decode(self.vae, self.family, latent, space) for latent in latents]
         self.vae.to("cpu")
         return images

@@ -44,7 +44,7 @@ def network(precision: str) -> DreamBooth:
     table = {"prompt_embeds": torch.randn(1, 77, 32)}
     space = LatentSpace((4, 32, 32), (0.18215,))
     return DreamBooth(
-        families.get("sd"), unet, {}, objective, table, space, dtype=PRECISIONS[precision].dtype
+        families.get("sd"), unet, {}, {32 * 32: objective}, table, space, dtype=PRECISIONS[precision].dtype
     )
 
 

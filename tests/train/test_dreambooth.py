@@ -123,7 +123,7 @@ def test_a_step_reads_no_tensor_back_to_the_host(
     fake = iter(ready)
 
     class Ready:
-        share, device = batches.share, batches.device
+        share, device, batches = batches.share, batches.device, batches.batches
         __next__ = staticmethod(lambda: next(fake))
 
     for step in range(2):

@@ -1,0 +1,70 @@
+"""Masks: which part of a photo is the subject. They are files beside the photos, or the photos' own alpha.
+
+White is the subject. A mask has the photo's shape, and is cropped and turned as the photo is.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dbtrain.data.photo_files import opened
+from dbtrain.data.sizes import Size
+from dbtrain.runtime.errors import ConfigError
+
+# The mask of dog.jpg; the last ones are names that other trainers give it.
+NAMES = ("{stem}.mask.png", "{stem}-masklabel.png", "masks/{stem}.png")
+SHAPE = 0.02  # tolerated difference of two aspect ratios
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is a mask rather than a photo, by its name."""
+    return any(path.name.lower().endswith(name.removeprefix("{stem}")) for name in NAMES[:2])
+
+
+def file_of(photo: Path) -> Path | None:
+    """The file with the mask of a photo; None if there is none."""
+    paths = [photo.parent / name.format(stem=photo.stem) for name in NAMES]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def load(photo: Path) -> Image.Image:
+    """The mask of a photo, 8-bit gray and upright, of the photo's size.
+
+    Raises ConfigError if there is none, or if it is of another shape.
+    """
+    with opened(photo) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        size = picture.size
+        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    path = file_of(photo)
+    if path is None and alpha is None:
+        raise ConfigError(
+            f"prepare.mask is true, but photo {photo} has neither a mask "
+            f"{NAMES[0].format(stem=photo.stem)} beside it nor transparent parts; add a mask"
+        )
+    if path is None:
+        assert alpha
+        return alpha
+    with opened(path) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+        mask = picture.convert("L")
+    if not math.isclose(mask.width * size[1], mask.height * size[0], rel_tol=SHAPE):
+        raise ConfigError(
+            f"mask {path} is {mask.width} x {mask.height} px, of another shape than its photo of {size[0]} x "
+            f"{size[1]} px; draw it on the photo"
+        )
+    return mask.resize(size, Image.Resampling.BILINEAR) if mask.size != size else mask
+
+
+def reduced(mask: Image.Image, cells: Size) -> Tensor:
+    """A cropped mask at the size of latents, (1, h, w) uint8: the share of each cell that is subject."""
+    small = mask.resize((cells.width, cells.height), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(small))[None]
