@@ -13,6 +13,7 @@ from PIL import Image
 
 from dbtrain.config import Prepare
 from dbtrain.data import photos
+from dbtrain.data.sizes import Size
 from dbtrain.runtime.errors import ConfigError
 from tests.data import profiles
 from tests.data.profiles import ADOBE, P3, PROPHOTO, Array
@@ -146,8 +147,8 @@ FILES: dict[str, tuple[Write, Array]] = {
 def stored(path: Path) -> Array:
     """The center crop that the VAE is given of a photo, (SIDE, SIDE, 3) in [0, 1]."""
     cfg = Prepare(photos=str(path.parent), instance_prompt="a dog", resolution=SIDE)
-    (crop,) = photos.crops("", *photos.size(path), cfg, 0)
-    pixels = photos.pixels(photos.load(path, pytest.fail), crop, SIDE)
+    (crop,) = photos.crops("", *photos.size(path), Size.square(SIDE), cfg, 0)
+    pixels = photos.pixels(photos.load(path, pytest.fail), crop, Size.square(SIDE))
     return (pixels.permute(1, 2, 0).numpy() + 1) / 2
 
 
