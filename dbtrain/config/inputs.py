@@ -102,6 +102,24 @@ class Sampling(Section):
     )
 
 
+class Augment(Section):
+    """How much the stored variants of a photo differ from it, each by an amount within these limits."""
+
+    rotate: Annotated[float, Field(ge=0, le=45)] = Field(
+        0.0, description="rotation, degrees either way; the crop is smaller, so that no border shows"
+    )
+    hue: Annotated[float, Field(ge=0, le=180)] = Field(0.0, description="hue, degrees either way")
+    brightness: Share = Field(0.0, description="brightness: 0.1 is a factor of 0.9 to 1.1")
+    contrast: Share = Field(0.0, description="contrast, likewise")
+    saturation: Share = Field(0.0, description="saturation, likewise")
+
+    @model_validator(mode="after")
+    def _some(self) -> Augment:
+        if not any(self.model_dump().values()):
+            raise ValueError("augment changes nothing; set one of its limits, or augment to null")
+        return self
+
+
 class Prepare(Section):
     photos: Text = Field(description="folder with photos of the subject (JPEG, PNG, HEIC, AVIF and others)")
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
@@ -141,7 +159,12 @@ class Prepare(Section):
     crop: Literal["center", "random"] = Field(
         "center", description="crop position, after the photo is resized to cover its size"
     )
-    variants: Count = Field(1, description="random crops stored per photo")
+    variants: Count = Field(
+        1, description="variants stored per photo: random crops, or changed as `augment` says, or both"
+    )
+    augment: Augment | None = Field(
+        None, description="turn and recolor the variants of each photo (null: do not)"
+    )
     flip: bool = Field(False, description="also store a mirrored copy of each crop")
     held_out: Natural = Field(
         0, description="photos excluded from training and used to measure the held-out loss"
@@ -184,10 +207,10 @@ class Prepare(Section):
 
     @model_validator(mode="after")
     def _one_centre(self) -> Prepare:
-        if self.crop == "center" and self.variants > 1:
+        if self.crop == "center" and self.augment is None and self.variants > 1:
             raise ValueError(
                 f"variants is {self.variants}, but crop is 'center', which gives one crop per photo; "
-                "use crop: random"
+                "use crop: random, or augment"
             )
         return self
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from dbtrain.data.profiles import profile_of
 from dbtrain.runtime.errors import reason
@@ -99,6 +99,8 @@ def _shades(photo: Image.Image, profile: bytes, tell: Callable[[str], object]) -
     values = np.asarray(photo if _is_deep(photo) else photo.convert("L"))  # (H, W)
     shades = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     table = np.asarray(_managed(shades, profile, tell))[0]  # (256, 3)
+    if photo.mode.startswith("I;16") and _black_is_one(photo):
+        values = 65535 - values
     scale = 255 / _white(photo.mode, values) if _is_deep(photo) else 1.0
     colors = np.empty((*values.shape, 3), np.uint8)
     for top in range(0, len(values), STRIP):  # in strips, to save memory
@@ -107,6 +109,11 @@ def _shades(photo: Image.Image, profile: bytes, tell: Callable[[str], object]) -
             shown = np.interp(levels, np.arange(256), table[:, channel])
             colors[top : top + STRIP, :, channel] = shown.round()
     return Image.fromarray(colors)
+
+
+def _black_is_one(photo: Image.Image) -> bool:
+    """Whether the highest value of a TIFF is black, which Pillow heeds up to 8 bits only."""
+    return getattr(photo, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def _white(mode: str, values: NDArray[Any]) -> float:

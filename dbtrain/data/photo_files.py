@@ -143,7 +143,8 @@ def size(path: Path) -> tuple[int, int]:
     """(height, width) of an upright photo, px. Reads the header only."""
     with opened(path) as photo:
         width, height = photo.size
-        sideways = photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        # Pillow turns TIFFs itself, and says their upright size.
+        sideways = photo.format != "TIFF" and photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
     if max(height, width) > LONGEST * min(height, width):
         raise ConfigError(f"photo {path} is {width} x {height} px, too thin to crop; replace or remove it")
     return (width, height) if sideways else (height, width)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dbtrain.config import Prepare
 from dbtrain.data import sizes
+from dbtrain.data.augment import UNCHANGED, Change
 from dbtrain.data.color import to_srgb
 from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
 from dbtrain.data.photo_files import listing, no_photos, opened
@@ -25,11 +27,27 @@ from dbtrain.runtime.errors import ConfigError
 
 @dataclass(frozen=True)
 class Crop:
-    """A crop, px, of a photo that was resized to cover the crop's size."""
+    """A crop, px, of a photo that was resized to cover the crop's size.
+
+    A crop that is turned is so about its center; `top` and `left` are where it is before.
+    """
 
     top: int
     left: int
     flip: bool
+    change: Change = UNCHANGED
+
+    @classmethod
+    def of(cls, meta: Mapping[str, Any]) -> Crop:
+        """The crop in the description of a row."""
+        top, left = meta["crop"]
+        return cls(top, left, meta["flip"], Change(**meta.get("augment", {})))
+
+    def key(self) -> dict[str, Any]:
+        """What the content of a row depends on; without changes, what it was before there were any."""
+        change = self.change.about()
+        plain = {"top": self.top, "left": self.left, "flip": self.flip}
+        return plain | ({"augment": change} if change else {})
 
 
 def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
@@ -68,34 +86,46 @@ def load(path: Path, tell: Callable[[str], object] = warn) -> Image.Image:
         return to_srgb(photo, lambda problem: tell(f"photo {path}: {problem}"))
 
 
-def resized(height: int, width: int, size: Size) -> tuple[int, int]:
-    """(height, width) after a photo is resized to cover `size`, with the same aspect ratio."""
+def resized(height: int, width: int, size: Size, change: Change = UNCHANGED) -> tuple[int, int]:
+    """(height, width) after a photo is resized to cover `size`, with the same aspect ratio.
+
+    It is larger if the crop is turned, which then shows no border.
+    """
+    size = change.around(size)
     scale = sizes.scale(height, width, size)
     return max(size.height, round(height * scale)), max(size.width, round(width * scale))
 
 
 def crops(photo_key: str, height: int, width: int, size: Size, cfg: Prepare, seed: int) -> list[Crop]:
-    """The crops of `size` to store of one photo: center or random ones, with `flip` each mirrored too.
+    """The crops of `size` to store of one photo: its variants, with `flip` each mirrored too.
 
-    Random crops depend on the photo's content and `seed`, not on the other photos. Duplicates are dropped.
+    They depend on the photo's content and `seed`, not on the other photos. Duplicates are dropped.
     """
-    tall, wide = resized(height, width, size)
-    down, right = tall - size.height, wide - size.width
-    corners = [(round(down / 2), round(right / 2))]
-    if cfg.crop == "random":
-        corners = []
-        for variant in range(cfg.variants):
+    variants = []
+    for variant in range(cfg.variants):
+        change = Change.draw(cfg.augment, seed, photo_key, variant)
+        tall, wide = resized(height, width, size, change)
+        around = change.around(size)
+        down, right = tall - around.height, wide - around.width
+        top, left = round(down / 2), round(right / 2)
+        if cfg.crop == "random":
             u = torch.rand(2, generator=rng.generator(seed, "crop", photo_key, variant)).tolist()
-            corners.append((int(u[0] * (down + 1)), int(u[1] * (right + 1))))
+            top, left = int(u[0] * (down + 1)), int(u[1] * (right + 1))
+        variants.append(
+            (top + (around.height - size.height) // 2, left + (around.width - size.width) // 2, change)
+        )
     flips = (False, True) if cfg.flip else (False,)
-    return [Crop(top, left, flip) for top, left in dict.fromkeys(corners) for flip in flips]
+    return [Crop(top, left, flip, change) for top, left, change in dict.fromkeys(variants) for flip in flips]
 
 
 def pixels(photo: Image.Image, crop: Crop, size: Size) -> Tensor:
     """One crop as input for the VAE, (3, height, width) in [-1, 1]."""
-    tall, wide = resized(photo.height, photo.width, size)
+    tall, wide = resized(photo.height, photo.width, size, crop.change)
     small = photo.resize((wide, tall), Image.Resampling.LANCZOS)
-    part = small.crop((crop.left, crop.top, crop.left + size.width, crop.top + size.height))
+    around = crop.change.around(size)
+    top = crop.top - (around.height - size.height) // 2
+    left = crop.left - (around.width - size.width) // 2
+    part = crop.change.applied(small.crop((left, top, left + around.width, top + around.height)), size)
     if crop.flip:
         part = ImageOps.mirror(part)
     values = torch.from_numpy(np.array(part))  # (height, width, 3) uint8

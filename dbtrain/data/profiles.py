@@ -1,7 +1,7 @@
 """Color profiles: the embedded one, or one made of what else a picture says about its numbers.
 
 PNGs can have a code (cICP) or primaries and a gamma (cHRM, gAMA); the profile of most cameras' Adobe RGB is
-a mark in EXIF.
+a mark in EXIF. AVIF and HEIC files can have a code too (nclx).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+
+from dbtrain.data import boxes
 
 Array = NDArray[np.float64]
 Curve = Callable[[Array], Array]  # numbers in [0, 1] -> light in [0, 1]
@@ -26,6 +28,7 @@ ADOBE = (*D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 PRIMARIES = {1: SRGB, 9: (*D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
              12: (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)}  # fmt: skip
 POINTS = 4096  # of a curve
+ASSUMED = {1: 13, 2: 13, 6: 13, 14: 13, 15: 13}  # curves of video and none: every viewer takes sRGB's
 HALF = 0.45455  # gamma that encoders write for sRGB's curve, which it resembles
 
 
@@ -76,14 +79,17 @@ def profile_of(photo: Image.Image, tell: Callable[[str], object]) -> bytes:
     """The ICC profile of a picture; b"" if it has none, or is in sRGB.
 
     A PNG's code counts most, then an embedded profile, then what else it says, as in the PNG specification.
+    The code of an AVIF or HEIC file counts if there is no profile, as in HEIF's.
     `tell` gets a line about what cannot be used.
     """
     info = photo.info
-    if code := _code_of(photo):
+    embedded, code = _in_boxes(photo)
+    embedded = info.get("icc_profile") or embedded
+    if code := _code_of(photo) or (b"" if embedded else code):
         if code[0] in PRIMARIES and code[1] in CURVES and code[2:] == b"\0\1":
             return b"" if code[:2] == b"\1\x0d" else made(PRIMARIES[code[0]], CURVES[code[1]])
-        tell(f"its color code (cICP) {'/'.join(map(str, code))} is not known, as those of HDR are not")
-    if embedded := info.get("icc_profile"):
+        tell(f"its color code {'/'.join(map(str, code))} is not known, as those of HDR are not")
+    if embedded:
         return embedded
     if photo.format == "PNG" and "srgb" not in info and ("gamma" in info or "chromaticity" in info):
         return _of_numbers(info.get("chromaticity", SRGB), info.get("gamma"), tell)
@@ -98,6 +104,21 @@ def _interop(photo: Image.Image) -> dict[int, Any]:
         return photo.getexif().get_ifd(ExifTags.IFD.Interop)
     except KeyError:  # Pillow before 13
         return {}
+
+
+def _in_boxes(photo: Image.Image) -> tuple[bytes, bytes]:
+    """(profile, code) in the boxes of a JPEG 2000, AVIF or HEIC file; b"" for what there is not."""
+    if photo.format not in boxes.AROUND or not getattr(photo, "filename", ""):
+        return b"", b""
+    with open(photo.filename, "rb") as file:  # type: ignore[attr-defined]
+        color = boxes.color_of(file, photo.format)
+    if photo.format == "JPEG2000":
+        return (color[3:] if color[:1] == b"\2" else b""), b""
+    if color[:4] != b"nclx" or len(color) < 10:
+        return b"", b""
+    primaries, curve = struct.unpack(">2H", color[4:8])
+    known = {2: 1}.get(primaries, primaries), ASSUMED.get(curve, curve)
+    return b"", bytes([*(min(number, 255) for number in known), 0, 1])
 
 
 def _code_of(photo: Image.Image) -> bytes:

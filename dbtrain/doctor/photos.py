@@ -26,6 +26,13 @@ from dbtrain.runtime.errors import ConfigError
 
 SYSTEM = ("Thumbs.db", "desktop.ini")  # files of file managers
 FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few dozen
+STRONG = {
+    "rotate": 15.0,
+    "hue": 10.0,
+    "brightness": 0.3,
+    "contrast": 0.3,
+    "saturation": 0.3,
+}  # prepare.augment
 SEEN = (20, 2000)  # times that each photo is trained on: guides say 80 to 1000
 
 
@@ -55,6 +62,7 @@ def photos(case: Case) -> Iterator[Finding]:
     # Number and quality.
     yield from _count(len(paths))
     yield from _quality(mine, cfg)
+    yield from _augmented(cfg)
     sides = [min(one.height, one.width) for _, one in mine]
     shortest = f", short sides {min(sides)} to {max(sides)} px" if sides else ""
     yield ok(f"{len(mine)} of {len(paths)} in {cfg.photos} can be read{shortest}")
@@ -130,6 +138,19 @@ def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[
     ):  # fmt: skip
         if names:
             yield warning(f"{problem}: {listed(names)}", cure)
+
+
+def _augmented(cfg: Prepare) -> Iterator[Finding]:
+    """Whether variants differ so much from their photos that the subject would not be itself."""
+    limits = cfg.augment.model_dump() if cfg.augment else {}
+    strong = [f"{name} {limit:g}" for name, limit in limits.items() if limit > STRONG[name]]
+    if strong:
+        usual = ", ".join(f"{name} {limit:g}" for name, limit in STRONG.items())
+        yield warning(f"prepare.augment is strong: {', '.join(strong)}; the adapter learns that too",
+                      f"use at most {usual}")  # fmt: skip
+    if cfg.augment and cfg.variants == 1:
+        yield warning("prepare.augment makes one variant of each photo, as prepare.variants is 1",
+                      "use prepare.variants=8")  # fmt: skip
 
 
 def _cut_off(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> list[str]:

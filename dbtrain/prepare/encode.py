@@ -43,8 +43,7 @@ def image_encoder(base: Base, precision: str) -> Callable[[str, dict[str, Any], 
             made = sampled_moments(latent, space(size))
             return shards.Row({name: made[name] for name in base.family.stored}, meta)
         photo = photos.load(Path(path))
-        top, left = meta["crop"]
-        pixels = photos.pixels(photo, Crop(top, left, meta["flip"]), size)
+        pixels = photos.pixels(photo, Crop.of(meta), size)
         stored = base.family.encode_images(vae(), pixels[None])
         tensors = {name: tensor[0].cpu().contiguous() for name, tensor in stored.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):

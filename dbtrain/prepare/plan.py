@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
-LATER = ("buckets", "class_buckets")  # settings that older manifests lack, recorded if not the default
+LATER = (
+    "buckets",
+    "class_buckets",
+    "augment",
+)  # settings that older manifests lack, recorded if not the default
 CHANGES = 4  # most changed files to name
 
 
@@ -107,10 +111,13 @@ def plan_shards(
     return list(dict.fromkeys([*texts, *filter(None, asked), *empty])), components, plans
 
 
-# Variants and flips augment the few training photos only.
+# Variants augment the few training photos only.
 ONE_CROP: dict[str, dict[str, Any]] = {
-    "class": {"variants": 1, "flip": False},
-    **{role: {"crop": "center", "variants": 1, "flip": False} for role in shards.HELD_OUT.values()},
+    "class": {"variants": 1, "flip": False, "augment": None},
+    **{
+        role: {"crop": "center", "variants": 1, "flip": False, "augment": None}
+        for role in shards.HELD_OUT.values()
+    },
 }
 
 
@@ -126,7 +133,7 @@ def _rows(
         say(f"{path} is {width} x {height} px and will be enlarged to {to} px")
     rows = []
     for crop in photos.crops(photo_key, height, width, size, prepare, seed):
-        where = [of_size, asdict(crop)]
+        where = [of_size, crop.key()]
         key = content_key([shards.VERSION, encoder, photo_key, where])
         rows.append((str(path), _meta(path, [height, width], crop, prompt, key)))
     return rows
@@ -144,6 +151,7 @@ def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, 
     return {
         "source": path.name, "original_size": original_size, "crop": [crop.top, crop.left],
         "flip": crop.flip, "prompt": prompt, "key": key[:16],
+        **({"augment": change} if (change := crop.change.about()) else {}),
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dbtrain.config import Config, Model
 from dbtrain.data import photos, shards
+from dbtrain.data.photos import Crop
 from dbtrain.data.storage import Storage
 from dbtrain.models.families import registry as families
 from dbtrain.models.pretrained import DTYPES, Pretrained
@@ -164,6 +165,7 @@ def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str], side: i
         meta["source"],
         f"{picture.width} × {picture.height} of {wide} × {tall} px",
         f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
+        *filter(None, [str(Crop.of(meta).change)]),
         f"“{prompts[meta['prompt']]}”",
     ]
     return embed(picture, f"{meta['source']} as trained", (side, side), captions)

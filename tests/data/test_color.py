@@ -223,7 +223,7 @@ def test_a_broken_profile_is_reported_and_left_out(tmp_path: Path, profile: byte
 @pytest.mark.parametrize(
     ("chunks", "told", "shown"),
     [
-        ({"cICP": bytes([9, 16, 0, 1])}, "its color code (cICP) 9/16/0/1 is not known", SCENE),
+        ({"cICP": bytes([9, 16, 0, 1])}, "its color code 9/16/0/1 is not known", SCENE),
         ({"cICP": bytes([12, 13, 0, 0])}, "12/13/0/0 is not known", SCENE),
         ({"cICP": bytes([9, 18, 0, 1]), "iCCP": b"x\0\0" + zlib.compress(SWAP)}, "9/18/0/1", SWAPPED_SCENE),
         ({"gAMA": numbers(0)}, "its primaries or gamma cannot be used", SCENE),
