@@ -166,6 +166,16 @@ class Prepare(Section):
         None, description="turn and recolor the variants of each photo (null: do not)"
     )
     flip: bool = Field(False, description="also store a mirrored copy of each crop")
+    mask: Literal[False, True, "auto"] = Field(
+        False,
+        description="train mostly on the subject, see `loss.mask`: true: its mask is `dog.mask.png` beside "
+        "`dog.jpg`, white on black, or the photo's own transparency; `auto`: where there is neither, "
+        "`mask_model` finds the subject's class word",
+    )
+    mask_model: Text | None = Field(
+        None,
+        description="CLIPSeg model for `mask: auto`, a folder or Hub id (null: CIDAS/clipseg-rd64-refined)",
+    )
     held_out: Natural = Field(
         0, description="photos excluded from training and used to measure the held-out loss"
     )

@@ -63,7 +63,8 @@ class Change:
             down, right = (part.height - size.height) // 2, (part.width - size.width) // 2
             turned = part.rotate(self.rotate, Image.Resampling.BICUBIC)
             part = turned.crop((right, down, right + size.width, down + size.height))
-        return Image.fromarray(self._recolored(np.asarray(part))) if self._colors() else part
+        recolors = part.mode == "RGB" and self._colors()  # masks keep their values
+        return Image.fromarray(self._recolored(np.asarray(part))) if recolors else part
 
     def _colors(self) -> bool:
         return bool(self.about().keys() - {"rotate"})

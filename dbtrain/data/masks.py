@@ -13,24 +13,26 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dbtrain.data.photo_files import opened
+from dbtrain.data.photo_files import MASKS, opened
 from dbtrain.data.sizes import Size
+from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
 
-# The mask of dog.jpg; the last ones are names that other trainers give it.
-NAMES = ("{stem}.mask.png", "{stem}-masklabel.png", "masks/{stem}.png")
+FOLDER = "masks"  # in a folder of photos: masks with the names of their photos
 SHAPE = 0.02  # tolerated difference of two aspect ratios
-
-
-def is_mask(path: Path) -> bool:
-    """Whether a file is a mask rather than a photo, by its name."""
-    return any(path.name.lower().endswith(name.removeprefix("{stem}")) for name in NAMES[:2])
 
 
 def file_of(photo: Path) -> Path | None:
     """The file with the mask of a photo; None if there is none."""
-    paths = [photo.parent / name.format(stem=photo.stem) for name in NAMES]
+    paths = [photo.with_name(photo.stem + end) for end in MASKS]
+    paths.append(photo.parent / FOLDER / f"{photo.stem}.png")
     return next((path for path in paths if path.is_file()), None)
+
+
+def key_of(photo: Path) -> str:
+    """What the mask of a photo depends on besides the photo: the content of its file, if it has one."""
+    path = file_of(photo)
+    return hashing.sha256_of(path)[:16] if path else "alpha"
 
 
 def load(photo: Path) -> Image.Image:
@@ -46,8 +48,8 @@ def load(photo: Path) -> Image.Image:
     path = file_of(photo)
     if path is None and alpha is None:
         raise ConfigError(
-            f"prepare.mask is true, but photo {photo} has neither a mask "
-            f"{NAMES[0].format(stem=photo.stem)} beside it nor transparent parts; add a mask"
+            f"prepare.mask is true, but photo {photo} has neither a mask {photo.stem}{MASKS[0]} beside it "
+            "nor transparent parts; add a mask"
         )
     if path is None:
         assert alpha

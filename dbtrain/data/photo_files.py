@@ -16,6 +16,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".heic", ".heif", ".avif", ".tif", ".tiff", ".gif",
     ".bmp", ".jp2",
 )  # fmt: skip
+MASKS = (".mask.png", "-masklabel.png")  # ends of the names of masks; the second is OneTrainer's
 # A file's suffix may differ from its format. Formats that run other programs (EPS) are not read.
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000")
 LONGEST = 50  # limit of long side / short side
@@ -84,8 +85,13 @@ def _count(folder: Path) -> int:
 
 
 def is_photo(path: Path) -> bool:
-    """Whether a file is a photo, by its name. Hidden files are not."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    """Whether a file is a photo, by its name. Neither hidden files nor masks of photos are."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not is_mask(path)
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file is the mask of a photo, by its name."""
+    return path.name.lower().endswith(MASKS)
 
 
 @contextmanager

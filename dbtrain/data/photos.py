@@ -120,13 +120,16 @@ def crops(photo_key: str, height: int, width: int, size: Size, cfg: Prepare, see
 
 def pixels(photo: Image.Image, crop: Crop, size: Size) -> Tensor:
     """One crop as input for the VAE, (3, height, width) in [-1, 1]."""
+    values = torch.from_numpy(np.array(cropped(photo, crop, size)))  # (height, width, 3) uint8
+    return values.permute(2, 0, 1).float() / 127.5 - 1.0
+
+
+def cropped(photo: Image.Image, crop: Crop, size: Size) -> Image.Image:
+    """One crop, of `size`, of a photo or of its mask."""
     tall, wide = resized(photo.height, photo.width, size, crop.change)
     small = photo.resize((wide, tall), Image.Resampling.LANCZOS)
     around = crop.change.around(size)
     top = crop.top - (around.height - size.height) // 2
     left = crop.left - (around.width - size.width) // 2
     part = crop.change.applied(small.crop((left, top, left + around.width, top + around.height)), size)
-    if crop.flip:
-        part = ImageOps.mirror(part)
-    values = torch.from_numpy(np.array(part))  # (height, width, 3) uint8
-    return values.permute(2, 0, 1).float() / 127.5 - 1.0
+    return ImageOps.mirror(part) if crop.flip else part

@@ -70,6 +70,7 @@ class Source(Section):
 
     sha256: str
     caption: str | None = None
+    mask: str | None = Field(None, exclude_if=lambda mask: mask is None)  # what it depends on
 
 
 class Manifest(Section):

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dbtrain.data import photos, shards
+from dbtrain.data import masks, photos, shards
 from dbtrain.data.photos import Crop
 from dbtrain.data.sizes import Size
 from dbtrain.models import text_encoders
@@ -46,6 +46,10 @@ def image_encoder(base: Base, precision: str) -> Callable[[str, dict[str, Any], 
         pixels = photos.pixels(photo, Crop.of(meta), size)
         stored = base.family.encode_images(vae(), pixels[None])
         tensors = {name: tensor[0].cpu().contiguous() for name, tensor in stored.items()}
+        if "mask" in meta:
+            cells = Size(*next(iter(tensors.values())).shape[1:])
+            mask = photos.cropped(masks.load(Path(path)), Crop.of(meta), size)
+            tensors[shards.MASK] = masks.reduced(mask, cells)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ConfigError(
                 f"the VAE of {base.name} returned NaN or infinite latents for {path} in {precision}; "

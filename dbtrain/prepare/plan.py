@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photos, shards, sizes
+from dbtrain.data import masks, photos, shards, sizes
 from dbtrain.data.captions import caption
 from dbtrain.data.photo_files import listing
 from dbtrain.data.shards import Manifest
@@ -29,11 +29,8 @@ from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
-LATER = (
-    "buckets",
-    "class_buckets",
-    "augment",
-)  # settings that older manifests lack, recorded if not the default
+# Settings that older manifests lack, recorded if they are not the default.
+LATER = ("buckets", "class_buckets", "augment", "mask", "mask_model")
 CHANGES = 4  # most changed files to name
 
 
@@ -92,15 +89,16 @@ def plan_shards(
         crops = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path, size in images:
             mine = rows.setdefault(size, [])
-            text = prepare.class_prompt or ""
+            text, mask = prepare.class_prompt or "", None
             if role.startswith("instance"):
+                mask = masks.key_of(path) if prepare.mask else None
                 text = caption(path) if prepare.captions else prepare.instance_prompt
             if text not in texts:
                 texts.append(text)
             if path.suffix == class_images.SUFFIX:
                 mine.append(_latent_row(path, texts.index(text), size, base.family.space(base, size)))
             else:
-                mine += _rows(path, texts.index(text), size, crops, cfg.seed, encoder)
+                mine += _rows(path, texts.index(text), size, crops, cfg.seed, encoder, mask)
         planned = plans.setdefault(role, [])
         for size, mine in rows.items():
             about = {"part": number, "size": None if size == Size.square(first.side) else str(size)}
@@ -122,7 +120,7 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 
 
 def _rows(
-    path: Path, prompt: int, size: Size, prepare: Prepare, seed: int, encoder: str
+    path: Path, prompt: int, size: Size, prepare: Prepare, seed: int, encoder: str, mask: str | None
 ) -> list[tuple[str, dict]]:
     """(image path, row description) of every stored crop of one image."""
     photo_key = hashing.sha256_of(path)
@@ -133,9 +131,10 @@ def _rows(
         say(f"{path} is {width} x {height} px and will be enlarged to {to} px")
     rows = []
     for crop in photos.crops(photo_key, height, width, size, prepare, seed):
-        where = [of_size, crop.key()]
+        where = [of_size, crop.key(), *([mask] if mask else [])]
         key = content_key([shards.VERSION, encoder, photo_key, where])
-        rows.append((str(path), _meta(path, [height, width], crop, prompt, key)))
+        meta = _meta(path, [height, width], crop, prompt, key)
+        rows.append((str(path), meta | ({"mask": mask} if mask else {})))
     return rows
 
 
@@ -178,7 +177,8 @@ def sources_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
 
 def _source(path: Path, role: str, prepare: Prepare) -> shards.Source:
     text = caption(path) if role == "instance" and prepare.captions else None
-    return shards.Source(sha256=hashing.sha256_of(path), caption=text)
+    mask = masks.key_of(path) if role == "instance" and prepare.mask else None
+    return shards.Source(sha256=hashing.sha256_of(path), caption=text, mask=mask)
 
 
 def _shard_count(rows: int) -> int:
@@ -256,6 +256,8 @@ def _changes(made: dict[str, shards.Source], now: dict[str, shards.Source]) -> I
             yield f"{name} was replaced"
         elif old.caption != new.caption:
             yield f"the caption of {name} was edited"
+        elif old.mask != new.mask:
+            yield f"the mask of {name} was edited"
 
 
 def check_prompts(shards_dir: str, base: Base, table: Mapping[str, Tensor]) -> None:

@@ -117,7 +117,12 @@ class Task:
         shape = self.base.family.space(self.base, self.size_of(shard)).shape
         expected = dict.fromkeys(self.base.family.stored, shape)
         rows = shards.read(self.storage, shard)
-        return [row for row in rows if {name: tuple(t.shape) for name, t in row.tensors.items()} == expected]
+
+        def is_sound(row: shards.Row) -> bool:
+            mask = {shards.MASK: (1, *shape[1:])} if "mask" in row.meta else {}
+            return {name: tuple(t.shape) for name, t in row.tensors.items()} == expected | mask
+
+        return [row for row in rows if is_sound(row)]
 
     def size_of(self, shard: Planned | shards.Shard) -> Size:
         return Size.parse(shard.size) if shard.size else Size.square(self.settings.side)

@@ -1,0 +1,226 @@
+"""Masks: where they come from, that they follow their photos, and what the loss makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from dbtrain.config import Config
+from dbtrain.data import masks, shards
+from dbtrain.data.dataloader import LatentStream
+from dbtrain.data.photo_files import listing
+from dbtrain.data.shards import MASK, Manifest
+from dbtrain.data.sizes import Size
+from dbtrain.models.objectives import losses
+from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.train.inputs import Inputs
+from tests import bases
+from tests.conftest import Make, at, train
+from tests.networks import build
+from tests.runs import relative
+
+SUBJECT = (20, 24, 60, 56)  # left, top, right, bottom: px of the drawn photos
+
+
+def draw(folder: Path, number: int, size: tuple[int, int] = (96, 80)) -> Path:
+    """A red subject in a crowded picture."""
+    generator = np.random.default_rng(number)
+    picture = Image.fromarray(generator.integers(0, 255, (*size[::-1], 3), np.uint8))
+    ImageDraw.Draw(picture).rectangle(SUBJECT, fill=(230, 20, 30))
+    picture.save(path := folder / f"{number}.png")
+    return path
+
+
+def mask_of(size: tuple[int, int] = (96, 80)) -> Image.Image:
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).rectangle(SUBJECT, fill=255)
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Photos with a mask each, in all the places where one may be."""
+    folder = tmp_path / "masked"
+    (folder / masks.FOLDER).mkdir(parents=True)
+    for number, name in enumerate(("0.mask.png", "1-masklabel.png", f"{masks.FOLDER}/2.png", None)):
+        path = draw(folder, number)
+        if name:
+            mask_of().save(folder / name)
+        else:
+            photo = Image.open(path).convert("RGB")
+            photo.putalpha(mask_of())
+            photo.save(path)
+    return folder
+
+
+def configured(make: Make, folder: Path, base: str = "sd", **changes: Any) -> Config:
+    settings = {
+        "model__path": str(bases.OF_FAMILY[base]()), "prepare__resolution": bases.SIDES[base],
+        "prepare__photos": str(folder), "prepare__mask": True, "train__micro_batch": 2,
+    }  # fmt: skip
+    return make(**settings | changes)
+
+
+def rows(folder: Path, role: str = "instance") -> list[shards.Row]:
+    manifest = Manifest.read(at(folder))
+    return [row for shard in manifest.roles[role] for row in shards.read(at(folder), shard, manifest)]
+
+
+def test_a_mask_may_be_in_several_places(folder: Path) -> None:
+    photos = listing(folder).photos
+    assert [path.name for path in photos] == ["0.png", "1.png", "2.png", "3.png"], "masks are no photos"
+    assert all(masks.load(path).tobytes() == mask_of().tobytes() for path in photos)
+    (folder / "0.mask.png").unlink()
+    with pytest.raises(ConfigError, match=r"0\.png has neither a mask 0\.mask\.png beside it nor"):
+        masks.load(photos[0])
+    mask_of((50, 50)).save(folder / "0.mask.png")
+    with pytest.raises(ConfigError, match=r"50 x 50 px, of another shape than its photo of 96 x 80 px"):
+        masks.load(photos[0])
+    mask_of().resize((48, 40)).save(folder / "0.mask.png")
+    assert masks.load(photos[0]).size == (96, 80)
+
+
+def test_a_mask_is_upright_as_its_photo(tmp_path: Path) -> None:
+    photo = Image.open(draw(tmp_path, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.jpg", exif=exif)
+    ImageOps.exif_transpose(photo)
+    upright = mask_of().transpose(Image.Transpose.ROTATE_270)
+    upright.save(tmp_path / "turned.mask.png")
+    assert masks.load(tmp_path / "turned.jpg").tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"prepare__crop": "random", "prepare__variants": 4, "prepare__flip": True},
+    {"prepare__buckets": True},
+    {"prepare__augment": {"rotate": 20, "hue": 40}, "prepare__variants": 3},
+], ids=["center", "random", "buckets", "turned"])  # fmt: skip
+def test_the_stored_mask_covers_the_subject_of_each_crop(make: Make, folder: Path, settings: Any) -> None:
+    """In pixel space a row's image is there to compare with."""
+    cfg = configured(make, folder, "deepfloyd", prepare__resolution=32, loss__prior="none", **settings)
+    found = rows(prepare(cfg))
+    assert len(found) >= 4
+    for row in found:
+        red, green, _ = row.tensors["pixels"].float()
+        subject = ((red > 180) & (green < 90)).float()  # few others are so red
+        mask = row.tensors[MASK][0].float() / 255
+        inside = (subject * (mask > 0.9)).sum() / (mask > 0.9).sum().clamp_min(1)
+        assert inside > 0.97, row.meta
+        assert (subject * (mask < 0.1)).sum() / subject.sum() < 0.25, row.meta
+
+
+def test_masked_rows_alone_have_one_and_an_edited_mask_encodes_one_photo(
+    make: Make, folder: Path, encoded: list[str]
+) -> None:
+    cfg = configured(make, folder)
+    out = prepare(cfg)
+    assert all(row.tensors[MASK].dtype == torch.uint8 for row in rows(out))
+    assert all(row.tensors[MASK].shape == (1, *row.tensors["mean"].shape[1:]) for row in rows(out))
+    assert not any(MASK in row.tensors for row in rows(out, "class"))
+    encoded.clear()
+    mask_of().transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "0.mask.png")
+    with pytest.raises(ConfigError, match=r"the mask of 0\.png was edited"):
+        Inputs.find(cfg)
+    prepare(cfg)
+    assert encoded == ["0.png"]
+
+
+def test_the_loss_is_a_weighted_mean() -> None:
+    error = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    one, signal = torch.ones(2, 1, 8, 8), torch.ones(2)
+    torch.testing.assert_close(losses(error, signal, None, one), losses(error, signal))
+    small = torch.zeros(2, 1, 8, 8)
+    small[:, :, 2:4, 2:4] = 1
+    torch.testing.assert_close(
+        losses(error, signal, None, small), error[:, :, 2:4, 2:4].square().flatten(1).mean(1)
+    )
+    assert losses(error, signal, None, 0 * one).tolist() == [0, 0], "no subject in the crop: no loss"
+
+
+@pytest.mark.parametrize("base", bases.OF_FAMILY)
+def test_no_gradient_from_outside_the_mask(make: Make, folder: Path, base: str) -> None:
+    """With background 0 the loss does not see what is outside, and class images count whole."""
+    own = folder.parent / "own"  # class images, which an upscaler needs
+    own.mkdir()
+    for number in range(4):
+        draw(own, number)
+    cfg = configured(make, folder, base, prepare__class_images=4, prepare__class_dir=str(own))
+    out = prepare(cfg)
+    model, inputs = build(cfg, out), Inputs.find(cfg)
+    weights, family = {"instance": 1.0, "class": 1.0}, inputs.base.family
+    stream = LatentStream(at(out), inputs.manifest, inputs.share, weights, seed=1, extra=family.row,
+                          stored=family.stored, background=0.0)  # fmt: skip
+    batch = next(stream)
+    stream.close()
+    seen: list[torch.Tensor] = []
+    real = model.family.denoise
+
+    def denoise(*args: Any) -> torch.Tensor:
+        prediction = real(*args)
+        prediction.retain_grad()
+        seen.append(prediction)
+        return prediction
+
+    model.family = replace(model.family, denoise=denoise)
+    model(batch).sum().backward()
+    gradient = seen[-1].grad
+    assert gradient is not None
+    inside = batch.stored[MASK][:2] > 0
+    assert inside.any() and not inside.all()
+    assert (gradient[:2] * ~inside).abs().max() == 0
+    assert (gradient[:2] * inside).abs().max() > 0
+    assert (gradient[2:].abs().amax(1) > 0).float().mean() > 0.99, "class rows have no mask"
+
+
+def test_a_run_with_masks_and_one_whose_background_counts_fully(make: Make, folder: Path) -> None:
+    runs = {}
+    for name, changes in {
+        "plain": {"prepare__mask": False}, "full": {"loss__mask": {"background": 1.0}},
+        "masked": {}, "small": {"train__micro_batch": 1},
+    }.items():  # fmt: skip
+        run = folder.parent / "runs" / name
+        cfg = configured(make, folder, run_dir=str(run), data__shards=str(run / "shards"), **changes)
+        prepare(cfg)
+        train(cfg)
+        runs[name] = run
+    assert relative(runs["plain"], runs["full"]) < 1e-3, "background 1 is no mask"
+    assert relative(runs["plain"], runs["masked"]) > 1e-2
+    assert relative(runs["masked"], runs["small"]) < 1e-3
+    with pytest.raises(ConfigError, match=r"loss\.mask was .*'background': 0.1.*, is now .*0.5"):
+        run = runs["masked"]
+        train(configured(make, folder, run_dir=str(run), data__shards=str(run / "shards"), train__steps=6,
+                         loss__mask={"background": 0.5}))  # fmt: skip
+
+
+def test_resident_rows_have_the_same_masks(make: Make, folder: Path) -> None:
+    cfg = configured(make, folder)
+    out = prepare(cfg)
+    inputs = Inputs.find(cfg)
+    streams = [
+        LatentStream(at(out), inputs.manifest, inputs.share, {"instance": 1.0, "class": 1.0}, seed=1,
+                     resident_gib=gib, background=0.2) for gib in (0.0, 1.0)
+    ]  # fmt: skip
+    for _ in range(4):
+        one, other = map(next, streams)
+        assert torch.equal(one.stored[MASK], other.stored[MASK])
+        assert one.background.tolist() == pytest.approx([0.2, 0.2, 1.0, 1.0])
+        assert one.places is not None and (one.places[2:] == 1).all()
+        assert one.places[:2].min() == pytest.approx(0.2)
+    for stream in streams:
+        stream.close()
+
+
+def test_reducing_keeps_shares() -> None:
+    mask = Image.new("L", (16, 8))
+    mask.paste(255, (0, 0, 4, 8))
+    assert masks.reduced(mask, Size(1, 2))[0].tolist() == [[127, 0]] or masks.reduced(mask, Size(1, 2))[
+        0
+    ].tolist() == [[128, 0]]
