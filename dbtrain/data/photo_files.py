@@ -130,7 +130,11 @@ def _formats(kind: str) -> list[str]:
 def kind_of(path: Path) -> str:
     """HEIC, AVIF or JPEG XL, whatever the file is called; "" for others."""
     with open(path, "rb") as file:
-        header = file.read(HEADER)
+        return kind_in(file.read(HEADER))
+
+
+def kind_in(header: bytes) -> str:
+    """The same by a file's first HEADER bytes."""
     if header.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL"
     if header[4:8] != b"ftyp":

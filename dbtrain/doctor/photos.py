@@ -17,11 +17,12 @@ from dbtrain.data.captions import file_of
 from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
 from dbtrain.data.sizes import Size
+from dbtrain.data.sources import Source, folder_of
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
 from dbtrain.models import sampler
 from dbtrain.prepare import class_images, own_images, subjects
 from dbtrain.prepare.images import left, of_classes
-from dbtrain.runtime import files, hashing
+from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
 
 SYSTEM = ("Thumbs.db", "desktop.ini")  # files of file managers
@@ -42,9 +43,15 @@ def photos(case: Case) -> Iterator[Finding]:
     if cfg is None:
         yield ok("no prepare section: no photos to check")
         return
-    if (folder := files.expand(cfg.photos)).is_dir():
-        yield from _unused(folder, cfg)
     try:
+        source = Source.of(cfg.photos)
+        if source and source.is_remote and not source.folder().is_dir():
+            yield Finding("skipped", f"not checked: prepare will fetch {cfg.photos}")
+            return
+        if source:
+            source.ensure()
+        if (folder := folder_of(cfg.photos)).is_dir():
+            yield from _unused(folder, cfg)
         paths = images.of_subject(cfg)
     except ConfigError as problem:
         yield from findings_of(problem, "put photos of the subject into that folder")
