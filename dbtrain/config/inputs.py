@@ -121,7 +121,10 @@ class Augment(Section):
 
 
 class Prepare(Section):
-    photos: Text = Field(description="folder with photos of the subject (JPEG, PNG, HEIC, AVIF and others)")
+    photos: Text = Field(
+        description="folder with photos of the subject (JPEG, PNG, HEIC, AVIF and others); or a table "
+        "(`.csv`, `.jsonl`, `.parquet`), WebDataset tars (`photos-{000..009}.tar`), or `hub:OWNER/NAME`"
+    )
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: bool = Field(False, description="read each photo's prompt from the .txt file of the same name")
     class_prompt: Text | None = Field(

@@ -46,7 +46,8 @@ class Listing:
     """The content of a folder of photos, sorted by name."""
 
     photos: list[Path]
-    others: list[Path]  # files that are not photos
+    others: list[Path]  # files that are neither
+    masks: list[Path]  # of photos, by their names
 
 
 def listing(folder: Path) -> Listing:
@@ -59,8 +60,9 @@ def listing(folder: Path) -> Listing:
         if entry.is_symlink() and not entry.exists() and is_photo(entry):
             raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
     photos = [entry for entry in entries if is_photo(entry) and entry.is_file()]
-    others = [entry for entry in entries if entry not in photos and not entry.is_dir()]
-    return Listing(photos, others)
+    masks = [entry for entry in entries if is_mask(entry) and entry.is_file()]
+    others = [entry for entry in entries if entry not in (*photos, *masks) and not entry.is_dir()]
+    return Listing(photos, others, masks)
 
 
 def subfolders(folder: Path) -> dict[Path, int]:
@@ -136,7 +138,11 @@ def _formats(kind: str) -> list[str]:
 def kind_of(path: Path) -> str:
     """HEIC, AVIF or JPEG XL, whatever the file is called; "" for others."""
     with open(path, "rb") as file:
-        header = file.read(HEADER)
+        return kind_in(file.read(HEADER))
+
+
+def kind_in(header: bytes) -> str:
+    """The same by a file's first HEADER bytes."""
     if header.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL"
     if header[4:8] != b"ftyp":

@@ -20,6 +20,7 @@ from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
 from dbtrain.data.photo_files import listing, no_photos, opened
 from dbtrain.data.photo_files import size as size
 from dbtrain.data.sizes import Size
+from dbtrain.data.sources import Source, folder_of
 from dbtrain.runtime import files, rng
 from dbtrain.runtime.console import say, warn
 from dbtrain.runtime.errors import ConfigError
@@ -56,10 +57,14 @@ def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
     Skips all other files, with a message unless their suffix is in `ignore`.
     Raises ConfigError if the folder does not exist, or if a photo is a dangling link.
     """
-    root = files.expand(folder)
+    source = Source.of(folder)
+    root = source.folder() if source else files.expand(folder)
+    if source and not root.is_dir():
+        raise ConfigError(f"{key}: '{folder}' has not been unpacked as it is now; run: dbtrain prepare")
     if not root.is_dir():
         raise ConfigError(f"{key}: '{folder}' is not a directory")
     found = listing(root)
+    ignore = (*ignore, ".txt") if source else ignore
     skipped = [entry.name for entry in found.others if entry.suffix.lower() not in ignore]
     if skipped:
         say(f"{folder}: skipped {len(skipped)} files that are not photos: {', '.join(skipped[:5])}"
@@ -71,7 +76,7 @@ def of_subject(cfg: Prepare) -> list[Path]:
     """The photos of the subject. Raises ConfigError if there are none."""
     photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
     if not photos:
-        raise ConfigError(f"prepare.photos: {no_photos(files.expand(cfg.photos))}")
+        raise ConfigError(f"prepare.photos: {no_photos(folder_of(cfg.photos))}")
     return photos
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dbtrain.data import photo_files
 from dbtrain.data.captions import caption
+from dbtrain.data.sources import folder_of
 from dbtrain.doctor import settings
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, warning
 from dbtrain.models.base import Base
-from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
 TOKENS = 77  # that every text encoder reads, unless its config says less
@@ -22,7 +22,7 @@ def captions(case: Case) -> Iterator[Finding]:
     if cfg is None or not cfg.captions:
         yield ok("prepare.captions is false: every photo has prepare.instance_prompt")
         return
-    folder = files.expand(cfg.photos)
+    folder = folder_of(cfg.photos)
     found = photo_files.listing(folder).photos if folder.is_dir() else []
     texts: dict[Path, str] = {}
     for path in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -11,20 +12,25 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from dbtrain.config import Prepare
+from dbtrain.data import masks, sizes
 from dbtrain.data import photos as images
 from dbtrain.data.captions import file_of
 from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
 from dbtrain.data.sizes import Size
+from dbtrain.data.sources import Source, folder_of
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
 from dbtrain.models import sampler
 from dbtrain.prepare import class_images, own_images, subjects
 from dbtrain.prepare.images import left, of_classes
-from dbtrain.runtime import files, hashing
+from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
 
 SYSTEM = ("Thumbs.db", "desktop.ini")  # files of file managers
+SOME = 0.001  # least share of a photo that is subject, or that is not
 FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few dozen
 STRONG = {
     "rotate": 15.0,
@@ -42,9 +48,15 @@ def photos(case: Case) -> Iterator[Finding]:
     if cfg is None:
         yield ok("no prepare section: no photos to check")
         return
-    if (folder := files.expand(cfg.photos)).is_dir():
-        yield from _unused(folder, cfg)
     try:
+        source = Source.of(cfg.photos)
+        if source and source.is_remote and not source.folder().is_dir():
+            yield Finding("skipped", f"not checked: prepare will fetch {cfg.photos}")
+            return
+        if source:
+            source.ensure()
+        if (folder := folder_of(cfg.photos)).is_dir():
+            yield from _unused(folder, cfg)
         paths = images.of_subject(cfg)
     except ConfigError as problem:
         yield from findings_of(problem, "put photos of the subject into that folder")
@@ -63,6 +75,8 @@ def photos(case: Case) -> Iterator[Finding]:
     yield from _count(len(paths))
     yield from _quality(mine, cfg)
     yield from _augmented(cfg)
+    yield from _shapes(case, mine, cfg)
+    yield from _masks([path for path, _ in mine], cfg)
     sides = [min(one.height, one.width) for _, one in mine]
     shortest = f", short sides {min(sides)} to {max(sides)} px" if sides else ""
     yield ok(f"{len(mine)} of {len(paths)} in {cfg.photos} can be read{shortest}")
@@ -80,11 +94,46 @@ def _unused(folder: Path, cfg: Prepare) -> Iterator[Finding]:
     if others:
         yield warning(f"skipped, neither photos nor their captions: {listed(others)}",
                       "export photos among them as JPEG or PNG, or remove them")  # fmt: skip
+    if found.masks and not cfg.mask:
+        yield warning(f"masks are not read: {listed([path.name for path in found.masks])}",
+                      "use prepare.mask=true, or remove them")  # fmt: skip
     for inner, count in subfolders(folder).items() if found.photos else ():
+        if cfg.mask and inner.name == masks.FOLDER:
+            continue
         if inner.resolve() != own_images.root(cfg).resolve():
             yield warning(
                 f"the folder '{inner.name}' with {count} photos is not read", "move them up, or remove it"
             )
+
+
+def _shapes(case: Case, photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Finding]:
+    """The sizes at which photos are stored, if they are not all squares of one resolution."""
+    if not (case.knows("base") and (cfg.buckets or len(cfg.resolutions) > 1)):
+        return
+    grids, counts, least = case.base.family.grids(case.base), Counter[Size](), 1.0
+    for _, one in photos:
+        for size in sizes.for_photo(one.height, one.width, cfg, grids):
+            counts[size] += 1
+            least = min(least, sizes.kept(one.height, one.width, size))
+    yield ok(f"stored at {listed([f'{size} ({count})' for size, count in counts.most_common()], 8)}: "
+             f"{least:.0%} of each photo or more is kept")  # fmt: skip
+
+
+def _masks(paths: list[Path], cfg: Prepare) -> Iterator[Finding]:
+    """How much of the photos is subject, and photos whose mask is missing, or shows nothing."""
+    shares: dict[str, float] = {}
+    for path in paths if cfg.mask is True else ():
+        try:
+            shares[path.name] = float(np.asarray(masks.load(path)).mean()) / 255
+        except ConfigError as problem:
+            yield from findings_of(problem)
+    empty = [name for name, share in shares.items() if share < SOME]
+    if empty:
+        yield warning(f"masks that are black: {listed(empty)}", "paint the subject white")
+    if full := [name for name, share in shares.items() if share > 1 - SOME]:
+        yield warning(f"masks that are white all over: {listed(full)}", "paint what is not the subject black")
+    if shares:
+        yield ok(f"masks over {min(shares.values()):.0%} to {max(shares.values()):.0%} of the photos")
 
 
 def _workers(paths: list[Path]) -> int:

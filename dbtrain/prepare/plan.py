@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import masks, photos, shards, sizes
+from dbtrain.data import masks, photos, shards, sizes, sources
 from dbtrain.data.captions import caption
 from dbtrain.data.photo_files import listing
 from dbtrain.data.shards import Manifest
@@ -22,7 +22,7 @@ from dbtrain.models.families.space import LatentSpace
 from dbtrain.prepare import class_images, own_images
 from dbtrain.prepare.images import split as split_held_out
 from dbtrain.prepare.subjects import parts
-from dbtrain.runtime import files, hashing
+from dbtrain.runtime import hashing
 from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError, printable
 from dbtrain.runtime.hashing import content_key
@@ -165,7 +165,7 @@ def sources_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
             prepare = part.prepare
             if role == "class" and (len(several) > 1 or not prepare.class_dir):
                 continue
-            folder = own_images.root(prepare) if role == "class" else files.expand(prepare.photos)
+            folder = own_images.root(prepare) if role == "class" else sources.folder_of(prepare.photos)
             if folder.is_dir():
                 most = prepare.class_images if role == "class" else None
                 found[role if number == 1 else f"{role} {number}"] = {
@@ -236,6 +236,12 @@ def check_sources(cfg: Config, manifest: Manifest) -> None:
 
     Folders that cannot be reached are not checked: training needs the shards only.
     """
+    for part in parts(cfg)["instance"]:
+        source = sources.Source.of(part.prepare.photos)
+        if source and source.has_changed():
+            raise ConfigError(
+                f"{source.text} changed since {cfg.data.shards} was made from it; {shards.CURE}"
+            )
     now = sources_of(cfg) if manifest.sources else {}
     for role, made in manifest.sources.items():
         if changes := list(_changes(made, now.get(role, made))):

@@ -14,6 +14,7 @@ from typing import Any
 from dbtrain.config import Config, Prepare
 from dbtrain.data import photos, shards
 from dbtrain.data.sizes import Size, Sized
+from dbtrain.data.sources import Source
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images, duration, encode, images, own_images, subjects
@@ -46,6 +47,10 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
     states = _States(len(cfgs))
     # What each config asks for, checked before a base is downloaded or loaded.
     paths = {}
+    for number, cfg in enumerate(cfgs):
+        for source in _sources(cfg):
+            with states.agreeing(number):
+                source.ensure()
     with dist.agreed():
         for number, cfg in enumerate(cfgs):
             with states.trying(number):
@@ -102,6 +107,12 @@ class _States:
         """Tell all ranks the problems of each."""
         everyone = zip(*dist.gather_json(self.problems), strict=True)
         self.problems = [tuple(dict.fromkeys(line for lines in one for line in lines)) for one in everyone]
+
+
+def _sources(cfg: Config) -> list[Source]:
+    """The sources of photos that are no folders."""
+    every = [Source.of(part.prepare.photos) for part in subjects.parts(cfg)["instance"]]
+    return [source for source in every if source]
 
 
 def _photos(cfg: Config) -> list[list[Path]]:

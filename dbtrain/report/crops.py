@@ -29,6 +29,7 @@ DECODED = (
 PHOTOS = 64  # most photos shown, shared among the data sets
 LEAST_PHOTOS = 6  # that each data set shows of its own
 LEAST_SIDE = 128  # px, of images if there are many data sets
+FADED = 0.7  # of white over what is outside a mask
 FEW = 4  # crops of the subject per class image shown
 TITLES = {
     "instance": "Crops as trained", "class": "Class images as trained",
@@ -161,11 +162,17 @@ def _decoder(model: Model) -> Decode:
 def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str], side: int) -> Picture:
     meta = row.meta
     (tall, wide), (top, left) = meta["original_size"], meta["crop"]
+    mask, share = row.tensors.get(shards.MASK), ""
+    if mask is not None:  # what is outside fades
+        share = f"mask over {mask.float().mean() / 255:.0%}"
+        whole = Image.fromarray(mask[0].numpy()).resize(picture.size)
+        white = Image.new("RGB", picture.size, "white")
+        picture = Image.composite(picture, Image.blend(picture, white, FADED), whole)
     captions = [
         meta["source"],
         f"{picture.width} × {picture.height} of {wide} × {tall} px",
         f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
-        *filter(None, [str(Crop.of(meta).change)]),
+        *filter(None, [str(Crop.of(meta).change), share]),
         f"“{prompts[meta['prompt']]}”",
     ]
     return embed(picture, f"{meta['source']} as trained", (side, side), captions)
