@@ -61,7 +61,8 @@ def listing(folder: Path) -> Listing:
             raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
     photos = [entry for entry in entries if is_photo(entry) and entry.is_file()]
     masks = [entry for entry in entries if is_mask(entry) and entry.is_file()]
-    others = [entry for entry in entries if entry not in (*photos, *masks) and not entry.is_dir()]
+    known = {*photos, *masks}
+    others = [entry for entry in entries if entry not in known and not entry.is_dir()]
     return Listing(photos, others, masks)
 
 

@@ -7,6 +7,7 @@ each is read, to tell its format.
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
 import warnings
@@ -41,6 +42,7 @@ class Item:
     name: str  # in the source, for people
     data: bytes
     caption: str | None
+    mask: bytes | None = None  # a PNG file
 
 
 def write(parts: Iterable[Iterable[Item]], folder: Path) -> int:
@@ -68,9 +70,11 @@ def write(parts: Iterable[Iterable[Item]], folder: Path) -> int:
                 text = item.caption.encode(errors="replace")
                 cut += [item.name] if len(text) > CAPTION_BYTES else []
                 short = text[:CAPTION_BYTES].decode(errors="ignore")
-                files.write_atomically(path.with_suffix(".txt"), short)
-            if not path.exists():
-                files.write_atomically(path, item.data)
+                _save(path.with_suffix(".txt"), short.encode())
+            if item.mask:
+                _save(path.with_name(path.stem + photo_files.MASKS[0]), item.mask)
+            _save(path, item.data)
+        os.sync()  # once, rather than for each of many small files
         files.write_atomically(done, "")
     for names, problem in ((skipped, "skipped, as they are no pictures"), (cut, "captions cut to 8 KB")):
         if names:
@@ -79,6 +83,11 @@ def write(parts: Iterable[Iterable[Item]], folder: Path) -> int:
     for number in range(len(list(folder.glob(".done-*")))):
         (folder / DONE.format(number)).unlink()
     return sum(photo_files.is_photo(path) for path in folder.iterdir())
+
+
+def _save(path: Path, data: bytes) -> None:
+    with files.naming(path):
+        path.write_bytes(data)
 
 
 def of_tars(names: Sequence[str], options: Mapping[str, str]) -> Iterator[Iterator[Item]]:
@@ -98,7 +107,7 @@ def _of_tar(name: str) -> Iterator[Item]:
                     yield from _items(key, sample)
                     key, sample = found[0], {}
                 suffix = found[1]
-                if suffix in (".txt", ".json") or suffix in photo_files.SUFFIXES:
+                if suffix in (".txt", ".json", *photo_files.MASKS, *photo_files.SUFFIXES):
                     data = tar.extractfile(member)
                     assert data
                     sample[suffix] = data.read()
@@ -126,10 +135,10 @@ def _checked(name: str, member: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 def _items(key: str, sample: Mapping[str, bytes]) -> Iterator[Item]:
-    """The picture of a sample, with the caption beside it."""
+    """The picture of a sample, with the caption and the mask beside it."""
     for suffix, data in sample.items():
         if suffix in photo_files.SUFFIXES:
-            yield Item(key + suffix, data, _caption(key, sample))
+            yield Item(key + suffix, data, _caption(key, sample), sample.get(photo_files.MASKS[0]))
             return
 
 

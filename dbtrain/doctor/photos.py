@@ -32,13 +32,8 @@ from dbtrain.runtime.errors import ConfigError
 SYSTEM = ("Thumbs.db", "desktop.ini")  # files of file managers
 SOME = 0.001  # least share of a photo that is subject, or that is not
 FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few dozen
-STRONG = {
-    "rotate": 15.0,
-    "hue": 10.0,
-    "brightness": 0.3,
-    "contrast": 0.3,
-    "saturation": 0.3,
-}  # prepare.augment
+# Limits of prepare.augment above which there is a warning.
+STRONG = {"rotate": 15.0, "hue": 10.0, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
 SEEN = (20, 2000)  # times that each photo is trained on: guides say 80 to 1000
 
 

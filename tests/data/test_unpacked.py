@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dbtrain.data import captions, photos, unpack
+from dbtrain.data import captions, masks, photos, unpack
 from dbtrain.data.sources import Source
 from dbtrain.runtime.errors import ConfigError
 
@@ -253,6 +253,13 @@ def test_what_a_source_must_not_have_is_refused(tmp_path: Path, name: str) -> No
     with pytest.raises(ConfigError, match=said):
         unpacked(write(tmp_path))
     assert not list(tmp_path.rglob("cache/**/photos/*.png"))
+
+
+def test_masks_in_a_tar_lie_beside_their_photos(tmp_path: Path) -> None:
+    members(tmp_path / "a.tar", {"0.png": PICTURES[0], "0.mask.png": picture(7), "1.png": PICTURES[1]})
+    first, second = unpacked(str(tmp_path / "a.tar"))
+    mask = masks.file_of(first)
+    assert mask and mask.read_bytes() == picture(7) and masks.file_of(second) is None
 
 
 def test_names_are_made_safe_and_stay_in_order(tmp_path: Path) -> None:

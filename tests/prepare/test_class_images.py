@@ -179,7 +179,7 @@ def test_training_sees_the_sampler_s_latent(drawn: Any, tmp_path: Path, base: st
         assert not row.tensors["std"].any()
         assert row.meta["original_size"] == [64, 64] and row.meta["crop"] == [0, 0]
         if base == "sdxl":
-            assert family.row(row.meta, 64)["time_ids"].tolist() == [64, 64, 0, 0, 64, 64]
+            assert family.row(row.meta, Size.square(64))["time_ids"].tolist() == [64, 64, 0, 0, 64, 64]
 
 
 def test_rows_of_another_vae_s_scale_are_made_anew_of_the_same_latents(drawn: Any, tmp_path: Path) -> None:
