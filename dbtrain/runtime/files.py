@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -56,6 +57,19 @@ def folder_of(location: str) -> Path | None:
     if scheme == "file":
         return expand(unquote(urlsplit(location).path))
     return None if scheme else expand(location)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """A path, and the number after its last colon; 1 if there is none.
+
+    Raises ValueError for one that is no finite number.
+    """
+    path, colon, number = text.rpartition(":")
+    if not colon or "/" in number or Path(text).exists():  # the colon belongs to the path
+        return text, 1.0
+    if not math.isfinite(weight := float(number)):
+        raise ValueError(f"{number} is not finite")
+    return path, weight
 
 
 def cache() -> Path:
