@@ -38,7 +38,7 @@ DENOISER = "denoiser"  # a component without the base, which has a name for it
 PREFIXES = (
     (r"lora_te(?:1_|_)(?!\d)", "text_encoder"),
     (r"lora_te(\d)_", r"text_encoder_\1"),
-    (r"(text_encoder(?:_\d)?)[._]", r"\1"),
+    (r"(text_encoder(?:_\d)?)[._](?:text_model\.)?", r"\1"),
     (r"(?:lora_|lycoris_)?(?:unet|transformer|diffusion_model)[._](?:base_model\.model\.)?", DENOISER),
     (r"base_model\.model\.|lycoris_|", DENOISER),
 )
@@ -177,7 +177,7 @@ def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
     elif like.form == "diffusers":
         configs = {
-            f"{like.prefixes[component].rstrip('.')}.{key}": value
+            f"{like.prefixes[component].partition('.')[0]}.{key}": value
             for component, state in states.items()
             for key, value in state.config.items()
         }
@@ -279,7 +279,7 @@ def _component(module: str) -> tuple[str, str]:
 
 def _stored(header: Mapping[str, str], prefixes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The PEFT config of each component in Diffusers' header."""
-    by_prefix = {prefix.split(".")[0]: component for component, prefix in prefixes.items()}
+    by_prefix = {prefix.partition(".")[0]: component for component, prefix in prefixes.items()}
     found: dict[str, dict[str, Any]] = {}
     metadata = files.json_object(header.get(diffusers_file.METADATA, "{}"), "its metadata")
     for key, value in metadata.items():
