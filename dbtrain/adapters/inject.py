@@ -195,10 +195,16 @@ def collect(module: nn.Module) -> AdapterState:
         if name in mine
     }
     assert not any("_orig_mod." in name or "module." in name for name in tensors)
+    return AdapterState(tensors, config_of(module))
+
+
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """The PEFT config of a component's adapter, as JSON has it."""
     peft_config: Any = module.peft_config
     config = peft_config[NAME].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
-    return AdapterState(tensors, json.loads(json.dumps(config, default=list)))
+    found: dict[str, Any] = json.loads(json.dumps(config, default=list))
+    return found
 
 
 # The settings that the shapes and the strength of an adapter depend on. A file's other settings are for
