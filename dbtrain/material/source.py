@@ -24,6 +24,7 @@ from dbtrain.adapters import targets
 from dbtrain.adapters.formats import diff_file, diffusers_file, kohya_file, limits, peft_folder, reading
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import Content, States, by_module, strength
+from dbtrain.adapters.formats.header import serialized
 from dbtrain.adapters.formats.names import Layers, split
 from dbtrain.adapters.formats.word_file import BUNDLE
 from dbtrain.adapters.state import AdapterState
@@ -175,7 +176,8 @@ def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
         ranks = {component: state.config["r"] for component, state in states.items()}
         rank = str(next(iter(ranks.values())))
         header |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-    elif like.form == "diffusers":
+        return serialized(tensors, header)
+    if like.form == "diffusers":
         configs = {
             f"{like.prefixes[component].partition('.')[0]}.{key}": value
             for component, state in states.items()

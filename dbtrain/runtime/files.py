@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,10 +155,16 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     sync(path.parent)
 
 
-def sorted_header(data: bytes) -> bytes:
-    """The safetensors file with a sorted header: the library writes metadata in random order."""
+def sorted_header(data: bytes, more: Mapping[str, str] | None = None) -> bytes:
+    """The safetensors file with a sorted header: the library writes metadata in random order.
+
+    `more`: further entries of its metadata.
+    """
     length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    entries = json.loads(data[8 : 8 + length])
+    if more:
+        entries["__metadata__"] = {**entries.get("__metadata__", {}), **more}
+    header = json.dumps(entries, sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
