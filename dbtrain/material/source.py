@@ -15,7 +15,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,7 +23,7 @@ from dbtrain.adapters import targets
 from dbtrain.adapters.formats import diff_file, diffusers_file, kohya_file, limits, peft_folder, reading
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import Content, States, by_module, strength
-from dbtrain.adapters.formats.header import serialized
+from dbtrain.adapters.formats.header import network, serialized
 from dbtrain.adapters.formats.names import Layers, split
 from dbtrain.adapters.formats.word_file import BUNDLE
 from dbtrain.adapters.state import AdapterState
@@ -143,7 +142,8 @@ def write(
         raise ConfigError(f"OUT is '{out}', but the format {form} is {kind}; give another OUT, or --format")
     if base:
         formats.check(form, base.family, states)
-        header = {**base.family.header(base), **(about or {})}
+        kept = _kept(like.header) if isinstance(like, Source) else {}
+        header = {**kept, **base.family.header(base), **(about or {})}
         content = Content(base.family, states, base.module_names, header, base.load)
         formats.FORMATS[form].write(out, content)
         return
@@ -159,24 +159,26 @@ def write(
             files.write_atomically((out if single else out / component) / name, data)
 
 
+def _kept(header: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a file's header that a file made of it keeps: all but those about its network."""
+    return {
+        key: value
+        for key, value in header.items()
+        if key.startswith(("ss_", "modelspec.")) and not key.startswith("ss_network_")
+    }
+
+
 def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
     """The file of LoRAs under the names that another file has, whose scales are 1."""
     kohya, tensors = like.form == "kohya", dict[str, Tensor]()
     parts = kohya_file.PARTS if kohya else {}
     for component, state in states.items():
-        for name, tensor in state.tensors.items():
-            module, part = split(name)
+        for module, layer in by_module(state).items():
             start = f"{like.prefixes[component]}{module}"
-            tensors[f"{start}.{parts.get(part, part)}"] = tensor
-            if kohya and part == "lora_A.weight":
-                tensors[f"{start}.alpha"] = torch.tensor(float(len(tensor)))
-    header = {key: value for key, value in like.header.items() if key.startswith(("ss_", "modelspec."))}
-    header |= about
-    if kohya:
-        ranks = {component: state.config["r"] for component, state in states.items()}
-        rank = str(next(iter(ranks.values())))
-        header |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
-        return serialized(tensors, header)
+            tensors |= {f"{start}.{parts.get(part, part)}": tensor for part, tensor in layer.items()}
+            if kohya:
+                tensors[f"{start}.alpha"] = torch.tensor(float(len(layer["lora_A.weight"])))
+    header = _kept(like.header) | dict(about)
     if like.form == "diffusers":
         configs = {
             f"{like.prefixes[component].partition('.')[0]}.{key}": value
@@ -184,7 +186,9 @@ def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
             for key, value in state.config.items()
         }
         header[diffusers_file.METADATA] = json.dumps(configs, sort_keys=True)
-    return files.sorted_header(safetensors.torch.save(dict(sorted(tensors.items())), header))
+    else:
+        header |= network(next(iter(states.values())).config)
+    return serialized(tensors, header)
 
 
 def lora(changes: Mapping[str, Delta]) -> AdapterState:
