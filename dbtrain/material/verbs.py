@@ -182,7 +182,7 @@ def _print(text: str) -> None:
 def _size(rank: int | None, energy: float | None, dtype: str, form: str | None) -> Size:
     """The size that is asked for. Raises ConfigError for values that no option takes."""
     from dbtrain.material.fit import Size
-    from dbtrain.material.source import DTYPES, FORMS
+    from dbtrain.material.output import DTYPES, FORMS
 
     for name, value, known in (("--dtype", dtype, DTYPES), ("--format", form, FORMS)):
         if value is not None and value not in known:
@@ -208,7 +208,7 @@ def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[Source, 
 def _write(
     out: Path, changes: Any, like: Source | Base, form: str | None, dtype: str, header: dict[str, str]
 ) -> None:
-    from dbtrain.material.source import write
+    from dbtrain.material.output import write
 
     write(out, changes, like, form, dtype, header)
 

@@ -23,7 +23,8 @@ from dbtrain.config import AdapterSettings, Model
 from dbtrain.material import bake, compare, extract, info, merge
 from dbtrain.material.delta import Delta
 from dbtrain.material.fit import Size
-from dbtrain.material.source import Place, Source, write
+from dbtrain.material.output import write
+from dbtrain.material.source import DENOISER, Place, Source
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
@@ -115,10 +116,10 @@ def test_every_kind_is_the_change_that_peft_merges(tmp_path: Path, kind: str) ->
         with pytest.raises(ConfigError, match=r"is a DoRA, whose change depends .* add --base"):
             assert Source.read(path).layers
         return
-    alone = Source.read(path).layers
-    assert alone.keys() == found.keys()
-    for place, rule in alone.items():
-        assert torch.equal(rule().up, found[place].up)
+    for (component, module), rule in Source.read(path).layers.items():
+        name = base().family.denoiser if component == DENOISER else component
+        assert torch.equal(rule().up, found.pop((name, module)).up)
+    assert not found
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["alone", "with the base"])
@@ -301,7 +302,7 @@ def test_what_no_lora_holds_is_named(tmp_path: Path) -> None:
 def test_info_says_what_a_file_holds(tmp_path: Path, form: str) -> None:
     states = adapter(1, ranks={".*to_q": 2})
     found = info.info(Source.read(written(tmp_path, form, states)))
-    unet = found["parts"]["unet" if form == "peft" else "denoiser"]
+    unet = found["parts"]["denoiser"]
     total = sum(change.norm() ** 2 for (name, _), change in truth(states).items() if name == "unet") ** 0.5
     assert (unet["kind"], unet["rank"], unet["alpha"]) == ("LoRA", 4, 6)
     assert set(unet["ranks"].values()) == {2}
