@@ -19,7 +19,7 @@ from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
-PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.h5")
+PICKLES = (".bin", ".ckpt", ".pt", ".msgpack", ".h5")
 Changes = Mapping[str, Callable[[], Delta]]  # by layer
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -44,13 +44,24 @@ def bake(out: Path, base: Base, parts: Sequence[tuple[Source, float]]) -> tuple[
         shutil.copy(base.folder / "model_index.json", folder)
         for name in base.index:
             if (base.folder / name).is_dir():
-                shutil.copytree(base.folder / name, folder / name, ignore=shutil.ignore_patterns(*PICKLES))
+                kept = base.weights(name).paths if name in components else []
+                shutil.copytree(
+                    base.folder / name, folder / name, ignore=partial(_left_out, kept),
+                    copy_function=shutil.copyfile,
+                )  # fmt: skip
         for component in components:
             mine = {module: rule for (where, module), rule in changes.items() if where == component}
             _patch(base.weights(component), folder / component, mine, shapes_of(base, component))
 
     files.write_folder_atomically(out, fill)
     return len(changes), sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _left_out(kept: Sequence[Path], folder: str, names: Sequence[str]) -> list[str]:
+    """The files in a component's folder that are not copied: pickles, and variants of changed weights."""
+    chosen = {path.name for path in kept}
+    others = [name for name in names if chosen and name.endswith(".safetensors") and name not in chosen]
+    return [*others, *(name for name in names if name.endswith(PICKLES))]
 
 
 def _patch(was: WeightFiles, folder: Path, changes: Changes, modules: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,13 @@ from dbtrain.runtime import files
 KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
 # What the entries of headers say about the base, best first.
 BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "base_model_name_or_path")
+# (a layer's name, how many inputs it has) -> the models that have it, where the header does not say.
+CROSS = r".*(down|mid|up|input|middle|output)_block.*attn2[._]to_k"
+HAVE = (
+    (CROSS, 768, "Stable Diffusion 1"), (CROSS, 1024, "Stable Diffusion 2"), (CROSS, 2048, "SDXL"),
+    (r".*(double_blocks|single_transformer_blocks).*", None, "FLUX or Chroma"),
+    (r".*joint_blocks.*", None, "Stable Diffusion 3"),
+)  # fmt: skip
 SHOWN = ("ss_", "modelspec.", "sshs_")  # how the entries begin that a table shows
 WIDTH = 100  # characters of a value in a table
 
@@ -33,9 +41,10 @@ def info(source: Source) -> dict[str, Any]:
             if name := state.config.get(BASES[-1]):
                 header[BASES[-1]] = str(name)
     paths = [source.path] if source.path.is_file() else sorted(source.path.rglob(peft_folder.WEIGHTS))
+    said = next((header[key] for key in BASES if header.get(key)), None)
     return {
         "path": str(source.path), "format": source.form, "bytes": sum(path.stat().st_size for path in paths),
-        "dtypes": _dtypes(paths), "base": next((header[key] for key in BASES if header.get(key)), None),
+        "dtypes": _dtypes(paths), "base": said or _base_by_layers(source),
         "parts": {name: _part(state) for name, state in source.states.items()},
         "words": list(source.words), "header": dict(sorted(header.items())),
     }  # fmt: skip
@@ -48,6 +57,16 @@ def _dtypes(paths: list[Path]) -> list[str]:
         with safe_open(path, "pt") as file:
             found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
     return [name for name, _ in found.most_common()]
+
+
+def _base_by_layers(source: Source) -> str | None:
+    """The models that have a layer of the adapter."""
+    for state in source.states.values():
+        for module, layer in by_module(state).items():
+            for pattern, inputs, models in HAVE:
+                if re.fullmatch(pattern, module) and inputs in (None, delta_of(layer, 1.0).down.shape[1]):
+                    return f"{models}, by its layers"
+    return None
 
 
 def _part(state: AdapterState) -> dict[str, Any]:

@@ -249,6 +249,7 @@ def test_a_baked_base_is_the_pipeline_with_its_adapters(tmp_path: Path) -> None:
 def test_baking_keeps_dtypes_and_every_other_byte(tmp_path: Path) -> None:
     half = tmp_path / "half"
     DiffusionPipeline.from_pretrained(base().folder, dtype=torch.bfloat16).save_pretrained(half)
+    (half / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch(), (half / "unet" / "a.bin").touch()
     its = Base.find(Model(path=str(half)))
     states = adapter(1, text=False)
     source = Source.read(written(tmp_path / "a", "peft", states), its)
@@ -262,7 +263,7 @@ def test_baking_keeps_dtypes_and_every_other_byte(tmp_path: Path) -> None:
         expected = (tensor.double() + wanted[name].double()).bfloat16() if name in wanted else tensor
         torch.testing.assert_close(now[name], expected, atol=0, rtol=2**-7)
     for path in half.rglob("*"):
-        if path.is_file() and "unet/diffusion" not in str(path):
+        if path.is_file() and (path.parent.name != "unet" or path.suffix == ".json"):
             assert (tmp_path / "baked" / path.relative_to(half)).read_bytes() == path.read_bytes()
 
 
@@ -313,6 +314,22 @@ def test_info_says_what_a_file_holds(tmp_path: Path, form: str) -> None:
     if form == "kohya":
         assert found["base"] == "stable-diffusion-v1/lora"
     assert json.loads(info.as_json(found)) == found
+
+
+def test_the_base_is_known_by_its_layers_too(tmp_path: Path) -> None:
+    layers = {
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k": (2048, "SDXL, by its layers"),
+        "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k": (
+            768,
+            "Stable Diffusion 1, by its layers",
+        ),
+        "diffusion_model.double_blocks.0.img_attn.qkv": (64, "FLUX or Chroma, by its layers"),
+        "transformer.layers.0.attention.to_q": (64, None),
+    }
+    for module, (inputs, said) in layers.items():
+        tensors = {"lora_down.weight": torch.ones(2, inputs), "lora_up.weight": torch.ones(8, 2)}
+        save_file({f"{module}.{part}": t for part, t in tensors.items()}, tmp_path / "it.safetensors")
+        assert info.info(Source.read(tmp_path / "it.safetensors"))["base"] == said
 
 
 def test_the_commands(tmp_path: Path) -> None:
