@@ -69,15 +69,15 @@ def test_the_table_has_a_line_for_each_subject_and_totals() -> None:
 
 
 def test_the_bar_shows_states_steps_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a resume at step 100, with a start that takes ten minutes, and slots that are empty at the end."""
+    """After a resume, with a start that takes ten minutes, and slots that are empty at the end."""
     now = 0.0
     monkeypatch.setattr(pace, "clock", lambda: now)
     fleet = FLEET.changed("dog", state="training", step=100).changed("cat", state="training", step=100)
     with closing(status.Bar(fleet, 1)) as bar:
         shown = bar.bar.format_dict
         assert (shown["n"], shown["total"], shown["left"]) == (200, 1100, "? left")
-        for now, step in ((600.0, 101), (602.0, 102), (605.0, 102), (622.0, 112)):
-            fleet = fleet.changed("dog", step=step).changed("cat", step=step)
+        for at, step in ((600.0, 101), (602.0, 102), (605.0, 102), (622.0, 112)):
+            now, fleet = at, fleet.changed("dog", step=step).changed("cat", step=step)
             bar.show(fleet)
         shown = bar.bar.format_dict
         assert (shown["n"], shown["prefix"]) == (224, "fleet (1 waiting, 2 training): ")
