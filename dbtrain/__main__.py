@@ -188,9 +188,7 @@ def fleet(
 def sample(
     config: ConfigPath,
     overrides: Overrides = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="instead of sample.prompts; may be repeated")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="for sample.prompts; may be repeated")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -236,18 +234,19 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, finished or not")],
     out: Annotated[Path | None, typer.Option(help="HTML file (default: in the first folder)")] = None,
-    crops: Annotated[
-        int, typer.Option(min=0, help="show at most this many stored crops; 0 skips loading the VAE")
-    ] = 64,
+    crops: Annotated[int, typer.Option(min=0, help="most stored crops to show; 0 loads no VAE")] = 64,
+    serve: Annotated[bool, typer.Option("--serve", help="show it in a browser, up to date")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="with --serve; 0 takes any")] = 6017,
 ) -> None:
     """Write one HTML page about one or more runs: curves, images, scores, data, settings."""
     start.say("report", ", ".join(map(str, runs)))
     with importing(at_start=True):
-        from dbtrain.report import report as verb
+        from dbtrain.report import live, report
         from dbtrain.runtime import console
 
     console.start()
-    print(f"report: {verb.report(runs, out, crops)}")
+    for place in live.serve(runs, port) if serve else [report.report(runs, out, crops)]:
+        print(f"report: {place}", flush=True)
 
 
 @app.command()
