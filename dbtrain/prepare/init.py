@@ -10,7 +10,8 @@ from pathlib import Path
 import dbtrain
 from dbtrain.config.loading import read_yaml
 from dbtrain.config.template import filled
-from dbtrain.data import photo_files
+from dbtrain.data import photo_files, sizes
+from dbtrain.data.sizes import Size
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, printable
 
@@ -41,7 +42,8 @@ def init(name: str, photos: Path, base: str, word: str | None = None) -> Iterato
         raise ConfigError(f"--base is '{base}'; choose from {', '.join(examples())}")
     if config.exists():
         raise ConfigError(f"{config} already exists; choose another NAME, or delete the file")
-    sides = short_sides(photos)
+    found = sizes_of(photos)
+    sides = {path: min(size) for path, size in found.items()}
     what = photos.resolve().name if word is None else word
     if not WORD.fullmatch(what):
         given = f"--word is '{what}'" if word is not None else f"the folder is called '{what}'"
@@ -60,6 +62,10 @@ def init(name: str, photos: Path, base: str, word: str | None = None) -> Iterato
             "train.steps": steps,
         },
     )
+    cut = sum(sizes.kept(*size, Size.square(resolution)) < sizes.KEPT for size in found.values())
+    if cut:  # else the setting would change nothing
+        line = f"buckets: true # {_count(cut, 'photo')} cut by squares"
+        text = re.sub(r"^( *)resolution: .*$", rf"\g<0>\n\1{line}", text, count=1, flags=re.M)
     if what[0].lower() in "aeiou":
         text = text.replace("a {class}", "an {class}")
     command = shlex.join(["dbtrain", "init", name, str(photos), "--base", base, "--word", what])
@@ -86,24 +92,24 @@ def shipped(name: str) -> Path:
     return package / name if (package / name).is_dir() else package.parent / name
 
 
-def short_sides(folder: Path) -> dict[Path, int]:
-    """Short side of each photo in a folder, px. Raises ConfigError if there are none, or unreadable ones."""
+def sizes_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """(height, width) of each photo, px. Raises ConfigError if there are none, or unreadable ones."""
     if not folder.is_dir():
         raise ConfigError(f"PHOTOS is '{folder}', which is not a directory")
     if not str(folder).isprintable():
         raise ConfigError(f"PHOTOS is {str(folder)!r}, which YAML cannot hold; rename the folder")
-    sides: dict[Path, int] = {}
+    found: dict[Path, tuple[int, int]] = {}
     problems: list[str] = []
     for path in photo_files.listing(folder).photos:
         try:
-            sides[path] = min(photo_files.size(path))
+            found[path] = photo_files.size(path)
         except ConfigError as problem:
             problems += problem.problems
     if problems:
         raise ConfigError(*problems)
-    if not sides:
+    if not found:
         raise ConfigError(f"PHOTOS: {photo_files.no_photos(folder)}")
-    return sides
+    return found
 
 
 def describe(sides: dict[Path, int], resolution: int) -> list[str]:

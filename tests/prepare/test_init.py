@@ -94,7 +94,7 @@ def test_a_photo_on_its_side_counts_by_its_short_side_and_other_files_do_not_cou
     Path("photos/dog/notes.txt").write_text("not a photo")
     Path("photos/dog/.hidden.jpg").write_text("not a photo")
     Path("photos/dog/more.jpg").mkdir()
-    assert list(verb.short_sides(Path("photos/dog")).values()) == [1100] * 3 + [48] * 2
+    assert [min(size) for size in verb.sizes_of(Path("photos/dog")).values()] == [1100] * 3 + [48] * 2
 
 
 @pytest.mark.parametrize(
@@ -197,3 +197,14 @@ def test_init_imports_no_torch() -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "{'pydantic'}", done.stderr
+
+
+def test_photos_keep_their_shapes_if_squares_would_cut_them(tmp_path: Path) -> None:
+    for name, size in {"square": (300, 290), "wide": (480, 270)}.items():
+        (tmp_path / name).mkdir()
+        draw_photo(tmp_path / name / "0.png", 0, size)
+        list(verb.init(name, tmp_path / name, "sdxl", "dog"))
+        text = (Path("configs") / f"{name}.yaml").read_text()
+        cfg = Config.load(Path("configs") / f"{name}.yaml")
+        assert cfg.prepare and cfg.prepare.buckets is (name == "wide")
+        assert text.count("  buckets: true # 1 photo cut by squares\n") == (name == "wide")
