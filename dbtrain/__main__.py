@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import dbtrain
+from dbtrain.material import verbs
 from dbtrain.runtime import exit_codes, files, preemption, start
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
@@ -25,6 +26,7 @@ app = typer.Typer(
     help=dbtrain.__doc__,
     epilog="Example: torchrun --nproc-per-node 4 -m dbtrain run configs/dog.yaml train.steps=800",
 )
+app.add_typer(verbs.app, name="adapter")
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file that describes the subject")]
 Overrides = Annotated[
     list[str] | None,
@@ -53,6 +55,11 @@ def _load(
     return cfg
 
 
+def _print(lines: Iterable[str]) -> list[str]:
+    """Print lines as they come; return all of them."""
+    return [line for line in lines if not print(line, flush=True)]
+
+
 @app.command()
 def init(
     name: Annotated[str, typer.Argument(metavar="NAME", help="name of the config, the run, and the shards")],
@@ -63,8 +70,7 @@ def init(
     """Write a config for a folder of photos and copy the launch scripts."""
     from dbtrain.prepare import init as verb
 
-    for line in verb.init(name, photos, base, word):
-        print(line)
+    _print(verb.init(name, photos, base, word))
 
 
 @app.command()
@@ -182,9 +188,7 @@ def fleet(
 def sample(
     config: ConfigPath,
     overrides: Overrides = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="instead of sample.prompts; may be repeated")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="for sample.prompts; may be repeated")] = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -223,26 +227,26 @@ def evaluate(
     with importing(at_start=True):
         from dbtrain.evaluate import evaluate as verb
 
-    for line in verb.checkpoints(cfg) if checkpoints else verb.evaluate(cfg, beside):
-        print(line, flush=True)
+    _print(verb.checkpoints(cfg) if checkpoints else verb.evaluate(cfg, beside))
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, finished or not")],
     out: Annotated[Path | None, typer.Option(help="HTML file (default: in the first folder)")] = None,
-    crops: Annotated[
-        int, typer.Option(min=0, help="show at most this many stored crops; 0 skips loading the VAE")
-    ] = 64,
+    crops: Annotated[int, typer.Option(min=0, help="most stored crops to show; 0 loads no VAE")] = 64,
+    serve: Annotated[bool, typer.Option("--serve", help="show it in a browser, up to date")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="with --serve; 0 takes any")] = 6017,
 ) -> None:
     """Write one HTML page about one or more runs: curves, images, scores, data, settings."""
     start.say("report", ", ".join(map(str, runs)))
     with importing(at_start=True):
-        from dbtrain.report import report as verb
+        from dbtrain.report import live, report
         from dbtrain.runtime import console
 
     console.start()
-    print(f"report: {verb.report(runs, out, crops)}")
+    for place in live.serve(runs, port) if serve else [report.report(runs, out, crops)]:
+        print(f"report: {place}", flush=True)
 
 
 @app.command()
@@ -261,19 +265,15 @@ def doctor(
         with importing(at_start=True):
             from dbtrain.doctor import reproducibility
 
-        for row in reproducibility.table(cfg):
-            print(row, flush=True)
+        _print(reproducibility.table(cfg))
         return
     ranks_here = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if ranks_here != "1" and not start.is_main():
         return  # one process reports
     from dbtrain.doctor import doctor as verb
 
-    failed = False
-    for line in verb.table(verb.check(config, overrides or (), ranks, gib, memory, dry_run)):
-        print(line, flush=True)
-        failed |= line.startswith("error ")
-    if failed:
+    lines = _print(verb.table(verb.check(config, overrides or (), ranks, gib, memory, dry_run)))
+    if any(line.startswith("error ") for line in lines):
         raise typer.Exit(2)
 
 
@@ -290,8 +290,7 @@ def config(
     if key is None:
         print(cfg.dump(), end="")
         return
-    value = cfg.get(key)
-    print(files.expand(value) if key == "run_dir" else value)  # scripts look into it
+    print(files.expand(cfg.run_dir) if key == "run_dir" else cfg.get(key))  # scripts look into it
 
 
 @app.callback(invoke_without_command=True)

@@ -51,7 +51,7 @@ TOKENS = 32
 WIDTH = 64  # of every text encoder
 
 
-def _words() -> CLIPTokenizer:
+def clip_words() -> CLIPTokenizer:
     """The same words for every base: what BPE learns differs by chance where two pairs are as frequent."""
 
     def fill(folder: Path) -> None:
@@ -120,7 +120,7 @@ def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
     """
 
     def fill(folder: Path) -> None:
-        words = _words()
+        words = clip_words()
         with rng.seeded("tests", "sd"):
             components = {
                 "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
@@ -137,12 +137,12 @@ def sdxl(slim: bool = False) -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
 
     def fill(folder: Path) -> None:
-        words = _words()
+        words = clip_words()
         with rng.seeded("tests", "sdxl"):
             components = {
                 "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)),
                 "text_encoder_2": CLIPTextModelWithProjection(_clip(words, layers=3)),
-                "tokenizer": words, "tokenizer_2": _words(), "scheduler": _noise(),
+                "tokenizer": words, "tokenizer_2": clip_words(), "scheduler": _noise(),
                 "unet": _unet(
                     cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
                     projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SLIM if slim else {},
@@ -326,7 +326,7 @@ def flux1(heads: int = 2) -> Path:
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "flux1"):
-            words = _words()
+            words = clip_words()
             components = {
                 "vae": _vae(**FLUX_VAE), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
                 **_t5("_2"), "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
@@ -366,13 +366,13 @@ def sd3(with_t5: bool = True) -> Path:
 
     def fill(folder: Path) -> None:
         with rng.seeded("tests", "sd3"):
-            words = _words()
+            words = clip_words()
             t5 = _t5("_3", 2 * WIDTH) if with_t5 else {"tokenizer_3": None, "text_encoder_3": None}
             components = {
                 "vae": _vae(latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609),
                 "text_encoder": CLIPTextModelWithProjection(_clip(words)), "tokenizer": words,
                 "text_encoder_2": CLIPTextModelWithProjection(_clip(words, layers=3)),
-                "tokenizer_2": _words(), **t5, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+                "tokenizer_2": clip_words(), **t5, "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
                 "transformer": SD3Transformer2DModel(
                     sample_size=8, num_layers=2, attention_head_dim=16, num_attention_heads=2,
                     joint_attention_dim=2 * WIDTH, caption_projection_dim=32, pos_embed_max_size=8,

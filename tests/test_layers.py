@@ -21,7 +21,7 @@ FLOORS = [
     {"data"},
     {"models"},
     {"adapters", "prepare"},
-    {"sample", "tiny"},
+    {"material", "sample", "tiny"},
     {"evaluate"},
     {"train"},
     {"export", "report"},

@@ -141,6 +141,8 @@ def test_every_command_runs(
         assert int(rows["of the subject's images in the requested place"]) >= 75
     elif line.startswith("dbtrain report"):  # of the runs that the commands above left
         assert (checkout / verb(line, checkout).strip().removeprefix("report: ")).is_file()
+    elif line.startswith("dbtrain adapter"):
+        verb(line.replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "tiny"), checkout)
     elif line.startswith("dbtrain init"):
         shell(line, checkout)
     elif line.startswith("bash launch/torchrun.sh run configs/sd15.yaml"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dbtrain.adapters import targets, tokens
-from dbtrain.adapters.state import MAGNITUDE, AdapterState, patterns
+from dbtrain.adapters.state import MAGNITUDE, AdapterState, patterns, plain
 from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
 from dbtrain.models.block_swap import stored
 from dbtrain.runtime import rng
@@ -195,10 +194,12 @@ def collect(module: nn.Module) -> AdapterState:
         if name in mine
     }
     assert not any("_orig_mod." in name or "module." in name for name in tensors)
-    peft_config: Any = module.peft_config
-    config = peft_config[NAME].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])
-    return AdapterState(tensors, json.loads(json.dumps(config, default=list)))
+    return AdapterState(tensors, config_of(module))
+
+
+def config_of(module: Any) -> dict[str, Any]:
+    """The PEFT config of a component's adapter, as JSON-serializable values."""
+    return plain(module.peft_config[NAME].to_dict())
 
 
 # The settings that the shapes and the strength of an adapter depend on. A file's other settings are for

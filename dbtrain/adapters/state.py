@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,12 @@ class AdapterState:
         keys = ("peft_type", "r", "lora_alpha", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
         strength = {key: self.config.get(key) or None for key in keys}
         return strength | {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A PEFT config as JSON-serializable values, its modules in order."""
+    found = {**config, "target_modules": sorted(config["target_modules"])}
+    return dict(json.loads(json.dumps(found, default=list)))
 
 
 def patterns(values: Mapping[str, float], usual: float) -> dict[str, float]:

@@ -83,6 +83,11 @@ class Token(Section):
 
 
 class Adapter(AdapterSettings):
+    start: Text | None = Field(
+        None,
+        description="adapter to go on training, of any format that is read: a file, PEFT's folder, or a run "
+        "folder; its layers must be those of this adapter, its rank and alpha need not",
+    )
     text_encoder: AdapterSettings | None = Field(
         None,
         description="adapter for the text encoders (of FLUX.1 and SD 3: the CLIPs); null: they stay frozen",

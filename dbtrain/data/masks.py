@@ -25,8 +25,21 @@ SHAPE = 0.02  # tolerated difference of two aspect ratios
 def file_of(photo: Path) -> Path | None:
     """The file with the mask of a photo; None if there is none."""
     paths = [photo.with_name(photo.stem + end) for end in MASKS]
-    paths.append(photo.parent / FOLDER / f"{photo.stem}.png")
+    paths.append(own_file(photo))
     return next((path for path in paths if path.is_file()), None)
+
+
+def own_file(photo: Path) -> Path:
+    """Where a mask is that was made for a photo."""
+    return photo.parent / FOLDER / f"{photo.stem}.png"
+
+
+def is_there(photo: Path) -> bool:
+    """Whether a photo has a mask, or is transparent in parts."""
+    if file_of(photo):
+        return True
+    with opened(photo) as picture:
+        return picture.has_transparency_data
 
 
 def key_of(photo: Path) -> str:

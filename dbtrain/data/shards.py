@@ -8,8 +8,7 @@ manifests never share a file name for different content.
 from __future__ import annotations
 
 import io
-import tarfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,10 +16,10 @@ import safetensors.torch
 import torch
 import webdataset as wds
 from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr, ValidationError, field_validator
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dbtrain.config.base import Names, Natural, Section, SizeText, listed
+from dbtrain.data import tars
 from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import files
@@ -34,9 +33,6 @@ MASK = "mask"  # the tensor of rows that have one, (1, H, W) uint8: 255 is the s
 EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
-PARTS = ("safetensors", "json")  # members of a row in a tar
-# What reading a tar raises; its numbers can be too large, and its headers nested.
-BROKEN = (tarfile.TarError, SafetensorError, ValueError, LookupError, ArithmeticError, RecursionError)
 DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.uint8}  # of stored tensors
 Pair = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(listed)]
@@ -247,9 +243,9 @@ def read(
             Row(
                 dict(sorted(safetensors.torch.load(tensors).items())), files.json_object(text, "a row's JSON")
             )
-            for tensors, text in _samples(data, len(shard.keys))
+            for tensors, text in tars.members(data, len(shard.keys))
         ]
-    except BROKEN as error:
+    except tars.BROKEN as error:
         raise ConfigError(f"shard {path} cannot be read: {reason(error)}; {CURE}") from error
     if [row.meta.get("key") for row in rows] != list(shard.keys):
         raise ConfigError(f"shard {path} does not match the rows in the manifest; {CURE}")
@@ -259,30 +255,6 @@ def read(
             if problem := _row_problem(row, manifest, shape, stored):
                 raise ConfigError(f"shard {path}: row {row.meta['key'][:16]} has {problem}; {CURE}")
     return rows
-
-
-def _samples(data: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
-    """The two members of each row of a tar, in its order. Nothing is decompressed, decoded or expanded.
-
-    Other members are not read. Raises ValueError, or what tarfile raises, for more than `most` rows.
-    """
-    found: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        for member in tar:
-            key, _, part = member.name.partition(".")
-            row = found.setdefault(key, {})
-            if part not in PARTS:
-                continue
-            file = tar.extractfile(member) if member.isreg() and not member.issparse() else None
-            if file is None or not 0 <= member.size <= len(data):
-                raise ValueError(f"its member '{member.name[:60]}' is not a plain file")
-            if part in row or len(found) > most:
-                raise ValueError(f"its member '{member.name[:60]}' is one too many")
-            row[part] = file.read()
-    for key, row in found.items():
-        if len(row) < len(PARTS):
-            raise ValueError(f"row '{key[:60]}' lacks its {min(set(PARTS) - row.keys())}")
-        yield row["safetensors"], row["json"]
 
 
 def _row_problem(row: Row, manifest: Manifest, shape: tuple[int, ...], stored: Collection[str]) -> str | None:

@@ -21,6 +21,7 @@ from dbtrain.models.pretrained import Pretrained
 from dbtrain.prepare import images
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import training_adapter
 
 TOY_SIDE = 64  # px of the images that the embedded base was trained on
@@ -47,6 +48,11 @@ def model(case: Case) -> Iterator[Finding]:
     few_steps = case.cfg.model.training_adapter
     found += problems_of(lambda: base.check_trains(case.cfg.adapter, few_steps), "use another base")
     found += _training_adapter(base, case.cfg.model)
+    if case.cfg.adapter.start and not RunFolder(case.cfg.run_dir).checkpoints():
+        from dbtrain.train import start_adapter  # loads PEFT
+
+        cure = "use an adapter of this base, on the layers of this one"
+        found += problems_of(lambda: start_adapter.check(base, case.cfg), cure)
     for name in base.family.text_encoders.values():
         cure = f"copy the vocabulary of {name} into that folder"
         found += problems_of(lambda name=name: base.check_vocabulary(name), cure)  # type: ignore[misc]

@@ -117,7 +117,9 @@ def _shapes(case: Case, photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -
 def _masks(paths: list[Path], cfg: Prepare) -> Iterator[Finding]:
     """How much of the photos is subject, and photos whose mask is missing, or shows nothing."""
     shares: dict[str, float] = {}
-    for path in paths if cfg.mask is True else ():
+    for path in paths if cfg.mask else ():
+        if cfg.mask == "auto" and not masks.is_there(path):
+            continue  # prepare makes it
         try:
             shares[path.name] = float(np.asarray(masks.load(path)).mean()) / 255
         except ConfigError as problem:
@@ -127,6 +129,8 @@ def _masks(paths: list[Path], cfg: Prepare) -> Iterator[Finding]:
         yield warning(f"masks that are black: {listed(empty)}", "paint the subject white")
     if full := [name for name, share in shares.items() if share > 1 - SOME]:
         yield warning(f"masks that are white all over: {listed(full)}", "paint what is not the subject black")
+    if cfg.mask == "auto" and (count := len(paths) - len(shares)):
+        yield ok(f"{count} masks to make, in the folder '{masks.FOLDER}' of the photos")
     if shares:
         yield ok(f"masks over {min(shares.values()):.0%} to {max(shares.values()):.0%} of the photos")
 

@@ -19,12 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from dbtrain.config import Evaluation
-from dbtrain.models import safety
-from dbtrain.models.locate import hush
+from dbtrain.models import others
 from dbtrain.runtime import dist, files, hashing
-from dbtrain.runtime.errors import ConfigError, reason
+from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
-from dbtrain.runtime.imports import importing
 
 # Both were published as pickles; these commits by the Hub's own conversion bot add safetensors.
 DINO = "facebook/dino-vits16@a7a4d161f5c0bd70478c05ca5777ec7cd8848021"
@@ -34,6 +32,7 @@ VIT = {  # model_type of a DINO -> its class
     "vit": "ViTModel", "deit": "DeiTModel", "dinov2": "Dinov2Model", "dinov3_vit": "DINOv3ViTModel",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
 }  # fmt: skip
+FETCH = "run dbtrain fetch --scoring"  # downloads them
 LARGEST = 4096  # px, of an encoder's input
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of each channel
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -85,26 +84,8 @@ class Encoder:
 
     def load(self) -> Any:
         """The model in fp32, frozen, on this rank's device. Raises ConfigError if weights are missing."""
-        with importing():
-            import transformers
-
-            build = getattr(transformers, self.kind)
-        hush()
-        try:
-            model, info = build.from_pretrained(
-                self.folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
-                trust_remote_code=False,
-            )  # fmt: skip
-        except Exception as error:  # the library can raise anything for a broken folder
-            raise ConfigError(f"cannot load {self.setting} ({self.name}): {reason(error)}") from error
         # The pooler is an untrained layer on top of DINO's embedding, and unused here.
-        keys = map(str, [*info["missing_keys"], *info["mismatched_keys"]])
-        if missing := sorted(key for key in keys if not key.startswith("pooler.")):
-            raise ConfigError(
-                f"{self.setting} ({self.name}) is not a {self.kind}: {len(missing)} weights are missing or "
-                f"of another shape, e.g. {missing[0]}"
-            )
-        return model.requires_grad_(False).eval().to(dist.device())
+        return others.load(self.folder, self.kind, f"{self.setting} ({self.name})", unused=("pooler.",))
 
 
 def of(cfg: Evaluation, download: bool = True) -> tuple[Encoder, Encoder]:
@@ -114,7 +95,7 @@ def of(cfg: Evaluation, download: bool = True) -> tuple[Encoder, Encoder]:
 
 def dino(name: str, download: bool = True) -> Encoder:
     """A DINO encoder, with its authors' preprocessing: resize to 8/7 of the crop (256 and 224 px)."""
-    folder = _find(name, "evaluation.dino", download)
+    folder = others.find(name, "evaluation.dino", download, FETCH)
     processor, model = _processor(folder), files.read_json(folder / "config.json")
     kind = VIT.get(str(model.get("model_type")))
     if not kind or not isinstance(model.get("image_size"), int):
@@ -129,7 +110,7 @@ def dino(name: str, download: bool = True) -> Encoder:
 
 def clip(name: str, download: bool = True) -> Encoder:
     """A CLIP encoder, with the preprocessing of its own image processor (both sizes are 224 px)."""
-    folder = _find(name, "evaluation.clip", download)
+    folder = others.find(name, "evaluation.clip", download, FETCH)
     processor, model = _processor(folder), files.read_json(folder / "config.json")
     if model.get("model_type") != "clip":
         raise ConfigError(f"evaluation.clip: '{name}' is a {model.get('model_type')}, not a CLIP")
@@ -156,12 +137,7 @@ def clip_images_and_texts(
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Sequence[str]], Tensor]]:
     """Functions from pixels, (B, 3, s, s), and from texts to unit vectors in CLIP's joint space, (B, D)."""
     model = encoder.load()
-    with importing():
-        from transformers import CLIPTokenizer
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(encoder.folder, trust_remote_code=False)
-    except Exception as error:  # the library can raise anything for a broken vocabulary
-        raise ConfigError(f"cannot read the vocabulary of {encoder.name}: {reason(error)}") from error
+    tokenizer = others.clip_words(encoder.folder, encoder.name)
     longest = model.config.text_config.max_position_embeddings
 
     # Not get_image_features, whose return type changed within transformers 5.
@@ -188,42 +164,6 @@ def embed(paths: Sequence[Path], load: Callable[[Path], Image.Image], view: View
 
 def _unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors.float(), dim=-1)
-
-
-def _find(name: str, setting: str, download: bool) -> Path:
-    """The model folder: `name` itself, or the Hub id `name` in the cache, optionally with `@REVISION`."""
-    folder = files.expand(name)
-    if not folder.is_dir():
-        folder = _from_hub(name, setting, download)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{setting}: '{name}' has no config.json in {folder}")
-    if not any(folder.glob("model*.safetensors")):
-        raise ConfigError(
-            f"{setting}: '{name}' has no safetensors, and pickles can run code when loaded; "
-            "use another model, or a revision that has them, as NAME@REVISION"
-        )
-    safety.check_folder(folder, setting)
-    return folder
-
-
-def _from_hub(name: str, setting: str, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = name.partition("@")
-    wanted = ["*.json", "*.txt", "model*.safetensors"]
-    try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=wanted, local_files_only=not download
-            )
-        )
-    except Exception as error:  # the Hub client raises dozens of types
-        if not download:
-            raise ConfigError(f"{setting}: '{name}' is not here; run dbtrain fetch --scoring") from error
-        raise ConfigError(
-            f"{setting}: '{name}' is neither a local folder nor a model that could be downloaded from the "
-            f"Hub: {reason(error)}"
-        ) from error
 
 
 def _short(name: str) -> str:

@@ -7,10 +7,11 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dbtrain.adapters.formats import peft_folder, word_file
+from dbtrain.adapters.formats import kohya_file, peft_folder, word_file
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States
 from dbtrain.adapters.tokens import Words
@@ -19,7 +20,7 @@ from dbtrain.export.model_card import card
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
+from dbtrain.runtime.run_folder import PREVIEW, SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
 from dbtrain.train import checkpoint
 
 DATE = "SOURCE_DATE_EPOCH"  # environment variable
@@ -110,11 +111,21 @@ def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, st
     found = {**base.family.header(base), "modelspec.sai_model_spec": "1.0.0"}
     if step is None:
         return found
+    side = cfg.prepare.resolution if cfg.prepare else None
     prompts = [one.prepare.instance_prompt for one in cfg.each_subject() if one.prepare]
     found |= {
         "ss_output_name": name, "modelspec.title": name, "ss_sd_model_name": Path(base.name).name,
-        "ss_steps": str(step), "modelspec.implementation": "diffusers",
+        "ss_steps": str(step), "ss_max_train_steps": str(cfg.train.steps), "ss_seed": str(cfg.seed),
+        "ss_total_batch_size": str(cfg.train.global_batch), "ss_optimizer": cfg.optim.name,
+        "modelspec.implementation": "diffusers",
     }  # fmt: skip
+    if side:
+        found |= {"ss_resolution": f"({side}, {side})", "modelspec.resolution": f"{side}x{side}"}
+    if cfg.hub.license:
+        found["modelspec.license"] = cfg.hub.license
+    times = cfg.loss.timesteps
+    if (times.low, times.high) != (0, 1):
+        found["modelspec.timestep_range"] = f"{times.low * 1000:.0f},{times.high * 1000:.0f}"
     if prompts:  # triggers for lists of tags, which count them by folder
         found |= {
             "modelspec.trigger_phrase": ", ".join(prompts),
@@ -129,9 +140,12 @@ def _date() -> dict[str, str]:
     https://reproducible-builds.org/specs/source-date-epoch/
     """
     seconds = os.environ.get(DATE)
-    if seconds and not re.fullmatch(r"[0-9]{1,12}", seconds):
+    if seconds and not re.fullmatch(r"[0-9]{1,11}", seconds):
         raise ConfigError(f"{DATE} is '{seconds}', not seconds since 1970; unset it, or use e.g. 1767225600")
-    return {"ss_training_started_at": seconds} if seconds else {}
+    if not seconds:
+        return {}
+    date = datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return {"ss_training_started_at": seconds, "modelspec.date": date}
 
 
 def finish(cfg: Config, held: bool = False) -> None:
@@ -152,7 +166,10 @@ def finish(cfg: Config, held: bool = False) -> None:
 
 
 def show(cfg: Config, sheet: Path | None) -> None:
-    """Copy a contact sheet into the run's export and show it in the model card."""
+    """Copy a contact sheet into the run's export and show it in the model card.
+
+    Beside a file that is named like the run, put one of its images where programs look for a preview.
+    """
     changed, run = False, RunFolder(cfg.run_dir)
     with dist.agreed():
         copy = run.export / SAMPLES
@@ -160,12 +177,21 @@ def show(cfg: Config, sheet: Path | None) -> None:
             changed = not copy.is_file() or copy.read_bytes() != sheet.read_bytes()
             if changed:
                 files.write_atomically(copy, sheet.read_bytes())
+            _write_preview(run, sheet.parent)
     if dist.from_main(changed):
         base = Base.find(cfg.model)
         states, words, state = _trained(cfg, run, base, None)
         with dist.agreed():
             if dist.is_main():
                 _write_card(cfg, base, states, words, state, run.export, name_of(run.path))
+
+
+def _write_preview(run: RunFolder, images: Path) -> None:
+    """Copy the first image that the adapter made, if there is a file that programs show it beside."""
+    name = name_of(run.path)
+    made = sorted(images.glob("01-00-seed*.png"))
+    if made and (run.export / kohya_file.FILE.format(name=name)).is_file():
+        files.write_atomically(run.export / PREVIEW.format(name=name), made[0].read_bytes())
 
 
 def _done(cfg: Config) -> str:

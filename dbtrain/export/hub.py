@@ -8,7 +8,7 @@ from pathlib import Path
 from dbtrain.config import Config
 from dbtrain.runtime import console, dist
 from dbtrain.runtime.errors import ConfigError, reason
-from dbtrain.runtime.run_folder import SAMPLES, RunFolder, name_of
+from dbtrain.runtime.run_folder import PREVIEW, SAMPLES, RunFolder, name_of
 
 
 def push(cfg: Config, folder: Path | None = None, adapter: Path | None = None) -> str | None:
@@ -56,6 +56,7 @@ def uploaded(folder: Path, name: str) -> list[Path]:
         *folder.glob(f"{word_file.FOLDER}/*.safetensors"),
         folder / "README.md",
         folder / SAMPLES,
+        folder / PREVIEW.format(name=name),
     ]
     return [path.relative_to(folder) for path in sorted([*peft, *found]) if path.is_file()]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
@@ -145,11 +145,14 @@ class Work:
             return
         runs = [(cfg, Inputs.find(cfg, self.base)) for cfg in cfgs]  # all: they shape the slots
         console.say(f"{len(runs)} subjects, {self.slots} at once on each of {self.world} ranks")
-        try:
-            many.train(slots.Slots(self.slots, *zip(*runs, strict=True)), self._take, self._ended, self._look)
-        finally:
-            while self.held:
-                self.held.popitem()[1].release()
+        model = slots.Slots(self.slots, *zip(*runs, strict=True))
+        with closing(status.Bar(self._status(), self.world)) as self.bar:
+            try:
+                many.train(model, self._take, self._ended, self._look)
+            finally:
+                while self.held:
+                    self.held.popitem()[1].release()
+            self.bar.show(self._status())
 
     def evaluate(self) -> None:
         """Score this rank's share of the adapters that have no scores yet."""
@@ -268,19 +271,23 @@ class Work:
                 if entry.problem:
                     self._fail(entry.name, ConfigError(entry.problem))
         if self.rank == 0:
-            self.write_status()
+            self.bar.show(self.write_status())
 
     def write_status(self) -> Status:
-        """Write where each subject stands."""
+        """Write where each subject stands, and return it."""
+        self.status = self._status()
+        self.status.write(self.folder)
+        return self.status
+
+    def _status(self) -> Status:
+        """Where each subject stands."""
         known = {one.name: one for one in self.status.subjects}
         subjects = []
         for name, entry in self.entries.items():
             steps = entry.cfg.train.steps if entry.cfg else 0
             one = known.get(name) or Subject(name, name, steps)
             subjects.append(one.changed(steps=steps, **status.found(self.folder / name)))
-        self.status = Status(self.slots, tuple(subjects))
-        self.status.write(self.folder)
-        return self.status
+        return Status(self.slots, tuple(subjects))
 
 
 def _name(cfg: Config) -> str:

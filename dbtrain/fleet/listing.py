@@ -25,6 +25,7 @@ ALIASES = {
     "name": "subject.name", "photos": "prepare.photos", "token": "subject.token",
     "class": "subject.class_word", "class_word": "subject.class_word", "prompt": "prepare.instance_prompt",
     "class_prompt": "prepare.class_prompt", "steps": "train.steps", "rank": "adapter.rank", "lr": "optim.lr",
+    "start": "adapter.start",
 }  # fmt: skip
 # The settings that may differ. They change neither the shapes nor the forward pass of a batch that subjects
 # share, and none of their folders: those are named by the subject.
@@ -33,10 +34,11 @@ MAY_DIFFER = (
     "prepare.photos", "prepare.instance_prompt", "prepare.captions", "prepare.class_prompt",
     "prepare.class_dir", "prepare.crop", "prepare.variants", "prepare.flip",
     "adapter.rank", "adapter.alpha", "adapter.text_encoder.rank", "adapter.text_encoder.alpha",
+    "adapter.start",
     "optim.lr", "optim.text_encoder_lr", "optim.token_lr", "optim.schedule", "optim.warmup_steps",
     "train.steps", "validation.prompts", "sample.prompts", "evaluation.prompts", "hub.repo",
 )  # fmt: skip
-FOLDERS = ("prepare.photos", "prepare.class_dir")  # are relative to the list's folder
+PATHS = ("prepare.photos", "prepare.class_dir", "adapter.start")  # are relative to the list's folder
 # What a config may lack because each subject has its own.
 STAND_IN = {
     "subject": {"token": "sks", "class_word": "subject"},
@@ -238,7 +240,7 @@ def _own(given: Any, folder: Path) -> tuple[dict[str, Any], list[str]]:
         if key in own:
             problems.append(f"{key} is given twice; remove one")
         elif key in MAY_DIFFER:
-            own[key] = str(folder / files.expand(value)) if key in FOLDERS and value else value
+            own[key] = str(folder / files.expand(value)) if key in PATHS and value else value
         elif key in kinds():
             problems.append(f"{key} is '{value}', but all subjects of a fleet share it; set it in the config")
         else:

@@ -254,7 +254,8 @@ def _folder(cfg: Config) -> Path | None:
     """Where records for the settings of `cfg` are; None for a user without a home folder."""
     prepare = cfg.prepare
     settings = [
-        torch.__version__, cfg.model.model_dump(mode="json"), cfg.adapter.model_dump(mode="json"),
+        torch.__version__, cfg.model.model_dump(mode="json"),
+        cfg.adapter.model_dump(mode="json", exclude={"start"}),
         cfg.train.model_dump(mode="json", exclude=NOT_TRAIN), bool(cfg.loss.prior_weight),
         *([cfg.loss.prior] if cfg.loss.prior != "images" else []),
         cfg.sample.model_dump(mode="json", include=SAMPLING),

@@ -17,7 +17,7 @@ from dbtrain.data.sizes import Size, Sized
 from dbtrain.data.sources import Source
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, duration, encode, images, own_images, subjects
+from dbtrain.prepare import class_images, duration, encode, images, own_images, subject_masks, subjects
 from dbtrain.prepare.plan import Planned
 from dbtrain.prepare.task import Task, entry_of
 from dbtrain.runtime import console, dist, files, lock, pace, preemption
@@ -55,6 +55,9 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
         for number, cfg in enumerate(cfgs):
             with states.trying(number):
                 paths[number] = _photos(cfg)
+                if dist.is_main():
+                    for one, mine in zip(cfg.each_subject(), paths[number], strict=True):
+                        subject_masks.ensure(one, mine)
     states.agree()
     bases = dict.fromkeys(cfgs[number].model for number in states.well)
     found = {model: Base.find(model) for model in bases}

@@ -102,9 +102,9 @@ class Fleet:
         return sum(shares) / len(shares), len(shares)
 
 
-def view(folder: Path, page: Path) -> Fleet:
+def view(folder: Path, page: Path | None) -> Fleet:
     """The fleet in a folder, for a page at `page`. Raises ConfigError if its fleet.json is damaged."""
-    status, reach = Status.read(folder), Reach(page, page.parent)
+    status, reach = Status.read(folder), Reach(page, page and page.parent)
     side = thumbs.side(len(status.subjects) * (PICTURES + PHOTOS))
     return Fleet(folder.name, status, [_row(folder, one, reach, side) for one in status.subjects], reach)
 

@@ -25,20 +25,24 @@ class Link:
 
 @dataclass(frozen=True)
 class Reach:
-    """What a page can link to: files below `root`, which is moved together with the page."""
+    """What a page can link to: files below `root`, which is moved together with the page; None: nothing."""
 
-    page: Path
-    root: Path
+    page: Path | None
+    root: Path | None
 
     @classmethod
-    def of(cls, page: Path, runs: Sequence[Run]) -> Reach:
+    def of(cls, page: Path | None, runs: Sequence[Run]) -> Reach:
         """The page's folder; if that is one of several runs' folders, the folder that it lies in."""
+        if not page:
+            return cls(None, None)
         beside = len(runs) > 1 and page.parent in [run.folder for run in runs]
         return cls(page, page.parent.parent if beside else page.parent)
 
     def path_to(self, path: Path) -> str:
         """Relative path from the page to a file; empty for a file that it cannot link to."""
-        return os.path.relpath(path, self.page.parent) if path.is_relative_to(self.root) else ""
+        if not self.page or not self.root or not path.is_relative_to(self.root):
+            return ""
+        return os.path.relpath(path, self.page.parent)
 
     def href(self, path: Path) -> str:
         """Relative URL from the page to a file or folder; empty for one that it cannot link to."""

@@ -142,6 +142,7 @@
             if (key !== "x") return;
             const xs = u.data[0];
             this.zoomed = u.scales.x.min > xs[0] || u.scales.x.max < xs[xs.length - 1];
+            this.holder.toggleAttribute("data-zoomed", this.zoomed);
           }],
         },
       }, data, this.holder);

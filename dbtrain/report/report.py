@@ -34,6 +34,7 @@ SUBJECTS = 3  # most in the title
 PHOTOS, PREVIEW = 4, 3  # most photos beside a run's images; most images in the table of runs
 # For one run, few, and many: most images of a run, their longest side, and that in the table of runs, in px.
 SIZES = ((8, 320, 0), (6, 256, 192), (4, 128, 96))
+SCRIPTS = ("uPlot.iife.min.js", "page.js")
 LOG_TAIL = 40  # last lines of log.txt on the page
 SECRETS = (  # in URLs: user and password, a signed query
     (re.compile(r"(\w://)[^/@\s'\"]+@"), r"\1…@"),
@@ -64,29 +65,31 @@ def report(folders: Sequence[Path], out: Path | None = None, most_crops: int = 6
     `out`: by default `report.html` in the first folder. `most_crops`: stored crops of runs to decode.
     Raises ConfigError if a folder is not a run. The page itself says what a run is missing.
     """
+    page = (files.expand(out) if out else RunFolder(folders[0]).report).resolve()
+    files.write_atomically(page, html_of(folders, page, most_crops))
+    return page
+
+
+def html_of(folders: Sequence[Path], page: Path | None, most_crops: int = 0, live: str = "") -> str:
+    """The HTML of the page about the runs in these folders, or about the fleet in one, for a file at `page`.
+
+    `page`: None for one that is served, which has no links. `live`: the version of that one.
+    """
     fleets = [names.path for names in map(RunFolder, folders) if (names.path / fleet_status.NAME).is_file()]
+    if fleets and len(folders) > 1:
+        raise ConfigError(f"{fleets[0]} is a fleet, which has a page of its own; give it alone, or only runs")
     if fleets:
-        return report_fleet(fleets[0], len(folders), out)
+        shown = fleet.view(fleets[0].resolve(), page)
+        return filled(
+            "fleet.html.jinja", len(shown.runs), fleet=shown, title=shown.name, many=True, live=live
+        )
     runs = read_all(folders)
-    page = (files.expand(out) if out else runs[0].names.report).resolve()
-    files.write_atomically(page, render(runs, page, most_crops))
-    return page
+    return render(runs, links.Reach.of(page, runs), most_crops, live)
 
 
-def report_fleet(folder: Path, count: int, out: Path | None) -> Path:
-    """Write the page about the fleet in a folder, one of `count` that were given; its path."""
-    if count > 1:
-        raise ConfigError(f"{folder} is a fleet, which has a page of its own; give it alone, or only runs")
-    page = (files.expand(out) if out else RunFolder(folder).report).resolve()
-    shown = fleet.view(folder.resolve(), page)
-    html = filled("fleet.html.jinja", len(shown.runs), fleet=shown, title=shown.name, many=True)
-    files.write_atomically(page, html)
-    return page
-
-
-def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
-    """The HTML of the page about runs, for a file at `page`."""
-    reach, many = links.Reach.of(page, runs), len(runs) > FEW
+def render(runs: Sequence[Run], reach: links.Reach, most_crops: int, live: str = "") -> str:
+    """The HTML of the page about runs."""
+    many = len(runs) > FEW
     views = [view(run, reach, len(runs)) for run in runs]
     return filled(
         "page.html.jinja", len(runs), runs=runs, views=views, several=len(runs) > 1, many=many,
@@ -96,17 +99,17 @@ def render(runs: Sequence[Run], page: Path, most_crops: int) -> str:
         meanings={k: text for run in runs for k, text in run.score_labels.items()},
         score_curves=curves.scores(runs), timelines=thumbs.timelines(runs, by_seed=many),
         data=crops.data_sheets(runs, most_crops), differences=differences(runs), href=reach.href,
-        number=number, log_tail=LOG_TAIL,
+        number=number, log_tail=LOG_TAIL, live=live,
     )  # fmt: skip
 
 
-def filled(template: str, count: int, **values: Any) -> str:
-    """The HTML of a template with these values, and colours for `count` runs."""
+def filled(template: str, count: int, live: str = "", **values: Any) -> str:
+    """The HTML of a template with these values, and colours for `count` runs; `live`: see `html_of`."""
     versions = {
         "dbtrain": dbtrain.__version__, "torch": version("torch"), "diffusers": version("diffusers"),
         "Python": platform.python_version(),
     }  # fmt: skip
-    script = "".join(_part(name) for name in ("uPlot.iife.min.js", "page.js"))
+    script = "".join(_part(name) for name in (*SCRIPTS, *["live.js"] * bool(live)))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, finalize=without_secrets,
@@ -116,7 +119,8 @@ def filled(template: str, count: int, **values: Any) -> str:
         now=f"{datetime.datetime.now():%Y-%m-%d %H:%M}", versions=versions,
         style=_part("uPlot.min.css") + _part("page.css"), script=script, licence=_part("uPlot.LICENSE"),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        colours={theme: palette.colours(count, theme) for theme in palette.LIGHTNESS}, **values,
+        colours={theme: palette.colours(count, theme) for theme in palette.LIGHTNESS},
+        live=live, **values,
     )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ class Run:
         if self.names.preempted.is_file():
             why = _text(self.names.preempted).strip()
             return f"preempted at {where}" + (f": {why}" if why else "")
-        if _is_fresh(self.folder / lock.NAME):
+        if is_fresh(self.folder / lock.NAME):
             return f"running, at {where}"
         return f"not finished, at {where}" if self.step else "not trained yet"
 
@@ -107,7 +107,8 @@ def read(folder: Path, label: str) -> Run:
     if not names.config.is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no config.yaml; use the config's run_dir")
     lacks: list[str] = []
-    tables = {name: _lines(names.table(name), lacks) for name in TABLES}
+    growing = is_fresh(folder / lock.NAME)
+    tables = {name: _lines(names.table(name), lacks, growing) for name in TABLES}
     lacks += [f"{name}.jsonl is missing or empty: {TABLES[name]}" for name in TABLES if not tables[name]]
     scores = _json(names.scores / SCORES, dict, lacks)
     labels = scores.get("labels")
@@ -130,11 +131,17 @@ def number(value: Any) -> float | None:
     return value
 
 
-def _lines(path: Path, lacks: list[str]) -> list[Line]:
-    """The lines of a *.jsonl in order of steps, the last of each step; `lacks` counts damaged ones."""
+def _lines(path: Path, lacks: list[str], growing: bool) -> list[Line]:
+    """The lines of a *.jsonl in order of steps, the last of each step; `lacks` counts damaged ones.
+
+    `growing`: a last line without an end is being written.
+    """
     good: dict[int, Line] = {}
     damaged = 0
-    for text in _text(path).splitlines():
+    content = _text(path)
+    if growing:
+        content = content[: content.rfind("\n") + 1]
+    for text in content.splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -174,7 +181,7 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _is_fresh(path: Path) -> bool:
+def is_fresh(path: Path) -> bool:
     """Whether the holder of a lock has refreshed it recently."""
     return path.is_file() and time.time() - path.stat().st_mtime < lock.DEAD_S
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dbtrain.runtime import dist, files
+from dbtrain.runtime import dist, files, pace
 from dbtrain.runtime.errors import printable
 
 for _library in ("TRANSFORMERS", "DIFFUSERS"):  # on import they warn about optional packages
@@ -105,15 +105,17 @@ class Bar(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         found = dict(super().format_dict)
-        pace = self.ahead() if self.ahead else None
-        if pace:
-            found["rate"] = 1 / pace[0]
+        ahead = self.ahead() if self.ahead else None
+        if ahead:
+            found["rate"] = 1 / ahead[0]
         elif found["elapsed"] and not self.ahead:
             found["rate"] = found["rate"] or (found["n"] - found["initial"]) / found["elapsed"]
-        left = "?"
+        left = "? left"
         if rate := found["rate"]:
-            left = self.format_interval((found["total"] - found["n"]) / rate + (pace[1] if pace else 0.0))
-        return found | {"whole": int(found["n"] + 1e-6), "left": left}
+            left = pace.left((found["total"] - found["n"]) / rate + (ahead[1] if ahead else 0.0))
+        return found | {
+            "whole": int(found["n"] + 1e-6), "left": left, "spent": pace.human(found["elapsed"], 0)
+        }  # fmt: skip
 
     def close(self) -> None:
         if not self.disable:  # tqdm disables a bar when it closes it
@@ -147,5 +149,5 @@ def bar(total: int, what: str, unit: str, initial: int = 0, share: bool = False,
         file=sys.stderr if terminal else _Lines(), mininterval=0.1 if terminal else 30.0,
         disable=not dist.is_main() or bool(_run.get()), leave=leave,
         delay=0 if leave or terminal else 30, miniters=0,
-        bar_format="{l_bar}{bar}| {whole}/{total_fmt} [{elapsed}<{left}, {rate_fmt}]",
+        bar_format="{l_bar}{bar}| {whole}/{total_fmt} [{spent}, {left}, {rate_fmt}]",
     )  # fmt: skip

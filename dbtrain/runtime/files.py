@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def folder_of(location: str) -> Path | None:
     if scheme == "file":
         return expand(unquote(urlsplit(location).path))
     return None if scheme else expand(location)
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """A path, and the number after its last colon; 1 if there is none.
+
+    Raises ValueError for one that is no finite number.
+    """
+    path, colon, number = text.rpartition(":")
+    if not colon or "/" in number or Path(text).exists():  # the colon belongs to the path
+        return text, 1.0
+    if not math.isfinite(weight := float(number)):
+        raise ValueError(f"{number} is not finite")
+    return path, weight
 
 
 def cache() -> Path:
@@ -141,10 +155,16 @@ def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     sync(path.parent)
 
 
-def sorted_header(data: bytes) -> bytes:
-    """The safetensors file with a sorted header: the library writes metadata in random order."""
+def sorted_header(data: bytes, more: Mapping[str, str] | None = None) -> bytes:
+    """The safetensors file with a sorted header: the library writes metadata in random order.
+
+    `more`: further entries of its metadata.
+    """
     length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    entries = json.loads(data[8 : 8 + length])
+    if more:
+        entries["__metadata__"] = {**entries.get("__metadata__", {}), **more}
+    header = json.dumps(entries, sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 

@@ -81,6 +81,11 @@ class Status:
         return {state: states.count(state) for state in STATES}
 
     @property
+    def steps_left(self) -> list[int]:
+        """How many steps each subject that is waiting or training still has to do."""
+        return [one.steps - one.step for one in self.subjects if one.state not in ENDED]
+
+    @property
     def per_hour(self) -> float | None:
         """Subjects done an hour, from the first start to the last end, pauses included; None if none is."""
         started = [one.started for one in self.subjects if one.started is not None]

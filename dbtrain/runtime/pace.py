@@ -67,6 +67,11 @@ def times(every: int, after: int, steps: int) -> int:
     return steps // every - after // every + (steps % every != 0 and after < steps)
 
 
+def left(seconds: float) -> str:
+    """The time that work still takes, as bars and log lines show it."""
+    return f"{human(seconds, 0)} left"
+
+
 def human(seconds: float, decimals: int = 1) -> str:
     """A duration in words; `decimals` are those of seconds alone."""
     if seconds < 100:

@@ -32,6 +32,7 @@ SHEET = "sheet.png"  # in a folder of images
 CONFUSION = "confusion.json"  # which of several subjects the images of each are like
 SCORES = "scores.json"  # in a folder of scores
 SAMPLES = "samples.png"  # the contact sheet in an export
+PREVIEW = "{name}.preview.png"  # beside an adapter's file in an export: what A1111 and managers show for it
 WEIGHTS = ("pytorch_lora_weights", "adapter_model", "kohya")  # adapter files that are called alike everywhere
 LONGEST = 200  # bytes of a name; file systems allow 255
 TABLES = ("metrics", "speed", "validation", "timesteps")  # *.jsonl files of a run

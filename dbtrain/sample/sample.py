@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -39,14 +38,11 @@ class Mix:
             return NO_ADAPTER
         parts: dict[str, float] = {}
         for item in text.split("+"):
-            path, colon, scale = item.rpartition(":")
-            if not colon or "/" in scale or Path(item).exists():  # the colon belongs to the path
-                path, scale = item, "1"
             try:
-                strength = float(scale)
+                path, strength = files.weighted(item)
             except ValueError:
-                strength = math.nan
-            if not math.isfinite(strength) or not path or path in parts:
+                path, strength = "", 0.0
+            if not path or path in parts:
                 raise ConfigError(
                     f"adapter '{text}': '{item}' is not PATH or PATH:SCALE, or is repeated; "
                     "use e.g. runs/dog:0.8 or runs/dog:0.8+runs/cat:0.5",

@@ -36,14 +36,35 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
     """
     trained = base.family.adaptable_text if cfg.adapter.text_encoder or cfg.adapter.token else ()
     training = training_adapter.content(cfg.model)
+    begun = start_content(cfg)
     base_content = [base.key(part) for part in (base.family.denoiser, "scheduler", *trained)]
     return {
         **of_settings(cfg, manifest.request),
         "model.path": f"content {content_key(base_content)[:12]}",
         "data.shards": _shards_content(manifest),
         **({"model.training_adapter": f"content {training[:12]}"} if training else {}),
+        **({"adapter.start": begun} if begun else {}),
         **({"model.low_res": cfg.model.low_res} if base.family.sees else {}),
     }
+
+
+def start_content(cfg: Config) -> str | None:
+    """What stands for the file that a run began from, by its content; None without `adapter.start`.
+
+    Where the file is gone, it is what the newest checkpoint has recorded, from which the run goes on. Raises
+    ConfigError if there is neither.
+    """
+    if cfg.adapter.start is None:
+        return None
+    from dbtrain.adapters.formats import registry as formats  # loads PEFT, which most calls need not
+
+    try:
+        return f"content {formats.content_of(formats.find(cfg.adapter.start))[:12]}"
+    except ConfigError as problem:
+        for path in reversed(RunFolder(cfg.run_dir).checkpoints()):
+            if recorded := read_state(path)["identity"].get("adapter.start"):
+                return str(recorded)
+        raise ConfigError(f"adapter.start: {problem}") from problem
 
 
 def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,7 +76,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         for part, one in parts.items()
         if one
         for key, value in (one.model_dump(mode="json") | {"alpha": alpha_of(one)}).items()
-        if key not in ("text_encoder", "token") and (key, value) != ("ranks", {})
+        if key not in ("text_encoder", "token", "start") and (key, value) != ("ranks", {})
     }
     if cfg.adapter.token:
         settings |= {f"adapter.token.{key}": value for key, value in cfg.adapter.token.model_dump().items()}

@@ -89,3 +89,4 @@ def check_settings(cfg: Config) -> None:
         RankSlice(cfg.train.global_batch, cfg.train.micro_batch, dist.rank(), dist.world())
         if dist.is_main():
             fingerprint.check_settings(cfg)
+            fingerprint.start_content(cfg)

@@ -21,7 +21,6 @@ from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import TABLES, RunFolder, read_lines
 from dbtrain.train import trackers
 
-FORETOLD_S = 120.0  # time left that is worth a line
 TENTHS = 10  # bins of the timesteps for timesteps.jsonl
 
 
@@ -52,7 +51,6 @@ class Metrics:
         """`among_others`: other runs take part in each step, whose time then says nothing about this one."""
         self.cfg, self.among_others = cfg, among_others
         self.train, self.faults, self.roles, self.source = cfg.train, cfg.faults, roles, source
-        self.foretold = among_others
         self.over: set[str] = set()  # interruptions since the last step
         self.breaks = {"validation": cfg.validation.every, "checkpoint": cfg.train.checkpoint_every}
         self.prior_weight = cfg.loss.prior_weight if "class" in roles else 0.0
@@ -109,25 +107,16 @@ class Metrics:
         self.lap, before = pace.clock(), self.lap
         pace.add("step", self.lap - before)
         self.bar.update()
-        if reports and not self.foretold and pace.measured["step"].units:
-            self._foretell()
-
-    def _foretell(self) -> None:
-        """Say once how long the rest of the training takes, if it is minutes."""
-        self.foretold = True
-        each, rest = self.ahead() or (0.0, 0.0)
-        left = (self.train.steps - self.done) * each + rest
-        if left >= FORETOLD_S:
-            console.say(f"about {pace.human(left, 0)} of training left, with its validations and checkpoints")
 
     def ahead(self) -> tuple[float, float] | None:
         """Seconds per step, without interruptions, and seconds of the interruptions that are still to come.
 
-        None before the first step. An interruption takes as long as those so far: 0 if there were none.
+        None before the second step, as the first one warms up and compiles. An interruption takes as long as
+        those so far: 0 if there were none.
         """
-        if (each := pace.each("step")) is None:
+        if self.among_others or "step" not in pace.measured or not pace.measured["step"].units:
             return None
-        return each, sum(
+        return pace.measured["step"].each, sum(
             pace.times(every, self.done - (kind not in self.over), self.train.steps)
             * (pace.each(kind) or 0.0)
             for kind, every in self.breaks.items()
@@ -207,11 +196,14 @@ class Metrics:
         parts = f"instance {mean['loss_instance']:.4f}"
         parts += f", prior {mean['loss_prior']:.4f}" if self.prior_weight else ""
         skipped = f"  {int(self.skipped)} skipped" if self.faults.nonfinite == "skip" else ""
+        left = ""
+        if ahead := self.ahead():
+            left = f"  {pace.left((self.train.steps - self.done) * ahead[0] + ahead[1])}"
         console.say(
             f"step {self.done}/{self.train.steps}  loss {mean['loss']:.4f} ({parts})  "
             f"grad {mean['grad_norm']:.3g}  lr {lines[-1]['lr']:.3g}  "
             f"{speed['samples_per_s']:.3g} samples/s  {speed['step_ms']:.0f} ms  "
-            f"wait {speed['wait_share']:.1%}  {speed['peak_gib']:.2f} GiB{skipped}"
+            f"wait {speed['wait_share']:.1%}  {speed['peak_gib']:.2f} GiB{skipped}{left}"
         )
         self.pending, self.wait_s = [], 0.0
         self.spread.zero_()

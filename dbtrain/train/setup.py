@@ -32,6 +32,7 @@ from dbtrain.train import (
     memory,
     parallel,
     segments,
+    start_adapter,
     training_adapter,
     validation,
 )
@@ -195,6 +196,10 @@ def start(
             formats.check(name, inputs.base.family, states := adapter.states())
             if caveat := formats.caveat(name, states, cfg.export.formats):
                 console.say(f"warning: {caveat}")
+        is_new = dist.is_main() and checkpoint.latest(run) is None
+    if dist.from_main(is_new) and cfg.adapter.start:
+        with dist.agreed():
+            start_adapter.start_from(inputs.base, cfg, adapter)
     progress = Progress.begin(adapter, cfg)
     step = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(adapter)

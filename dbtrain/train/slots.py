@@ -270,7 +270,7 @@ def check(cfg: Config) -> None:
 
 
 def _key(cfg: Config) -> str:
-    return content_key(cfg.adapter.model_dump(mode="json"))
+    return content_key(cfg.adapter.model_dump(mode="json", exclude={"start"}))
 
 
 def _length(table: Mapping[str, Tensor]) -> int:

@@ -446,6 +446,7 @@ FAULTS: list[Any] = [
     (named_turbo, "model", "warning", "by its name ('turbo') it was distilled to"),
     (training_adapter("nobody/nothing"), "model", "warning", "'nobody/nothing' is not in the Hub's cache"),
     (training_adapter("no/such.safetensors"), "model", "error", "'no/such.safetensors' is neither a file"),
+    (config(adapter__start="no/such.safetensors"), "model", "error", "no/such.safetensors' is neither"),
     (config(prepare__resolution=60), "model", "error", "cannot divide"),
     (config(adapter__targets=["to_q", "to_x"]), "adapter", "error", "to_x"),
     (config(adapter__targets="no.*such"), "adapter", "error", "no.*such"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -141,6 +142,11 @@ def test_a_kohya_file_says_what_it_is_and_who_gets_dora_wrong(
     assert header["ss_base_model_version"] == "sd_v1" and header["ss_v2"] == "False"
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert (header["ss_output_name"], header["ss_sd_model_name"]) == ("run", bases.sd().name)
+    digest = hashlib.sha256((data := path.read_bytes())[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    assert header["sshs_model_hash"] == digest and header["modelspec.hash_sha256"] == f"0x{digest}"
+    assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "8")
+    assert (header["ss_resolution"], header["modelspec.resolution"]) == ("(64, 64)", "64x64")
+    assert (header["ss_seed"], header["ss_max_train_steps"]) == (str(cfg.seed), "1")
     assert json.loads(header["ss_tag_frequency"]) == {"run": {"a photo of sks dog": 1}}
     converted = export(cfg, adapter=path.parent, out=tmp_path / "converted").parent / path.name
     with safe_open(converted, "pt") as file:
@@ -162,7 +168,8 @@ def test_a_kohya_file_is_dated_by_its_user_alone(
     for path in (plain, dated):
         with safe_open(path, "pt") as file:
             headers.append(file.metadata())
-    assert headers[1] == headers[0] | {"ss_training_started_at": "1767225600"}
+    date = {"ss_training_started_at": "1767225600", "modelspec.date": "2026-01-01T00:00:00"}
+    assert headers[1] == headers[0] | date
     assert export(cfg, out=tmp_path / "again").read_bytes() == dated.read_bytes()
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "today")
     with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH is 'today', not seconds since 1970; unset it"):
@@ -317,6 +324,16 @@ def test_a_contact_sheet_changes_the_card_alone(make: Make, tmp_path: Path) -> N
     assert after.keys() - before.keys() == {"samples.png"}
     assert {name for name in before if before[name] != after[name]} == {"README.md"}
     assert "![](samples.png)" in (folder / "README.md").read_text()
+
+
+def test_a_preview_lies_beside_the_file_that_programs_list(make: Make, tmp_path: Path) -> None:
+    folder = train(cfg := make(train__steps=1, export__formats=["kohya"])) / "export"
+    for name in ("sheet", "00-00-seed0", "01-00-seed0", "01-01-seed0"):
+        Image.new("RGB", (8, 8), "red" if name == "01-00-seed0" else "blue").save(tmp_path / f"{name}.png")
+    show(cfg, tmp_path / "sheet.png")
+    preview = folder / "run.preview.png"  # the first image with the adapter
+    assert preview.read_bytes() == (tmp_path / "01-00-seed0.png").read_bytes()
+    assert preview.relative_to(folder) in hub.uploaded(folder, "run")
 
 
 def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:

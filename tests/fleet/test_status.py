@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from dbtrain.fleet import status
+from dbtrain.runtime import pace
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.fleet_status import NAME, Status, Subject
 
@@ -64,3 +66,23 @@ def test_the_table_has_a_line_for_each_subject_and_totals() -> None:
     assert lines[2].startswith("failed ") and "photos" in lines[2] and "\x1b" not in lines[2]
     assert lines[3] == "3 subjects: 1 waiting, 1 training, 1 failed"
     assert status.table(Status(1, ())) == ["0 subjects: none"]
+
+
+def test_the_bar_shows_states_steps_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume, with a start that takes ten minutes, and slots that are empty at the end."""
+    now = 0.0
+    monkeypatch.setattr(pace, "clock", lambda: now)
+    fleet = FLEET.changed("dog", state="training", step=100).changed("cat", state="training", step=100)
+    with closing(status.Bar(fleet, 1)) as bar:
+        shown = bar.bar.format_dict
+        assert (shown["n"], shown["total"], shown["left"]) == (200, 1100, "? left")
+        for at, step in ((600.0, 101), (602.0, 102), (605.0, 102), (622.0, 112)):
+            now, fleet = at, fleet.changed("dog", step=step).changed("cat", step=step)
+            bar.show(fleet)
+        shown = bar.bar.format_dict
+        assert (shown["n"], shown["prefix"]) == (224, "fleet (1 waiting, 2 training): ")
+        assert shown["left"] == "14 min 36 s left", "438 rounds of two steps, 2 s each"
+        fleet = fleet.changed("mug", state="failed").changed("cat", state="done")
+        bar.show(fleet)
+        shown = bar.bar.format_dict
+        assert (shown["n"], shown["total"], shown["left"]) == (412, 700, "9 min 36 s left")

@@ -25,6 +25,7 @@ from tests import bases
 from tests.conftest import Make, at, train
 from tests.networks import build
 from tests.runs import relative
+from tests.session import once
 
 SUBJECT = (20, 24, 60, 56)  # left, top, right, bottom: px of the drawn photos
 
@@ -224,3 +225,49 @@ def test_reducing_keeps_shares() -> None:
     assert masks.reduced(mask, Size(1, 2))[0].tolist() == [[127, 0]] or masks.reduced(mask, Size(1, 2))[
         0
     ].tolist() == [[128, 0]]
+
+
+@pytest.fixture(scope="session")
+def clipseg() -> Path:
+    """A CLIPSeg with random weights, whose masks therefore mean nothing."""
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+    def make_it(folder: Path) -> None:
+        words = bases.clip_words()
+        text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "vocab_size": len(words), "max_position_embeddings": 77, "projection_dim": 16}  # fmt: skip
+        vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "image_size": 64,
+                  "num_attention_heads": 2, "patch_size": 16, "projection_dim": 16}  # fmt: skip
+        torch.manual_seed(0)
+        model = CLIPSegForImageSegmentation(CLIPSegConfig(
+            text_config=text, vision_config=vision, projection_dim=16, reduce_dim=16,
+            extract_layers=[0, 1, 2], decoder_num_attention_heads=2, decoder_intermediate_size=16,
+        ))  # fmt: skip
+        torch.nn.init.constant_(model.decoder.transposed_convolution.bias, 0.3)
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+
+    return once("clipseg", make_it)
+
+
+def test_a_model_makes_the_masks_that_are_missing_once(
+    make: Make, folder: Path, clipseg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = (folder / "0.mask.png").read_bytes()
+    (folder / masks.FOLDER / "2.png").unlink()
+    cfg = configured(make, folder, prepare__mask="auto", prepare__mask_model=str(clipseg))
+    prepare(cfg)
+    made = folder / masks.FOLDER / "2.png"
+    assert Image.open(made).size == (96, 80) and Image.open(made).mode == "L"
+    assert (folder / "0.mask.png").read_bytes() == kept, "a mask of the user's was replaced"
+    assert sorted(path.name for path in (folder / masks.FOLDER).iterdir()) == ["2.png"], "made for others too"
+    mask_of().save(made)  # corrected by hand
+    corrected = made.read_bytes()
+    prepare(cfg)
+    assert made.read_bytes() == corrected
+    made.unlink()
+    with pytest.raises(ConfigError, match=r"nothing says what to find .*; set subject\.class_word"):
+        prepare(configured(make, folder, prepare__mask="auto", subject={"token": "sks"}))
+    with pytest.raises(ConfigError, match=r"prepare\.mask_model: .* is a clip_text_model, not a CLIPSeg"):
+        whole = Path(cfg.model.path) / "text_encoder"
+        prepare(configured(make, folder, prepare__mask="auto", prepare__mask_model=str(whole)))

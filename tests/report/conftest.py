@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,27 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         for kind in ("browser", "performance"):  # of the page before
             self.driver.get_log(kind)
-        self.driver.get(path.as_uri())
+        return self._get(path.as_uri())
+
+    def visit(self, address: str) -> Page:
+        """A page that is served."""
+        for kind in ("browser", "performance"):
+            self.driver.get_log(kind)
+        return self._get(address)
+
+    def _get(self, address: str) -> Page:
+        self.driver.get(address)
         return self
+
+    def wait(self, there: Callable[[], bool], seconds: float) -> None:
+        """Wait until something is there, also if the page reloads meanwhile."""
+        until = time.monotonic() + seconds
+        while True:
+            with contextlib.suppress(Exception):
+                if there():
+                    return
+            assert time.monotonic() < until, self.texts("header")
+            time.sleep(0.05)
 
     def __call__(self, script: str) -> Any:
         """The value of a JavaScript expression."""

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 
 from dbtrain.data import photos as images
 from dbtrain.data import shards
+from dbtrain.data.sizes import Size
 from dbtrain.prepare.prepare import prepare
 from dbtrain.report import crops, curves, figures, report, run, thumbs
 from dbtrain.runtime import lock
@@ -349,7 +350,7 @@ def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> No
     seen = 0
     for row in shards.read(at(tmp_path / "shards"), manifest.roles["instance"][0]):
         crop = images.Crop(*row.meta["crop"], row.meta["flip"])
-        given = images.pixels(images.load(photo), crop, 64)
+        given = images.pixels(images.load(photo), crop, Size.square(64))
         shown = torch.from_numpy(np.array(decode(row))).permute(2, 0, 1).float() / 127.5 - 1
         assert torch.corrcoef(torch.stack([given.flatten(), shown.flatten()]))[0, 1] > 0.95
         seen += 1

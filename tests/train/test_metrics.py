@@ -117,8 +117,10 @@ def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_com
         with metrics.interrupted("validation"):
             clock.passes(900)  # the first one loads what it needs
         step(1, 60)  # compiles
-        assert metrics.ahead() == (60, 3 * 900)
-        for done in (2, 3, 4):
+        assert metrics.ahead() is None, "the first step tells nothing"
+        step(2, 2)
+        assert metrics.ahead() == (2, 3 * 900)
+        for done in (3, 4):
             step(done, 2)
         with metrics.interrupted("validation"):
             clock.passes(100)
@@ -129,7 +131,7 @@ def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_com
         step(6, 2)
         assert metrics.ahead() == (2, 2 * 100 + 7)
         shown = metrics.bar.format_dict
-        assert (shown["rate"], shown["whole"], shown["left"]) == (0.5, 6, "03:35")
+        assert (shown["rate"], shown["whole"], shown["left"]) == (0.5, 6, "3 min 35 s left")
         for done in (7, 8, 9):
             step(done, 2)
         with pytest.raises(KeyError), metrics.interrupted("validation"):
@@ -141,23 +143,30 @@ def test_the_time_left_is_of_steps_and_of_the_validations_and_checkpoints_to_com
         for kind in ("checkpoint", "validation"):
             with metrics.interrupted(kind):
                 pass
-        assert metrics.bar.format_dict["left"] == "00:00"
+        assert metrics.bar.format_dict["left"] == "0 s left"
 
 
-def test_the_rest_of_a_long_training_is_told_once(
-    make: Make, clock: Clock, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("start", [0, 60])
+def test_a_line_of_a_step_tells_the_time_left_also_after_a_resume(
+    make: Make, clock: Clock, caplog: pytest.LogCaptureFixture, start: int
 ) -> None:
+    """Neither the first step, which compiles, nor a checkpoint is taken for the pace of a step."""
     cfg = make(train__steps=100, train__checkpoint_every=100, train__log_every=2)
     run = RunFolder(cfg.run_dir)
     with (
         caplog.at_level(logging.INFO, "dbtrain"),
-        Metrics(run, cfg, 0, ["instance"], lambda role, at: "") as metrics,
+        Metrics(run, cfg, start, ["instance"], lambda role, at: "") as metrics,
     ):
         for done in range(1, 7):
-            clock.passes(40 if done == 1 else 5)
-            metrics.step(done, OUTCOME, torch.zeros((), dtype=torch.int64))
-    told = [line for line in caplog.messages if "left" in line]
-    assert told == ["about 8 min 10 s of training left, with its validations and checkpoints"]
+            clock.passes(400 if done == 1 else 5)
+            metrics.step(start + done, OUTCOME, torch.zeros((), dtype=torch.int64))
+            if done == 3:
+                with metrics.interrupted("checkpoint"):
+                    clock.passes(40)
+    told = [line.rpartition("  ")[2] for line in caplog.messages if line.startswith("step ")]
+    after = {0: ["8 min 40 s left", "8 min 30 s left"], 60: ["3 min 40 s left", "3 min 30 s left"]}[start]
+    assert told[1:] == after and "left" not in told[0]
+    assert "left" not in run.table("metrics").read_text() + run.table("speed").read_text()
 
 
 @pytest.mark.parametrize(

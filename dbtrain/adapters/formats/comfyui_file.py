@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from dbtrain.adapters.formats import fused
 from dbtrain.adapters.formats.common import Content, States, alpha_key, by_module, strength
+from dbtrain.adapters.formats.header import network, serialized
 from dbtrain.adapters.formats.kohya_file import CONFIGS
 from dbtrain.adapters.formats.names import nested, original_names
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
@@ -71,9 +71,8 @@ def write(path: Path, content: Content) -> None:
             for part, tensor in _layer(text, module, layer).items()
         }
     configs = {component: _unscaled(one.config) for component, one in sorted(content.states.items())}
-    header = {**content.about, CONFIGS: json.dumps(configs)}
-    data = safetensors.torch.save(dict(sorted(tensors.items())), header)
-    files.write_atomically(path, files.sorted_header(data))
+    header = {**network(configs[family.denoiser]), **content.about, CONFIGS: json.dumps(configs)}
+    files.write_atomically(path, serialized(tensors, header))
 
 
 def _places(family: Family, modules: Iterable[str]) -> dict[str, list[str]]:

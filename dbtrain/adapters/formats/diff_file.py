@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.formats.common import Content
+from dbtrain.adapters.formats.header import serialized
 from dbtrain.adapters.formats.names import kohya_names
 from dbtrain.adapters.state import AdapterState
 from dbtrain.runtime import files
@@ -33,8 +33,7 @@ def write(path: Path, content: Content) -> None:
         named = kohya_names(content.family, component, layers, content.names)
         tensors |= {f"{named[name]}.{part}": t for name, layer in layers.items() for part, t in layer.items()}
     header = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "full"}', **content.about}
-    data = safetensors.torch.save(dict(sorted(tensors.items())), header)
-    files.write_atomically(path, files.sorted_header(data))
+    files.write_atomically(path, serialized(tensors, header))
 
 
 def changes(module: nn.Module, state: AdapterState) -> dict[str, dict[str, Tensor]]:

@@ -32,7 +32,8 @@ def write(path: Path, content: Content) -> None:
         named = tensors if component == "transformer" else diffusers_keys(tensors)
         layers[f"{component}_lora_layers"] = named
         layers[f"{component}_lora_adapter_metadata"] = state.config
-    part = path.parent.with_name(f".{path.parent.name}.tmp")
+    folder = path.absolute().parent
+    part = folder.with_name(f".{folder.name}.tmp")
     try:
         mixin = getattr(diffusers.loaders, content.family.lora_mixin)
         mixin.save_lora_weights(part, weight_name=FILE, **layers)

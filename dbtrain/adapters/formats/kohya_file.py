@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from dbtrain.adapters.formats.common import Content, alpha_in, by_module, strength
+from dbtrain.adapters.formats.common import Content, by_module, strength
+from dbtrain.adapters.formats.header import network, serialized
 from dbtrain.adapters.formats.names import kohya_names
 from dbtrain.adapters.formats.reading import WHOLE, rank_of
 from dbtrain.adapters.formats.word_file import bundled
@@ -34,14 +34,10 @@ def write(path: Path, content: Content) -> None:
             rank, scale = strength(state.config, module)
             found = _kohya_layer(layer, rank, scale)
             tensors |= {f"{named[module]}.{part}": tensor for part, tensor in found.items()}
-    header = {
-        "ss_network_module": "networks.lora" if first["peft_type"] == "LORA" else "lycoris.kohya",
-        "ss_network_dim": str(first["r"]), "ss_network_alpha": str(alpha_in(first)), **content.about,
-        CONFIGS: json.dumps({component: state.config for component, state in content.states.items()}),
-    }  # fmt: skip
+    configs = {component: state.config for component, state in content.states.items()}
+    header = {**network(first), **content.about, CONFIGS: json.dumps(configs)}
     tensors |= bundled(content.family, content.words)
-    data = safetensors.torch.save(dict(sorted(tensors.items())), header)
-    files.write_atomically(path, files.sorted_header(data))
+    files.write_atomically(path, serialized(tensors, header))
 
 
 def _kohya_layer(layer: Mapping[str, Tensor], rank: int, scale: float) -> dict[str, Tensor]:

@@ -159,7 +159,7 @@ def layers_in(
     known = _known(family, modules)
     found: dict[str, dict[tuple[str, ...], dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
-        module, part = _split(key)
+        module, part = split(key)
         plain = module.replace(".", "_").replace("base_model_model_", "")
         where = known.get(plain) or known.get(f"{plain}_0" if plain.endswith("to_out") else "")
         if where is None:
@@ -172,7 +172,7 @@ def layers_in(
     return found
 
 
-def _split(key: str) -> tuple[str, str]:
+def split(key: str) -> tuple[str, str]:
     """The module's name and PEFT's name of the tensor. Raises ConfigError for tensors of other kinds."""
     for pattern, what in UNREAD:
         if re.fullmatch(pattern, key):

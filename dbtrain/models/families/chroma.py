@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dbtrain.models.families import transformer as dit
-from dbtrain.models.families.family import T5_WORDS, Family
+from dbtrain.models.families.family import T5_WORDS, Family, known_as
 from dbtrain.models.families.flux1 import ALL, LENGTH, SINGLE
 from dbtrain.models.families.space import vae_space
 from dbtrain.models.pretrained import Pretrained
@@ -126,6 +126,7 @@ FAMILY = Family(
         ("context_embedder", "txt_in"),
         ("proj_out", "final_layer.linear"),
     ),
+    header=known_as("chroma", "chroma"),
     keeps_names=True,
     comfyui_prefix="transformer",
     **dit.COMMON,

@@ -161,6 +161,13 @@ def matching(base: Pretrained, pairs: Sequence[tuple[str, str, str, str]]) -> No
             )
 
 
+def known_as(architecture: str, version: str) -> Callable[[Pretrained], dict[str, str]]:
+    """A `header` of one model: its names in the model specification and in kohya's trainers."""
+    return lambda base: {
+        "modelspec.architecture": f"{architecture}/lora", "ss_base_model_version": version,
+    }  # fmt: skip
+
+
 # Arguments of a pipeline's call, in the order in which `encode_prompt` returns them (SD: the first two).
 ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 

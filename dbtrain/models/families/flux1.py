@@ -18,6 +18,7 @@ from dbtrain.models.families.family import (
     T5_WORDS,
     Family,
     encode_apart,
+    known_as,
     tokenize_clip,
 )
 from dbtrain.models.families.space import vae_space
@@ -85,6 +86,12 @@ def distilled(base: Pretrained) -> str | None:
     return None if base.config("transformer").get("guidance_embeds") else "FLUX.1-dev"
 
 
+def header(base: Pretrained) -> dict[str, str]:
+    """The names of this version in Stability AI's model specification and in sd-scripts."""
+    version = "dev" if base.config("transformer").get("guidance_embeds") else "schnell"
+    return known_as(f"flux-1-{version}", "flux1")(base)
+
+
 SINGLE = ("proj_mlp", "single_transformer_blocks.*.proj_out")  # their attention has no output of its own
 MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 ALL = (*ATTENDED, *SINGLE, *FEED_FORWARD)
@@ -120,6 +127,7 @@ FAMILY = Family(
     distilled=distilled,
     loads_words=True,
     lora_mixin="FluxLoraLoaderMixin",
+    header=header,
     original=(
         *FLUX_BLOCKS,
         ("x_embedder", "img_in"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dbtrain.data.sizes import Size
-from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart
+from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart, known_as
 from dbtrain.models.families.space import LatentSpace, latent_shape, patch_grids
 from dbtrain.models.families.transformer import (
     ATTENDED,
@@ -120,6 +120,12 @@ def distilled(base: Pretrained) -> str | None:
     return "FLUX.2-klein-base of the same size" if base.index.get("is_distilled") else None
 
 
+def header(base: Pretrained) -> dict[str, str]:
+    """The names of FLUX.2 klein of this size in musubi-tuner."""
+    size = "9b" if base.config("transformer").get("num_attention_heads", 0) > 24 else "4b"
+    return known_as(f"Flux.2-klein-{size}", f"flux_2_klein_{size}")(base)
+
+
 SINGLE = ("to_qkv_mlp_proj", "attn.to_out")  # attention and MLP of a single block are two layers
 ATTENTION = (*ATTENDED, *SINGLE)
 KLEIN = Family(
@@ -160,6 +166,7 @@ KLEIN = Family(
     needs_vae=True,
     distilled=distilled,
     lora_mixin="Flux2LoraLoaderMixin",
+    header=header,
     original=(
         *((rf"{DOUBLE}attn\.to_{part}", r"double_blocks.\1.img_attn.qkv") for part in "qkv"),
         *((rf"{DOUBLE}attn\.add_{part}_proj", r"double_blocks.\1.txt_attn.qkv") for part in "qkv"),
@@ -200,4 +207,5 @@ DEV = replace(
     encode_prompt=lambda pipe, prompt, guided: encode_apart(pipe, prompt, False),  # guidance is embedded
     generated=lambda tokens, space: tokens.transpose(1, 2).reshape(-1, *space.shape).float(),
     distilled=lambda base: None,
+    header=known_as("Flux.2-dev", "flux_2_dev"),
 )

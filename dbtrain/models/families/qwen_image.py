@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dbtrain.models.families import transformer as shared
-from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart
+from dbtrain.models.families.family import QWEN_WORDS, Family, encode_apart, known_as
 from dbtrain.models.pretrained import Pretrained
 
 NEGATIVE = " "  # of the model's own examples; without a negative prompt the pipeline ignores guidance
@@ -83,6 +83,7 @@ FAMILY = Family(
     },
     idle=idle,
     lora_mixin="QwenImageLoraLoaderMixin",
+    header=known_as("Qwen-Image", "qwen_image"),
     keeps_names=True,  # the original code has Diffusers'
     **shared.FRAMES,
 )

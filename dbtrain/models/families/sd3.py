@@ -93,6 +93,14 @@ def fitted(family: Family, base: Pretrained) -> Family:
     return replace(without, encode_prompt=partial(encode_by_family, family=without))
 
 
+def header(base: Pretrained) -> dict[str, str]:
+    """The name of this version in Stability AI's model specification, by its blocks."""
+    config = base.config("transformer")
+    large = config.get("num_layers", 0) > 24
+    version = "3.5-large" if large else "3.5-medium" if config.get("dual_attention_layers") else "3-medium"
+    return {"modelspec.architecture": f"stable-diffusion-v{version}/lora"}
+
+
 def idle(name: str, component: Any) -> tuple[str, ...]:
     """The last block drops its text, and with it the text's queries."""
     if name in CLIPS:
@@ -132,6 +140,7 @@ FAMILY = Family(
     },
     encode_prompt=partial(encode_guided, prompt_2=None, prompt_3=None),
     lora_mixin="SD3LoraLoaderMixin",
+    header=header,
     original=(
         *((rf"{BLOCK}(attn2?)\.to_{part}", rf"{JOINT}x_block.\2.qkv") for part in "qkv"),
         *((rf"{BLOCK}attn\.add_{part}_proj", rf"{JOINT}context_block.attn.qkv") for part in "qkv"),

@@ -17,6 +17,7 @@ from dbtrain.models.families.family import (
     QWEN_WORDS,
     Family,
     encode_moments,
+    known_as,
     matching,
 )
 from dbtrain.models.families.space import patch_grids, vae_space
@@ -125,5 +126,6 @@ FAMILY = Family(
         (r"all_x_embedder\.2-1", "x_embedder"),
         (r"all_final_layer\.2-1\.(.*)", r"final_layer.\1"),
     ),
+    header=known_as("Z-Image", "z_image"),
     keeps_names=True,
 )

@@ -1,0 +1,55 @@
+"""Weighted sums of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dbtrain.material.delta import Delta, total
+from dbtrain.material.fit import Fits, Size
+from dbtrain.material.source import Place, Source
+from dbtrain.runtime.errors import ConfigError
+
+Rules = dict[int, Callable[[], Delta]]  # number of an adapter -> what computes its change of a layer
+
+
+def merged(parts: Sequence[tuple[Source, float]], size: Size) -> tuple[dict[Place, Delta], Fits]:
+    """The weighted sum of adapters, whose layers have the names of the first one's file."""
+    found: dict[Place, Delta] = {}
+    fits: Fits = {}
+    weights = [weight for _, weight in parts]
+    for place, rules in aligned([source for source, _ in parts]).items():
+        found[place], fits[place] = size.fit(summed(rules, weights))
+    return found, fits
+
+
+def summed(rules: Rules, weights: Sequence[float]) -> Delta:
+    """The weighted sum of the changes of a layer; `weights` are all adapters'."""
+    return total([(weights[number], rule()) for number, rule in rules.items()])
+
+
+def aligned(sources: Sequence[Source]) -> dict[Place, Rules]:
+    """Each layer of any of the adapters, as the first that has it calls it -> what computes its changes.
+
+    Raises ConfigError if names of layers of different formats do not go together without the base.
+    """
+    names: dict[Place, Place] = {}
+    found: dict[Place, Rules] = {}
+    for number, source in enumerate(sources):
+        mine = {_plain(place): place for place in source.layers}
+        if strangers := mine.keys() - names.keys() if number and not source.base else None:
+            first = sources[0]
+            if source.form != first.form or strangers == mine.keys():
+                raise ConfigError(
+                    f"{source.path} has the layer {mine[min(strangers)][1]}, which {first.path} "
+                    "does not have, or not by this name; add --base, the model of both"
+                )
+        for plain, place in mine.items():
+            found.setdefault(names.setdefault(plain, place), {})[number] = source.layers[place]
+    return found
+
+
+def _plain(place: Place) -> Place:
+    """A layer's name as all formats write it that have Diffusers' names."""
+    component, module = place
+    plain = module.replace(".", "_")
+    return component, plain.removeprefix("text_model_") if component.startswith("text_encoder") else plain

@@ -1,0 +1,110 @@
+"""Writing adapters: as a file is, or in a format for a base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbtrain.adapters.formats import diffusers_file, kohya_file, peft_folder, reading
+from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats.common import Content, States, by_module
+from dbtrain.adapters.formats.header import network, serialized
+from dbtrain.adapters.formats.names import Layers
+from dbtrain.adapters.state import AdapterState
+from dbtrain.material.delta import Delta
+from dbtrain.material.source import Place, Source
+from dbtrain.models.base import Base
+from dbtrain.runtime import files
+from dbtrain.runtime.errors import ConfigError
+
+FORMS = tuple(name for name, form in formats.FORMATS.items() if form.readable)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write(
+    out: Path, changes: Mapping[Place, Delta], like: Source | Base, form: str | None = None,
+    dtype: str = "fp32", about: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Write the LoRA of these changes to `out`: as a file is, or in a format for a base.
+
+    `about`: entries of a file's header. Raises ConfigError if the format cannot hold it.
+    """
+    states: dict[str, AdapterState] = {}
+    for component in sorted({component for component, _ in changes}):
+        found = lora({module: delta for (where, module), delta in changes.items() if where == component})
+        tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in found.tensors.items()}
+        states[component] = AdapterState(tensors, found.config)
+    base = like.base if isinstance(like, Source) else like
+    form = form or (like.form if isinstance(like, Source) else formats.natural(like.family, states)[0])
+    if (form == "peft") == (out.suffix == ".safetensors"):
+        kind = "a folder" if form == "peft" else "a .safetensors file"
+        raise ConfigError(f"OUT is '{out}', but the format {form} is {kind}; give another OUT, or --format")
+    if base:
+        formats.check(form, base.family, states)
+        kept = _kept(like.header) if isinstance(like, Source) else {}
+        header = {**kept, **base.family.header(base), **(about or {})}
+        content = Content(base.family, states, base.module_names, header, base.load)
+        formats.FORMATS[form].write(out, content)
+        return
+    assert isinstance(like, Source)
+    if form != like.form:
+        raise ConfigError(f"{like.path} is of the format {like.form}; to write {form}, add --base")
+    if form != "peft":
+        files.write_atomically(out, _file_like(like, states, about or {}))
+        return
+    for component, state in states.items():
+        for name, data in peft_folder.contents(state).items():
+            files.write_atomically(out / like.prefixes[component] / name, data)
+
+
+def _kept(header: Mapping[str, str]) -> dict[str, str]:
+    """The entries of a file's header that a file made of it keeps: all but those about its network."""
+    return {
+        key: value
+        for key, value in header.items()
+        if key.startswith(("ss_", "modelspec.")) and not key.startswith("ss_network_")
+    }
+
+
+def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
+    """The file of LoRAs under the names that another file has, whose scales are 1."""
+    kohya, tensors = like.form == "kohya", dict[str, Tensor]()
+    parts = kohya_file.PARTS if kohya else {}
+    for component, state in states.items():
+        for module, layer in by_module(state).items():
+            start = f"{like.prefixes[component]}{module}"
+            tensors |= {f"{start}.{parts.get(part, part)}": tensor for part, tensor in layer.items()}
+            if kohya:
+                tensors[f"{start}.alpha"] = torch.tensor(float(len(layer["lora_A.weight"])))
+    header = _kept(like.header) | dict(about)
+    if like.form == "diffusers":
+        configs = {
+            f"{like.prefixes[component].partition('.')[0]}.{key}": value
+            for component, state in states.items()
+            for key, value in state.config.items()
+        }
+        header[diffusers_file.METADATA] = json.dumps(configs, sort_keys=True)
+    else:
+        header |= network(next(iter(states.values())).config)
+    return serialized(tensors, header)
+
+
+def lora(changes: Mapping[str, Delta]) -> AdapterState:
+    """The LoRA of a component that makes these changes, each with its own rank and the scale 1, fp32."""
+    layers: Layers = {}
+    for module, delta in changes.items():
+        tail = delta.tail
+        if tail is None:
+            raise ConfigError(
+                f"the shape of {module} is not in a LoHa or LoKr; give the base with --base to make it a LoRA"
+            )
+        up = delta.up.float().reshape(*delta.up.shape, *[1] * (len(tail) - 1))
+        layers[module] = {
+            "lora_A.weight": delta.down.float().reshape(-1, *tail).contiguous(),
+            "lora_B.weight": up.contiguous(),
+        }
+    return reading.state_of(layers, None)

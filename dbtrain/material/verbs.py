@@ -1,0 +1,222 @@
+"""The commands of `dbtrain adapter`, their arguments, and their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dbtrain.runtime import start
+from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.imports import importing
+
+if TYPE_CHECKING:
+    from dbtrain.material.fit import Fits, Size
+    from dbtrain.material.source import Source
+    from dbtrain.models.base import Base
+
+app = typer.Typer(
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Look into adapter files of any format and trainer; add, resize, compare, extract and bake them.",
+)
+OutFile = Annotated[
+    Path, typer.Argument(metavar="OUT", help=".safetensors file, or for PEFT's format a folder")
+]
+File = Annotated[str, typer.Argument(metavar="FILE", help="adapter file, PEFT folder, or run folder")]
+Files = Annotated[
+    list[str], typer.Argument(metavar="FILE[:WEIGHT]...", help="adapters; a weight is 1 by default")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base", metavar="MODEL", help="the model that the adapters are for: folder, file or Hub id"
+    ),
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="rank of each layer, or with --energy the largest")]
+Energy = Annotated[
+    float | None, typer.Option(help="share of each layer's squared norm to keep, e.g. 0.99: a rank per layer")
+]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="diffusers, peft, kohya or comfyui (default: as the first file)"),
+]
+Dtype = Annotated[str, typer.Option(help="of the weights: fp32, fp16 or bf16")]
+Json = Annotated[bool, typer.Option("--json", help="print all of it as JSON")]
+
+
+@app.command()
+def info(file: File, json: Json = False) -> None:
+    """Say what a file holds: format, kind, parts, ranks, alphas, norms, base, and its header's entries."""
+    _begin("info", file)
+    from dbtrain.material import info as verb
+    from dbtrain.material.source import Source
+
+    found = verb.info(Source.read(file))
+    _print(verb.as_json(found) if json else "\n".join(verb.table(found)))
+
+
+@app.command()
+def merge(
+    out: OutFile,
+    adapters: Files,
+    rank: Rank = None,
+    energy: Energy = None,
+    exact: Annotated[bool, typer.Option("--exact", help="keep all ranks, the default")] = False,
+    base: BaseOption = None,
+    form: Format = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+) -> None:
+    """Write the weighted sum of adapters of any formats and kinds as a LoRA, exactly or at a rank."""
+    if exact and (rank or energy):
+        raise ConfigError("--exact keeps all ranks; drop it, or drop --rank and --energy")
+    size = _size(rank, energy, dtype, form)
+    _begin("merge", f"{', '.join(adapters)} into {out}")
+    from dbtrain.material import merge as verb
+
+    parts, _ = _sources(adapters, base)
+    changes, fits = verb.merged(parts, size)
+    said = ", ".join(f"{source.path.name}:{weight:g}" for source, weight in parts)
+    _write(out, changes, parts[0][0], form, dtype, {"modelspec.merged_from": said})
+    _report(out, fits, json)
+
+
+@app.command()
+def resize(
+    out: OutFile,
+    file: File,
+    rank: Rank = None,
+    energy: Energy = None,
+    base: BaseOption = None,
+    form: Format = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+) -> None:
+    """Write an adapter as a LoRA of another rank, by SVD, with the error of each layer."""
+    if rank is None and energy is None:
+        raise ConfigError("resize needs a size; add --rank, e.g. --rank 16, or --energy, e.g. --energy 0.99")
+    size = _size(rank, energy, dtype, form)
+    _begin("resize", f"{file} into {out}")
+    from dbtrain.material import merge as verb
+
+    parts, _ = _sources([file], base)
+    changes, fits = verb.merged(parts, size)
+    _write(out, changes, parts[0][0], form, dtype, {})
+    _report(out, fits, json)
+
+
+@app.command()
+def extract(
+    out: OutFile,
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="the tuned model: folder, file or Hub id")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="the model that it was tuned from")],
+    rank: Rank = None,
+    energy: Energy = None,
+    form: Format = None,
+    dtype: Dtype = "fp32",
+    json: Json = False,
+) -> None:
+    """Write the difference of two models as a LoRA."""
+    if rank is None and energy is None:
+        raise ConfigError("extract needs a size; add --rank, e.g. --rank 32, or --energy, e.g. --energy 0.99")
+    size = _size(rank, energy, dtype, form)
+    _begin("extract", f"{tuned} without {base} into {out}")
+    from dbtrain.material import extract as verb
+    from dbtrain.material.source import find_base
+
+    was = find_base(base)
+    changes, fits, others = verb.extracted(find_base(tuned), was, size)
+    _write(out, changes, was, form, dtype, {})
+    _report(out, fits, json, {"left_out": others})
+    if others and not json:
+        _print(f"left out: {len(others)} tensors that no LoRA holds, e.g. {others[0]}")
+
+
+@app.command()
+def diff(one: File, other: File, base: BaseOption = None, json: Json = False) -> None:
+    """Say how far apart two adapters are, in each part, whatever their formats, kinds and ranks."""
+    _begin("diff", f"{one} and {other}")
+    from dbtrain.material import compare as verb
+    from dbtrain.material import info
+
+    (first, _), (second, _) = _sources([one, other], base)[0]
+    found = verb.difference(first, second)
+    _print(info.as_json(verb.as_json(*found)) if json else "\n".join(verb.table(*found)))
+
+
+@app.command()
+def bake(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="model: Diffusers folder, file or Hub id")],
+    adapters: Files,
+) -> None:
+    """Write a base with adapters merged into its weights, as a Diffusers folder."""
+    _begin("bake", f"{', '.join(adapters)} into {out}")
+    from dbtrain.material import bake as verb
+    from dbtrain.runtime import files
+
+    parts, model = _sources(adapters, base)
+    layers, size = verb.bake(out, model, parts)
+    _print(f"{out}: {base} with {layers} layers changed, {files.size_text(size)}")
+
+
+def _begin(verb: str, what: str) -> None:
+    """Say what begins, and start terminal output."""
+    start.say(f"adapter {verb}", what)
+    with importing(at_start=True):
+        from dbtrain.material import source  # noqa: F401  # most of what all of them import
+        from dbtrain.runtime import console
+
+    console.start()
+
+
+def _print(text: str) -> None:
+    from dbtrain.runtime.errors import printable
+
+    for line in text.splitlines():
+        print(printable(line))
+
+
+def _size(rank: int | None, energy: float | None, dtype: str, form: str | None) -> Size:
+    """The size that is asked for. Raises ConfigError for values that no option takes."""
+    from dbtrain.material.fit import Size
+    from dbtrain.material.output import DTYPES, FORMS
+
+    for name, value, known in (("--dtype", dtype, DTYPES), ("--format", form, FORMS)):
+        if value is not None and value not in known:
+            raise ConfigError(f"{name} is '{value}'; use one of {', '.join(known)}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"--energy is {energy:g}, not a share; use a number up to 1, e.g. 0.99")
+    return Size(rank, energy)
+
+
+def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[Source, float]], Any]:
+    """The adapters with their weights, and the base if there is one."""
+    from dbtrain.material.source import Source, find_base, weighted
+    from dbtrain.runtime import console
+
+    model = find_base(base) if base else None
+    parts = [(Source.read(path, model), weight) for path, weight in map(weighted, adapters)]
+    for source, _ in parts:
+        if source.words:
+            console.say(f"{source.path}: its learned words ({', '.join(source.words)}) are left out")
+    return parts, model
+
+
+def _write(
+    out: Path, changes: Any, like: Source | Base, form: str | None, dtype: str, header: dict[str, str]
+) -> None:
+    from dbtrain.material.output import write
+
+    write(out, changes, like, form, dtype, header)
+
+
+def _report(out: Path, fits: Fits, json: bool, more: dict[str, Any] | None = None) -> None:
+    from dbtrain.material import fit, info
+
+    if json:
+        _print(info.as_json({"out": str(out), "layers": fit.as_json(fits), **(more or {})}))
+        return
+    _print("\n".join([f"{out}:", *fit.table(fits)]))
