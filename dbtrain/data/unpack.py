@@ -59,7 +59,7 @@ def write(parts: Iterable[Iterable[Item]], folder: Path) -> int:
         for count, item in enumerate(items):
             preemption.check()
             if count >= PICTURES:
-                raise ConfigError(f"prepare.photos: a tar or table has more than {PICTURES} pictures; split it")
+                raise ConfigError(f"prepare.photos: over {PICTURES} pictures in a tar or table; split it")
             suffix = _suffix(item.data)
             if not suffix:
                 skipped.append(item.name)
