@@ -25,7 +25,7 @@ from dbtrain.runtime import console, files, preemption
 from dbtrain.runtime.errors import ConfigError, printable, reason
 
 PICTURE_BYTES = 1 << 28  # most of one picture; phones write up to 100 MB
-PICTURES = 10**6  # most of a source
+PICTURES = 10**6  # most of a tar or table
 STEM = 60  # letters that are kept of a name
 UNSAFE = re.compile(r"[^\w-]+", re.ASCII)
 DONE = ".done-{:05d}"  # marks a part of a source that is unpacked
@@ -59,7 +59,7 @@ def write(parts: Iterable[Iterable[Item]], folder: Path) -> int:
         for count, item in enumerate(items):
             preemption.check()
             if count >= PICTURES:
-                raise ConfigError(f"prepare.photos: there are more than {PICTURES} pictures; use fewer")
+                raise ConfigError(f"prepare.photos: over {PICTURES} pictures in a tar or table; split it")
             suffix = _suffix(item.data)
             if not suffix:
                 skipped.append(item.name)
