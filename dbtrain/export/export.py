@@ -168,7 +168,7 @@ def finish(cfg: Config, held: bool = False) -> None:
 def show(cfg: Config, sheet: Path | None) -> None:
     """Copy a contact sheet into the run's export and show it in the model card.
 
-    Beside a file that is named like the run, put one of its images where programs look for a preview.
+    Beside a file that is named like the run, put an image where programs look for a preview.
     """
     changed, run = False, RunFolder(cfg.run_dir)
     with dist.agreed():
@@ -177,7 +177,8 @@ def show(cfg: Config, sheet: Path | None) -> None:
             changed = not copy.is_file() or copy.read_bytes() != sheet.read_bytes()
             if changed:
                 files.write_atomically(copy, sheet.read_bytes())
-            _write_preview(run, sheet.parent)
+        if dist.is_main():
+            _write_preview(cfg, run, sheet)
     if dist.from_main(changed):
         base = Base.find(cfg.model)
         states, words, state = _trained(cfg, run, base, None)
@@ -186,10 +187,10 @@ def show(cfg: Config, sheet: Path | None) -> None:
                 _write_card(cfg, base, states, words, state, run.export, name_of(run.path))
 
 
-def _write_preview(run: RunFolder, images: Path) -> None:
-    """Copy the first image that the adapter made, if there is a file that programs show it beside."""
-    name = name_of(run.path)
-    made = sorted(images.glob("01-00-seed*.png"))
+def _write_preview(cfg: Config, run: RunFolder, sheet: Path | None) -> None:
+    """Copy the first sample with the adapter, or without samples the first image of its validation."""
+    name, validated = name_of(run.path), run.validation_sheet(run.exported(cfg.train.steps)).parent
+    made = sorted(sheet.parent.glob("01-00-seed*.png") if sheet else validated.glob("00-seed*.png"))
     if made and (run.export / kohya_file.FILE.format(name=name)).is_file():
         files.write_atomically(run.export / PREVIEW.format(name=name), made[0].read_bytes())
 

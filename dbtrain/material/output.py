@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,13 +34,17 @@ def write(
 
     `about`: entries of a file's header. Raises ConfigError if the format cannot hold it.
     """
+    form = form or (like.form if isinstance(like, Source) else None)
     states: dict[str, AdapterState] = {}
     for component in sorted({component for component, _ in changes}):
-        found = lora({module: delta for (where, module), delta in changes.items() if where == component})
+        mine = {module: delta for (where, module), delta in changes.items() if where == component}
+        found = lora(mine, one_alpha=form == "kohya")
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in found.tensors.items()}
         states[component] = AdapterState(tensors, found.config)
     base = like.base if isinstance(like, Source) else like
-    form = form or (like.form if isinstance(like, Source) else formats.natural(like.family, states)[0])
+    if form is None:
+        assert base
+        form = formats.natural(base.family, states)[0]
     if (form == "peft") == (out.suffix == ".safetensors"):
         kind = "a folder" if form == "peft" else "a .safetensors file"
         raise ConfigError(f"OUT is '{out}', but the format {form} is {kind}; give another OUT, or --format")
@@ -71,7 +76,7 @@ def _kept(header: Mapping[str, str]) -> dict[str, str]:
 
 
 def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
-    """The file of LoRAs under the names that another file has, whose scales are 1."""
+    """The file of LoRAs, as `lora` makes them for its format, under the names that another file has."""
     kohya, tensors = like.form == "kohya", dict[str, Tensor]()
     parts = kohya_file.PARTS if kohya else {}
     for component, state in states.items():
@@ -79,7 +84,7 @@ def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
             start = f"{like.prefixes[component]}{module}"
             tensors |= {f"{start}.{parts.get(part, part)}": tensor for part, tensor in layer.items()}
             if kohya:
-                tensors[f"{start}.alpha"] = torch.tensor(float(len(layer["lora_A.weight"])))
+                tensors[f"{start}.alpha"] = torch.tensor(float(state.config["lora_alpha"]))
     header = _kept(like.header) | dict(about)
     if like.form == "diffusers":
         configs = {
@@ -93,18 +98,24 @@ def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
     return serialized(tensors, header)
 
 
-def lora(changes: Mapping[str, Delta]) -> AdapterState:
-    """The LoRA of a component that makes these changes, each with its own rank and the scale 1, fp32."""
+def lora(changes: Mapping[str, Delta], one_alpha: bool = False) -> AdapterState:
+    """The LoRA of a component that makes these changes, each with its own rank, fp32.
+
+    Its scale is 1; or with `one_alpha` all layers have the alpha of the most frequent rank, since Diffusers
+    ignores in kohya's files the alphas that differ.
+    """
+    usual = Counter(delta.rank for delta in changes.values()).most_common(1)[0][0]
     layers: Layers = {}
     for module, delta in changes.items():
-        tail = delta.tail
+        tail, alpha = delta.tail, usual if one_alpha else delta.rank
         if tail is None:
             raise ConfigError(
-                f"the shape of {module} is not in a LoHa or LoKr; give the base with --base to make it a LoRA"
+                f"a LoHa or LoKr does not have the shape of {module}; add --base to make it a LoRA"
             )
-        up = delta.up.float().reshape(*delta.up.shape, *[1] * (len(tail) - 1))
+        up = (delta.up * (delta.rank / alpha)).float()
         layers[module] = {
             "lora_A.weight": delta.down.float().reshape(-1, *tail).contiguous(),
-            "lora_B.weight": up.contiguous(),
+            "lora_B.weight": up.reshape(*up.shape, *[1] * (len(tail) - 1)).contiguous(),
+            "alpha": torch.tensor(float(alpha)),
         }
     return reading.state_of(layers, None)

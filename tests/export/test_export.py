@@ -334,6 +334,11 @@ def test_a_preview_lies_beside_the_file_that_programs_list(make: Make, tmp_path:
     preview = folder / "run.preview.png"  # the first image with the adapter
     assert preview.read_bytes() == (tmp_path / "01-00-seed0.png").read_bytes()
     assert preview.relative_to(folder) in hub.uploaded(folder, "run")
+    validated = folder.parent / "validation" / "step-000001"
+    validated.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "green").save(validated / "00-seed0.png")
+    show(cfg, None)
+    assert preview.read_bytes() == (validated / "00-seed0.png").read_bytes()
 
 
 def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None:

@@ -96,6 +96,12 @@ def test_the_dataset_tells_its_classes(read: Read) -> None:
     assert words == {"backpack_dog": "backpack", "cat9": "cat", "mug": "dog"}
 
 
+def test_a_subject_starts_from_an_adapter_beside_the_list(read: Read, tmp_path: Path) -> None:
+    entries = read("list.yaml", "- {photos: mug, start: mug.safetensors}\n- {photos: cat9}\n")
+    mug, cat = good(entries).values()
+    assert mug.adapter.start == str(tmp_path / "photos" / "mug.safetensors") and cat.adapter.start is None
+
+
 PROBLEMS = [
     ("{photos: cat9, learning_rate: 1}", "cat9", "unknown key 'learning_rate'; did you mean 'optim.lr'?"),
     ("{photos: cat9, clas: cat}", "cat9", "unknown key 'clas'; did you mean 'class'?"),

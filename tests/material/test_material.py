@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -153,19 +154,24 @@ def test_each_layer_keeps_its_share_of_the_energy(tmp_path: Path, form: str) -> 
         assert (found[place] - change).norm() / change.norm() == pytest.approx(error, abs=1e-5)
 
 
-def test_a_diffusers_pipeline_loads_what_has_a_rank_for_each_layer(tmp_path: Path) -> None:
-    states = adapter(1, ranks={".*to_q": 2})
-    source = Source.read(written(tmp_path / "in", "diffusers", states))
-    result, _ = merge.merged([(source, 1.0)], Size(energy=ENERGY))
-    write(tmp_path / "out.safetensors", result, source)
+@pytest.mark.parametrize("form", ["diffusers", "kohya", "peft"])
+def test_the_real_clients_load_what_has_a_rank_for_each_layer(tmp_path: Path, form: str) -> None:
+    text = form != "kohya"  # of kohya's files, Diffusers does not load the text encoder's layers
+    path = written(tmp_path / "in", form, adapter(1, text=text, ranks={".*to_q": 2}))
+    size, place = Size(energy=ENERGY), out(tmp_path, form)
+    source = Source.read(path)
+    write(place, merge.merged([(source, 1.0)], size)[0], source)
     pipe = DiffusionPipeline.from_pretrained(base().folder)
-    pipe.load_lora_weights(tmp_path / "out.safetensors")
-    for component, module in (("unet", pipe.unet), ("text_encoder", pipe.text_encoder)):
-        layers = dict(module.named_modules())
-        for (where, name), delta in result.items():
-            if where in (component, "denoiser" if component == "unet" else ""):
-                change = layers[name].get_delta_weight("default_0").detach()
-                torch.testing.assert_close(change, delta.whole.float(), atol=1e-6, rtol=1e-4)
+    if form == "peft":
+        for name in ("unet", "text_encoder"):
+            PeftModel.from_pretrained(getattr(pipe, name), place / name, adapter_name="it")
+    else:
+        pipe.load_lora_weights(place, adapter_name="it")
+    wanted, fits = merge.merged([(Source.read(path, base()), 1.0)], size)
+    assert len({fit.rank for fit in fits.values()}) > 1
+    for (component, name), delta in wanted.items():
+        change = getattr(pipe, component).get_submodule(name).get_delta_weight("it").detach()
+        torch.testing.assert_close(change, delta.whole.float(), atol=1e-6, rtol=1e-4)
 
 
 def test_a_sum_has_the_ranks_of_its_parts_and_is_exact(tmp_path: Path) -> None:
