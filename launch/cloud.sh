@@ -16,7 +16,15 @@ copier=$!
 bash "$(dirname "${BASH_SOURCE[0]}")/torchrun_nodes.sh" run "$@" 2>&3 &
 agent=$!
 exec 3>&-
-trap 'kill -TERM "$agent"' TERM # torchrun tells the ranks, which save and stop
+# The ranks of all nodes save and stop if one is told to. Its torchrun is not: it would leave without the others, which
+# would wait five minutes for it.
+stop() {
+  local ranks
+  ranks=$(cat "/proc/$agent/task/"*/children)
+  # shellcheck disable=SC2086 # one word for each rank
+  kill -TERM ${ranks:-$agent}
+}
+trap stop TERM
 code=0
 while kill -0 "$agent" 2>/dev/null; do # a signal ends a wait
   wait "$agent" && code=0 || code=$?
