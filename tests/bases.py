@@ -452,7 +452,8 @@ FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
-    "sd-slim": lambda: sd(slim=True), "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
+    "sd-slim": lambda: sd(slim=True), "sd-v-slim": lambda: sd("v_prediction", slim=True),
+    "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
     "sd3-without-t5": lambda: sd3(with_t5=False),
 }  # fmt: skip
 OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,16 @@ from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train.segments import told
 
 KIND_NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
-TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(
+        Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
+    )
 
 
 def card(
@@ -50,10 +59,7 @@ def card(
     run = RunFolder(cfg.run_dir)
     best, lines = run.read_best() or {}, run.read_metrics()
     lines = [line for line in lines if line["step"] <= state.get("step", 0)] or lines
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return _template().render(
         cfg=cfg, facts=yaml.safe_dump(facts, sort_keys=False, allow_unicode=True), family=base.family,
         sampler=sampler if changes else "",
         dora=any(state.config.get("use_dora") for state in states.values()),

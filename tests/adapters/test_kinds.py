@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ from tests.networks import build
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {}, "ranks": {"ranks": {".*(to_q|q_proj)": 2, ".*0.*": 6}}, "dora": {"dora": True},
-    "rslora": {"rslora": True}, "biases": {"bias": "all"},
+    "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2}, "biases": {"bias": "all"},
     "own-biases": {"bias": "lora_only"}, "kaiming": {"init": "kaiming"}, "orthogonal": {"init": "orthogonal"},
-    "dropout": {"dropout": 0.2}, "dora-rslora-dropout": {"dora": True, "rslora": True, "dropout": 0.2},
     "loha": {"kind": "loha"}, "loha-cp": {"kind": "loha", "effective_conv2d": True},
     "loha-dropout": {"kind": "loha", "rank_dropout": 0.2, "module_dropout": 0.2},
     "lokr": {"kind": "lokr"}, "lokr-cp": {"kind": "lokr", "effective_conv2d": True, "rank": 2},
@@ -45,14 +43,13 @@ LAYERS = {
     "flux2-klein": r".*transformer_blocks\.0\..*(to_[qk]|add_._proj|to_out(\.0)?|linear_in|to_qkv_mlp_proj)",
 }  # fmt: skip
 # What has tensors of its own, whose names and layers are a family's; the other options are numbers and masks.
-TENSORS = ("lora", "dora", "biases", "own-biases", "loha-cp", "lokr-both")
-TRANSFORMER = ("lora", "ranks", "dora", "rslora", "loha", "lokr", "lokr-factor", "lokr-whole")
+# Each is there for SD and for one more UNet.
+OTHERS = {
+    "sdxl": ("dora", "biases", "lokr-both"), "if-1": ("lora", "own-biases", "loha-cp"),
+    "flux2-klein": ("ranks", "dora", "loha", "lokr", "lokr-whole"),
+}  # fmt: skip
 QUICK = [("sd", "ranks"), ("sd", "lokr-both"), ("if-1", "own-biases"), ("flux2-klein", "dora")]
-EVERY = [
-    *product(["sd"], OPTIONS),
-    *product(["sdxl", "if-1"], TENSORS),
-    *product(["flux2-klein"], TRANSFORMER),
-]
+EVERY = [(family, option) for family, options in ({"sd": OPTIONS} | OTHERS).items() for option in options]
 ROWS = [row if row in QUICK else slow(*row) for row in EVERY]
 
 

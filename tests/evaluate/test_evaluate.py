@@ -65,6 +65,7 @@ its_clip = cache(lambda: CLIPModel.from_pretrained(eyes.clip()).eval())
 its_words = cache(lambda: AutoTokenizer.from_pretrained(eyes.clip()))
 
 
+@cache
 def by_dino(path: Path) -> np.ndarray:
     values = (square(Image.open(path), 36) - eyes.DINO_MEAN) / eyes.DINO_STD
     with torch.no_grad():
@@ -72,6 +73,7 @@ def by_dino(path: Path) -> np.ndarray:
     return out.last_hidden_state[0, 0].double().numpy()
 
 
+@cache
 def by_clip(path: Path) -> np.ndarray:
     values = (square(Image.open(path), 32) - eyes.CLIP_MEAN) / eyes.CLIP_STD
     pixels = torch.tensor(values, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -80,6 +82,7 @@ def by_clip(path: Path) -> np.ndarray:
         return its_clip()(input_ids=ids.input_ids, pixel_values=pixels).image_embeds[0].double().numpy()
 
 
+@cache
 def read_by_clip(text: str) -> np.ndarray:
     ids = its_words()([text], return_tensors="pt")
     with torch.no_grad():

@@ -37,7 +37,12 @@ def test_gradients_are_the_same_and_more_is_computed_in_each_mode(
 ) -> None:
     grads, flops = [], []
     for mode in MODES:
-        cfg = make(train__gradient_checkpointing=mode, optim__clip=1e9, **settings)
+        cfg = make(
+            model__path=str(bases.sd(slim=True)),
+            train__gradient_checkpointing=mode,
+            optim__clip=1e9,
+            **settings,
+        )
         model, batches = build(cfg, prepared), stream(cfg, prepared)
         for parameter in model.trainable().values():  # B is 0 at the start, and so is A's gradient
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))

@@ -278,7 +278,10 @@ def test_every_adapter_learns_on_it(settings: dict[str, Any], storage: str) -> N
 def test_training_losses_stay_close(make: Make, prepared: Path, precision: str, storage: str) -> None:
     losses = []
     for linears in ("full", storage):
-        cfg = make(train__base_linears=linears, train__precision=precision, optim__lr=0.01)
+        cfg = make(
+            model__path=str(bases.sd(slim=True)), train__base_linears=linears, train__precision=precision,
+            optim__lr=0.01,
+        )  # fmt: skip
         model, batches = build(cfg, prepared), stream(cfg, prepared)
         progress = Progress.begin(model, cfg)
         losses.append(torch.stack([train_step(model, progress, batches, n, cfg).losses for n in range(4)]))

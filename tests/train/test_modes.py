@@ -48,7 +48,7 @@ MODES = {
     "pure bf16": Mode({"precision": "pure-bf16"}, 2e-2, 2e-1),
     "fp16": Mode({"precision": "fp16"}, 5e-3, 3e-2),
 }  # fmt: skip
-COMPILED = {  # by inductor a slim base only: half a minute of g++
+COMPILED = {  # on a slim base: half a minute of g++
     "inductor": Mode({"compile": True}, 1e-5, 1e-4),
     "aot_eager": Mode({"compile": "regional"}, 1e-5, 1e-4),
 }
@@ -89,8 +89,7 @@ def test_a_mode_gives_the_plain_losses(make: Make, prepared: Path, name: str) ->
 @pytest.mark.xdist_group("inductor")  # the next one finds most kernels in the cache
 @pytest.mark.parametrize("backend", COMPILED)
 def test_a_compiled_step_gives_the_plain_losses(make: Make, prepared: Path, backend: str) -> None:
-    slim = partial(make, model__path=str(bases.sd(slim=True)))
-    compare(slim if backend == "inductor" else make, prepared, COMPILED[backend], backend)
+    compare(partial(make, model__path=str(bases.sd(slim=True))), prepared, COMPILED[backend], backend)
 
 
 def test_rows_on_the_device_are_the_same_batches(make: Make, prepared: Path) -> None:

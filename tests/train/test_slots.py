@@ -91,11 +91,18 @@ FAMILIES = [name for name in bases.FLOW if name != "flux1"] if EVERY else ["z-im
 TEXT = {"adapter__text_encoder": {"rank": 2, "targets": "all"}}
 CASES: list[Any] = [
     ("sd", {"adapter__targets": "all", "loss__min_snr_gamma": 5.0} | TEXT),
-    ("sd", {"train__micro_batch": 1, "train__ema": 0.9}),
-    ("sd", {"loss__prior": "prediction"}),
-    ("sd", {"prepare__class_prompt": None, "adapter__rslora": True, "adapter__alpha": 3}),
+    ("sd", {"train__micro_batch": 1, "train__ema": 0.9, "loss__prior": "prediction"}),
     ("sd", {"optim__name": "prodigy", "optim__lr": 1.0} | TEXT),
-    ("sd", {"optim__lora_plus_ratio": 4.0, "adapter__ranks": {"mid_block.*": 7}}),
+    (
+        "sd",
+        {
+            "prepare__class_prompt": None,
+            "adapter__rslora": True,
+            "adapter__alpha": 3,
+            "optim__lora_plus_ratio": 4.0,
+            "adapter__ranks": {"mid_block.*": 7},
+        },
+    ),
     ("sd", {"train__precision": "bf16", "train__base_linears": "int8"}),
     slow("sd", {"train__precision": "fp16"}),
     slow("sd", {"train__gradient_checkpointing": "blocks", "train__swap_blocks": 3}),

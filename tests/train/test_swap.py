@@ -104,7 +104,8 @@ def test_swapped_blocks_train_as_resident_ones_do(
     assert same(outcome(configs(**settings)), outcome(configs(**settings, train__swap_blocks=count)))
 
 
-@pytest.mark.parametrize("name", [*map(slow, ("sd", "sdxl", "flux1", "qwen-image", "z-image"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "flux1"])  # every base: above
 def test_a_run_is_the_same_to_the_byte(make: Make, tmp_path: Path, name: str) -> None:
     """Checkpoints, export, pictures and held-out losses, also if only the end of a run swaps blocks."""
     count = BASES[name][1]
