@@ -18,13 +18,8 @@ agent=$!
 exec 3>&-
 # The ranks of all nodes save and stop if one is told to. Its torchrun is not: it would leave without the others, which
 # would wait five minutes for it.
-stop() {
-  local ranks
-  ranks=$(cat "/proc/$agent/task/"*/children)
-  # shellcheck disable=SC2086 # one word for each rank
-  kill -TERM ${ranks:-$agent}
-}
-trap stop TERM
+# shellcheck disable=SC2046 # one word for each rank
+trap 'kill -TERM $(cat "/proc/$agent/task/"*/children | grep . || echo "$agent")' TERM
 code=0
 while kill -0 "$agent" 2>/dev/null; do # a signal ends a wait
   wait "$agent" && code=0 || code=$?

@@ -110,7 +110,7 @@ class Bar(tqdm):
             found["rate"] = 1 / ahead[0]
         elif found["elapsed"] and not self.ahead:
             found["rate"] = found["rate"] or (found["n"] - found["initial"]) / found["elapsed"]
-        left = "? left"
+        left = "? left" if found["n"] < found["total"] else pace.left(0.0)
         if rate := found["rate"]:
             left = pace.left((found["total"] - found["n"]) / rate + (ahead[1] if ahead else 0.0))
         return found | {

@@ -14,6 +14,7 @@ import yaml
 
 from dbtrain.runtime import exit_codes
 from tests.cluster.machines import HERE
+from tests.cluster.test_slurm import minutes
 from tests.conftest import LONG, ROOT, Make, dbtrain
 from tests.runs import EXPORT
 
@@ -58,6 +59,7 @@ def test_sky_s_file_is_valid_to_skypilot() -> None:
     schemas = pytest.importorskip("sky.utils.schemas", reason="needs skypilot")
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.validate(sky(), schemas.get_task_schema())
+    jsonschema.validate(sky()["resources"], schemas.get_resources_schema())
 
 
 def test_kubernetes_file_is_valid_to_its_schema() -> None:
@@ -91,6 +93,7 @@ def test_what_is_said_twice_in_the_job_files_agrees() -> None:
     assert sky()["envs"]["STORE"] in sky()["file_mounts"]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_config_is_told_by_the_code(tmp_path: Path, make: Make) -> None:
     """Whether it is found before torchrun starts or by a rank."""
     make()
@@ -103,13 +106,13 @@ def test_a_mistake_in_the_config_is_told_by_the_code(tmp_path: Path, make: Make)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cloud", ["sky", "kubernetes"])
+@pytest.mark.parametrize("cloud", ["sky", pytest.param("kubernetes", marks=minutes)])
 def test_a_job_of_which_one_node_has_to_stop_goes_on_when_it_starts_again(
     hosts: dict[str, str], make: Make, tmp_path: Path, cloud: str
 ) -> None:
     """By SIGTERM to one of two nodes, of which both end with 75; to the same adapter as without a stop."""
     make(prepare__class_dir=str(tmp_path / "class-images"), data__shards=str(tmp_path / "shards" / "dog"),
-         train__steps=150, train__checkpoint_every=150, train__log_every=1)  # fmt: skip
+         train__steps=60, train__checkpoint_every=60, train__log_every=1)  # fmt: skip
     config, run, alone = tmp_path / "c.yaml", tmp_path / "runs" / "dog", tmp_path / "alone"
     assert dbtrain("run", config, f"run_dir={alone}", ranks=2).returncode == 0
     script, args = f'exec bash {CLOUD} "$@"', [config, f"run_dir={run}"]
