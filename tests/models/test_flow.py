@@ -110,7 +110,7 @@ def run(
     return base.family.generated(made, base.family.space(base, Size.square(SIDE)))
 
 
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("name", thinned(FLOW, 4))
 def test_our_steps_are_the_pipeline_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches sign, scale of the noise level, packing, positions, masks and normalization at once."""
     base = found(name)
@@ -149,7 +149,7 @@ def prepared(make: Make, tmp_path: Path) -> Iterator[Any]:
     yield configured
 
 
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("name", thinned(FLOW, 4))
 def test_the_loss_and_its_gradient_are_the_pipeline_s(
     prepared: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +193,7 @@ def test_the_loss_and_its_gradient_are_the_pipeline_s(
     assert off.norm() <= 1e-5 * whole.norm()
 
 
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("name", thinned(FLOW, 4))
 def test_a_row_s_loss_does_not_depend_on_its_batch(prepared: Any, tmp_path: Path, name: str) -> None:
     """Neither on its prompt being shorter than another's: so any number of ranks gives the same."""
     (tmp_path / "class").mkdir()
@@ -257,7 +257,7 @@ def test_every_verb_knows_it(make: Make, tmp_path: Path, name: str) -> None:
     assert len(made) == 4 and json.loads((run / "scores" / "scores.json").read_text())
 
 
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize("name", thinned(FLOW, 4))
 def test_a_large_prompt_table_stays_on_the_host(
     prepared: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,8 +396,8 @@ def changed(name: str, tmp_path: Path, file: str, settings: dict[str, Any]) -> P
 
 @pytest.mark.parametrize(
     ("name", "case"),
-    [(name, case) for name in FLOW for case in REFUSED
-     if not (case == "an adapter of its text encoder" and families.get(name).adaptable_text)],
+    thinned([(name, case) for name in FLOW for case in REFUSED
+             if not (case == "an adapter of its text encoder" and families.get(name).adaptable_text)], 5),
 )  # fmt: skip
 def test_what_it_cannot_train_is_refused_in_one_line(
     make: Make, tmp_path: Path, name: str, case: str

@@ -17,6 +17,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.models.weight_files import WeightFiles
 from tests import bases
+from tests.conftest import thinned
 
 PARTS = [
     (name, part)
@@ -76,7 +77,7 @@ def test_loading_gives_what_the_long_way_gives(name: str, part: str, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", bases.OF_FAMILY)
+@pytest.mark.parametrize("name", thinned(bases.OF_FAMILY, 4))
 def test_a_diffusers_model_is_what_diffusers_loads(name: str, dtype: torch.dtype) -> None:
     """Of every family: norms that stay in fp32, statistics in buffers, tables that no file holds."""
     base = Base.find(Model(path=str(bases.OF_FAMILY[name]())))

@@ -253,7 +253,9 @@ def test_a_component_without_wide_layers_says_so() -> None:
 @pytest.mark.parametrize("storage", ERROR)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"dora": True}, {"kind": "loha"}, {"kind": "lokr"}, {"bias": "all"}, {"init": "orthogonal"}],
+    thinned(
+        [{}, {"dora": True}, {"kind": "loha"}, {"kind": "lokr"}, {"bias": "all"}, {"init": "orthogonal"}], 3
+    ),
     ids=str,
 )
 def test_every_adapter_learns_on_it(settings: dict[str, Any], storage: str) -> None:

@@ -89,24 +89,19 @@ def distance(one: Path, other: Path) -> float:
 EVERY = int(os.environ.get("DBTRAIN_KILLS", "6")) >= 30
 FAMILIES = [name for name in bases.FLOW if name != "flux1"] if EVERY else ["z-image", "krea2"]
 TEXT = {"adapter__text_encoder": {"rank": 2, "targets": "all"}}
+NUMBERS = {
+    "adapter__rslora": True, "adapter__alpha": 3, "adapter__ranks": {"mid_block.*": 7},
+    "optim__lora_plus_ratio": 4.0,
+}  # fmt: skip
 CASES: list[Any] = [
-    ("sd", {"adapter__targets": "all", "loss__min_snr_gamma": 5.0} | TEXT),
-    ("sd", {"train__micro_batch": 1, "train__ema": 0.9, "loss__prior": "prediction"}),
-    ("sd", {"optim__name": "prodigy", "optim__lr": 1.0} | TEXT),
-    (
-        "sd",
-        {
-            "prepare__class_prompt": None,
-            "adapter__rslora": True,
-            "adapter__alpha": 3,
-            "optim__lora_plus_ratio": 4.0,
-            "adapter__ranks": {"mid_block.*": 7},
-        },
-    ),
-    ("sd", {"train__precision": "bf16", "train__base_linears": "int8"}),
+    slow("sd", {"adapter__targets": "all", "loss__min_snr_gamma": 5.0} | TEXT),
+    slow("sd", {"train__micro_batch": 1, "train__ema": 0.9, "loss__prior": "prediction"}),
+    slow("sd", {"optim__name": "prodigy", "optim__lr": 1.0} | TEXT),
+    ("sd", {"prepare__class_prompt": None} | NUMBERS),
+    slow("sd", {"train__precision": "bf16", "train__base_linears": "int8"}),
     slow("sd", {"train__precision": "fp16"}),
     slow("sd", {"train__gradient_checkpointing": "blocks", "train__swap_blocks": 3}),
-    ("sdxl", TEXT),
+    slow("sdxl", TEXT),
     slow("deepfloyd", {}),
     ("flux1", TEXT),
     *(slow(name, {}) for name in FAMILIES),
@@ -163,7 +158,7 @@ def test_a_run_that_fails_leaves_the_others_as_they_are(make: Make, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "settings", [{"train__ema": 0.9}, {"optim__name": "prodigy", "optim__lr": 1.0}], ids=str
+    "settings", [{"train__ema": 0.9}, slow({"optim__name": "prodigy", "optim__lr": 1.0})], ids=str
 )
 def test_a_stopped_run_goes_on_with_others_elsewhere(
     make: Make, tmp_path: Path, settings: dict[str, Any]

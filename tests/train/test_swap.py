@@ -74,21 +74,21 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 CASES: list[Any] = [
     ("sd", {}, 5),
-    ("sd", {"adapter__dropout": 0.3}, 12),
-    ("sd", {"train__base_linears": "int8", "adapter__dora": True}, 12),
-    ("sd", {"train__gradient_checkpointing": "transformer"}, 12),  # which recomputes no residual block
+    slow("sd", {"adapter__dropout": 0.3}, 12),
+    slow("sd", {"train__base_linears": "int8", "adapter__dora": True}, 12),
+    slow("sd", {"train__gradient_checkpointing": "transformer"}, 12),  # which recomputes no residual block
     ("sd", {"adapter__targets": "mid_block.*to_q", "train__channels_last": True}, 7),  # a short backward pass
     slow("sd", {"train__precision": "bf16", "train__base_linears": "fp8", "adapter__bias": "all"}, 12),
     slow("sd", {"adapter__kind": "loha"}, 12),
     slow("sd", {"adapter__kind": "lokr"}, 3),
-    ("sdxl", {"train__base_linears": "int8"}, 12),
+    slow("sdxl", {"train__base_linears": "int8"}, 12),
     slow("sdxl", {}, 5),
     ("flux1", {"train__base_linears": "nf4"}, 3),
     slow("flux1", {"train__base_linears": "int8"}, 3),
     slow("flux1", {"adapter__dora": True}, 3),
     ("qwen-image", {"train__base_linears": "int8", "adapter__dora": True}, 5),
     slow("qwen-image", {"train__base_linears": "nf4", "train__precision": "bf16"}, 4),
-    ("z-image", {"train__base_linears": "int8"}, 4),
+    slow("z-image", {"train__base_linears": "int8"}, 4),
     slow("z-image", {}, 3),
 ]
 
