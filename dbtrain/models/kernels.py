@@ -48,12 +48,14 @@ def compile_module(
     how: bool | str,
     backend: str | Callable[..., Any] = "inductor",
     activation_memory: float | None = None,
+    dynamic: bool | None = None,
 ) -> None:
     """Compile a denoiser in place, as a whole (`how` is True) or block by block ("regional").
 
     Call this before DDP wraps the module. Names in the state dict stay the same. Compiled code is cached in
     the user's cache folder for later runs and the other ranks of the node. `activation_memory` is the share
-    of activations to keep; the partitioner chooses which to recompute.
+    of activations to keep; the partitioner chooses which to recompute. `dynamic`: False compiles every shape
+    by itself; None makes the code for a second one general.
     Raises ConfigError for "regional" if the module has no blocks.
     """
     compiled = blocks(module) if how == "regional" else [module]
@@ -75,4 +77,4 @@ def compile_module(
     # below an upsampler silently get no gradient. On GPUs its heuristics do not apply to UNets anyway.
     inductor.layout_optimization = False
     for one in compiled:
-        one.compile(backend=backend)
+        one.compile(backend=backend, dynamic=dynamic)

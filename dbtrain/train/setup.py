@@ -237,7 +237,11 @@ def start(
 def _compile(job: Job) -> None:
     """Compile the denoiser; on each node one rank compiles first, and the others use its cache."""
     model, train, device = job.model, job.cfg.train, dist.device()
-    kernels.compile_module(model.denoiser, train.compile, activation_memory=train.activation_memory)
+    several = len(job.stream.manifest.sizes) > 1  # each is trained often enough to be worth code of its own
+    kernels.compile_module(
+        model.denoiser, train.compile, activation_memory=train.activation_memory,
+        dynamic=False if several else None,
+    )  # fmt: skip
     if dist.world() == 1 or train.shard != "none":  # ranks that share weights compile together
         return
     with dist.leaders_first(), model.working_copies.in_place():

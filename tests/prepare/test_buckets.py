@@ -18,13 +18,16 @@ from dbtrain.data.dataloader import LatentStream, Resident
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import Manifest
 from dbtrain.data.sizes import Size
+from dbtrain.models import kernels
 from dbtrain.models.base import Base
 from dbtrain.models.families.space import unet_grids
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train.inputs import Inputs
 from tests import bases
 from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.networks import build, stream
 from tests.runs import relative, tree
 
 SHAPES = [(160, 120), (120, 160), (192, 108), (96, 96), (100, 230)]  # width, height
@@ -257,3 +260,47 @@ def test_a_crop_covers_its_size_exactly() -> None:
     (crop,) = files.crops("key", 199, 301, size, cfg, seed=0)
     assert files.pixels(photo, crop, size).shape == (3, 48, 72)
     assert files.pixels(photo, crop, size).min() == 1.0, "no border"
+
+
+def test_validation_images_have_the_sizes_in_turn(make: Make, shapes: Path) -> None:
+    cfg = configured(make, shapes, train__steps=1, train__checkpoint_every=1, sample__batch=3,
+                     validation__prompts=["a photo of sks dog"], validation__images=7)  # fmt: skip
+    prepare(cfg)
+    train(cfg)
+    found = Manifest.read(at(Path(cfg.data.shards))).sizes_of("instance")
+    for folder in RunFolder(cfg.run_dir).validations():
+        for number, path in enumerate(sorted(folder.glob("??-seed*.png"))):
+            with Image.open(path) as picture:
+                assert Size(picture.height, picture.width) == found[number % len(found)], path
+
+
+def test_held_out_photos_keep_their_shapes(make: Make, shapes: Path) -> None:
+    cfg = configured(make, shapes, prepare__held_out=2, prepare__class_held_out=1, train__steps=1,
+                     train__checkpoint_every=1, validation__timesteps=2)  # fmt: skip
+    prepare(cfg)
+    train(cfg)
+    manifest = Manifest.read(at(Path(cfg.data.shards)))
+    assert set(manifest.sizes_of("class")) == set(manifest.sizes_of("instance"))
+    (line, *_) = RunFolder(cfg.run_dir).table("validation").read_text().splitlines()
+    assert "held_out_instance" in line and "held_out_prior" in line
+
+
+def test_the_denoiser_is_compiled_once_a_size(make: Make, shapes: Path) -> None:
+    """With code of its own for each: a second shape would else make it general, and slower."""
+    cfg = configured(make, shapes)
+    folder = prepare(cfg)
+    model = build(cfg, folder)
+    made: list[tuple[int, ...]] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(next(tuple(one.shape) for one in inputs if getattr(one, "ndim", 0) == 4))
+        return graph.forward
+
+    kernels.compile_module(model.denoiser, True, backend=backend, dynamic=False)
+    batches = stream(cfg, folder)
+    with torch.no_grad():
+        for _ in range(12):
+            model(next(batches))
+    batches.close()
+    assert len(made) == len(Manifest.read(at(folder)).sizes)
+    torch._dynamo.reset()
