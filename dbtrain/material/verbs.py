@@ -14,7 +14,6 @@ from dbtrain.runtime.imports import importing
 if TYPE_CHECKING:
     from dbtrain.material.fit import Fits, Size
     from dbtrain.material.source import Source
-    from dbtrain.models.base import Base
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,14 +71,15 @@ def merge(
     """Write the weighted sum of adapters of any formats and kinds as a LoRA, exactly or at a rank."""
     if exact and (rank or energy):
         raise ConfigError("--exact keeps all ranks; drop it, or drop --rank and --energy")
-    size = _size(rank, energy, dtype, form)
     _begin("merge", f"{', '.join(adapters)} into {out}")
+    size = _size(rank, energy, dtype, form)
     from dbtrain.material import merge as verb
+    from dbtrain.material.output import write
 
     parts, _ = _sources(adapters, base)
     changes, fits = verb.merged(parts, size)
     said = ", ".join(f"{source.path.name}:{weight:g}" for source, weight in parts)
-    _write(out, changes, parts[0][0], form, dtype, {"modelspec.merged_from": said})
+    write(out, changes, parts[0][0], form, dtype, {"modelspec.merged_from": said})
     _report(out, fits, json)
 
 
@@ -97,13 +97,14 @@ def resize(
     """Write an adapter as a LoRA of another rank, by SVD, with the error of each layer."""
     if rank is None and energy is None:
         raise ConfigError("resize needs a size; add --rank, e.g. --rank 16, or --energy, e.g. --energy 0.99")
-    size = _size(rank, energy, dtype, form)
     _begin("resize", f"{file} into {out}")
+    size = _size(rank, energy, dtype, form)
     from dbtrain.material import merge as verb
+    from dbtrain.material.output import write
 
     parts, _ = _sources([file], base)
     changes, fits = verb.merged(parts, size)
-    _write(out, changes, parts[0][0], form, dtype, {})
+    write(out, changes, parts[0][0], form, dtype)
     _report(out, fits, json)
 
 
@@ -121,14 +122,15 @@ def extract(
     """Write the difference of two models as a LoRA."""
     if rank is None and energy is None:
         raise ConfigError("extract needs a size; add --rank, e.g. --rank 32, or --energy, e.g. --energy 0.99")
-    size = _size(rank, energy, dtype, form)
     _begin("extract", f"{tuned} without {base} into {out}")
+    size = _size(rank, energy, dtype, form)
     from dbtrain.material import extract as verb
+    from dbtrain.material.output import write
     from dbtrain.material.source import find_base
 
     was = find_base(base)
     changes, fits, others = verb.extracted(find_base(tuned), was, size)
-    _write(out, changes, was, form, dtype, {})
+    write(out, changes, was, form, dtype)
     _report(out, fits, json, {"left_out": others})
     if others and not json:
         _print(f"left out: {len(others)} tensors that no LoRA holds, e.g. {others[0]}")
@@ -140,9 +142,10 @@ def diff(one: File, other: File, base: BaseOption = None, json: Json = False) ->
     _begin("diff", f"{one} and {other}")
     from dbtrain.material import compare as verb
     from dbtrain.material import info
+    from dbtrain.material.source import Source, find_base
 
-    (first, _), (second, _) = _sources([one, other], base)[0]
-    found = verb.difference(first, second)
+    model = find_base(base) if base else None
+    found = verb.difference(Source.read(one, model), Source.read(other, model))
     _print(info.as_json(verb.as_json(*found)) if json else "\n".join(verb.table(*found)))
 
 
@@ -203,14 +206,6 @@ def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[Source, 
         if source.words:
             console.say(f"{source.path}: its learned words ({', '.join(source.words)}) are left out")
     return parts, model
-
-
-def _write(
-    out: Path, changes: Any, like: Source | Base, form: str | None, dtype: str, header: dict[str, str]
-) -> None:
-    from dbtrain.material.output import write
-
-    write(out, changes, like, form, dtype, header)
 
 
 def _report(out: Path, fits: Fits, json: bool, more: dict[str, Any] | None = None) -> None:
