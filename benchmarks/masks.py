@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from benchmarks import common, trainer
-from benchmarks.choose_settings import FIGURES, HELD_OUT, Cell, Plan
+from benchmarks.choose_settings import FIGURES, HELD_OUT, Cell, Plan, photograph
 from benchmarks.common import Measure, Result, Row
 from dbtrain.config import Config
 from dbtrain.evaluate import tiny_judge
@@ -44,7 +44,7 @@ def silhouette(scene: Scene) -> Image.Image:
     return inside.filter(ImageFilter.MedianFilter(3))  # without holes where colours are alike
 
 
-def photograph(subject: world.Subject, other: world.Subject, folder: Path) -> None:
+def photograph_beside(subject: world.Subject, other: world.Subject, folder: Path) -> None:
     """Write photos of the subject with another thing beside it, and their masks."""
     folder.mkdir(parents=True, exist_ok=True)
     thing = replace(other.scene(0), size=0.2, x=0.2, y=0.3, angle=0.0, mirrored=False)
@@ -69,11 +69,13 @@ def train(plan: Plan, cell: Cell) -> JudgeScores:
     )
     out = Path(cfg.run_dir) / "scored"
     if not (out / SCORES).exists():
-        photograph(cell.subject, other, photos)
+        photograph_beside(cell.subject, other, photos)
         trainer.prepare(cfg)
         trainer.train(cfg)
         real = [render(cell.subject.scene(held_out)) for held_out in HELD_OUT]
         adapter = trainer.export(cfg, plan.steps[-1], out)
+        alone = cfg.override(f"prepare.photos={photos.with_name('alone')}", "prepare.mask=false")
+        photograph(cell.subject, alone)  # by which the judge knows the subject
         tiny_judge.evaluate(
             cfg, str(adapter), out, plan.work / "base" / cell.subject.kind, real, plan.pictures
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dbtrain.adapters.formats.names import nested
 from dbtrain.material.delta import Delta
-from dbtrain.material.fit import Fit, Fits, Size
+from dbtrain.material.fit import Fit, Fits, Limit
 from dbtrain.material.source import Place, shapes_of
 from dbtrain.models.base import Base
 from dbtrain.models.weight_files import WeightFiles
@@ -20,7 +20,7 @@ SMALL = 1024  # rows or columns of a change whose SVD is computed whole
 SPARE, PASSES = 16, 4  # ranks and iterations of a randomized SVD beyond those that are kept
 
 
-def extracted(tuned: Base, base: Base, size: Size) -> tuple[dict[Place, Delta], Fits, list[str]]:
+def extracted(tuned: Base, base: Base, limit: Limit) -> tuple[dict[Place, Delta], Fits, list[str]]:
     """What a tuned model's layers have changed, and the other tensors that differ, which no LoRA holds.
 
     One layer at a time is in memory. Raises ConfigError if the models do not have the same layers.
@@ -45,7 +45,7 @@ def extracted(tuned: Base, base: Base, size: Size) -> tuple[dict[Place, Delta], 
             if module is None:
                 others.append(f"{component}.{name}")
             else:
-                found[component, module], fits[component, module] = fitted(change, size, module)
+                found[component, module], fits[component, module] = fitted(change, limit, module)
     if not found:
         raise ConfigError(f"no layer of {tuned.name} differs from {base.name}")
     return found, fits, others
@@ -65,14 +65,14 @@ def _change(now: WeightFiles, was: WeightFiles, name: str) -> Tensor | None:
     return after.float() - before.float()
 
 
-def fitted(change: Tensor, size: Size, module: str) -> tuple[Delta, Fit]:
-    """A change at a size. Of a large one, only about as many ranks as are kept are computed."""
+def fitted(change: Tensor, limit: Limit, module: str) -> tuple[Delta, Fit]:
+    """A change within a limit. Of a large one, only about as many ranks as are kept are computed."""
     flat = change.flatten(1)
-    if size.rank is None or size.energy is not None or min(flat.shape) <= max(SMALL, size.rank + SPARE):
-        return size.fit(Delta.of(change))
+    if limit.rank is None or limit.energy is not None or min(flat.shape) <= max(SMALL, limit.rank + SPARE):
+        return limit.fit(Delta.of(change))
     with rng.seeded(0, "extract", module):
-        u, s, v = torch.svd_lowrank(flat, min(size.rank + SPARE, *flat.shape), PASSES)
-    u, root, v = u[:, : size.rank], s[: size.rank].sqrt(), v[:, : size.rank]
+        u, s, v = torch.svd_lowrank(flat, min(limit.rank + SPARE, *flat.shape), PASSES)
+    u, root, v = u[:, : limit.rank], s[: limit.rank].sqrt(), v[:, : limit.rank]
     up, down = u * root, (v * root).T
     delta = Delta(up.double(), down.double(), tuple(change.shape[1:]))
-    return delta, Fit(size.rank, flat.norm().item(), (flat - up @ down).norm().item())
+    return delta, Fit(limit.rank, flat.norm().item(), (flat - up @ down).norm().item())

@@ -1,4 +1,4 @@
-"""The size of an adapter, and how well one of that size fits."""
+"""Limits of the rank of adapters, and how well what they leave fits."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Fits = dict[Place, Fit]
 
 
 @dataclass(frozen=True)
-class Size:
-    """The rank of a layer: a number, a share of the squared norm to keep, or with neither all that it has."""
+class Limit:
+    """The rank of a layer: at most a number, a share of the squared norm to keep, or else all that it has."""
 
     rank: int | None = None
     energy: float | None = None
@@ -41,7 +41,7 @@ class Size:
         return min(self.rank or delta.rank, delta.rank)
 
     def fit(self, delta: Delta) -> tuple[Delta, Fit]:
-        """A change at this size, and how well it fits."""
+        """A change within this limit, and how well it fits."""
         rank = self.of(delta)
         if rank == delta.rank and self.energy is None:
             return delta, Fit(rank, delta.norm, 0.0)

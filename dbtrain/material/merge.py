@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from dbtrain.material.delta import Delta, total
-from dbtrain.material.fit import Fits, Size
+from dbtrain.material.fit import Fits, Limit
 from dbtrain.material.source import Place, Source
 from dbtrain.runtime.errors import ConfigError
 
 Rules = dict[int, Callable[[], Delta]]  # number of an adapter -> what computes its change of a layer
 
 
-def merged(parts: Sequence[tuple[Source, float]], size: Size) -> tuple[dict[Place, Delta], Fits]:
+def merged(parts: Sequence[tuple[Source, float]], limit: Limit) -> tuple[dict[Place, Delta], Fits]:
     """The weighted sum of adapters, whose layers have the names of the first one's file."""
     found: dict[Place, Delta] = {}
     fits: Fits = {}
     weights = [weight for _, weight in parts]
     for place, rules in aligned([source for source, _ in parts]).items():
-        found[place], fits[place] = size.fit(summed(rules, weights))
+        found[place], fits[place] = limit.fit(summed(rules, weights))
     return found, fits
 
 

@@ -12,7 +12,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
 if TYPE_CHECKING:
-    from dbtrain.material.fit import Fits, Size
+    from dbtrain.material.fit import Fits, Limit
     from dbtrain.material.source import Source
 
 app = typer.Typer(
@@ -72,12 +72,12 @@ def merge(
     if exact and (rank or energy):
         raise ConfigError("--exact keeps all ranks; drop it, or drop --rank and --energy")
     _begin("merge", f"{', '.join(adapters)} into {out}")
-    size = _size(rank, energy, dtype, form)
+    limit = _limit(rank, energy, dtype, form)
     from dbtrain.material import merge as verb
     from dbtrain.material.output import write
 
     parts, _ = _sources(adapters, base)
-    changes, fits = verb.merged(parts, size)
+    changes, fits = verb.merged(parts, limit)
     said = ", ".join(f"{source.path.name}:{weight:g}" for source, weight in parts)
     write(out, changes, parts[0][0], form, dtype, {"modelspec.merged_from": said})
     _report(out, fits, json)
@@ -98,12 +98,12 @@ def resize(
     if rank is None and energy is None:
         raise ConfigError("resize needs a size; add --rank, e.g. --rank 16, or --energy, e.g. --energy 0.99")
     _begin("resize", f"{file} into {out}")
-    size = _size(rank, energy, dtype, form)
+    limit = _limit(rank, energy, dtype, form)
     from dbtrain.material import merge as verb
     from dbtrain.material.output import write
 
     parts, _ = _sources([file], base)
-    changes, fits = verb.merged(parts, size)
+    changes, fits = verb.merged(parts, limit)
     write(out, changes, parts[0][0], form, dtype)
     _report(out, fits, json)
 
@@ -123,13 +123,13 @@ def extract(
     if rank is None and energy is None:
         raise ConfigError("extract needs a size; add --rank, e.g. --rank 32, or --energy, e.g. --energy 0.99")
     _begin("extract", f"{tuned} without {base} into {out}")
-    size = _size(rank, energy, dtype, form)
+    limit = _limit(rank, energy, dtype, form)
     from dbtrain.material import extract as verb
     from dbtrain.material.output import write
     from dbtrain.material.source import find_base
 
     was = find_base(base)
-    changes, fits, others = verb.extracted(find_base(tuned), was, size)
+    changes, fits, others = verb.extracted(find_base(tuned), was, limit)
     write(out, changes, was, form, dtype)
     _report(out, fits, json, {"left_out": others})
     if others and not json:
@@ -182,9 +182,9 @@ def _print(text: str) -> None:
         print(printable(line))
 
 
-def _size(rank: int | None, energy: float | None, dtype: str, form: str | None) -> Size:
-    """The size that is asked for. Raises ConfigError for values that no option takes."""
-    from dbtrain.material.fit import Size
+def _limit(rank: int | None, energy: float | None, dtype: str, form: str | None) -> Limit:
+    """The limit of the rank that is asked for. Raises ConfigError for values that no option takes."""
+    from dbtrain.material.fit import Limit
     from dbtrain.material.output import DTYPES, FORMS
 
     for name, value, known in (("--dtype", dtype, DTYPES), ("--format", form, FORMS)):
@@ -192,7 +192,7 @@ def _size(rank: int | None, energy: float | None, dtype: str, form: str | None) 
             raise ConfigError(f"{name} is '{value}'; use one of {', '.join(known)}")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigError(f"--energy is {energy:g}, not a share; use a number up to 1, e.g. 0.99")
-    return Size(rank, energy)
+    return Limit(rank, energy)
 
 
 def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[Source, float]], Any]:

@@ -20,7 +20,7 @@ from dbtrain.adapters.formats.common import States, by_module, strength
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.config import Config
 from dbtrain.material.delta import delta_of
-from dbtrain.material.fit import Fit, Fits, Size, table
+from dbtrain.material.fit import Fit, Fits, Limit, table
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
 from dbtrain.runtime.errors import ConfigError
@@ -137,7 +137,7 @@ def _lora(
 ) -> tuple[dict[str, Tensor], Fit]:
     """A layer of a LoRA that makes a file's change: its ranks first, then those of the new `layer`."""
     down, up = layer["lora_A.weight"].clone(), torch.zeros_like(layer["lora_B.weight"])
-    delta, fit = Size(len(down)).fit(delta_of(its, its_scale))
+    delta, fit = Limit(len(down)).fit(delta_of(its, its_scale))
     down[: delta.rank] = delta.down.reshape(delta.rank, *down.shape[1:]).float()
     up[:, : delta.rank] = (delta.up / scale).reshape(len(up), delta.rank, *up.shape[2:]).float()
     found = {"lora_A.weight": down, "lora_B.weight": up}

@@ -23,7 +23,7 @@ from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.material import bake, compare, extract, info, merge
 from dbtrain.material.delta import Delta
-from dbtrain.material.fit import Size
+from dbtrain.material.fit import Limit
 from dbtrain.material.output import write
 from dbtrain.material.source import DENOISER, Place, Source
 from dbtrain.models.base import Base
@@ -132,7 +132,7 @@ def test_resizing_to_the_full_rank_changes_nothing(
     path = written(tmp_path / "in", form, states, family)
     source = Source.read(path, base(family) if known else None)
     assert source.form == form
-    result, fits = merge.merged([(source, 1.0)], Size(energy=1.0))
+    result, fits = merge.merged([(source, 1.0)], Limit(energy=1.0))
     assert all(fit.relative < 1e-7 for fit in fits.values())
     write(out(tmp_path, form), result, source)
     assert_same(changes(out(tmp_path, form), family), truth(states, family))
@@ -142,7 +142,7 @@ def test_resizing_to_the_full_rank_changes_nothing(
 def test_each_layer_keeps_its_share_of_the_energy(tmp_path: Path, form: str) -> None:
     states = adapter(1, ranks={".*to_q": 2})
     source = Source.read(written(tmp_path / "in", form, states), base())
-    result, fits = merge.merged([(source, 1.0)], Size(energy=ENERGY))
+    result, fits = merge.merged([(source, 1.0)], Limit(energy=ENERGY))
     assert len({fit.rank for fit in fits.values()}) > 1
     write(out(tmp_path, form), result, source)
     found = changes(out(tmp_path, form))
@@ -158,7 +158,7 @@ def test_each_layer_keeps_its_share_of_the_energy(tmp_path: Path, form: str) -> 
 def test_the_real_clients_load_what_has_a_rank_for_each_layer(tmp_path: Path, form: str) -> None:
     text = form != "kohya"  # of kohya's files, Diffusers does not load the text encoder's layers
     path = written(tmp_path / "in", form, adapter(1, text=text, ranks={".*to_q": 2}))
-    size, place = Size(energy=ENERGY), out(tmp_path, form)
+    size, place = Limit(energy=ENERGY), out(tmp_path, form)
     source = Source.read(path)
     write(place, merge.merged([(source, 1.0)], size)[0], source)
     pipe = DiffusionPipeline.from_pretrained(base().folder)
@@ -178,7 +178,7 @@ def test_a_sum_has_the_ranks_of_its_parts_and_is_exact(tmp_path: Path) -> None:
     one, two = adapter(1, text=False), adapter(2, rank=3)
     paths = written(tmp_path / "a", "kohya", one), written(tmp_path / "b", "diffusers", two)
     parts = [(Source.read(paths[0], base()), 0.5), (Source.read(paths[1], base()), -2.0)]
-    result, fits = merge.merged(parts, Size())
+    result, fits = merge.merged(parts, Limit())
     assert {fit.rank for (name, _), fit in fits.items() if name == "unet"} == {7}
     write(tmp_path / "c.safetensors", result, parts[0][0], "diffusers")
     a, b = truth(one), truth(two)
@@ -192,7 +192,7 @@ def test_kinds_are_added_to_a_lora(tmp_path: Path, kind: str) -> None:
     one, two = adapter(1), adapter(2, **KINDS[kind])
     paths = written(tmp_path / "a", "diffusers", one), written(tmp_path / "b", "peft", two)
     parts = [(Source.read(path, base()), 1.0) for path in paths]
-    result, _ = merge.merged(parts, Size())
+    result, _ = merge.merged(parts, Limit())
     write(tmp_path / "c.safetensors", result, parts[0][0], "kohya")
     a, b = truth(one), truth(two)
     assert_same(changes(tmp_path / "c.safetensors"), {place: a[place] + b[place] for place in b}, 1e-5)
@@ -202,7 +202,7 @@ def test_files_with_other_names_need_the_base(tmp_path: Path) -> None:
     kohya = written(tmp_path / "a", "kohya", adapter(1, "sdxl"), "sdxl")
     diffusers = written(tmp_path / "b", "diffusers", adapter(1, "sdxl"), "sdxl")
     with pytest.raises(ConfigError, match="or not by this name; add --base"):
-        merge.merged([(Source.read(kohya), 1.0), (Source.read(diffusers), 1.0)], Size())
+        merge.merged([(Source.read(kohya), 1.0), (Source.read(diffusers), 1.0)], Limit())
     parts, alone = compare.difference(*(Source.read(path, base("sdxl")) for path in (kohya, diffusers)))
     assert parts["unet"].relative < 1e-6 and not alone["first"] and not alone["second"]
     with pytest.raises(ConfigError, match="is of the format kohya; to write peft, add --base"):
@@ -278,7 +278,7 @@ def test_what_was_baked_in_is_extracted(tmp_path: Path) -> None:
     source = Source.read(written(tmp_path / "a", "kohya", states), base())
     bake.bake(tmp_path / "tuned", base(), [(source, 1.0)])
     tuned = Base.find(Model(path=str(tmp_path / "tuned")))
-    result, fits, others = extract.extracted(tuned, base(), Size(rank=4))
+    result, fits, others = extract.extracted(tuned, base(), Limit(rank=4))
     assert not others and all(fit.relative < 1e-5 for fit in fits.values())
     write(tmp_path / "out.safetensors", result, base())
     assert_same(changes(tmp_path / "out.safetensors"), truth(states), 1e-5)
@@ -287,7 +287,7 @@ def test_what_was_baked_in_is_extracted(tmp_path: Path) -> None:
 def test_a_large_layer_is_extracted_by_a_randomized_svd() -> None:
     random = torch.Generator().manual_seed(0)
     change = torch.randn(1100, 8, generator=random) @ torch.randn(8, 1200, generator=random)
-    delta, fit = extract.fitted(change, Size(rank=8), "layer")
+    delta, fit = extract.fitted(change, Limit(rank=8), "layer")
     assert delta.rank == 8 and fit.relative < 1e-5
     assert (delta.whole - change).norm() < 1e-5 * change.norm()
 
@@ -299,10 +299,10 @@ def test_what_no_lora_holds_is_named(tmp_path: Path) -> None:
         pipe.unet.conv_in.weight.add_(torch.randn(pipe.unet.conv_in.weight.shape))
     pipe.save_pretrained(tmp_path / "tuned")
     tuned = Base.find(Model(path=str(tmp_path / "tuned")))
-    result, _, others = extract.extracted(tuned, base(), Size(energy=1.0))
+    result, _, others = extract.extracted(tuned, base(), Limit(energy=1.0))
     assert set(result) == {("unet", "conv_in")} and others == ["unet.conv_norm_out.weight"]
     with pytest.raises(ConfigError, match=r"no layer of .* differs"):
-        extract.extracted(base(), base(), Size(rank=1))
+        extract.extracted(base(), base(), Limit(rank=1))
 
 
 @pytest.mark.parametrize("form", FORMS["sd"])
