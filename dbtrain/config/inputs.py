@@ -120,13 +120,35 @@ class Augment(Section):
         return self
 
 
+class Caption(Section):
+    """How the prompts of a photo are made from its captions."""
+
+    prefix: str = Field("", description="text before each caption, e.g. `a photo of {},`")
+    suffix: str = Field("", description="text after it")
+    shuffle: bool = Field(False, description="put its tags, which commas separate, in other orders")
+    keep_tags: Natural = Field(0, description="first tags of a caption that are neither moved nor left out")
+    tag_dropout: Share = Field(0.0, description="share of the tags that are left out")
+    variants: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None,
+        description="prompts per photo, as many of each caption, if there is anything to draw: orders, tags "
+        "to leave out, or `{one|another}` in a caption (null: 8)",
+    )
+
+
 class Prepare(Section):
     photos: Text = Field(
         description="folder with photos of the subject (JPEG, PNG, HEIC, AVIF and others); or a table "
         "(`.csv`, `.jsonl`, `.parquet`), WebDataset tars (`photos-{000..009}.tar`), or `hub:OWNER/NAME`"
     )
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
-    captions: bool = Field(False, description="read each photo's prompt from the .txt file of the same name")
+    captions: Literal[False, True, "lines"] = Field(
+        False,
+        description="read each photo's prompt from the .txt file of the same name; `lines`: each of its lines "
+        "is a caption, of which every row of training draws one (or each text of a .json file)",
+    )
+    caption: Caption | None = Field(
+        None, description="make several prompts of each caption (null: captions are prompts as they are)"
+    )
     class_prompt: Text | None = Field(
         None, description="prompt of the class, for prior preservation (null: none)"
     )
@@ -215,6 +237,14 @@ class Prepare(Section):
             raise ValueError(
                 f"class_held_out is {self.class_held_out}, but there are no class images; "
                 "set class_prompt too, and loss.prior to images"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _captions_to_change(self) -> Prepare:
+        if self.caption and not self.captions:
+            raise ValueError(
+                "caption says how to change captions, but captions is false; set captions to true or lines"
             )
         return self
 

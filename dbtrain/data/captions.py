@@ -1,47 +1,73 @@
-"""Captions: the text file beside each photo. Its text becomes a prompt, and prompts are published."""
+"""Captions: the file beside each photo. Its texts become prompts, and prompts are published."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import stat
 import unicodedata
 from pathlib import Path
 
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
 
 MOST_BYTES = 8192  # of a caption; text encoders read some 77 tokens
-SUFFIXES = (".txt", ".TXT")
+SUFFIXES = (".txt", ".TXT", ".json")
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Names that other programs give to a caption.
-ELSEWHERE = ("{stem}.caption", "{stem}.cap", "{stem}.text", "{name}.txt", "{name}.caption", "{stem}.json")
+ELSEWHERE = ("{stem}.caption", "{stem}.cap", "{stem}.text", "{name}.txt", "{name}.caption")
 
 
 def file_of(photo: Path) -> Path:
-    """Where the caption of a photo is: `dog.txt`, or an existing `dog.TXT`, for `dog.jpg`."""
+    """Where the captions of a photo are: `dog.txt`, or an existing `dog.TXT` or `dog.json`, for `dog.jpg`."""
     paths = [photo.with_suffix(suffix) for suffix in SUFFIXES]
     return next((path for path in paths if os.path.lexists(path)), paths[0])
 
 
-def caption(photo: Path) -> str:
-    """The caption of a photo in one line, without control characters.
+def captions(photo: Path, lines: bool) -> tuple[str, ...]:
+    """The captions of a photo, without control characters: one, or with `lines` one or more.
 
-    Raises ConfigError if there is none, or if it is not a small text file in the photo's folder.
+    Raises ConfigError if there is none, or if they are not in a small text or JSON file in the photo's
+    folder.
     """
     path = file_of(photo)
     if not os.path.lexists(path):
         raise ConfigError(_missing(photo, path))
     text = _decoded(path, _read(path))
-    plain = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text)
-    if not plain.split():
+    if path.suffix == ".json":
+        texts = _in_json(path, text)
+    else:
+        texts = text.splitlines() if lines else [text]
+    found = tuple(dict.fromkeys(filter(None, map(_in_one_line, texts))))
+    if not found:
         raise ConfigError(f"caption {path} is empty; write one")
+    if len(found) > 1 and not lines:
+        raise ConfigError(f"caption {path} has {len(found)} captions; set prepare.captions to lines")
+    return found
+
+
+def _in_one_line(text: str) -> str:
+    plain = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text)
     return " ".join(plain.split())
+
+
+def _in_json(path: Path, text: str) -> list[str]:
+    """The texts of a JSON list, which may be called `captions` in an object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"caption {path} is not JSON: {reason(error)}; correct it") from error
+    if isinstance(value, dict):
+        value = value.get("captions")
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise ConfigError(f'caption {path} is no list of texts; write ["a caption", "another"]')
+    return value
 
 
 def _missing(photo: Path, path: Path) -> str:
     names = [pattern.format(stem=photo.stem, name=photo.name) for pattern in ELSEWHERE]
     found = [name for name in names if (photo.parent / name).is_file()]
-    what = f"prepare.captions is true, but photo {photo} has no caption {path.name}"
+    what = f"prepare.captions is set, but photo {photo} has no caption {path.name}"
     if not found:
         return f"{what}; add it"
     return f"{what}, only {found[0]}; make it a text file of that name"

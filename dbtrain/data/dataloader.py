@@ -220,13 +220,14 @@ class LatentStream:
         )
 
     def _prompt(self, role: str, position: int, shard: shards.Shard, row: shards.Row) -> int:
-        """The prompt of the row at a position: its own, that of its subject's class, or the empty one."""
+        """The prompt of the row at a position: one of its own, that of its subject's class, or the empty one."""
         share = self.prompt_dropout
         if share and rng.seed_of(self.seed, "prompt dropout", role, position) < share * 2**63:
             return self.manifest.prompts.texts.index(shards.EMPTY)
         if self.class_prompts and role == "class":
             return self.class_prompts[shard.part]
-        return row.meta["prompt"]
+        several = row.meta.get("prompts") or [row.meta["prompt"]]
+        return several[rng.seed_of(self.seed, "caption", role, position) % len(several)]
 
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)

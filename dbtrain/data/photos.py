@@ -74,7 +74,7 @@ def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
 
 def of_subject(cfg: Prepare) -> list[Path]:
     """The photos of the subject. Raises ConfigError if there are none."""
-    photos = find(cfg.photos, "prepare.photos", ignore=(".txt",) if cfg.captions else ())
+    photos = find(cfg.photos, "prepare.photos", ignore=(".txt", ".json") if cfg.captions else ())
     if not photos:
         raise ConfigError(f"prepare.photos: {no_photos(folder_of(cfg.photos))}")
     return photos

@@ -186,6 +186,7 @@ class Description(BaseModel):
     key: StrictStr
     source: StrictStr
     prompt: StrictInt = Field(ge=0)  # index into the prompt table
+    prompts: tuple[Annotated[StrictInt, Field(ge=0)], ...] = ()  # those to draw from; `prompt` is the first
     original_size: Pair  # px
     crop: Pair  # px
 
@@ -269,8 +270,8 @@ def _row_problem(row: Row, manifest: Manifest, shape: tuple[int, ...], stored: C
         described = Description.model_validate(row.meta)
     except ValidationError as error:
         return f"a description without a valid {error.errors()[0]['loc'][0]}"
-    if described.prompt >= (count := len(manifest.prompts.texts)):
-        return f"prompt {described.prompt} of {count}"
+    if (most := max(described.prompt, *described.prompts, 0)) >= (count := len(manifest.prompts.texts)):
+        return f"prompt {most} of {count}"
     return None
 
 

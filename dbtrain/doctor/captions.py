@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dbtrain.data import photo_files
-from dbtrain.data.captions import caption
 from dbtrain.data.sources import folder_of
 from dbtrain.doctor import settings
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, warning
 from dbtrain.models.base import Base
+from dbtrain.prepare.prompts import of_photo
 from dbtrain.runtime.errors import ConfigError
 
 TOKENS = 77  # that every text encoder reads, unless its config says less
@@ -24,10 +24,10 @@ def captions(case: Case) -> Iterator[Finding]:
         return
     folder = folder_of(cfg.photos)
     found = photo_files.listing(folder).photos if folder.is_dir() else []
-    texts: dict[Path, str] = {}
+    texts: dict[Path, list[str]] = {}
     for path in found:
         try:
-            texts[path] = caption(path)
+            texts[path] = of_photo(path, cfg, case.cfg.subject, case.cfg.seed)
         except ConfigError as problem:
             yield from findings_of(problem)
     token = settings.token_of(case.cfg.subject, cfg)
@@ -38,8 +38,9 @@ def captions(case: Case) -> Iterator[Finding]:
             f"write '{word}' into each, as in prepare.instance_prompt '{cfg.instance_prompt}'",
         )
     if case.knows("base"):
-        yield from too_long({path.name: text for path, text in texts.items()}, case.base)
-    yield ok(f"{len(texts)} of {len(found)} photos have a caption")
+        yield from too_long({path.name: max(every, key=len) for path, every in texts.items()}, case.base)
+    count = len({text for every in texts.values() for text in every})
+    yield ok(f"{len(texts)} of {len(found)} photos have a caption, of which {count} prompts are made")
 
 
 def prompts(case: Case) -> Iterator[Finding]:
@@ -58,9 +59,11 @@ def prompts(case: Case) -> Iterator[Finding]:
     yield ok("the model reads every prompt to its end")
 
 
-def without_token(texts: dict[Path, str], token: set[str]) -> list[str]:
-    """Names of the photos whose caption lacks one of the subject's words."""
-    return [path.name for path, text in texts.items() if not token <= settings.words(text)]
+def without_token(texts: Mapping[Path, Sequence[str]], token: set[str]) -> list[str]:
+    """Names of the photos one of whose prompts lacks one of the subject's words."""
+    return [
+        path.name for path, every in texts.items() if not all(token <= settings.words(text) for text in every)
+    ]
 
 
 def too_long(texts: dict[str, str], base: Base) -> Iterator[Finding]:

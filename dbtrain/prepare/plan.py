@@ -12,16 +12,15 @@ from torch import Tensor
 
 from dbtrain.config import Config, Prepare
 from dbtrain.data import masks, photos, shards, sizes, sources
-from dbtrain.data.captions import caption
 from dbtrain.data.photo_files import listing
 from dbtrain.data.shards import Manifest
 from dbtrain.data.sizes import Size, Sized
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.families.space import LatentSpace
-from dbtrain.prepare import class_images, own_images
+from dbtrain.prepare import class_images, own_images, prompts
 from dbtrain.prepare.images import split as split_held_out
-from dbtrain.prepare.subjects import parts
+from dbtrain.prepare.subjects import Part, parts
 from dbtrain.runtime import hashing
 from dbtrain.runtime.console import say
 from dbtrain.runtime.errors import ConfigError, printable
@@ -30,7 +29,7 @@ from dbtrain.runtime.hashing import content_key
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
 # Settings that older manifests lack, recorded if they are not the default.
-LATER = ("buckets", "class_buckets", "augment", "mask", "mask_model")
+LATER = ("buckets", "class_buckets", "augment", "mask", "mask_model", "caption")
 CHANGES = 4  # most changed files to name
 
 
@@ -75,30 +74,32 @@ def plan_shards(
     vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
     encoder = f"{components['vae']} {first.vae_precision}" if vae else "pixels"
-    texts: list[str] = []
+    texts: dict[str, int] = {}  # and their place in the table
     plans: dict[str, list[dict[str, Any]]] = {}
     settings = parts(cfg)
     split = [
-        (role, number, settings[of][number].prepare, images)
+        (role, number, settings[of][number], images)
         for of, several in every.items()
         for number, whole in enumerate(several)
         for role, images in split_held_out(of, whole, first, cfg.seed).items()
     ]
-    for role, number, prepare, images in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
+    for role, number, part, images in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
         rows: dict[Size, list[tuple[str, dict]]] = {}
+        prepare = part.prepare
         crops = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path, size in images:
             mine = rows.setdefault(size, [])
-            text, mask = prepare.class_prompt or "", None
+            mine_texts, mask = [prepare.class_prompt or ""], None
             if role.startswith("instance"):
                 mask = masks.key_of(path) if prepare.mask else None
-                text = caption(path) if prepare.captions else prepare.instance_prompt
-            if text not in texts:
-                texts.append(text)
+                mine_texts = prompts.of_photo(path, prepare, part.words, cfg.seed)
+            if role in shards.HELD_OUT.values():
+                del mine_texts[1:]
+            words = [texts.setdefault(text, len(texts)) for text in mine_texts]
             if path.suffix == class_images.SUFFIX:
-                mine.append(_latent_row(path, texts.index(text), size, base.family.space(base, size)))
+                mine.append(_latent_row(path, words, size, base.family.space(base, size)))
             else:
-                mine += _rows(path, texts.index(text), size, crops, cfg.seed, encoder, mask)
+                mine += _rows(path, words, size, crops, cfg.seed, encoder, mask)
         planned = plans.setdefault(role, [])
         for size, mine in rows.items():
             about = {"part": number, "size": None if size == Size.square(first.side) else str(size)}
@@ -120,7 +121,7 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 
 
 def _rows(
-    path: Path, prompt: int, size: Size, prepare: Prepare, seed: int, encoder: str, mask: str | None
+    path: Path, words: list[int], size: Size, prepare: Prepare, seed: int, encoder: str, mask: str | None
 ) -> list[tuple[str, dict]]:
     """(image path, row description) of every stored crop of one image."""
     photo_key = hashing.sha256_of(path)
@@ -133,23 +134,27 @@ def _rows(
     for crop in photos.crops(photo_key, height, width, size, prepare, seed):
         where = [of_size, crop.key(), *([mask] if mask else [])]
         key = content_key([shards.VERSION, encoder, photo_key, where])
-        meta = _meta(path, [height, width], crop, prompt, key)
+        meta = _meta(path, [height, width], crop, words, key)
         rows.append((str(path), meta | ({"mask": mask} if mask else {})))
     return rows
 
 
-def _latent_row(path: Path, prompt: int, size: Size, space: LatentSpace) -> tuple[str, dict]:
+def _latent_row(path: Path, words: list[int], size: Size, space: LatentSpace) -> tuple[str, dict]:
     """(path, row description) of a class image that is stored as a latent: neither cropped nor resized."""
     key = content_key(
         [shards.VERSION, class_images.LATENT, space.scale, space.shift, hashing.sha256_of(path)]
     )
-    return str(path), _meta(path, list(size), photos.Crop(0, 0, False), prompt, key)
+    return str(path), _meta(path, list(size), photos.Crop(0, 0, False), words, key)
 
 
-def _meta(path: Path, original_size: list[int], crop: photos.Crop, prompt: int, key: str) -> dict[str, Any]:
+def _meta(
+    path: Path, original_size: list[int], crop: photos.Crop, words: list[int], key: str
+) -> dict[str, Any]:
+    """`words`: the places of its prompts in the table."""
     return {
         "source": path.name, "original_size": original_size, "crop": [crop.top, crop.left],
-        "flip": crop.flip, "prompt": prompt, "key": key[:16],
+        "flip": crop.flip, "prompt": words[0], "key": key[:16],
+        **({"prompts": words} if len(set(words)) > 1 else {}),
         **({"augment": change} if (change := crop.change.about()) else {}),
     }  # fmt: skip
 
@@ -169,15 +174,16 @@ def sources_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
             if folder.is_dir():
                 most = prepare.class_images if role == "class" else None
                 found[role if number == 1 else f"{role} {number}"] = {
-                    printable(path.name): _source(path, role, prepare)
-                    for path in listing(folder).photos[:most]
+                    printable(path.name): _source(path, role, part) for path in listing(folder).photos[:most]
                 }
     return found
 
 
-def _source(path: Path, role: str, prepare: Prepare) -> shards.Source:
-    text = caption(path) if role == "instance" and prepare.captions else None
-    mask = masks.key_of(path) if role == "instance" and prepare.mask else None
+def _source(path: Path, role: str, part: Part) -> shards.Source:
+    text = mask = None
+    if role == "instance":
+        text = "\n".join(prompts.templates(path, part.prepare, part.words)) if part.prepare.captions else None
+        mask = masks.key_of(path) if part.prepare.mask else None
     return shards.Source(sha256=hashing.sha256_of(path), caption=text, mask=mask)
 
 

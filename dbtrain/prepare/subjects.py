@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dbtrain.config import Config, Prepare
+from dbtrain.config.inputs import Subject
 from dbtrain.prepare import own_images
 from dbtrain.runtime.errors import ConfigError
 
@@ -16,6 +17,7 @@ class Part:
 
     prepare: Prepare  # with its photos and prompts
     weight: float  # how often it is trained on
+    words: Subject = Subject()
 
 
 def parts(cfg: Config) -> dict[str, list[Part]]:
@@ -24,8 +26,11 @@ def parts(cfg: Config) -> dict[str, list[Part]]:
     Subjects with the same class prompt share its images.
     """
     weights = [one.weight for one in cfg.subjects] or [1.0]
-    settings = [one.prepare for one in cfg.each_subject()]
-    subjects = [Part(one, weight) for one, weight in zip(settings, weights, strict=True) if one]
+    subjects = [
+        Part(one.prepare, weight, one.subject)
+        for one, weight in zip(cfg.each_subject(), weights, strict=True)
+        if one.prepare
+    ]
     classes: dict[str, Part] = {}
     for one in subjects:
         if (prompt := one.prepare.class_prompt) and one.prepare.has_class_images:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dbtrain.data.captions import MOST_BYTES, caption
+from dbtrain.data.captions import MOST_BYTES, captions
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -21,29 +21,29 @@ def photo(tmp_path: Path) -> Path:
 
 def test_a_caption_is_the_text_beside_its_photo_in_one_line(photo: Path) -> None:
     (photo.parent / "a.txt").write_text("a photo\n of  sks dog \n")
-    assert caption(photo) == "a photo of sks dog"
+    assert captions(photo, False) == ("a photo of sks dog",)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_encodings_that_say_what_they_are_are_read(photo: Path, encoding: str) -> None:
     (photo.parent / "a.txt").write_bytes("a café ☕".encode(encoding))
-    assert caption(photo) == "a café ☕"
+    assert captions(photo, False) == ("a café ☕",)
 
 
 def test_windows_names_are_read(photo: Path) -> None:
     (photo.parent / "a.TXT").write_text("a dog")
-    assert caption(photo) == "a dog"
+    assert captions(photo, False) == ("a dog",)
 
 
 def test_control_characters_are_left_out(photo: Path) -> None:
     (photo.parent / "a.txt").write_text("a \x1b[31mred\x07 dog")
-    assert caption(photo) == "a [31mred dog"
+    assert captions(photo, False) == ("a [31mred dog",)
 
 
 def test_a_link_within_the_folder_is_followed(photo: Path) -> None:
     (photo.parent / "all").write_text("a dog")
     (photo.parent / "a.txt").symlink_to("all")
-    assert caption(photo) == "a dog"
+    assert captions(photo, False) == ("a dog",)
 
 
 def written(data: bytes) -> Callable[[Path], object]:
@@ -88,4 +88,4 @@ def test_what_is_no_caption_is_said(photo: Path, name: str) -> None:
     plant, said = BAD[name]
     plant(photo.parent / "a.txt")
     with pytest.raises(ConfigError, match=said):
-        caption(photo)
+        captions(photo, False)
