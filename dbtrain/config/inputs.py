@@ -143,8 +143,8 @@ class Prepare(Section):
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: Literal[False, True, "lines"] = Field(
         False,
-        description="read each photo's prompt from the .txt file of the same name; `lines`: each of its lines "
-        "is a caption, of which every row of training draws one (or each text of a .json file)",
+        description="read each photo's prompt from the .txt file of the same name; `lines`: each of its "
+        "lines is a caption, of which every row of training draws one (or each text of a .json file)",
     )
     caption: Caption | None = Field(
         None, description="make several prompts of each caption (null: captions are prompts as they are)"

@@ -34,10 +34,9 @@ def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     if not os.path.lexists(path):
         raise ConfigError(_missing(photo, path))
     text = _decoded(path, _read(path))
+    texts = text.splitlines() if lines else [text]
     if path.suffix == ".json":
         texts = _in_json(path, text)
-    else:
-        texts = text.splitlines() if lines else [text]
     found = tuple(dict.fromkeys(filter(None, map(_in_one_line, texts))))
     if not found:
         raise ConfigError(f"caption {path} is empty; write one")

@@ -220,7 +220,7 @@ class LatentStream:
         )
 
     def _prompt(self, role: str, position: int, shard: shards.Shard, row: shards.Row) -> int:
-        """The prompt of the row at a position: one of its own, that of its subject's class, or the empty one."""
+        """The prompt of the row at a position: one of its own, its subject's class's, or the empty one."""
         share = self.prompt_dropout
         if share and rng.seed_of(self.seed, "prompt dropout", role, position) < share * 2**63:
             return self.manifest.prompts.texts.index(shards.EMPTY)

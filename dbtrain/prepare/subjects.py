@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dbtrain.config import Config, Prepare
 from dbtrain.config.inputs import Subject
@@ -17,7 +17,7 @@ class Part:
 
     prepare: Prepare  # with its photos and prompts
     weight: float  # how often it is trained on
-    words: Subject = Subject()
+    words: Subject = field(default_factory=Subject)
 
 
 def parts(cfg: Config) -> dict[str, list[Part]]:

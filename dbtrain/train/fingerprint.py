@@ -17,9 +17,9 @@ from dbtrain.train import training_adapter
 
 # Settings that shape the shards. Their content would tell, but not in words that a person changed.
 PREPARE = (
-    "instance_prompt", "captions", "caption", "class_prompt", "class_images", "resolution", "buckets", "class_buckets",
-    "crop", "mask", "mask_model", "variants", "flip", "augment", "held_out", "class_held_out",
-    "vae_precision",
+    "instance_prompt", "captions", "caption", "class_prompt", "class_images", "resolution", "buckets",
+    "class_buckets", "crop", "mask", "mask_model", "variants", "flip", "augment", "held_out",
+    "class_held_out", "vae_precision",
 )  # fmt: skip
 # Settings of other sections, recorded where they differ from the defaults.
 OPTIONAL = ("data.prompt_dropout", "optim.name")

@@ -118,7 +118,7 @@ def test_the_photos_are_the_same_bytes_with_their_captions(tmp_path: Path, kind:
     found = unpacked(KINDS[kind](tmp_path))
     assert [path.read_bytes() for path in found] == PICTURES
     assert [path.suffix for path in found] == [".png", ".jpg", ".webp"]
-    assert [captions.caption(path) for path in found] == TEXTS
+    assert [captions.captions(path, False)[0] for path in found] == TEXTS
     assert {path.name.partition(".")[2] for path in found[0].parent.iterdir()} == {
         "png",
         "jpg",
@@ -136,7 +136,7 @@ def test_a_data_set_of_the_hub_is_read_with_its_library(
     monkeypatch.chdir(tmp_path)  # where the library finds a folder of this name, as it finds one of its cache
     found = unpacked("hub:owner/dogs?split=train&caption=text")
     assert [path.read_bytes() for path in found] == PICTURES
-    assert [captions.caption(path) for path in found] == TEXTS
+    assert [captions.captions(path, False)[0] for path in found] == TEXTS
     with pytest.raises(ConfigError, match=r"cannot read 'hub:owner/dogs'"):
         unpacked("hub:owner/dogs?split=nope")
     with pytest.raises(ConfigError, match=r"no column 'x'; add \?image=NAME to it, with one of: image, text"):
