@@ -29,7 +29,8 @@ def of_step(base: Base, side: int, adapter: Adapter, tokens: int = 77) -> tuple[
     for name, shape in family.conditions(base).items():
         condition[name] = torch.empty(1, *(tokens if size is None else size for size in shape))
     condition |= {
-        k: t[None] for k, t in family.row({"original_size": (side, side), "crop": (0, 0)}, side).items()
+        k: t[None]
+        for k, t in family.row({"original_size": (side, side), "crop": (0, 0)}, Size.square(side)).items()
     }
     t = family.objective.of(base.config("scheduler")).timesteps(torch.tensor([0.5])).to("meta")
     condition = {name: tensor.to("meta") for name, tensor in condition.items()}

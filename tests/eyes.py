@@ -46,7 +46,7 @@ def _dino(folder: Path) -> None:
 
 
 def _clip(folder: Path) -> None:
-    words = bases._words()
+    words = bases.clip_words()
     config = CLIPConfig(
         text_config=bases._clip(words).to_dict(), projection_dim=24,
         vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -227,7 +227,7 @@ def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pyt
 def test_the_flops_of_a_step_are_those_of_the_published_architectures(tmp_path: Path) -> None:
     """859.5 M and 2567 M parameters, as published; 1.7178 TFLOP for SD-1.5 with LoRA of rank 8."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(random_bases, "tokenizer", lambda *_: bases._words())
+        patch.setattr(random_bases, "tokenizer", lambda *_: bases.clip_words())
         found = {
             name: Base.find(Model(path=str(random_bases.outline(name, tmp_path))))
             for name in ("sd15", "sdxl")

@@ -81,7 +81,7 @@ def predicted(base: Base, components: Mapping[str, Any]) -> dict[str, Tensor]:
         name: torch.randn(1, *(8 if size is None else size for size in shape))
         for name, shape in family.conditions(base).items()
     }
-    row = family.row({"original_size": (side, side), "crop": (0, 0)}, side)
+    row = family.row({"original_size": (side, side), "crop": (0, 0)}, Size.square(side))
     condition |= {name: tensor[None] for name, tensor in row.items()}
     t = family.objective.of(base.config("scheduler")).timesteps(torch.tensor([0.4]))
     with torch.no_grad():

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def test_it_takes_what_was_counted() -> None:
     base, rows = Base.find(Model(path=str(bases.flux1()))), 4
-    found = denoiser.needs(base, "full", torch.float32, Work(rows, 64, 40))
+    found = denoiser.needs(base, "full", torch.float32, Work(rows, Size.square(64), 40))
     module = denoiser.load(base, "full", torch.float32)
     weights = sum(-(-tensor.nbytes // 512) * 512 for tensor in (*module.parameters(), *module.buffers()))
     assert found.resident == pytest.approx(weights, rel=0.01)
@@ -30,12 +30,12 @@ def test_it_takes_what_was_counted() -> None:
     with torch.no_grad(), MemoryCounter(512) as counter:
         base.family.denoise(module, noise, torch.ones(rows), condition)
     assert found.temporary == pytest.approx(counter.peak, rel=0.1)
-    with_vae = denoiser.needs(base, "full", torch.float32, Work(1, 64, 40, ("vae",)))
+    with_vae = denoiser.needs(base, "full", torch.float32, Work(1, Size.square(64), 40, ("vae",)))
     assert with_vae.resident > found.resident and with_vae.temporary > found.temporary / rows
 
 
 def test_blocks_are_swapped_where_there_is_no_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, work = Base.find(Model(path=str(bases.sd()))), Work(1, 64, 32)
+    base, work = Base.find(Model(path=str(bases.sd()))), Work(1, Size.square(64), 32)
     found = denoiser.needs(base, "full", torch.float32, work)
     lacking = block_swap.saved_bytes(found.blocks, 5)
     monkeypatch.setattr(denoiser, "PLENTY", 1e9)

@@ -305,7 +305,7 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         pipe = sampler.build(base, torch.float32, torch.device("cpu"))
         rows = 2 * sampler.encode(pipe, base.family, ["a dog"], guidance)
-        ours = sampler.generate_encoded(pipe, base.family, rows, generators, 2, guidance, SIDE)
+        ours = sampler.generate_encoded(pipe, base.family, rows, generators, 2, guidance, Size.square(SIDE))
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
         plain = stock(base)
         plain.vae.enable_slicing()  # decodes one image at a time, as ours
@@ -318,10 +318,10 @@ def test_samples_are_the_stock_pipeline_s(name: str) -> None:
         # Decoded by us from latents, as validation does.
         space = base.family.space(base, Size.square(SIDE))
         generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-        latents = sampler.without_vae(base, SIDE, torch.float32)
+        latents = sampler.without_vae(base, Size.square(SIDE), torch.float32)
         encoded = sampler.encode(latents, base.family, ["a dog"], guidance) * 2
         made = sampler.generate_encoded(
-            latents, base.family, encoded, generators, 2, guidance, SIDE, space=space
+            latents, base.family, encoded, generators, 2, guidance, Size.square(SIDE), space=space
         )
         assert made[0].shape == space.shape
         for latent, other in zip(made, theirs, strict=True):

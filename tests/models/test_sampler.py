@@ -10,11 +10,14 @@ import torch
 from PIL import Image
 
 from dbtrain.config import Model
+from dbtrain.data.sizes import Size
 from dbtrain.models import sampler
 from dbtrain.models.base import Base
 from dbtrain.runtime import console, pace
 from tests import bases
 from tests.conftest import slow
+
+SQUARE = Size.square(64)
 
 
 @pytest.mark.parametrize("folder", [bases.sd, *map(slow, (bases.sdxl, bases.if_1, bases.if_2))])
@@ -35,7 +38,7 @@ def test_a_bar_moves_at_each_denoising_step(
         bar.update(4)
         with sampler.moving(pipe, bar, 2, "image"):
             seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-            assert len(sampler.generate_encoded(pipe, base.family, rows, seeds, 3, 5.0, 64, low_res)) == 2
+            assert len(sampler.generate_encoded(pipe, base.family, rows, seeds, 3, 5.0, SQUARE, low_res)) == 2
         assert moved == pytest.approx([4, *[2 / 4] * 3, 2 / 4]) and bar.n == pytest.approx(6)
     assert pace.each("image step") == 10 / 2, "between two steps, for two images"
     assert pace.each("image") == 10 / 2, "from the last step to the images"

@@ -116,14 +116,15 @@ def test_a_step_reads_no_tensor_back_to_the_host(
         train__precision=precision, train__micro_batch=2, loss__min_snr_gamma=5.0, adapter__dropout=0.1,
         faults__nonfinite=nonfinite,
     )  # fmt: skip
-    model, batches = build(cfg, prepared), stream(cfg, prepared)
+    model, rows = build(cfg, prepared), stream(cfg, prepared)
     progress = Progress.begin(model, cfg)
-    ready = [next(batches) for _ in range(4)]  # the thread reads rows, which is not the step's doing
-    batches.close()
+    ready = [next(rows) for _ in range(4)]  # the thread reads rows, which is not the step's doing
+    rows.close()
     fake = iter(ready)
 
     class Ready:
-        share, device, batches = batches.share, batches.device, batches.batches
+        share, device = rows.share, rows.device
+        batches = rows.batches
         __next__ = staticmethod(lambda: next(fake))
 
     for step in range(2):
