@@ -23,6 +23,7 @@ from benchmarks.architectures import published, tokenizer
 from dbtrain import tiny
 from dbtrain.config import Model
 from dbtrain.data import shards
+from dbtrain.data.sizes import Size
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.locate import hush
@@ -189,7 +190,7 @@ def write_shards(place: Path, model: str, base: Base, rows: int, roles: tuple[st
         return place
     place.mkdir(parents=True, exist_ok=True)
     family = base.family
-    space = family.space(base, side_of(model))
+    space = family.space(base, Size.square(side_of(model)))
     tokens = base.config("text_encoder").get("max_position_embeddings", 77)
     if model != "tiny":
         tokens = published()[model].tokens

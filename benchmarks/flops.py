@@ -50,7 +50,7 @@ def of_picture(base: Base, side: int, steps: int, guided: bool) -> float:
     forward, _ = of_step(base, side, Adapter(rank=1))
     vae = base.skeleton("vae")
     with torch.device("meta"):
-        latents = torch.empty(1, *family.space(Random.of_base(base), side).shape)
+        latents = torch.empty(1, *family.space(Random.of_base(base), Size.square(side)).shape)
     with FlopCounterMode(display=False) as decoder, torch.no_grad():
         family.decode(vae, latents)
     return steps * (2 if guided else 1) * forward + float(decoder.get_total_flops())
