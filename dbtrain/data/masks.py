@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dbtrain.data.photo_files import MASKS, opened
+from dbtrain.data.photo_files import MASKS, opened, size
 from dbtrain.data.sizes import Size
 from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
@@ -25,11 +25,11 @@ SHAPE = 0.02  # tolerated difference of two aspect ratios
 def file_of(photo: Path) -> Path | None:
     """The file with the mask of a photo; None if there is none."""
     paths = [photo.with_name(photo.stem + end) for end in MASKS]
-    paths.append(own_file(photo))
+    paths.append(made_file(photo))
     return next((path for path in paths if path.is_file()), None)
 
 
-def own_file(photo: Path) -> Path:
+def made_file(photo: Path) -> Path:
     """Where a mask is that was made for a photo."""
     return photo.parent / FOLDER / f"{photo.stem}.png"
 
@@ -53,30 +53,22 @@ def load(photo: Path) -> Image.Image:
 
     Raises ConfigError if there is none, or if it is of another shape.
     """
-    with opened(photo) as picture:
+    path, (tall, wide) = file_of(photo), size(photo)
+    with opened(path or photo) as picture:
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
-        size = picture.size
-        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
-    path = file_of(photo)
-    if path is None and alpha is None:
+        if not path and not picture.has_transparency_data:
+            raise ConfigError(
+                f"prepare.mask is true, but photo {photo} has neither a mask {photo.stem}{MASKS[0]} beside "
+                "it nor transparent parts; add a mask"
+            )
+        mask = picture.convert("L") if path else picture.convert("RGBA").getchannel("A")
+    if not math.isclose(mask.width * tall, mask.height * wide, rel_tol=SHAPE):
         raise ConfigError(
-            f"prepare.mask is true, but photo {photo} has neither a mask {photo.stem}{MASKS[0]} beside it "
-            "nor transparent parts; add a mask"
+            f"mask {path} is {mask.width} x {mask.height} px, of another shape than its photo of {wide} x "
+            f"{tall} px; draw it on the photo"
         )
-    if path is None:
-        assert alpha
-        return alpha
-    with opened(path) as picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-        mask = picture.convert("L")
-    if not math.isclose(mask.width * size[1], mask.height * size[0], rel_tol=SHAPE):
-        raise ConfigError(
-            f"mask {path} is {mask.width} x {mask.height} px, of another shape than its photo of {size[0]} x "
-            f"{size[1]} px; draw it on the photo"
-        )
-    return mask.resize(size, Image.Resampling.BILINEAR) if mask.size != size else mask
+    return mask if mask.size == (wide, tall) else mask.resize((wide, tall), Image.Resampling.BILINEAR)
 
 
 def reduced(mask: Image.Image, cells: Size) -> Tensor:

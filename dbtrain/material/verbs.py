@@ -62,25 +62,14 @@ def merge(
     adapters: Files,
     rank: Rank = None,
     energy: Energy = None,
-    exact: Annotated[bool, typer.Option("--exact", help="keep all ranks, the default")] = False,
     base: BaseOption = None,
     form: Format = None,
     dtype: Dtype = "fp32",
     json: Json = False,
 ) -> None:
-    """Write the weighted sum of adapters of any formats and kinds as a LoRA, exactly or at a rank."""
-    if exact and (rank or energy):
-        raise ConfigError("--exact keeps all ranks; drop it, or drop --rank and --energy")
+    """Write the weighted sum of adapters of any formats and kinds as a LoRA, with all ranks or fewer."""
     _begin("merge", f"{', '.join(adapters)} into {out}")
-    limit = _limit(rank, energy, dtype, form)
-    from dbtrain.material import merge as verb
-    from dbtrain.material.output import write
-
-    parts, _ = _sources(adapters, base)
-    changes, fits = verb.merged(parts, limit)
-    said = ", ".join(f"{source.path.name}:{weight:g}" for source, weight in parts)
-    write(out, changes, parts[0][0], form, dtype, {"modelspec.merged_from": said})
-    _report(out, fits, json)
+    _write_sum(out, adapters, _limit(rank, energy, dtype, form), base, form, dtype, json)
 
 
 @app.command()
@@ -98,14 +87,7 @@ def resize(
     if rank is None and energy is None:
         raise ConfigError("resize needs a size; add --rank, e.g. --rank 16, or --energy, e.g. --energy 0.99")
     _begin("resize", f"{file} into {out}")
-    limit = _limit(rank, energy, dtype, form)
-    from dbtrain.material import merge as verb
-    from dbtrain.material.output import write
-
-    parts, _ = _sources([file], base)
-    changes, fits = verb.merged(parts, limit)
-    write(out, changes, parts[0][0], form, dtype)
-    _report(out, fits, json)
+    _write_sum(out, [file], _limit(rank, energy, dtype, form), base, form, dtype, json)
 
 
 @app.command()
@@ -206,6 +188,21 @@ def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[Source, 
         if source.words:
             console.say(f"{source.path}: its learned words ({', '.join(source.words)}) are left out")
     return parts, model
+
+
+def _write_sum(
+    out: Path, adapters: list[str], limit: Limit, base: str | None, form: str | None, dtype: str, json: bool
+) -> None:
+    """Write the weighted sum of adapters, of which one is a sum too, and say how well it fits."""
+    from dbtrain.material import merge
+    from dbtrain.material.output import write
+
+    parts, _ = _sources(adapters, base)
+    changes, fits = merge.merged(parts, limit)
+    said = ", ".join(f"{source.path.name}:{weight:g}" for source, weight in parts)
+    about = {"modelspec.merged_from": said} if len(parts) > 1 else {}
+    write(out, changes, parts[0][0], form, dtype, about)
+    _report(out, fits, json)
 
 
 def _report(out: Path, fits: Fits, json: bool, more: dict[str, Any] | None = None) -> None:

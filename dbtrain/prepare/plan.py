@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def plan_shards(
     vae = [base.family.vae] if base.family.vae else []
     components = {name: base.key(name) for name in (*vae, *encoders, *encoders.values())}
     encoder = f"{components['vae']} {first.vae_precision}" if vae else "pixels"
+    space = cache(partial(base.family.space, base))
     texts: dict[str, int] = {}  # and their place in the table
     plans: dict[str, list[dict[str, Any]]] = {}
     settings = parts(cfg)
@@ -97,7 +99,7 @@ def plan_shards(
                 del mine_texts[1:]
             words = [texts.setdefault(text, len(texts)) for text in mine_texts]
             if path.suffix == class_images.SUFFIX:
-                mine.append(_latent_row(path, words, size, base.family.space(base, size)))
+                mine.append(_latent_row(path, words, size, space(size)))
             else:
                 mine += _rows(path, words, size, crops, cfg.seed, encoder, mask)
         planned = plans.setdefault(role, [])

@@ -49,9 +49,9 @@ def ensure(cfg: Config, paths: Sequence[Path]) -> None:
             )
         png = io.BytesIO()
         mask.save(png, "PNG")
-        files.write_atomically(masks.own_file(path), png.getvalue())
+        files.write_atomically(masks.made_file(path), png.getvalue())
     if missing:
-        console.say(f"made {len(missing)} masks in {masks.own_file(missing[0]).parent}: look at them")
+        console.say(f"made {len(missing)} masks in {masks.made_file(missing[0]).parent}: look at them")
 
 
 @lru_cache(maxsize=1)

@@ -89,7 +89,7 @@ def measure(model: DreamBooth, held_out: Sequence[HeldOut], cfg: Config) -> dict
 
 def shape_of(one: HeldOut) -> tuple[int, ...]:
     """The shape of a row's latents, (C, H, W)."""
-    return tuple(next(iter(one.row.tensors.values())).shape)
+    return tuple(next(t for name, t in one.row.tensors.items() if name != shards.MASK).shape)
 
 
 def batch_of(rows: Sequence[HeldOut], background: float = 1.0) -> Batch:

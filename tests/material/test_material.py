@@ -367,7 +367,6 @@ def test_the_commands(tmp_path: Path) -> None:
         ("resize OUT FILE --rank 2 --format lora", "--format is 'lora'; use one of diffusers"),
         ("resize folder FILE --rank 2", "the format kohya is a .safetensors file"),
         ("merge OUT FILE:many", "is not PATH or PATH:WEIGHT"),
-        ("merge OUT FILE --exact --rank 2", "--exact keeps all ranks"),
         ("info nothing", "is neither a file nor a run folder"),
         ("info TEXT", "matches no format for adapters"),
     ],

@@ -20,6 +20,7 @@ from dbtrain.data.sizes import Size
 from dbtrain.models.objectives import losses
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.train import held_out_loss
 from dbtrain.train.inputs import Inputs
 from tests import bases
 from tests.conftest import Make, at, train
@@ -271,3 +272,20 @@ def test_a_model_makes_the_masks_that_are_missing_once(
     with pytest.raises(ConfigError, match=r"prepare\.mask_model: .* is a clip_text_model, not a CLIPSeg"):
         whole = Path(cfg.model.path) / "text_encoder"
         prepare(configured(make, folder, prepare__mask="auto", prepare__mask_model=str(whole)))
+
+
+def test_held_out_photos_are_measured_with_their_masks_and_noise_of_every_channel(
+    make: Make, folder: Path
+) -> None:
+    cfg = configured(make, folder, prepare__held_out=1, prepare__class_held_out=2, validation__timesteps=2)
+    manifest, storage = Manifest.read(at(out := prepare(cfg))), at(out)
+    family = Inputs.find(cfg).base.family
+    every = [
+        row for role in ("instance", "class")
+        for row in held_out_loss.rows(manifest, storage, family, role, cfg.validation.timesteps)
+    ]  # fmt: skip
+    batch = held_out_loss.batch_of(every, 0.25)
+    assert batch.noise.shape == batch.posterior.shape == batch.stored["mean"].shape
+    assert batch.background.tolist() == [0.25] * 2 + [1.0] * 4
+    found = held_out_loss.measure(build(cfg, out), every, cfg)
+    assert found["held_out_instance"] > 0 and found["held_out_prior"] > 0
