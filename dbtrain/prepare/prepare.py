@@ -58,6 +58,7 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
                 if dist.is_main():
                     for one, mine in zip(cfg.each_subject(), paths[number], strict=True):
                         subject_masks.ensure(one, mine)
+    subject_masks.finder.cache_clear()  # other models need its memory
     states.agree()
     bases = dict.fromkeys(cfgs[number].model for number in states.well)
     found = {model: Base.find(model) for model in bases}
