@@ -190,6 +190,7 @@ def _is_free(port: int) -> bool:
 def agent(request: dict[str, Any], fds: list[int], port: int) -> list[str]:
     """Fork the ranks of one request, and tell how each of them ends. Returns in each rank."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
     channel, stdout, stderr = fds
     ranks: dict[int, int] = {}
     for rank in range(request["ranks"]):
