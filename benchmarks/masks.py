@@ -77,7 +77,7 @@ def train(plan: Plan, cell: Cell) -> JudgeScores:
         alone = cfg.override(f"prepare.photos={photos.with_name('alone')}", "prepare.mask=false")
         photograph(cell.subject, alone)  # by which the judge knows the subject
         tiny_judge.evaluate(
-            cfg, str(adapter), out, plan.work / "base" / cell.subject.kind, real, plan.pictures
+            alone, str(adapter), out, plan.work / "base" / cell.subject.kind, real, plan.pictures
         )
     return JudgeScores.load(out / SCORES)
 
