@@ -92,17 +92,16 @@ class Page:
         )
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        for kind in ("browser", "performance"):  # of the page before
-            self.driver.get_log(kind)
         return self._get(path.as_uri())
 
     def visit(self, address: str) -> Page:
         """A page that is served."""
-        for kind in ("browser", "performance"):
-            self.driver.get_log(kind)
         return self._get(address)
 
     def _get(self, address: str) -> Page:
+        self.driver.get("about:blank")  # the page before may still ask its server
+        for kind in ("browser", "performance"):
+            self.driver.get_log(kind)
         self.driver.get(address)
         return self
 

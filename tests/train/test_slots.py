@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -37,8 +38,11 @@ def configs_of(make: Make, base: str = "sd", **changes: Any) -> Callable[..., Co
         **{"train__steps": STEPS, "train__global_batch": 2, "train__micro_batch": 2,
            "train__checkpoint_every": 2, "optim__clip": 0.5} | changes,
     )  # fmt: skip
-    key = "-".join([base, *sorted(f"{k}={v}" for k, v in changes.items() if k.startswith("prepare"))])
-    made = once(f"slots-{key}", lambda folder: prepare(settings(data__shards=str(folder / "shards"))))
+    asked = settings().prepare  # other sections change it too: some priors need no class images
+    key = hashlib.sha256(asked.model_dump_json().encode()).hexdigest()[:12]  # type: ignore[union-attr]
+    made = once(
+        f"slots-{base}-{key}", lambda folder: prepare(settings(data__shards=str(folder / "shards")))
+    )
 
     def config(folder: Path, seed: int, **more: Any) -> Config:
         return settings(data__shards=str(made / "shards"), run_dir=str(folder), seed=seed, **more)
