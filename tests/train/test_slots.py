@@ -40,9 +40,7 @@ def configs_of(make: Make, base: str = "sd", **changes: Any) -> Callable[..., Co
     )  # fmt: skip
     asked = settings().prepare  # other sections change it too: some priors need no class images
     key = hashlib.sha256(asked.model_dump_json().encode()).hexdigest()[:12]  # type: ignore[union-attr]
-    made = once(
-        f"slots-{base}-{key}", lambda folder: prepare(settings(data__shards=str(folder / "shards")))
-    )
+    made = once(f"slots-{base}-{key}", lambda folder: prepare(settings(data__shards=str(folder / "shards"))))
 
     def config(folder: Path, seed: int, **more: Any) -> Config:
         return settings(data__shards=str(made / "shards"), run_dir=str(folder), seed=seed, **more)
