@@ -177,6 +177,8 @@ class Config(Section):
         if prepare := self.prepare:
             inputs = {"prepare.photos": prepare.photos, "prepare.class_dir": prepare.class_dir}
         inputs |= {f"subjects.{k}.photos": one.photos for k, one in enumerate(self.subjects)}
+        if prepare and prepare.subfolders:
+            folders.check_apart(prepare.class_dir, inputs)
         if problems := folders.problems(self.run_dir, self.data.shards, inputs):
             raise ValueError("; also, ".join(problems))
         return self

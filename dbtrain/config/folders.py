@@ -32,6 +32,18 @@ def problems(run_dir: str, shards: str, inputs: Mapping[str, str | None]) -> lis
     return found
 
 
+def check_apart(class_dir: str | None, inputs: Mapping[str, str | None]) -> None:
+    """Raise ValueError if class images are in one of the folders, all of whose folders have photos."""
+    there = _resolved(class_dir) if class_dir else None
+    for key, folder in inputs.items():
+        photos = _resolved(folder) if folder and key.endswith("photos") else None
+        if there and photos in (there, *there.parents):
+            raise ValueError(
+                f"prepare.class_dir is {there}, in {key} ({photos}), whose folders are all read as prepare."
+                "subfolders is true; use a folder outside of it"
+            )
+
+
 def _resolved(location: str) -> Path | None:
     """The folder on this machine, without links; None for a URL or a command."""
     folder = files.folder_of(location)

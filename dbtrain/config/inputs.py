@@ -11,7 +11,9 @@ from dbtrain.config.base import (
     Count,
     Natural,
     NonNegative,
+    Patterns,
     Positive,
+    Repeats,
     Section,
     Share,
     Side,
@@ -139,6 +141,20 @@ class Prepare(Section):
     photos: Text = Field(
         description="folder with photos of the subject (JPEG, PNG, HEIC, AVIF and others); or a table "
         "(`.csv`, `.jsonl`, `.parquet`), WebDataset tars (`photos-{000..009}.tar`), or `hub:OWNER/NAME`"
+    )
+    subfolders: bool = Field(
+        False,
+        description="also read the photos in all folders below; those in a folder called `10_dog` are seen "
+        "10 times as often",
+    )
+    repeats: Patterns[Repeats] = Field(
+        default={},
+        description="how often photos are seen relative to the others, by a pattern of their path in "
+        '`photos`, or a folder there, e.g. `{close: 3, "*.png": 2}`; the last that matches wins, also over '
+        "the number of a folder",
+    )
+    weights: Patterns[Positive] = Field(
+        default={}, description="factors of the loss of photos (1), by the same patterns"
     )
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
     captions: Literal[False, True, "lines"] = Field(

@@ -204,7 +204,10 @@ class LatentStream:
             draws,
             [self.extra(row.meta, size) for row in rows],
             stored=self.resident.index(locations) if self.resident else None,
-            weights=[self.role_weights[role] / self.share.global_batch for role, _ in positions],
+            weights=[
+                self.role_weights[role] / self.share.global_batch * self._factor(role, *place)
+                for (role, _), place in zip(positions, locations, strict=True)
+            ],
             background=[self.background.get(role, 1.0) for role, _ in positions],
             positions=[position for _, position in positions],
             prompts=[
@@ -228,6 +231,10 @@ class LatentStream:
             return self.class_prompts[shard.part]
         several = row.meta.get("prompts") or [row.meta["prompt"]]
         return several[rng.seed_of(self.seed, "caption", role, position) % len(several)]
+
+    def _factor(self, role: str, shard: shards.Shard, row: int) -> float:
+        """The factor of a row's loss. Rows of the class count alike, also if they are the photos."""
+        return shard.emphasis(row).weight if role == "instance" else 1.0
 
     def _locate(self, role: str, position: int) -> tuple[shards.Shard, int]:
         location = self.orders[role].locate(position)

@@ -13,12 +13,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dbtrain.data.photo_files import MASK_FOLDER as FOLDER
 from dbtrain.data.photo_files import MASKS, opened, size
 from dbtrain.data.sizes import Size
 from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
 
-FOLDER = "masks"  # in a folder of photos: masks with the names of their photos
 SHAPE = 0.02  # tolerated difference of two aspect ratios
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -62,15 +62,18 @@ class RankSlice:
 class Order:
     """Position -> location, for the rows of one role ("instance" or "class").
 
-    The shards are split into *columns*. A column owns some slots of every global batch, so a rank reads
-    only the shards of its own columns. In every epoch a column reads each of its rows once: shards in a
-    new order, rows shuffled within windows of whole shards. So only one window has to be in memory.
+    `shard_rows`: how many rows an epoch has of each shard; `repeats`: how often each of a shard's rows is
+    among them, () for once. The shards are split into *columns*. A column owns some slots of every global
+    batch, so a rank reads only the shards of its own columns. In every epoch a column reads each of its rows
+    once, or as often as it repeats: shards in a new order, rows shuffled within windows of whole shards. So
+    only one window has to be in memory.
     """
 
     shard_rows: tuple[int, ...]
     global_batch: int
     seed: int
     role: str
+    repeats: tuple[tuple[int, ...], ...] = field(default=(), hash=False)  # hashed in every `locate`: too long
 
     @cached_property
     def columns(self) -> int:
@@ -161,5 +164,10 @@ def _windows(order: Order, shards: range, epoch: int) -> tuple[list[tuple[int, .
 @lru_cache(maxsize=1024)
 def _shuffled_window(order: Order, window: tuple[int, ...], epoch: int) -> list[tuple[int, int]]:
     """The (shard, row) of a window, in the order of this epoch."""
-    rows = [(shard, row) for shard in window for row in range(order.shard_rows[shard])]
+    rows = [
+        place
+        for shard in window
+        for row, count in enumerate((order.repeats and order.repeats[shard]) or [1] * order.shard_rows[shard])
+        for place in [(shard, row)] * count
+    ]
     return [rows[i] for i in shuffled(len(rows), order.seed, order.role, "rows", window[0], epoch)]

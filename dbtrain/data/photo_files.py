@@ -17,13 +17,14 @@ SUFFIXES = (
     ".bmp", ".jp2",
 )  # fmt: skip
 MASKS = (".mask.png", "-masklabel.png")  # ends of the names of masks; the second is OneTrainer's
+MASK_FOLDER = "masks"  # in a folder of photos: masks with the names of their photos
 # A file's suffix may differ from its format. Formats that run other programs (EPS) are not read.
 FORMATS = ("JPEG", "PNG", "WEBP", "HEIF", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000")
 LONGEST = 50  # limit of long side / short side
 MOST_PIXELS = 1 << 28  # Pillow takes 4 bytes for each; phones write up to 200 megapixels
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 HEADER = 64  # bytes that say what a file is
-KOHYA = re.compile(r"\d+_")  # 10_sks dog: a folder of kohya's scripts, each photo 10 times
+OFF = re.compile(r"0+_")  # begins the name of a folder that kohya's scripts leave out: 0 times
 
 # What a file is by its first bytes, and how to read it if Pillow alone does not.
 BRANDS = {  # of ISO base media files, ISO/IEC 23008-12 and AV1 Image File Format
@@ -43,19 +44,19 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 @dataclass(frozen=True)
 class Listing:
-    """The content of a folder of photos, sorted by name."""
+    """The content of a folder of photos, sorted by path."""
 
     photos: list[Path]
     others: list[Path]  # files that are neither
     masks: list[Path]  # of photos, by their names
 
 
-def listing(folder: Path) -> Listing:
-    """List a folder. Only regular files are photos: neither pipes nor devices.
+def listing(folder: Path, below: bool = False) -> Listing:
+    """List a folder, and with `below` those below it. Only regular files are photos: no pipes or devices.
 
     Raises ConfigError if a photo is a link whose target does not exist.
     """
-    entries = sorted(folder.iterdir())
+    entries = sorted(entry for one in (folders(folder) if below else [folder]) for entry in one.iterdir())
     for entry in entries:
         if entry.is_symlink() and not entry.exists() and is_photo(entry):
             raise ConfigError(f"photo {entry} links to {entry.readlink()}, which does not exist")
@@ -66,17 +67,50 @@ def listing(folder: Path) -> Listing:
     return Listing(photos, others, masks)
 
 
-def subfolders(folder: Path) -> dict[Path, int]:
-    """The folders below `folder` that have photos, and how many."""
-    counts = {entry: _count(entry) for entry in sorted(folder.iterdir()) if entry.name[0] != "."}
+def folders(root: Path) -> list[Path]:
+    """A folder and those below it, sorted. Each is there once, also where links lead to it again.
+
+    Hidden ones, those of masks, and those that are to be seen 0 times are left out.
+    """
+    above, found = root.resolve().parents, dict[Path, Path]()  # by where they really are
+    todo, links = [root], list[Path]()
+    while todo or links:
+        folder = todo.pop() if todo else links.pop(0)
+        if (real := folder.resolve()) in found or real in above:
+            continue
+        found[real] = folder
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and not is_left_out(entry):
+                (links if entry.is_symlink() else todo).append(entry)
+    return sorted(found.values())
+
+
+def is_left_out(folder: Path) -> bool:
+    """Whether a folder below that of photos is none of theirs, by its name."""
+    return folder.name.startswith(".") or folder.name == MASK_FOLDER or bool(OFF.match(folder.name))
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """What a photo is called: its path relative to the folder of the photos."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def subfolders(folder: Path, below: bool = False) -> dict[Path, int]:
+    """The folders in `folder` that have photos, and how many; with `below`, also in theirs."""
+    inner = [entry for entry in sorted(folder.iterdir()) if entry.name[0] != "." and entry.is_dir()]
+    counts = {entry: sum(map(_count, folders(entry) if below else [entry])) for entry in inner}
     return {entry: count for entry, count in counts.items() if count}
 
 
 def no_photos(folder: Path) -> str:
     """What to tell the user about a folder without photos: other trainers have them in subfolders."""
     for inner, count in subfolders(folder).items():
-        note = " (the repeats in its name have no effect)" if KOHYA.match(inner.name) else ""
-        return f"there are no photos in '{folder}', but {count} in its folder '{inner.name}'; use that{note}"
+        if is_left_out(inner):
+            continue
+        return (
+            f"there are no photos in '{folder}', but {count} in its folder '{inner.name}'; use that, or set "
+            "prepare.subfolders to true for all of its folders"
+        )
     return f"there are no photos in '{folder}'; add some, e.g. as JPEG or PNG"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from dbtrain.data import sizes
 from dbtrain.data.augment import UNCHANGED, Change
 from dbtrain.data.color import to_srgb
 from dbtrain.data.photo_files import MOST_PIXELS as MOST_PIXELS
-from dbtrain.data.photo_files import listing, no_photos, opened
+from dbtrain.data.photo_files import listing, name_in, no_photos, opened
 from dbtrain.data.photo_files import size as size
 from dbtrain.data.sizes import Size
 from dbtrain.data.sources import Source, folder_of
@@ -51,30 +51,43 @@ class Crop:
         return plain | ({"augment": change} if change else {})
 
 
-def find(folder: str, key: str, ignore: tuple[str, ...] = ()) -> list[Path]:
-    """The photos in `folder`, the value of setting `key`, sorted by name.
+def find(folder: str, key: str, ignore: tuple[str, ...] = (), below: bool = False) -> list[Path]:
+    """The photos in `folder`, the value of setting `key`, and with `below` of folders in it, sorted by path.
 
     Skips all other files, with a message unless their suffix is in `ignore`.
     Raises ConfigError if the folder does not exist, or if a photo is a dangling link.
     """
     source = Source.of(folder)
+    if source and below:
+        raise ConfigError(f"prepare.subfolders is true, but {key} is '{folder}', no folder; set it to false")
     root = source.folder() if source else files.expand(folder)
     if source and not root.is_dir():
         raise ConfigError(f"{key}: '{folder}' has not been unpacked as it is now; run: dbtrain prepare")
     if not root.is_dir():
         raise ConfigError(f"{key}: '{folder}' is not a directory")
-    found = listing(root)
+    found = listing(root, below)
     ignore = (*ignore, ".txt") if source else ignore
-    skipped = [entry.name for entry in found.others if entry.suffix.lower() not in ignore]
+    skipped = [name_in(root, entry) for entry in found.others if entry.suffix.lower() not in ignore]
     if skipped:
         say(f"{folder}: skipped {len(skipped)} files that are not photos: {', '.join(skipped[:5])}"
             + (" ..." if len(skipped) > 5 else ""))  # fmt: skip
     return found.photos
 
 
+def there(cfg: Prepare, ignore: tuple[str, ...] = ()) -> list[Path]:
+    """The photos of the subject, as `find` has them; [] if there are none."""
+    return find(cfg.photos, "prepare.photos", ignore, cfg.subfolders)
+
+
+def named(cfg: Prepare, paths: Iterable[Path]) -> dict[Path, str]:
+    """What these photos of the subject are called in messages and patterns."""
+    folder = folder_of(cfg.photos)
+    return {path: name_in(folder, path) for path in paths}
+
+
 def of_subject(cfg: Prepare) -> list[Path]:
     """The photos of the subject. Raises ConfigError if there are none."""
-    photos = find(cfg.photos, "prepare.photos", ignore=(".txt", ".json") if cfg.captions else ())
+    photos = there(cfg, (".txt", ".json") if cfg.captions else ())
     if not photos:
         raise ConfigError(f"prepare.photos: {no_photos(folder_of(cfg.photos))}")
     return photos

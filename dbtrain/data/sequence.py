@@ -34,14 +34,14 @@ def orders(
 
 
 def shares(shards: Sequence[Shard], manifest: Manifest, weights: Sequence[float]) -> dict[Size, float]:
-    """The share of the steps with each size: photos are seen equally often, whatever their size."""
+    """The share of the steps with each size: how often a photo is seen does not depend on its size."""
     rows: Counter[int] = Counter()
     for shard in shards:
-        rows[shard.part] += len(shard.keys)
+        rows[shard.part] += shard.epoch
     found: dict[Size, float] = {}
     for shard in shards:
         size, weight = manifest.size(shard), weights[shard.part] if len(weights) > 1 else 1.0
-        found[size] = found.get(size, 0.0) + weight * len(shard.keys) / rows[shard.part]
+        found[size] = found.get(size, 0.0) + weight * shard.epoch / rows[shard.part]
     return found
 
 
@@ -71,13 +71,18 @@ def _of_parts(
     shards: Sequence[Shard], weights: Sequence[float], global_batch: int, seed: int, role: str
 ) -> Order | Turns:
     """The order of shards of one size, in turns of a row of each subject, or class, that they have."""
-    rows = [len(shard.keys) for shard in shards]
     if len(weights) == 1:
-        return Order(tuple(rows), global_batch, seed, role)
+        return _of_one(shards, global_batch, seed, role)
     numbers = sorted({shard.part for shard in shards})
     parts = [[k for k, shard in enumerate(shards) if shard.part == number] for number in numbers]
     inner = [
-        Order(tuple(rows[k] for k in part), 1, seed, f"{role} {number}")
+        _of_one([shards[k] for k in part], 1, seed, f"{role} {number}")
         for number, part in zip(numbers, parts, strict=True)
     ]
     return Turns(parts, inner, [weights[number] for number in numbers])
+
+
+def _of_one(shards: Sequence[Shard], global_batch: int, seed: int, role: str) -> Order:
+    repeats = tuple(shard.repeats for shard in shards)
+    rows = tuple(shard.epoch for shard in shards)
+    return Order(rows, global_batch, seed, role, repeats if any(repeats) else ())

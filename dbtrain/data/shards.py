@@ -15,11 +15,13 @@ from typing import Annotated, Any, Literal
 import safetensors.torch
 import torch
 import webdataset as wds
-from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from dbtrain.config.base import Names, Natural, Section, SizeText, listed
+from dbtrain.config.base import Names, Natural, Positive, Repeats, Section, SizeText, listed
 from dbtrain.data import tars
+from dbtrain.data.description import Description
+from dbtrain.data.emphasis import Emphasis
 from dbtrain.data.sizes import Size
 from dbtrain.data.storage import Storage
 from dbtrain.runtime import files
@@ -34,7 +36,6 @@ EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
 DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.uint8}  # of stored tensors
-Pair = Annotated[list[Annotated[int, Field(strict=True, ge=0, lt=2**31)]], Field(min_length=2, max_length=2)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
 File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # no path, so that it cannot leave the folder
@@ -51,6 +52,28 @@ class Shard(Section):
     keys: Annotated[Names, Field(min_length=1)]
     part: Natural = Field(0, exclude_if=lambda part: not part)  # of several subjects or classes, which one
     size: SizeText | None = Field(None, exclude_if=lambda size: size is None)  # None: that of the manifest
+    # Of each row: how often an epoch has it, and a factor of its loss; () if all are 1.
+    repeats: Annotated[tuple[Repeats, ...], BeforeValidator(listed)] = Field(
+        (), exclude_if=lambda each: not each
+    )
+    weights: Annotated[tuple[Positive, ...], BeforeValidator(listed)] = Field(
+        (), exclude_if=lambda each: not each
+    )
+
+    @model_validator(mode="after")
+    def _one_of_each_row(self) -> Shard:
+        if not {len(self.repeats), len(self.weights)} <= {0, len(self.keys)}:
+            raise ValueError("other rows than keys")
+        return self
+
+    @property
+    def epoch(self) -> int:
+        """How many rows an epoch has of it."""
+        return sum(self.repeats) or len(self.keys)
+
+    def emphasis(self, row: int) -> Emphasis:
+        """How often a row is seen, and how much its loss counts."""
+        return Emphasis(self.repeats[row] if self.repeats else 1, self.weights[row] if self.weights else 1.0)
 
 
 class Prompts(Section):
@@ -67,6 +90,8 @@ class Source(Section):
     sha256: str
     caption: str | None = None
     mask: str | None = Field(None, exclude_if=lambda mask: mask is None)  # what it depends on
+    repeats: int = Field(1, exclude_if=lambda count: count == 1)
+    weight: float = Field(1.0, exclude_if=lambda weight: weight == 1)
 
 
 class Manifest(Section):
@@ -178,17 +203,6 @@ class Manifest(Section):
             problems.append(f"prompt table {storage.where(self.prompts.file)} is missing; {CURE}")
         if problems:
             raise ConfigError(*problems)
-
-
-class Description(BaseModel):
-    """A row's description: what is read of it."""
-
-    key: StrictStr
-    source: StrictStr
-    prompt: StrictInt = Field(ge=0)  # index into the prompt table
-    prompts: tuple[Annotated[StrictInt, Field(ge=0)], ...] = ()  # those to draw from; `prompt` is the first
-    original_size: Pair  # px
-    crop: Pair  # px
 
 
 def _resolutions(request: Mapping[str, Any]) -> Sequence[Any]:

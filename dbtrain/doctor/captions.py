@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 from dbtrain.data import photo_files
+from dbtrain.data.photo_files import name_in
 from dbtrain.data.sources import folder_of
 from dbtrain.doctor import settings
 from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, warning
@@ -23,11 +23,11 @@ def captions(case: Case) -> Iterator[Finding]:
         yield ok("prepare.captions is false: every photo has prepare.instance_prompt")
         return
     folder = folder_of(cfg.photos)
-    found = photo_files.listing(folder).photos if folder.is_dir() else []
-    texts: dict[Path, list[str]] = {}
+    found = photo_files.listing(folder, cfg.subfolders).photos if folder.is_dir() else []
+    texts: dict[str, list[str]] = {}
     for path in found:
         try:
-            texts[path] = of_photo(path, cfg, case.cfg.subject, case.cfg.seed)
+            texts[name_in(folder, path)] = of_photo(path, cfg, case.cfg.subject, case.cfg.seed)
         except ConfigError as problem:
             yield from findings_of(problem)
     token = settings.token_of(case.cfg.subject, cfg)
@@ -38,7 +38,7 @@ def captions(case: Case) -> Iterator[Finding]:
             f"write '{word}' into each, as in prepare.instance_prompt '{cfg.instance_prompt}'",
         )
     if case.knows("base"):
-        yield from too_long({path.name: max(every, key=len) for path, every in texts.items()}, case.base)
+        yield from too_long({name: max(every, key=len) for name, every in texts.items()}, case.base)
     count = len({text for every in texts.values() for text in every})
     yield ok(f"{len(texts)} of {len(found)} photos have a caption, of which {count} prompts are made")
 
@@ -59,11 +59,9 @@ def prompts(case: Case) -> Iterator[Finding]:
     yield ok("the model reads every prompt to its end")
 
 
-def without_token(texts: Mapping[Path, Sequence[str]], token: set[str]) -> list[str]:
+def without_token(texts: Mapping[str, Sequence[str]], token: set[str]) -> list[str]:
     """Names of the photos one of whose prompts lacks one of the subject's words."""
-    return [
-        path.name for path, every in texts.items() if not all(token <= settings.words(text) for text in every)
-    ]
+    return [name for name, every in texts.items() if not all(token <= settings.words(text) for text in every)]
 
 
 def too_long(texts: dict[str, str], base: Base) -> Iterator[Finding]:

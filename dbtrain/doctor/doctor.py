@@ -30,7 +30,7 @@ EARLY: tuple[tuple[str, Check], ...] = (
 def _later() -> tuple[tuple[str, Check], ...]:
     """Checks that need torch, which takes two seconds to import. Each one depends only on earlier ones."""
     with importing(at_start=True):
-        from dbtrain.doctor import base_model, captions, disk, gpu, photos, shards_and_run
+        from dbtrain.doctor import base_model, captions, disk, gpu, passes, photos, shards_and_run
         from dbtrain.doctor.text_encoders import text_encoders
 
     return (
@@ -41,7 +41,8 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("captions", for_each_subject(captions.captions)),
         ("prompt length", captions.prompts),
         ("text encoders", text_encoders),
-        ("passes", photos.passes),
+        ("repeats", passes.repeats),
+        ("passes", passes.passes),
         ("class images", photos.of_class),
         ("images", photos.generated_images),
         ("shards", shards_and_run.shards),

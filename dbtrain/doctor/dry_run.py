@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dbtrain.config import Config
-from dbtrain.data import captions, photos
+from dbtrain.data import captions, masks, photos
 from dbtrain.doctor.case import Case, Finding, error, ok
 from dbtrain.doctor.gpu import ranks_of
 from dbtrain.runtime import files
@@ -89,19 +89,23 @@ def shortened(cfg: Config, folder: Path) -> Config:
         changes["prepare"] = cfg.prepare.model_copy(update={
             "photos": found[0], "class_dir": str(_own_class_images(cfg, folder / "class")),
             "class_images": min(IMAGES, cfg.prepare.class_images), "held_out": 0, "class_held_out": 0,
+            "subfolders": False, "repeats": {}, "weights": {},
             "sampling": sampling.model_copy(update={"steps": min(sampling.steps, STEPS)}),
         })  # fmt: skip
     return cfg.model_copy(update=changes)
 
 
 def _some_photos(cfg: Config, folder: Path) -> str:
-    """`folder` with copies of the first photos and captions of a subject."""
+    """`folder` with copies of the first photos of a subject, their captions and masks, under new names."""
     assert cfg.prepare is not None
     folder.mkdir()
-    for path in photos.of_subject(cfg.prepare)[:IMAGES]:
-        for one in (path, captions.file_of(path)):
-            if one.is_file():
-                shutil.copyfile(one, folder / one.name)
+    for number, path in enumerate(photos.of_subject(cfg.prepare)[:IMAGES]):
+        caption, mask, stem = captions.file_of(path), masks.file_of(path), f"{number}-{path.stem}"
+        shutil.copyfile(path, folder / f"{stem}{path.suffix}")
+        if caption.is_file():
+            shutil.copyfile(caption, folder / f"{stem}{caption.suffix}")
+        if mask:
+            shutil.copyfile(mask, folder / f"{stem}{masks.MASKS[0]}")
     return str(folder)
 
 

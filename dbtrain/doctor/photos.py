@@ -1,4 +1,4 @@
-"""The photos and the class images: their quality, and how often they are trained on."""
+"""The photos and the class images: their number and quality."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dbtrain.config import Prepare
 from dbtrain.data import masks, sizes
 from dbtrain.data import photos as images
 from dbtrain.data.captions import file_of
-from dbtrain.data.photo_files import listing, subfolders
+from dbtrain.data.photo_files import is_left_out, listing, name_in, subfolders
 from dbtrain.data.photo_quality import LEFT_OUT, MISSED, SHARP, PhotoQuality, alike, quality_of
 from dbtrain.data.sizes import Size
 from dbtrain.data.sources import Source, folder_of
@@ -34,7 +34,6 @@ SOME = 0.001  # least share of a photo that is subject, or that is not
 FEW, MANY = 3, 50  # photos: Ruiz et al. 2022 use 3 to 5, guides up to a few dozen
 # Limits of prepare.augment above which there is a warning.
 STRONG = {"rotate": 15.0, "hue": 10.0, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3}
-SEEN = (20, 2000)  # times that each photo is trained on: guides say 80 to 1000
 
 
 def photos(case: Case) -> Iterator[Finding]:
@@ -79,26 +78,29 @@ def photos(case: Case) -> Iterator[Finding]:
 
 def _unused(folder: Path, cfg: Prepare) -> Iterator[Finding]:
     """Files and folders beside the photos that are not read."""
-    found = listing(folder)
+    found, name = listing(folder, cfg.subfolders), partial(name_in, folder)
     seen = [path for path in found.others if not path.name.startswith(".") and path.name not in SYSTEM]
     captions = {file_of(photo) for photo in found.photos}
-    texts = [path.name for path in seen if path in captions]
-    others = [path.name for path in seen if path not in captions]
+    texts = [name(path) for path in seen if path in captions]
+    others = [name(path) for path in seen if path not in captions]
     if texts and not cfg.captions:
         yield warning(f"captions are not read: {listed(texts)}", "use prepare.captions=true, or remove them")
     if others:
         yield warning(f"skipped, neither photos nor their captions: {listed(others)}",
                       "export photos among them as JPEG or PNG, or remove them")  # fmt: skip
     if found.masks and not cfg.mask:
-        yield warning(f"masks are not read: {listed([path.name for path in found.masks])}",
+        yield warning(f"masks are not read: {listed([*map(name, found.masks)])}",
                       "use prepare.mask=true, or remove them")  # fmt: skip
     for inner, count in subfolders(folder).items() if found.photos else ():
-        if cfg.mask and inner.name == masks.FOLDER:
+        left_out = is_left_out(inner)
+        if (cfg.mask and inner.name == masks.FOLDER) or (cfg.subfolders and not left_out):
             continue
         if inner.resolve() != own_images.root(cfg).resolve():
             yield warning(
-                f"the folder '{inner.name}' with {count} photos is not read", "move them up, or remove it"
-            )
+                f"the folder '{inner.name}' with {count} photos is not read",
+                "rename it, or remove it" if left_out else
+                "use prepare.subfolders=true, move them up, or remove it",
+            )  # fmt: skip
 
 
 def _shapes(case: Case, photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Finding]:
@@ -117,11 +119,12 @@ def _shapes(case: Case, photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -
 def _masks(paths: list[Path], cfg: Prepare) -> Iterator[Finding]:
     """How much of the photos is subject, and photos whose mask is missing, or shows nothing."""
     shares: dict[str, float] = {}
+    names = images.named(cfg, paths)
     for path in paths if cfg.mask else ():
         if cfg.mask == "auto" and not masks.is_there(path):
             continue  # prepare makes it
         try:
-            shares[path.name] = float(np.asarray(masks.load(path)).mean()) / 255
+            shares[names[path]] = float(np.asarray(masks.load(path)).mean()) / 255
         except ConfigError as problem:
             yield from findings_of(problem)
     empty = [name for name, share in shares.items() if share < SOME]
@@ -130,7 +133,7 @@ def _masks(paths: list[Path], cfg: Prepare) -> Iterator[Finding]:
     if full := [name for name, share in shares.items() if share > 1 - SOME]:
         yield warning(f"masks that are white all over: {listed(full)}", "paint what is not the subject black")
     if cfg.mask == "auto" and (count := len(paths) - len(shares)):
-        yield ok(f"{count} masks to make, in the folder '{masks.FOLDER}' of the photos")
+        yield ok(f"{count} masks to make, in the folder '{masks.FOLDER}' beside the photos")
     if shares:
         yield ok(f"masks over {min(shares.values()):.0%} to {max(shares.values()):.0%} of the photos")
 
@@ -166,14 +169,16 @@ def _count(count: int) -> Iterator[Finding]:
 def _quality(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> Iterator[Finding]:
     """Photos that are small, blurred, there twice, or badly cropped."""
     # Each photo by itself.
-    small = [f"{p.name} ({one.width} x {one.height})" for p, one in photos
+    called = images.named(cfg, [path for path, _ in photos])
+    small = [f"{called[p]} ({one.width} x {one.height})" for p, one in photos
              if min(one.height, one.width) < cfg.resolutions[0]]  # fmt: skip
-    blurred = [f"{p.name} ({one.sharpness:.0f})" for p, one in photos if one.sharpness < SHARP]
+    blurred = [f"{called[p]} ({one.sharpness:.0f})" for p, one in photos if one.sharpness < SHARP]
     # Pairs of photos.
     hashes = [hashing.sha256_of(path) for path, _ in photos]
     pairs = alike([one for _, one in photos])
-    same = [f"{photos[a][0].name} = {photos[b][0].name}" for a, b in pairs if hashes[a] == hashes[b]]
-    near = [f"{photos[a][0].name} ~ {photos[b][0].name}" for a, b in pairs if hashes[a] != hashes[b]]
+    order = list(called.values())
+    same = [f"{order[a]} = {order[b]}" for a, b in pairs if hashes[a] == hashes[b]]
+    near = [f"{order[a]} ~ {order[b]}" for a, b in pairs if hashes[a] != hashes[b]]
     # One warning for each problem.
     for names, problem, cure in (
         (small, f"smaller than prepare.resolution ({cfg.resolutions[0]} px), so they are upscaled",
@@ -203,39 +208,19 @@ def _augmented(cfg: Prepare) -> Iterator[Finding]:
 
 def _cut_off(photos: list[tuple[Path, PhotoQuality]], cfg: Prepare) -> list[str]:
     """Photos whose center crop cuts off a lot, or has less detail than another square."""
-    cut = []
+    cut: list[str] = []
+    names = images.named(cfg, [path for path, _ in photos])
     for path, one in photos if cfg.crop == "center" and not cfg.buckets else ():
         if one.missed < MISSED and one.left_out < LEFT_OUT:
             continue
         tall, wide = images.resized(one.height, one.width, Size.square(cfg.side))
         top, left = round((tall - cfg.side) / 2), round((wide - cfg.side) / 2)
         ends = ("left", "right") if wide > tall else ("top", "bottom")
-        text = f"{path.name} (at {left},{top} of {wide} x {tall} px; {one.left_out:.0%} is cut off"
+        text = f"{names[path]} (at {left},{top} of {wide} x {tall} px; {one.left_out:.0%} is cut off"
         if one.missed >= MISSED:
             text += f", a square closer to the {ends[one.best > 0.5]} has {one.missed:.0%} more of the edges"
         cut.append(text + ")")
     return cut
-
-
-def passes(case: Case) -> Iterator[Finding]:
-    """How often each photo is trained on, over the whole run."""
-    cfg, count = case.cfg, len(case.photos)
-    if not count:
-        yield Finding("skipped", "not checked: no photo can be read")
-        return
-    if cfg.prepare:
-        count = left(cfg.prepare, "instance", count)
-    each = cfg.train.steps * cfg.train.global_batch / count
-    text = (
-        f"{cfg.train.steps} steps of {cfg.train.global_batch} images: each of {count} photos {each:.3g} times"
-    )
-    low, high = SEEN
-    if low <= each <= high:
-        yield ok(text)
-        return
-    steps = max(1, round(100 * count / cfg.train.global_batch))
-    effect = "too rarely to learn it" if each < low else "which overfits"
-    yield warning(f"{text}, {effect}; usual are {low} to {high}", f"start with train.steps={steps}")
 
 
 def of_class(case: Case) -> Iterator[Finding]:

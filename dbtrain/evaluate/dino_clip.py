@@ -111,7 +111,7 @@ def likeness(cfg: Config, out: Path, subjects: Sequence[Config]) -> Tensor:
 
 def _photos(cfg: Config) -> list[Path]:
     """The subject's photos. Raises ConfigError if there are none."""
-    found = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",)) if cfg.prepare else []
+    found = images.there(cfg.prepare, (".txt",)) if cfg.prepare else []
     if not found:
         raise ConfigError("prepare.photos: no photos of the subject, which evaluate needs")
     return found

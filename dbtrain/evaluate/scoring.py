@@ -81,7 +81,7 @@ def _of_subject(cfg: Config, prompts: Sequence[str]) -> Scoring:
     if not named:
         raise ConfigError(f"no prompt of validation.prompts names the subject, with '{about.token}'")
     assert cfg.prepare
-    photos = images.find(cfg.prepare.photos, "prepare.photos", ignore=(".txt",))
+    photos = images.there(cfg.prepare, (".txt",))
     if not photos:
         raise ConfigError("prepare.photos: there are no photos of the subject here")
     make = _by_classifier if uses_classifier(cfg) else _by_dino_and_clip

@@ -213,7 +213,7 @@ def _subject(cfg: Config) -> tuple[str, list[Image.Image]]:
             f"prepare.instance_prompt ends in '{kind}', but evaluate only knows the embedded base's "
             f"subjects: {', '.join(KINDS)}"
         )
-    photos = [images.load(path) for path in images.find(cfg.prepare.photos, "prepare.photos")]
+    photos = [images.load(path) for path in images.there(cfg.prepare)]
     judge = Judge.load()
     if judge.read(photos).kinds.count(kind) <= len(photos) / 2 or judge.each_to_others(photos).mean() < SAME:
         raise ConfigError(

@@ -16,7 +16,7 @@ import yaml
 
 from dbtrain.config import Config, loading
 from dbtrain.config.config import kinds
-from dbtrain.data.photo_files import listing, no_photos, subfolders
+from dbtrain.data.photo_files import folders, listing, no_photos, subfolders
 from dbtrain.evaluate.dreambench import TEXTS, Dataset
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, os_problem
@@ -31,7 +31,8 @@ ALIASES = {
 # share, and none of their folders: those are named by the subject.
 MAY_DIFFER = (
     "seed", "subject.name", "subject.token", "subject.class_word",
-    "prepare.photos", "prepare.instance_prompt", "prepare.captions", "prepare.class_prompt",
+    "prepare.photos", "prepare.subfolders", "prepare.repeats", "prepare.weights",
+    "prepare.instance_prompt", "prepare.captions", "prepare.class_prompt",
     "prepare.class_dir", "prepare.crop", "prepare.variants", "prepare.flip",
     "adapter.rank", "adapter.alpha", "adapter.text_encoder.rank", "adapter.text_encoder.alpha",
     "adapter.start",
@@ -74,19 +75,20 @@ def read(config: Path, subjects: Path, overrides: Sequence[str] = (), settled_s:
     """
     shared = _Shared.read(config, overrides)
     entries: dict[str, Entry] = {}
-    for number, given in enumerate(_given(subjects, shared.outputs), 1):
+    for number, given in enumerate(_given(subjects, shared), 1):
         name, cfg, problem = f"entry {number}", None, None
         try:
             own, wrong = _own(given, subjects if subjects.is_dir() else subjects.parent)
             photos = shared.photos(own)
-            if settled_s and photos and _changed(photos, settled_s):
+            below = shared.below(own)
+            if settled_s and photos and _changed(photos, below, settled_s):
                 continue
             name = _name(own, photos, entries)
             if wrong:
                 raise ConfigError(*wrong)
             cfg = shared.with_own(name, own)
             assert photos  # else the config has a problem
-            _check_photos(photos)
+            _check_photos(photos, below)
         except ConfigError as error:
             problem = "; also, ".join(error.problems)
         except OSError as error:
@@ -138,6 +140,11 @@ class _Shared:
         photos = own.get("prepare.photos") or (self.values.get("prepare") or {}).get("photos")
         return files.expand(photos) if photos else None
 
+    def below(self, own: Mapping[str, Any]) -> bool:
+        """Whether the photos of a subject are in folders below its own, too."""
+        assert self.cfg.prepare
+        return own.get("prepare.subfolders", self.cfg.prepare.subfolders) is True
+
     def with_own(self, name: str, own: Mapping[str, Any]) -> Config:
         """The config of a subject. Raises ConfigError if its own settings do not go with the others."""
         run_dir = Path(self.cfg.run_dir) / name
@@ -173,10 +180,11 @@ def _words_nowhere(cfg: Config, own: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _given(subjects: Path, outputs: Sequence[Path]) -> Sequence[Any]:
-    """The entries of a list, as they are written. `outputs`: folders that are no subjects."""
+def _given(subjects: Path, shared: _Shared) -> Sequence[Any]:
+    """The entries of a list, as they are written."""
     if subjects.is_dir():
-        return [one for one in _in_folder(subjects) if (subjects / one["photos"]).resolve() not in outputs]
+        found = _in_folder(subjects, shared.below({}))
+        return [one for one in found if (subjects / one["photos"]).resolve() not in shared.outputs]
     if subjects.name == TEXTS:
         dataset = Dataset.read(subjects.parent)
         return [{"name": name, "photos": name, "class": kind} for name, kind in dataset.subjects]
@@ -189,9 +197,12 @@ def _given(subjects: Path, outputs: Sequence[Path]) -> Sequence[Any]:
     return [{"name": name} | given if isinstance(given, dict) else given for name, given in named.items()]
 
 
-def _in_folder(folder: Path) -> list[dict[str, Any]]:
-    """An entry for each folder of photos in a folder. The DreamBooth dataset's text has their classes."""
-    found = [inner for inner in subfolders(folder) if inner.name[0] != "."]
+def _in_folder(folder: Path, below: bool) -> list[dict[str, Any]]:
+    """An entry for each folder of photos in a folder. The DreamBooth dataset's text has their classes.
+
+    `below`: their photos may be in folders of theirs.
+    """
+    found = list(subfolders(folder, below))
     if not found and listing(folder).photos:
         raise ConfigError(
             f"SUBJECTS is '{folder}', which has photos itself, but each of its folders would be a subject; "
@@ -251,8 +262,8 @@ def _own(given: Any, folder: Path) -> tuple[dict[str, Any], list[str]]:
 def _flat(values: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested settings."""
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{section}{name}.")
+        if isinstance(value, dict) and (key := f"{section}{name}") not in MAY_DIFFER:
+            yield from _flat(value, f"{key}.")
         else:
             yield f"{section}{name}", value
 
@@ -268,18 +279,19 @@ def _name(own: Mapping[str, Any], photos: Path | None, taken: Mapping[str, Entry
     return name
 
 
-def _check_photos(folder: Path) -> None:
+def _check_photos(folder: Path, below: bool) -> None:
     """Raise ConfigError if a folder has no photos."""
     if not folder.is_dir():
         raise ConfigError(f"prepare.photos: '{folder}' is not a directory")
-    if not listing(folder).photos:
+    if not listing(folder, below).photos:
         raise ConfigError(f"prepare.photos: {no_photos(folder)}")
 
 
-def _changed(folder: Path, seconds: float) -> bool:
+def _changed(folder: Path, below: bool, seconds: float) -> bool:
     """Whether something in a folder changed in the last `seconds`. Programs that copy keep the mtime only."""
     try:
-        latest = max([folder.stat().st_ctime, *(path.lstat().st_ctime for path in folder.iterdir())])
+        every = folders(folder) if below else [folder]
+        latest = max(path.lstat().st_ctime for one in every for path in (one.resolve(), *one.iterdir()))
     except FileNotFoundError:  # there is no such folder, or a file has just got its final name
         return folder.is_dir()
     return time.time() - latest < seconds

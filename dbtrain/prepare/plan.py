@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,28 @@ import torch
 from torch import Tensor
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import masks, photos, shards, sizes, sources
-from dbtrain.data.photo_files import listing
+from dbtrain.data import emphasis, masks, photos, shards, sizes
+from dbtrain.data.emphasis import Emphasis
 from dbtrain.data.shards import Manifest
 from dbtrain.data.sizes import Size, Sized
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
 from dbtrain.models.families.space import LatentSpace
-from dbtrain.prepare import class_images, own_images, prompts
+from dbtrain.prepare import class_images, originals, prompts
 from dbtrain.prepare.images import split as split_held_out
-from dbtrain.prepare.subjects import Part, parts
+from dbtrain.prepare.subjects import parts
 from dbtrain.runtime import hashing
 from dbtrain.runtime.console import say
-from dbtrain.runtime.errors import ConfigError, printable
+from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 
 SHARD_ROWS = 256  # most rows in a shard
 SHARDS = 64  # most shards, unless SHARD_ROWS requires more
 # Settings that older manifests lack, recorded if they are not the default.
-LATER = ("buckets", "class_buckets", "augment", "mask", "mask_model", "caption")
-CHANGES = 4  # most changed files to name
+LATER = (
+    "buckets", "class_buckets", "augment", "mask", "mask_model", "caption", "subfolders", "repeats",
+    "weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Planned:
     metas: list[dict[str, Any]]
     part: int  # the number of its subject, or class
     size: str | None  # of its images; None: the largest square
+    repeats: list[int] = field(default_factory=list)  # of each row, as in a `shards.Shard`
+    weights: list[float] = field(default_factory=list)
 
 
 def request(cfg: Config, family: Family) -> dict[str, Any]:
@@ -54,8 +58,8 @@ def request(cfg: Config, family: Family) -> dict[str, Any]:
     if not prepare.has_class_images:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):
             del settings[name]
-    for name, field in Prepare.model_fields.items():
-        if name in LATER and settings[name] == field.default:
+    for name, setting in Prepare.model_fields.items():
+        if name in LATER and settings[name] == setting.default:
             del settings[name]
     if cfg.subjects:
         settings["subjects"] = [one.model_dump(mode="json", exclude={"weight"}) for one in cfg.subjects]
@@ -88,6 +92,11 @@ def plan_shards(
     for role, number, part, images in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
         rows: dict[Size, list[tuple[str, dict]]] = {}
         prepare = part.prepare
+        names = {path: path.name for path, _ in images}
+        if role.startswith("instance"):
+            names = photos.named(prepare, names)
+        how = emphasis.of_photos(names, prepare) if role == "instance" else {}
+        seen = {str(path): one for path, one in how.items()}
         crops = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path, size in images:
             mine = rows.setdefault(size, [])
@@ -101,12 +110,12 @@ def plan_shards(
             if path.suffix == class_images.SUFFIX:
                 mine.append(_latent_row(path, words, size, space(size)))
             else:
-                mine += _rows(path, words, size, crops, cfg.seed, encoder, mask)
+                mine += _rows(path, names[path], words, size, crops, cfg.seed, encoder, mask)
         planned = plans.setdefault(role, [])
         for size, mine in rows.items():
             about = {"part": number, "size": None if size == Size.square(first.side) else str(size)}
             count = _shard_count(len(mine))
-            planned += [_planned(role, len(planned) + k, mine[k::count], about) for k in range(count)]
+            planned += [_planned(role, len(planned) + k, mine[k::count], seen, about) for k in range(count)]
     asked = [one.prepare.class_prompt for one in cfg.each_subject() if one.prepare]  # maybe without images
     empty = [shards.EMPTY] if cfg.data.prompt_dropout else []
     return list(dict.fromkeys([*texts, *filter(None, asked), *empty])), components, plans
@@ -123,8 +132,9 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 
 
 def _rows(
-    path: Path, words: list[int], size: Size, prepare: Prepare, seed: int, encoder: str, mask: str | None
-) -> list[tuple[str, dict]]:
+    path: Path, name: str, words: list[int], size: Size, prepare: Prepare, seed: int, encoder: str,
+    mask: str | None,
+) -> list[tuple[str, dict]]:  # fmt: skip
     """(image path, row description) of every stored crop of one image."""
     photo_key = hashing.sha256_of(path)
     height, width = photos.size(path)
@@ -136,7 +146,7 @@ def _rows(
     for crop in photos.crops(photo_key, height, width, size, prepare, seed):
         where = [of_size, crop.key(), *([mask] if mask else [])]
         key = content_key([shards.VERSION, encoder, photo_key, where])
-        meta = _meta(path, [height, width], crop, words, key)
+        meta = _meta(name, [height, width], crop, words, key)
         rows.append((str(path), meta | ({"mask": mask} if mask else {})))
     return rows
 
@@ -146,47 +156,19 @@ def _latent_row(path: Path, words: list[int], size: Size, space: LatentSpace) ->
     key = content_key(
         [shards.VERSION, class_images.LATENT, space.scale, space.shift, hashing.sha256_of(path)]
     )
-    return str(path), _meta(path, list(size), photos.Crop(0, 0, False), words, key)
+    return str(path), _meta(path.name, list(size), photos.Crop(0, 0, False), words, key)
 
 
 def _meta(
-    path: Path, original_size: list[int], crop: photos.Crop, words: list[int], key: str
+    name: str, original_size: list[int], crop: photos.Crop, words: list[int], key: str
 ) -> dict[str, Any]:
     """`words`: the places of its prompts in the table."""
     return {
-        "source": path.name, "original_size": original_size, "crop": [crop.top, crop.left],
+        "source": name, "original_size": original_size, "crop": [crop.top, crop.left],
         "flip": crop.flip, "prompt": words[0], "key": key[:16],
         **({"prompts": words} if len(set(words)) > 1 else {}),
         **({"augment": change} if (change := crop.change.about()) else {}),
     }  # fmt: skip
-
-
-def sources_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
-    """The user's own photos and class images, by role and name, where their folders can be reached.
-
-    Those of a second subject are under `instance 2`, and so on.
-    """
-    found = {}
-    for role, several in parts(cfg).items():
-        for number, part in enumerate(several, 1):
-            prepare = part.prepare
-            if role == "class" and (len(several) > 1 or not prepare.class_dir):
-                continue
-            folder = own_images.root(prepare) if role == "class" else sources.folder_of(prepare.photos)
-            if folder.is_dir():
-                most = prepare.class_images if role == "class" else None
-                found[role if number == 1 else f"{role} {number}"] = {
-                    printable(path.name): _source(path, role, part) for path in listing(folder).photos[:most]
-                }
-    return found
-
-
-def _source(path: Path, role: str, part: Part) -> shards.Source:
-    text = mask = None
-    if role == "instance":
-        text = "\n".join(prompts.templates(path, part.prepare, part.words)) if part.prepare.captions else None
-        mask = masks.key_of(path) if part.prepare.mask else None
-    return shards.Source(sha256=hashing.sha256_of(path), caption=text, mask=mask)
 
 
 def _shard_count(rows: int) -> int:
@@ -200,11 +182,17 @@ def _shard_count(rows: int) -> int:
 
 
 def _planned(
-    role: str, number: int, rows: list[tuple[str, dict]], about: Mapping[str, Any]
-) -> dict[str, Any]:
+    role: str, number: int, rows: list[tuple[str, dict]], how: Mapping[str, Emphasis],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """`how`: the emphasis of each photo, by its path; it changes the manifest only, not the file."""
     metas = [meta for _, meta in rows]
     file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
-    return {"file": file, "sources": [source for source, _ in rows], "metas": metas, **about}
+    found = {"sources": [source for source, _ in rows], "metas": metas, **about}
+    each = [how.get(source, Emphasis()) for source, _ in rows]
+    for name, values in zip(("repeats", "weights"), zip(*each, strict=True), strict=True):
+        found[name] = list(values) if set(values) != {1} else []
+    return {"file": file, **found}
 
 
 def check(cfg: Config, base: Base, manifest: Manifest) -> None:
@@ -236,42 +224,7 @@ def check(cfg: Config, base: Base, manifest: Manifest) -> None:
         if changed:
             changes = ", ".join(f"prepare.{key} {made.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise ConfigError(f"{cfg.data.shards} was made with {changes}; {shards.CURE}")
-        check_sources(cfg, manifest)
-
-
-def check_sources(cfg: Config, manifest: Manifest) -> None:
-    """Raise ConfigError if the photos, captions or own class images changed since the shards were made.
-
-    Folders that cannot be reached are not checked: training needs the shards only.
-    """
-    for part in parts(cfg)["instance"]:
-        source = sources.Source.of(part.prepare.photos)
-        if source and source.has_changed():
-            raise ConfigError(
-                f"{source.text} changed since {cfg.data.shards} was made from it; {shards.CURE}"
-            )
-    now = sources_of(cfg) if manifest.sources else {}
-    for role, made in manifest.sources.items():
-        if changes := list(_changes(made, now.get(role, made))):
-            more = f" and {len(changes) - CHANGES} more" if len(changes) > CHANGES else ""
-            raise ConfigError(
-                f"the {role} images changed since {cfg.data.shards} was made from them: "
-                f"{', '.join(changes[:CHANGES])}{more}; {shards.CURE}"
-            )
-
-
-def _changes(made: dict[str, shards.Source], now: dict[str, shards.Source]) -> Iterator[str]:
-    """What happened to each file."""
-    for name in sorted(made.keys() | now.keys()):
-        old, new = made.get(name), now.get(name)
-        if old is None or new is None:
-            yield f"{name} was {'added' if old is None else 'removed'}"
-        elif old.sha256 != new.sha256:
-            yield f"{name} was replaced"
-        elif old.caption != new.caption:
-            yield f"the caption of {name} was edited"
-        elif old.mask != new.mask:
-            yield f"the mask of {name} was edited"
+        originals.check(cfg, manifest)
 
 
 def check_prompts(shards_dir: str, base: Base, table: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photos, shards
+from dbtrain.data import emphasis, photos, shards
 from dbtrain.data.sizes import Size, Sized
 from dbtrain.data.sources import Source
 from dbtrain.data.storage import Storage
@@ -123,7 +123,13 @@ def _photos(cfg: Config) -> list[list[Path]]:
     """The photos of each subject of a config."""
     if cfg.prepare is None:
         raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
-    return [photos.of_subject(part.prepare) for part in subjects.parts(cfg)["instance"]]
+    parts = subjects.parts(cfg)["instance"]
+    found = [photos.of_subject(part.prepare) for part in parts]
+    pairs = zip(parts, found, strict=True)
+    emphasis.check(
+        cfg.prepare, [n for part, paths in pairs for n in photos.named(part.prepare, paths).values()]
+    )
+    return found
 
 
 def _find_class_images(tasks: dict[int, Task], states: _States) -> None:

@@ -51,7 +51,8 @@ def ensure(cfg: Config, paths: Sequence[Path]) -> None:
         mask.save(png, "PNG")
         files.write_atomically(masks.made_file(path), png.getvalue())
     if missing:
-        console.say(f"made {len(missing)} masks in {masks.made_file(missing[0]).parent}: look at them")
+        folders = dict.fromkeys(str(masks.made_file(path).parent) for path in missing)
+        console.say(f"made {len(missing)} masks in {', '.join(folders)}: look at them")
 
 
 @lru_cache(maxsize=1)

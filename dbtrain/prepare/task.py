@@ -13,8 +13,8 @@ from dbtrain.data import prompt_table, shards
 from dbtrain.data.sizes import Size, Sized
 from dbtrain.data.storage import Storage
 from dbtrain.models.base import Base
-from dbtrain.prepare import encode, images, subjects
-from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request, sources_of
+from dbtrain.prepare import encode, images, originals, subjects
+from dbtrain.prepare.plan import Planned, check_prompts, plan_shards, request
 from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError
 
@@ -85,7 +85,7 @@ class Task:
             every["class"] = self.classes
         self.texts, self.components, plans = plan_shards(self.base, self.cfg, every)
         self.planned = {role: [Planned(**shard) for shard in every] for role, every in plans.items()}
-        self.sources = sources_of(self.cfg)  # before hours of encoding
+        self.sources = originals.files_of(self.cfg)  # before hours of encoding
         everything = [shard for every in self.planned.values() for shard in every]
         self.entries = self._valid_shards(everything)
         self.missing = [shard for shard in everything if shard.file not in self.entries]
@@ -189,12 +189,16 @@ class Task:
     def counts(self) -> str:
         """A phrase for the crops in the manifest."""
         assert self.old
-        return ", ".join(f"{sum(self.old.rows(role))} {role} crops" for role in self.old.roles)
+        found = []
+        for role, every in self.old.roles.items():
+            rows, epoch = sum(self.old.rows(role)), sum(shard.epoch for shard in every)
+            found.append(f"{rows} {role} crops" + (f", {epoch} in an epoch" if epoch != rows else ""))
+        return ", ".join(found)
 
 
 def entry_of(plan: Planned, data: bytes) -> dict[str, Any]:
     """What the manifest says of a shard."""
     keys = [meta["key"] for meta in plan.metas]
     sha256 = hashlib.sha256(data).hexdigest()
-    about = {"part": plan.part, "size": plan.size}
+    about = {"part": plan.part, "size": plan.size, "repeats": plan.repeats, "weights": plan.weights}
     return {"file": plan.file, "bytes": len(data), "sha256": sha256, "keys": keys, **about}

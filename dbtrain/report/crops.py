@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dbtrain.config import Config, Model
-from dbtrain.data import photos, shards
+from dbtrain.data import emphasis, photos, shards
+from dbtrain.data.emphasis import Emphasis
 from dbtrain.data.photos import Crop
 from dbtrain.data.storage import Storage
 from dbtrain.models.families import registry as families
@@ -77,10 +78,13 @@ def photos_of(cfg: Config, most: int, side: int = THUMB) -> Part:
     with _reporting(part):
         if cfg.prepare is None:
             raise ConfigError("the config has no 'prepare' section, and so no photos")
-        folders = [one.prepare.photos for one in cfg.each_subject() if one.prepare]
-        found = [path for folder in folders for path in photos.find(folder, "prepare.photos", (".txt",))]
+        found = []
+        for one in filter(None, (one.prepare for one in cfg.each_subject())):
+            names = photos.named(one, photos.there(one, (".txt",)))
+            how = emphasis.of_photos(names, one)
+            found += [(path, name, how[path].about()) for path, name in names.items()]
         part.total = len(found)
-        part.pictures = [_photo(path, side) for path in found[:most]]
+        part.pictures = [_photo(*each, side) for each in found[:most]]
     return part
 
 
@@ -97,13 +101,13 @@ def _reporting(part: Part) -> Iterator[None]:
         part.problem = "not enough GPU memory to decode them; try again when the GPU is idle"
 
 
-def _photo(path: Path, side: int) -> Picture:
+def _photo(path: Path, name: str, about: Sequence[str], side: int) -> Picture:
     try:
         photo = photos.load(path)
     except ConfigError as problem:
-        return Picture(path.name, captions=[path.name], problem=str(problem))
-    captions = [path.name, f"{photo.width} × {photo.height} px"]
-    return embed(photo, f"photo {path.name}", (side, side), captions)
+        return Picture(name, captions=[name], problem=str(problem))
+    captions = [name, f"{photo.width} × {photo.height} px", *about]
+    return embed(photo, f"photo {name}", (side, side), captions)
 
 
 def _stored(cfg: Config, crops: int, side: int) -> list[Part]:
@@ -123,20 +127,25 @@ def _stored(cfg: Config, crops: int, side: int) -> list[Part]:
             if rows:
                 decode = decode or _decoder(cfg.model)
                 with console.bar(len(rows), f"decode {role}", "image") as bar:
-                    for row in rows:
-                        part.pictures.append(_crop(row, decode(row), manifest.prompts.texts, side))
+                    for row, how in rows:
+                        part.pictures.append(_crop(row, how, decode(row), manifest.prompts.texts, side))
                         bar.update()
         parts.append(part)
     return parts
 
 
-def _rows(storage: Storage, manifest: shards.Manifest, role: str, most: int) -> list[shards.Row]:
+def _rows(
+    storage: Storage, manifest: shards.Manifest, role: str, most: int
+) -> list[tuple[shards.Row, Emphasis]]:
     """The first `most` rows of a role, sorted by photo. Reads no more shards than that takes."""
-    rows: list[shards.Row] = []
+    rows: list[tuple[shards.Row, Emphasis]] = []
     for shard in manifest.roles[role]:
         if len(rows) < most:
-            rows += shards.read(storage, shard, manifest)
-    return sorted(rows[:most], key=lambda row: (row.meta["source"], row.meta["crop"], row.meta["flip"]))
+            found = shards.read(storage, shard, manifest)
+            rows += [(row, shard.emphasis(number)) for number, row in enumerate(found)]
+    return sorted(
+        rows[:most], key=lambda one: (one[0].meta["source"], one[0].meta["crop"], one[0].meta["flip"])
+    )
 
 
 @lru_cache(maxsize=1)
@@ -159,7 +168,7 @@ def _decoder(model: Model) -> Decode:
     return decode
 
 
-def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str], side: int) -> Picture:
+def _crop(row: shards.Row, how: Emphasis, picture: Image.Image, prompts: Sequence[str], side: int) -> Picture:
     meta = row.meta
     (tall, wide), (top, left) = meta["original_size"], meta["crop"]
     mask, share = row.tensors.get(shards.MASK), ""
@@ -172,7 +181,7 @@ def _crop(row: shards.Row, picture: Image.Image, prompts: Sequence[str], side: i
         meta["source"],
         f"{picture.width} × {picture.height} of {wide} × {tall} px",
         f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
-        *filter(None, [str(Crop.of(meta).change), share]),
+        *filter(None, [str(Crop.of(meta).change), share, *how.about()]),
         f"“{prompts[meta['prompt']]}”",
     ]
     return embed(picture, f"{meta['source']} as trained", (side, side), captions)

@@ -19,7 +19,7 @@ from dbtrain.train import training_adapter
 PREPARE = (
     "instance_prompt", "captions", "caption", "class_prompt", "class_images", "resolution", "buckets",
     "class_buckets", "crop", "mask", "mask_model", "variants", "flip", "augment", "held_out",
-    "class_held_out", "vae_precision",
+    "class_held_out", "vae_precision", "subfolders", "repeats", "weights",
 )  # fmt: skip
 # Settings of other sections, recorded where they differ from the defaults.
 OPTIONAL = ("data.prompt_dropout", "optim.name")

@@ -120,3 +120,53 @@ def test_prepare_s_uneven_shards_stay_within_a_rank_s_share() -> None:
     for rank in (0, 255, 511):
         positions = [p for step in range(196) for p in RankSlice(512, 1, rank, 512).positions(step, 0)]
         assert {order.locate(position).shard for position in positions} == {rank}
+
+
+REPEATS = ((1, 3, 1, 2), (), (5, 1, 1), (1, 1, 1, 1, 4))
+
+
+def repeating(global_batch: int, rows: tuple[int, ...] = (4, 7, 3, 5)) -> Order:
+    epoch = tuple(sum(repeats) or count for repeats, count in zip(REPEATS, rows, strict=True))
+    return Order(epoch, global_batch, seed=3, role="instance", repeats=REPEATS)
+
+
+@pytest.mark.parametrize(("global_batch", "columns"), [(1, 1), (2, 1), (4, 4)])
+def test_an_epoch_has_each_row_as_often_as_it_repeats(global_batch: int, columns: int) -> None:
+    order = repeating(global_batch)
+    if columns > 1:  # of equal epochs, but for their rows
+        order = Order((7,) * 4, global_batch, 3, "instance", ((1, 3, 1, 2), (), (5, 1, 1), (1, 1, 1, 1, 3)))
+    assert order.columns == columns
+    wanted = Counter({
+        (shard, row): count
+        for shard, repeats in enumerate(order.repeats)
+        for row, count in enumerate(repeats or [1] * order.shard_rows[shard])
+    })  # fmt: skip
+    epoch = sum(order.shard_rows)
+    assert wanted.total() == epoch
+    for number in range(3):
+        assert Counter(places(order, number * epoch, epoch)) == wanted
+    assert places(order, 0, epoch) != places(order, epoch, epoch)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_repeats_do_not_depend_on_the_number_of_ranks(world: int) -> None:
+    order = repeating(4)
+    shares = [RankSlice(4, 1, rank, world) for rank in range(world)]
+    together = [
+        order.locate(position)[1:]
+        for step in range(10)
+        for share in shares
+        for micro in range(share.micro_batches)
+        for position in share.positions(step, micro)
+    ]
+    assert together == places(repeating(4), 0, 40)
+    for share in shares:
+        mine = {order.locate(p).shard for step in range(40) for p in share.positions(step, 0)}
+        assert mine <= set(order.shards_of(share))
+
+
+def test_repeats_of_1_change_nothing_and_others_are_another_order() -> None:
+    plain, same = Order((3, 4), 1, 0, "instance"), Order((3, 4), 1, 0, "instance", ((1, 1, 1), (1, 1, 1, 1)))
+    assert places(plain, 0, 21) == places(same, 0, 21)
+    one, other = (Order((6,), 1, 0, "instance", (repeats,)) for repeats in ((1, 2, 3), (3, 2, 1)))
+    assert Counter(places(one, 0, 6)) != Counter(places(other, 0, 6)), "a window of the other was used"

@@ -102,7 +102,7 @@ def test_a_folder_of_the_kohya_scripts_is_pointed_at(make: Make, own: Path) -> N
     shutil.copytree(own, own.parent / "train" / "10_sks dog")
     cfg = make(prepare__photos=str(own.parent / "train"))
     assert cfg.prepare
-    with pytest.raises(ConfigError, match=r"but 3 in its folder '10_sks dog'; use that \(the repeats"):
+    with pytest.raises(ConfigError, match=r"but 3 in its folder '10_sks dog'; use that, or set prepare\."):
         photos.of_subject(cfg.prepare)
 
 

@@ -16,7 +16,7 @@ from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import Order, RankSlice, Turns
 from dbtrain.data.shards import Manifest
 from dbtrain.models.families import registry as families
-from dbtrain.prepare import plan, subjects
+from dbtrain.prepare import originals, plan, subjects
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from tests.conftest import at, config_in, draw_photo
@@ -108,7 +108,7 @@ def test_shards_have_every_subject_and_each_class_once(several: Several) -> None
     # Another photo of one subject leaves the others' rows as they are; one subject less is noticed.
     draw_photo(Path(cfg.subjects[1].photos) / "9.png", 40)
     with pytest.raises(ConfigError, match=r"instance 2 images changed.*9.png was added"):
-        plan.check_sources(cfg, manifest)
+        originals.check(cfg, manifest)
     fewer = Config.from_dict(cfg.model_dump(mode="json") | {
         "subjects": [one.model_dump(mode="json") for one in cfg.subjects[:2]]
     })  # fmt: skip
