@@ -29,7 +29,8 @@ SYNONYMS = {
     "target_modules": "adapter.targets", "output_dir": "run_dir",
     "caption_dropout_rate": "data.prompt_dropout", "caption_dropout_probability": "data.prompt_dropout",
     "proportion_empty_prompts": "data.prompt_dropout", "optimizer": "optim.name", "ema_decay": "train.ema",
-    "pretrained_model_name_or_path": "model.path",
+    "pretrained_model_name_or_path": "model.path", "num_repeats": "prepare.repeats",
+    "loss_weight": "prepare.weights", "include_subdirectories": "prepare.subfolders",
 }  # fmt: skip
 
 MISSING = {  # what to do about a missing setting, if there is more than one way

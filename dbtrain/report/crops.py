@@ -62,7 +62,8 @@ def data_sheets(runs: Sequence[Run], crops: int) -> list[DataSheet]:
     """One sheet for each data set of the runs. `crops`: how many to decode, shared among them."""
     shared: dict[tuple, list[Run]] = {}
     for run in runs:
-        key = (run.cfg.data.shards, run.cfg.prepare, run.cfg.subjects, run.cfg.model)
+        prepare = run.cfg.prepare and run.cfg.prepare.model_dump_json()
+        key = (run.cfg.data.shards, prepare, run.cfg.subjects, run.cfg.model)
         shared.setdefault(key, []).append(run)
     sets = [(same[0].cfg, [run.label for run in same]) for same in shared.values()]
     most, each = max(LEAST_PHOTOS, PHOTOS // len(sets)), -(-crops // len(sets))

@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dbtrain.data import shards
 from dbtrain.data.order import RankSlice
 from dbtrain.data.shards import MASK, Manifest
 from dbtrain.doctor.doctor import check
+from dbtrain.doctor.dry_run import shortened
 from dbtrain.fleet import listing
 from dbtrain.prepare.prepare import prepare
 from dbtrain.report import crops
@@ -254,15 +256,25 @@ def test_doctor_and_report_say_it(make: Make, tree: Path) -> None:
     assert "each of 4 photos 36.4 to 218 times" in said["passes"]
     assert any("the folder '0_off' with 1 photos is not read" in what for *_, what in lines)
     prepare(cfg)
-    sheet = crops.photos_of(cfg, 9)
-    captions = {picture.captions[0]: picture.captions for picture in sheet.pictures}
+    (sheet,) = crops.data_sheets([SimpleNamespace(cfg=cfg, label="one")], 4)  # type: ignore[list-item]
+    given, stored = sheet.parts
+    captions = {picture.captions[0]: picture.captions for picture in given.pictures}
     assert list(captions) == list(PLACES)
     assert captions["6_far/a.png"][2:] == ["6 times an epoch", "loss × 0.5"]
-    (stored,) = crops._stored(cfg, 4, 64)
     assert {one.captions[0]: one.captions[3:-1] for one in stored.pictures} == {
         "2_close/a.png": ["2 times an epoch"], "2_close/b.png": ["2 times an epoch"], "c.png": [],
         "6_far/a.png": ["6 times an epoch", "loss × 0.5"],
     }  # fmt: skip
+
+
+def test_a_dry_run_has_copies_without_folders(make: Make, tree: Path, tmp_path: Path) -> None:
+    cfg = configured(make, tree, prepare__captions=True, prepare__mask=True, prepare__weights={"2_close": 2})
+    (folder := tmp_path / "scratch").mkdir()
+    short = shortened(cfg, folder).prepare
+    assert short and (short.subfolders, short.repeats, short.weights) == (False, {}, {})
+    assert sorted(path.name for path in Path(short.photos).iterdir()) == [
+        "0-a.mask.png", "0-a.png", "0-a.txt", "1-b.mask.png", "1-b.png", "1-b.txt",
+    ]  # fmt: skip
 
 
 def test_a_fleet_of_trees(make: Make, tree: Path) -> None:

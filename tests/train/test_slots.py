@@ -99,7 +99,7 @@ CASES: list[Any] = [
     slow("sd", {"adapter__targets": "all", "loss__min_snr_gamma": 5.0} | TEXT),
     slow("sd", {"train__micro_batch": 1, "train__ema": 0.9, "loss__prior": "prediction"}),
     slow("sd", {"optim__name": "prodigy", "optim__lr": 1.0} | TEXT),
-    ("sd", {"prepare__class_prompt": None} | NUMBERS),
+    ("sd", {"prepare__class_prompt": None, "prepare__weights": {"*[13579].jpg": 3}} | NUMBERS),
     slow("sd", {"train__precision": "bf16", "train__base_linears": "int8"}),
     slow("sd", {"train__precision": "fp16"}),
     slow("sd", {"train__gradient_checkpointing": "blocks", "train__swap_blocks": 3}),
