@@ -55,7 +55,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Text = Annotated[str, BeforeValidator(path_text), Field(min_length=1, pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=10**6)]  # bounded, as lists are as long as some of them
-Repeats = Annotated[int, Field(ge=1, le=1000)]  # bounded, as an epoch lists each of them
+MOST_REPEATS = 1000  # of a photo in an epoch, which lists each of them
+Repeats = Annotated[int, Field(ge=1, le=MOST_REPEATS)]
 Rank = Annotated[int, Field(ge=1, le=2**14)]  # of an adapter; more than the widest layer of any base
 Side = Annotated[int, Field(ge=1, le=2**14)]  # px
 SizeText = Annotated[str, Field(pattern=r"^[1-9]\d{0,4}x[1-9]\d{0,4}$")]  # width x height, px

@@ -15,13 +15,13 @@ from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from dbtrain.config import Prepare
+from dbtrain.config.base import MOST_REPEATS
 from dbtrain.runtime.errors import ConfigError, printable
 
 K = TypeVar("K")
 T = TypeVar("T")
 
 NUMBERED = re.compile(r"(\d+)_")  # 10_sks dog: a folder of kohya's scripts, each photo 10 times
-MOST = 1000  # repeats; a folder with a larger number is rather called by a year
 NAMED = 5  # most photos or folders in a message
 
 
@@ -38,15 +38,18 @@ class Emphasis(NamedTuple):
 
 
 def of_photos(names: Mapping[K, str], cfg: Prepare) -> dict[K, Emphasis]:
-    """That of each photo by its name; the repeats as small as their proportions allow.
-
-    Raises ConfigError if a folder's number is too large to be one of repeats.
-    """
-    found = {
-        key: Emphasis(_repeats(name, cfg), _last(cfg.weights, name) or 1.0) for key, name in names.items()
-    }
+    """`of_photo` for each of some photos; the repeats are as small as their proportions allow."""
+    found = {key: of_photo(name, cfg) for key, name in names.items()}
     divisor = math.gcd(*(one.repeats for one in found.values()))
     return {key: one._replace(repeats=one.repeats // divisor) for key, one in found.items()}
+
+
+def of_photo(name: str, cfg: Prepare) -> Emphasis:
+    """That of a photo by its name, as the settings have it.
+
+    Raises ConfigError if its folder's number is too large to be one of repeats.
+    """
+    return Emphasis(_repeats(name, cfg), _last(cfg.weights, name) or 1.0)
 
 
 def check(cfg: Prepare, names: Collection[str]) -> None:
@@ -67,7 +70,7 @@ def _repeats(name: str, cfg: Prepare) -> int:
         return given
     for folder in _folders(name):
         if number := NUMBERED.match(PurePosixPath(folder).name):
-            if (count := int(number[1])) > MOST:
+            if (count := int(number[1])) > MOST_REPEATS:  # rather a year
                 raise ConfigError(
                     f"prepare.photos: its folder '{folder}' has a name by which photos are seen {count} "
                     f"times as often; rename it, or set prepare.repeats to {{'{folder}': 1}}"

@@ -97,8 +97,7 @@ def name_in(folder: Path, path: Path) -> str:
 
 def subfolders(folder: Path, below: bool = False) -> dict[Path, int]:
     """The folders in `folder` that have photos, and how many; with `below`, also in theirs."""
-    inner = [entry for entry in sorted(folder.iterdir()) if entry.name[0] != "." and entry.is_dir()]
-    counts = {entry: sum(map(_count, folders(entry) if below else [entry])) for entry in inner}
+    counts = {entry: _count(entry, below) for entry in sorted(folder.iterdir()) if entry.name[0] != "."}
     return {entry: count for entry, count in counts.items() if count}
 
 
@@ -114,10 +113,11 @@ def no_photos(folder: Path) -> str:
     return f"there are no photos in '{folder}'; add some, e.g. as JPEG or PNG"
 
 
-def _count(folder: Path) -> int:
-    """How many photos a folder has; 0 if it is none, or cannot be listed."""
+def _count(folder: Path, below: bool) -> int:
+    """How many photos a folder has, with `below` also those in it; 0 if it is none, or cannot be listed."""
     with suppress(OSError):
-        return sum(is_photo(entry) and entry.is_file() for entry in folder.iterdir())
+        every = folders(folder) if below else [folder]
+        return sum(is_photo(entry) and entry.is_file() for one in every for entry in one.iterdir())
     return 0
 
 

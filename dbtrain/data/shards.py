@@ -18,7 +18,7 @@ import webdataset as wds
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from dbtrain.config.base import Names, Natural, Positive, Repeats, Section, SizeText, listed
+from dbtrain.config.base import Names, Natural, Positive, Repeats, Section, SizeText, T, listed
 from dbtrain.data import tars
 from dbtrain.data.description import Description
 from dbtrain.data.emphasis import Emphasis
@@ -32,12 +32,14 @@ VERSION: Literal[3] = 3
 MANIFEST = "manifest.json"
 CURE = "rerun: dbtrain prepare"
 MASK = "mask"  # the tensor of rows that have one, (1, H, W) uint8: 255 is the subject
+MOST_ROWS = 10**6  # that an epoch has of a shard
 EMPTY = ""  # the prompt of rows that `data.prompt_dropout` chooses
 HELD_OUT = {"instance": "instance-held-out", "class": "class-held-out"}  # roles that are not trained on
 
 DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.uint8}  # of stored tensors
 Numbers = Annotated[tuple[int, ...], BeforeValidator(listed)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(listed)]
+EachRow = Annotated[tuple[T, ...], BeforeValidator(listed)]
 File = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]  # no path, so that it cannot leave the folder
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -53,17 +55,15 @@ class Shard(Section):
     part: Natural = Field(0, exclude_if=lambda part: not part)  # of several subjects or classes, which one
     size: SizeText | None = Field(None, exclude_if=lambda size: size is None)  # None: that of the manifest
     # Of each row: how often an epoch has it, and a factor of its loss; () if all are 1.
-    repeats: Annotated[tuple[Repeats, ...], BeforeValidator(listed)] = Field(
-        (), exclude_if=lambda each: not each
-    )
-    weights: Annotated[tuple[Positive, ...], BeforeValidator(listed)] = Field(
-        (), exclude_if=lambda each: not each
-    )
+    repeats: EachRow[Repeats] = Field((), exclude_if=lambda each: not each)
+    weights: EachRow[Positive] = Field((), exclude_if=lambda each: not each)
 
     @model_validator(mode="after")
     def _one_of_each_row(self) -> Shard:
         if not {len(self.repeats), len(self.weights)} <= {0, len(self.keys)}:
-            raise ValueError("other rows than keys")
+            raise ValueError("repeats or weights of other rows than keys")
+        if sum(self.repeats) > MOST_ROWS:
+            raise ValueError("repeats are too many")
         return self
 
     @property

@@ -36,17 +36,16 @@ def files_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
                 names = {
                     path: name_in(folder, path) for path in paths[: None if mine else prepare.class_images]
                 }
-                how = emphasis.of_photos(names, prepare) if mine else {}
                 found[role if number == 1 else f"{role} {number}"] = {
-                    printable(name): _source(path, role, part, how.get(path, Emphasis()))
-                    for path, name in names.items()
+                    printable(name): _source(path, name, role, part) for path, name in names.items()
                 }
     return found
 
 
-def _source(path: Path, role: str, part: Part, how: Emphasis) -> shards.Source:
-    text = mask = None
+def _source(path: Path, name: str, role: str, part: Part) -> shards.Source:
+    text, mask, how = None, None, Emphasis()
     if role == "instance":
+        how = emphasis.of_photo(name, part.prepare)
         text = "\n".join(prompts.templates(path, part.prepare, part.words)) if part.prepare.captions else None
         mask = masks.key_of(path) if part.prepare.mask else None
     return shards.Source(sha256=hashing.sha256_of(path), caption=text, mask=mask, **how._asdict())

@@ -190,7 +190,7 @@ def test_in_shapes_and_with_held_out_photos_each_is_seen_as_often_as_it_says(mak
 
 
 def test_a_run_goes_on_bit_by_bit_and_refuses_other_repeats(make: Make, tree: Path) -> None:
-    settings = {"prepare__weights": {"c.png": 3}, "loss__prior": "none", "train__steps": 3}
+    settings = {"prepare__weights": {"c.png": 3}, "loss__prior": "none", "train__steps": 2}
     out = prepare(make_one := configured(make, tree, **settings))
     lines = []
     for name, stops in (("whole", [None]), ("parts", [1, None])):
@@ -199,7 +199,7 @@ def test_a_run_goes_on_bit_by_bit_and_refuses_other_repeats(make: Make, tree: Pa
             with contextlib.suppress(Preempted):
                 loop.train(cfg, until)
         lines.append(RunFolder(cfg.run_dir).table("metrics").read_text())
-    assert lines[0] == lines[1] and lines[0].count("\n") == 3
+    assert lines[0] == lines[1] and lines[0].count("\n") == 2
     other = configured(make, tree, prepare__repeats={"c.png": 2}, **settings).override(
         f"run_dir={cfg.run_dir}"
     )
@@ -237,10 +237,12 @@ def test_what_is_refused(make: Make, tree: Path) -> None:
     with pytest.raises(ConfigError, match=told):
         prepare(configured(make, tree, prepare__subfolders=False))
     values = json.loads((prepare(configured(make, tree)) / shards.MANIFEST).read_text())
-    for wrong in ([1], [0, 1, 1], [2000, 1, 1]):
-        values["roles"]["instance"][0]["repeats"] = wrong
-        with pytest.raises(ValueError, match=r"repeats|other rows than keys"):
-            Manifest.model_validate_json(json.dumps(values), strict=False)
+    shard = values["roles"]["instance"][0]
+    for wrong, told in (([1], "of other rows than keys"), ([0] * 4, "greater than or equal to 1"),
+                        ([2000] * 4, "less than or equal to 1000"), ([1000] * 1001, "too many")):  # fmt: skip
+        keys = [str(number) for number in range(max(4, len(wrong)))]
+        with pytest.raises(ValueError, match=told):
+            shards.Shard.model_validate(shard | {"keys": keys, "repeats": wrong})
 
 
 def test_doctor_and_report_say_it(make: Make, tree: Path) -> None:
