@@ -11,6 +11,7 @@ from PIL import Image
 
 from dbtrain.config import Config
 from dbtrain.data import photos, shards
+from dbtrain.data.emphasis import Emphasis
 from dbtrain.data.photos import Crop
 from dbtrain.data.shards import Manifest
 from dbtrain.data.sizes import Size
@@ -88,7 +89,7 @@ def test_the_report_shows_variants_as_trained(make: Make, folder: Path) -> None:
 
         crop = Crop.of(row.meta)
         assert alike(crop) > 0.9 and alike(crop) > alike(Crop(0, 8, False))
-        shown = crops._crop(row, picture, ["a mug"], 64)
+        shown = crops._crop(row, Emphasis(), picture, ["a mug"], 64)
         turn, bright = row.meta["augment"]["rotate"], row.meta["augment"]["brightness"]
         assert shown.captions[3] == f"turned by {turn:+.1f}°, brightness × {bright:.2f}"
 
