@@ -51,7 +51,7 @@ def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     texts = text.splitlines() if lines else [text]
     if path.suffix == ".json":
         texts = _in_json(path, text)
-    found = tuple(dict.fromkeys(filter(None, map(_in_one_line, texts))))
+    found = tuple(dict.fromkeys(filter(None, map(in_one_line, texts))))
     if not found:
         raise ConfigError(f"caption {path} is empty; write one")
     if len(found) > 1 and not lines:
@@ -59,7 +59,8 @@ def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     return found
 
 
-def _in_one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
+    """A text without line breaks, control characters and spaces in a row."""
     plain = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text)
     return " ".join(plain.split())
 

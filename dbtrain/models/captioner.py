@@ -57,8 +57,8 @@ def describer(name: str) -> Describe:
     processor = _processor(folder, about)
     dtype = torch.bfloat16 if dist.device().type == "cuda" else torch.float32
     model = others.load(folder, "AutoModelForImageTextToText", about, dtype=dtype)
-    template = processor.chat_template or processor.tokenizer.chat_template
     prompt = PROMPTS.get(model.config.model_type)
+    template = None if prompt else processor.chat_template or processor.tokenizer.chat_template
 
     @torch.no_grad()
     def generated(photo: Image.Image, kind: str) -> str:

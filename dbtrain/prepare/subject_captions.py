@@ -67,7 +67,7 @@ def about_subject(text: str, token: str, kind: str) -> str:
     Adjectives right before the class describe the subject, which the token stands for, and are left out:
     "a small brown dog on a bed" -> "a sks dog on a bed". A caption without the class follows the subject.
     """
-    text = " ".join(text.split()).strip(" \"'“”*.")
+    text = captions.in_one_line(text).strip(" \"'“”*.")
     text = text if text[1:2].isupper() else text[:1].lower() + text[1:]
     name, plural = re.escape(kind), rf"{re.escape(kind)}e?s"
     if kind.endswith("y"):
