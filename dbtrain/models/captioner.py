@@ -25,7 +25,7 @@ QUESTION = (
     "Describe this photo of {} in one sentence of at most 40 words. Say what is around it, its pose, the "
     "light and the view, but not what it looks like itself. Begin with: A photo of {}"
 )
-MOST_TOKENS = 80
+MOST_TOKENS = 64  # new ones; CLIP reads 77
 SIDE = 1024  # px, most that a model sees of a photo's longest side
 VIDEOS = "video_processor"
 Describe = Callable[[Image.Image, str], str]
