@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -157,10 +157,16 @@ class Prepare(Section):
         default={}, description="factors of the loss of photos (1), by the same patterns"
     )
     instance_prompt: Text = Field(description="prompt for every photo, e.g. `a photo of sks dog`")
-    captions: Literal[False, True, "lines"] = Field(
+    captions: Literal[False, True, "lines", "auto"] = Field(
         False,
         description="read each photo's prompt from the .txt file of the same name; `lines`: each of its "
-        "lines is a caption, of which every row of training draws one (or each text of a .json file)",
+        "lines is a caption, of which every row of training draws one (or each text of a .json file); "
+        "`auto`: `captioner` writes the files that are missing",
+    )
+    captioner: Text | None = Field(
+        None,
+        description="image-to-text model of transformers for `captions: auto`, a folder or Hub id (null: "
+        "Salesforce/blip-image-captioning-large)",
     )
     caption: Caption | None = Field(
         None, description="make several prompts of each caption (null: captions are prompts as they are)"
@@ -247,6 +253,12 @@ class Prepare(Section):
     def has_class_images(self) -> bool:
         return self.class_prompt is not None and self.class_images > 0
 
+    def recorded(self) -> dict[str, Any]:
+        """The settings that shape the shards, JSON-able. Captions count by their text, whoever wrote them."""
+        left_out: Any = {"memory_gib": True, "captioner": True, "sampling": {"batch", "compile"}}
+        settings = self.model_dump(mode="json", exclude=left_out)
+        return settings | ({"captions": True} if self.captions == "auto" else {})
+
     @model_validator(mode="after")
     def _class_images_to_hold_out(self) -> Prepare:
         if self.class_held_out and not self.has_class_images:
@@ -260,7 +272,8 @@ class Prepare(Section):
     def _captions_to_change(self) -> Prepare:
         if self.caption and not self.captions:
             raise ValueError(
-                "caption says how to change captions, but captions is false; set captions to true or lines"
+                "caption says how to change captions, but captions is false; set captions to true, lines or "
+                "auto"
             )
         return self
 

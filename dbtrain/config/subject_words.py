@@ -63,8 +63,11 @@ def of(prepare: Prepare | None, subject: Subject) -> SubjectWords:
             f"cannot find the class of '{' '.join(token)}' in prepare.instance_prompt "
             f"('{prepare.instance_prompt}'); set subject.class_word, e.g. to dog"
         )
-    article = "an" if kind[0].lower() in "aeiou" else "a"
-    return SubjectWords(" ".join(token), kind, prepare.class_prompt or f"a photo of {article} {kind}")
+    return SubjectWords(" ".join(token), kind, prepare.class_prompt or f"a photo of {with_article(kind)}")
+
+
+def with_article(words: str) -> str:
+    return f"{'an' if words[0].lower() in 'aeiou' else 'a'} {words}"
 
 
 def _token(prepare: Prepare, instance: Sequence[str], of_class: Sequence[str]) -> str:

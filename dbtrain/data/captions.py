@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from dbtrain.runtime.errors import ConfigError, reason
@@ -24,6 +25,19 @@ def file_of(photo: Path) -> Path:
     return next((path for path in paths if os.path.lexists(path)), paths[0])
 
 
+def is_there(photo: Path) -> bool:
+    """Whether a photo has a file for its captions."""
+    return os.path.lexists(file_of(photo))
+
+
+def without(photos: Sequence[Path]) -> list[Path]:
+    """The photos without a caption. Raises ConfigError for one that has another program's."""
+    found = [photo for photo in photos if not is_there(photo)]
+    if problems := [_missing(photo, file_of(photo)) for photo in found if _elsewhere(photo)]:
+        raise ConfigError(*problems)
+    return found
+
+
 def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     """The captions of a photo, without control characters: one, or with `lines` one or more.
 
@@ -31,13 +45,13 @@ def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     folder.
     """
     path = file_of(photo)
-    if not os.path.lexists(path):
+    if not is_there(photo):
         raise ConfigError(_missing(photo, path))
     text = _decoded(path, _read(path))
     texts = text.splitlines() if lines else [text]
     if path.suffix == ".json":
         texts = _in_json(path, text)
-    found = tuple(dict.fromkeys(filter(None, map(_in_one_line, texts))))
+    found = tuple(dict.fromkeys(filter(None, map(in_one_line, texts))))
     if not found:
         raise ConfigError(f"caption {path} is empty; write one")
     if len(found) > 1 and not lines:
@@ -45,7 +59,8 @@ def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     return found
 
 
-def _in_one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
+    """A text without line breaks, control characters and spaces in a row."""
     plain = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text)
     return " ".join(plain.split())
 
@@ -64,12 +79,17 @@ def _in_json(path: Path, text: str) -> list[str]:
 
 
 def _missing(photo: Path, path: Path) -> str:
-    names = [pattern.format(stem=photo.stem, name=photo.name) for pattern in ELSEWHERE]
-    found = [name for name in names if (photo.parent / name).is_file()]
+    found = _elsewhere(photo)
     what = f"prepare.captions is set, but photo {photo} has no caption {path.name}"
     if not found:
         return f"{what}; add it"
     return f"{what}, only {found[0]}; make it a text file of that name"
+
+
+def _elsewhere(photo: Path) -> list[str]:
+    """The names of files in which another program has a photo's caption."""
+    names = [pattern.format(stem=photo.stem, name=photo.name) for pattern in ELSEWHERE]
+    return [name for name in names if (photo.parent / name).is_file()]
 
 
 def _read(path: Path) -> bytes:

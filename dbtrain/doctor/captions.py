@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from dbtrain.config import Config, Prepare
 from dbtrain.data import photo_files
+from dbtrain.data.captions import is_there, without
 from dbtrain.data.photo_files import name_in
 from dbtrain.data.sources import folder_of
 from dbtrain.doctor import settings
-from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, warning
+from dbtrain.doctor.case import Case, Finding, findings_of, listed, ok, problems_of, warning
+from dbtrain.models import captioner
 from dbtrain.models.base import Base
+from dbtrain.prepare import encode, subject_captions
 from dbtrain.prepare.prompts import of_photo
+from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
 TOKENS = 77  # that every text encoder reads, unless its config says less
+MOST_TOKENS = 512  # of a prompt, as most families read them
+FEW = 8  # of the longest prompts, which tell how many tokens all take
 
 
 def captions(case: Case) -> Iterator[Finding]:
@@ -22,14 +31,17 @@ def captions(case: Case) -> Iterator[Finding]:
     if cfg is None or not cfg.captions:
         yield ok("prepare.captions is false: every photo has prepare.instance_prompt")
         return
-    folder = folder_of(cfg.photos)
-    found = photo_files.listing(folder, cfg.subfolders).photos if folder.is_dir() else []
+    found, folder = _photos(cfg), folder_of(cfg.photos)
+    to_write = [] if cfg.captions != "auto" else [path for path in found if not is_there(path)]
     texts: dict[str, list[str]] = {}
     for path in found:
+        if path in to_write:
+            continue
         try:
             texts[name_in(folder, path)] = of_photo(path, cfg, case.cfg.subject, case.cfg.seed)
         except ConfigError as problem:
             yield from findings_of(problem)
+    yield from _to_write(to_write, case.cfg)
     token = settings.token_of(case.cfg.subject, cfg)
     if lacking := without_token(texts, token):
         word = " ".join(sorted(token))
@@ -41,6 +53,43 @@ def captions(case: Case) -> Iterator[Finding]:
         yield from too_long({name: max(every, key=len) for name, every in texts.items()}, case.base)
     count = len({text for every in texts.values() for text in every})
     yield ok(f"{len(texts)} of {len(found)} photos have a caption, of which {count} prompts are made")
+
+
+def _photos(cfg: Prepare) -> list[Path]:
+    folder = folder_of(cfg.photos)
+    return photo_files.listing(folder, cfg.subfolders).photos if folder.is_dir() else []
+
+
+def _to_write(photos: Sequence[Path], cfg: Config) -> Iterator[Finding]:
+    """What `prepare` will caption, and whether it can. Loads no model."""
+    assert cfg.prepare
+    if not photos:
+        return
+    name = cfg.prepare.captioner or captioner.MODEL
+    yield from problems_of(lambda: without(photos), "")
+    yield from problems_of(lambda: subject_captions.words_of(cfg.subject), "")
+    if files.expand(name).is_dir():  # else it may not have been downloaded yet
+        yield from problems_of(lambda: captioner.find(name, download=False), "use another model")
+    names = listed([path.name for path in photos])
+    yield ok(f"prepare will write captions for {len(photos)} photos, with {name}: {names}")
+
+
+def table(case: Case) -> Iterator[Finding]:
+    """Whether the prompts of all captions take a lot of memory, once they are encoded."""
+    cfg = case.cfg
+    if not (cfg.prepare and cfg.prepare.captions):
+        return
+    texts = set()
+    for one in cfg.each_subject():
+        assert one.prepare
+        for path in _photos(one.prepare):
+            with suppress(ConfigError):  # named above
+                texts.update(of_photo(path, one.prepare, one.subject, one.seed))
+    # Tokens are counted only if it may matter: loading the tokenizers takes seconds.
+    if encode.too_large(case.base, len(texts), MOST_TOKENS):
+        ids = encode.tokenizer(case.base)(sorted(texts, key=len)[-FEW:])
+        if problem := encode.too_large(case.base, len(texts), encode.longest(ids)):
+            yield from findings_of(ConfigError(problem), level="warning")
 
 
 def prompts(case: Case) -> Iterator[Finding]:

@@ -39,6 +39,7 @@ def _later() -> tuple[tuple[str, Check], ...]:
         ("adapter", base_model.adapter),
         ("photos", for_each_subject(photos.photos)),
         ("captions", for_each_subject(captions.captions)),
+        ("captions", captions.table),
         ("prompt length", captions.prompts),
         ("text encoders", text_encoders),
         ("repeats", passes.repeats),

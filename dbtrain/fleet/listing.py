@@ -16,6 +16,7 @@ import yaml
 
 from dbtrain.config import Config, loading
 from dbtrain.config.config import kinds
+from dbtrain.config.inputs import Caption
 from dbtrain.data.photo_files import folders, listing, no_photos, subfolders
 from dbtrain.evaluate.dreambench import TEXTS, Dataset
 from dbtrain.runtime import files
@@ -32,8 +33,9 @@ ALIASES = {
 MAY_DIFFER = (
     "seed", "subject.name", "subject.token", "subject.class_word",
     "prepare.photos", "prepare.subfolders", "prepare.repeats", "prepare.weights",
-    "prepare.instance_prompt", "prepare.captions", "prepare.class_prompt",
-    "prepare.class_dir", "prepare.crop", "prepare.variants", "prepare.flip",
+    "prepare.instance_prompt", "prepare.captions", "prepare.caption",
+    *(f"prepare.caption.{name}" for name in Caption.model_fields),
+    "prepare.class_prompt", "prepare.class_dir", "prepare.crop", "prepare.variants", "prepare.flip",
     "adapter.rank", "adapter.alpha", "adapter.text_encoder.rank", "adapter.text_encoder.alpha",
     "adapter.start",
     "optim.lr", "optim.text_encoder_lr", "optim.token_lr", "optim.schedule", "optim.warmup_steps",

@@ -38,7 +38,7 @@ def _from_hub(name: str, setting: str, download: bool, fetch: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    wanted = ["*.json", "*.txt", "model*.safetensors"]
+    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors"]  # *.model: of sentencepiece
     try:
         return Path(
             snapshot_download(
@@ -54,8 +54,10 @@ def _from_hub(name: str, setting: str, download: bool, fetch: str) -> Path:
         ) from error
 
 
-def load(folder: Path, kind: str, about: str, unused: Collection[str] = ()) -> Any:
-    """The model of class `kind` of transformers in fp32, frozen, on this rank's device.
+def load(
+    folder: Path, kind: str, about: str, unused: Collection[str] = (), dtype: torch.dtype = torch.float32
+) -> Any:
+    """The model of class `kind` of transformers in `dtype`, frozen, on this rank's device.
 
     `about`: its name and setting, for messages. `unused`: beginnings of names of weights that may be missing.
     Raises ConfigError if others are.
@@ -67,7 +69,7 @@ def load(folder: Path, kind: str, about: str, unused: Collection[str] = ()) -> A
     hush()
     try:
         model, info = build.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True,
+            folder, use_safetensors=True, dtype=dtype, output_loading_info=True,
             trust_remote_code=False,
         )  # fmt: skip
     except Exception as error:  # the library can raise anything for a broken folder

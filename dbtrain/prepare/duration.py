@@ -199,8 +199,9 @@ def announce(cfg: Config, *verbs: str) -> None:
     dist.init()
     with dist.agreed():
         here = [speed for speed in speeds(cfg, dist.world()) if speed.is_here] if dist.is_main() else []
-        if here and (text := here[0].told(cfg, Todo.of(cfg, verbs))):
-            console.say(text)
+        with contextlib.suppress(ConfigError):  # the verb says it, or first unpacks the photos to count
+            if here and (text := here[0].told(cfg, Todo.of(cfg, verbs))):
+                console.say(text)
 
 
 def remember(cfg: Config, verb: str) -> None:

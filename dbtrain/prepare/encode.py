@@ -22,6 +22,9 @@ from dbtrain.prepare import class_images
 from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
+from dbtrain.runtime.memory import GIB, size
+
+LARGE = GIB  # bytes of a prompt table of which to warn
 
 
 def image_encoder(base: Base, precision: str) -> Callable[[str, dict[str, Any], Size], shards.Row]:
@@ -58,6 +61,33 @@ def image_encoder(base: Base, precision: str) -> Callable[[str, dict[str, Any], 
         return shards.Row(tensors, meta)
 
     return encode
+
+
+def longest(ids: Mapping[str, Tensor]) -> int:
+    """How many tokens a table has of each of these prompts: as many as of the longest."""
+    return int(ids["lengths"].max()) if "lengths" in ids else next(iter(ids.values())).shape[1]
+
+
+def blank_conditions(base: Base, prompts: int, tokens: int) -> dict[str, Tensor]:
+    """The embeddings of `prompts` prompts of `tokens` tokens, on the meta device, without `lengths`."""
+    return {
+        f"condition.{name}": torch.empty(
+            prompts, *(size or tokens for size in shape), dtype=base.family.text_dtype, device="meta"
+        )
+        for name, shape in base.family.conditions(base).items()
+        if name != "lengths"
+    }
+
+
+def too_large(base: Base, prompts: int, tokens: int) -> str | None:
+    """What is wrong with a table of LARGE bytes or more, and what to do."""
+    total = sum(tensor.nbytes for tensor in blank_conditions(base, prompts, tokens).values())
+    if total < LARGE:
+        return None
+    return (
+        f"the embeddings of {prompts} prompts take {size(total)}, on disk and in the memory of each GPU, "
+        f"{size(total / prompts)} a prompt; lower prepare.caption.variants, or use fewer captions"
+    )
 
 
 def table_name(base: Base, texts: Sequence[str]) -> str:

@@ -53,7 +53,7 @@ def request(cfg: Config, family: Family) -> dict[str, Any]:
     """The settings that determine the shards' content, as the manifest records them."""
     prepare = cfg.prepare
     assert prepare is not None
-    settings = prepare.model_dump(mode="json", exclude={"memory_gib": True, "sampling": {"batch", "compile"}})
+    settings = prepare.recorded()
     settings["class_pictures"] = not class_images.as_latents(family, prepare)
     if not prepare.has_class_images:  # the class settings have no effect
         for name in ("class_images", "class_held_out", "class_pictures", "sampling"):

@@ -12,16 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import emphasis, photos, shards
+from dbtrain.data import shards
 from dbtrain.data.sizes import Size, Sized
-from dbtrain.data.sources import Source
 from dbtrain.data.storage import Storage
+from dbtrain.models import captioner
 from dbtrain.models.base import Base
-from dbtrain.prepare import class_images, duration, encode, images, own_images, subject_masks, subjects
+from dbtrain.prepare import (
+    class_images,
+    duration,
+    encode,
+    images,
+    own_images,
+    subject_captions,
+    subject_masks,
+    subjects,
+)
 from dbtrain.prepare.plan import Planned
 from dbtrain.prepare.task import Task, entry_of
 from dbtrain.runtime import console, dist, files, lock, pace, preemption
 from dbtrain.runtime.errors import ConfigError, os_problem
+
+# What a model makes beside the photos, and how it is loaded.
+BESIDE: tuple[tuple[Any, Any], ...] = (
+    (subject_masks.ensure, subject_masks.finder),
+    (subject_captions.ensure, captioner.describer),
+)
 
 
 def prepare(cfg: Config) -> Path:
@@ -48,17 +63,19 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
     # What each config asks for, checked before a base is downloaded or loaded.
     paths = {}
     for number, cfg in enumerate(cfgs):
-        for source in _sources(cfg):
+        for source in subjects.sources(cfg):
             with states.agreeing(number):
                 source.ensure()
     with dist.agreed():
         for number, cfg in enumerate(cfgs):
             with states.trying(number):
-                paths[number] = _photos(cfg)
-                if dist.is_main():
-                    for one, mine in zip(cfg.each_subject(), paths[number], strict=True):
-                        subject_masks.ensure(one, mine)
-    subject_masks.finder.cache_clear()  # other models need its memory
+                paths[number] = subjects.photos_of(cfg)
+        for ensure, model in BESIDE if dist.is_main() else ():
+            for number in states.well:
+                with states.trying(number):
+                    for one, mine in zip(cfgs[number].each_subject(), paths[number], strict=True):
+                        ensure(one, mine)
+            model.cache_clear()  # other models need its memory
     states.agree()
     bases = dict.fromkeys(cfgs[number].model for number in states.well)
     found = {model: Base.find(model) for model in bases}
@@ -111,25 +128,6 @@ class _States:
         """Tell all ranks the problems of each."""
         everyone = zip(*dist.gather_json(self.problems), strict=True)
         self.problems = [tuple(dict.fromkeys(line for lines in one for line in lines)) for one in everyone]
-
-
-def _sources(cfg: Config) -> list[Source]:
-    """The sources of photos that are no folders."""
-    every = [Source.of(part.prepare.photos) for part in subjects.parts(cfg)["instance"]]
-    return [source for source in every if source]
-
-
-def _photos(cfg: Config) -> list[list[Path]]:
-    """The photos of each subject of a config."""
-    if cfg.prepare is None:
-        raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
-    parts = subjects.parts(cfg)["instance"]
-    found = [photos.of_subject(part.prepare) for part in parts]
-    pairs = zip(parts, found, strict=True)
-    emphasis.check(
-        cfg.prepare, [n for part, paths in pairs for n in photos.named(part.prepare, paths).values()]
-    )
-    return found
 
 
 def _find_class_images(tasks: dict[int, Task], states: _States) -> None:
@@ -295,6 +293,8 @@ def _write_prompts(tasks: dict[int, Task], states: _States) -> None:
             for number in owners:
                 with states.trying(number):
                     ids[texts] = tokenize(list(texts))
+            if texts in ids and (problem := encode.too_large(base, len(texts), encode.longest(ids[texts]))):
+                console.warn(problem)
         tables = encode.prompt_tables(base, list(ids.values()), gib) if ids else []
         for texts, table in zip(ids, tables, strict=True):
             for number in numbers[texts]:

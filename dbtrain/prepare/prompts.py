@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dbtrain.config import Prepare
 from dbtrain.config.inputs import Caption, Subject
-from dbtrain.data.captions import captions
+from dbtrain.data.captions import captions, is_there
 from dbtrain.runtime.hashing import digest, sha256_of, shuffled
 
 DRAWN = 8  # prompts per photo
@@ -44,7 +44,12 @@ class Draw:
 
 
 def templates(photo: Path, prepare: Prepare, words: Subject) -> tuple[str, ...]:
-    """The captions of a photo with what comes before and after them; in `words`, one that depends on it."""
+    """The captions of a photo with what comes before and after them; in `words`, one that depends on it.
+
+    None where `prepare` has yet to write it.
+    """
+    if prepare.captions == "auto" and not is_there(photo):
+        return ()
     found = captions(photo, prepare.captions == "lines")
     if prepare.caption is None:
         return found

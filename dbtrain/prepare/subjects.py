@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dbtrain.config import Config, Prepare
 from dbtrain.config.inputs import Subject
+from dbtrain.data import emphasis, photos
+from dbtrain.data.sources import Source
 from dbtrain.prepare import own_images
 from dbtrain.runtime.errors import ConfigError
 
@@ -37,6 +40,25 @@ def parts(cfg: Config) -> dict[str, list[Part]]:
             so_far = classes.get(prompt, replace(one, weight=0.0))
             classes[prompt] = replace(so_far, weight=so_far.weight + one.weight)
     return {"instance": subjects, "class": list(classes.values())}
+
+
+def sources(cfg: Config) -> list[Source]:
+    """The sources of photos that are no folders."""
+    every = [Source.of(part.prepare.photos) for part in parts(cfg)["instance"]]
+    return [source for source in every if source]
+
+
+def photos_of(cfg: Config) -> list[list[Path]]:
+    """The photos of each subject of a config."""
+    if cfg.prepare is None:
+        raise ConfigError("there is no prepare section; set prepare.photos and prepare.instance_prompt")
+    every = parts(cfg)["instance"]
+    found = [photos.of_subject(part.prepare) for part in every]
+    pairs = zip(every, found, strict=True)
+    emphasis.check(
+        cfg.prepare, [n for part, paths in pairs for n in photos.named(part.prepare, paths).values()]
+    )
+    return found
 
 
 def weights(cfg: Config) -> dict[str, tuple[float, ...]]:

@@ -178,11 +178,13 @@ def _crop(row: shards.Row, how: Emphasis, picture: Image.Image, prompts: Sequenc
         whole = Image.fromarray(mask[0].numpy()).resize(picture.size)
         white = Image.new("RGB", picture.size, "white")
         picture = Image.composite(picture, Image.blend(picture, white, FADED), whole)
+    others = len(set(meta.get("prompts", ()))) - 1
+    more = f" (+{others} more)" if others > 0 else ""
     captions = [
         meta["source"],
         f"{picture.width} × {picture.height} of {wide} × {tall} px",
         f"crop at {left}, {top}{', mirrored' if meta['flip'] else ''}",
         *filter(None, [str(Crop.of(meta).change), share, *how.about()]),
-        f"“{prompts[meta['prompt']]}”",
+        f"“{prompts[meta['prompt']]}”{more}",
     ]
     return embed(picture, f"{meta['source']} as trained", (side, side), captions)

@@ -129,7 +129,7 @@ def check_settings(cfg: Config) -> None:
         was = read_state(paths[-1])["identity"]
     except ConfigError:
         return  # damaged: training sets it aside
-    now = of_settings(cfg, cfg.prepare.model_dump(mode="json") if cfg.prepare else {})
+    now = of_settings(cfg, cfg.prepare.recorded() if cfg.prepare else {})
     known = now.keys() & was.keys() | {key for key in now.keys() ^ was.keys() if key in OPTIONAL}
     pair = ({key: one[key] for key in known & one.keys()} for one in (was, now))
     check_unchanged(paths[-1], *pair)

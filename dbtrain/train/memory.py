@@ -28,6 +28,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.memory_counter import MemoryCounter, like_cuda, materialized, needed, of_a_cpu, tensors
 from dbtrain.models.precision import PRECISIONS
+from dbtrain.prepare import encode
 from dbtrain.runtime.rng import RowNoise
 from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
@@ -182,16 +183,7 @@ def _prepared(base: Base, shapes: _Shapes) -> tuple[dict[str, Tensor], dict[str,
     family = base.family
     tokenizers = {encoder: base.load(name) for encoder, name in family.text_encoders.items()}
     ids = family.tokenize(tokenizers, shapes.texts)
-    longest = next(iter(ids.values())).shape[1]
-    if "lengths" in ids:
-        longest = int(ids["lengths"].max())
-    table = {
-        f"condition.{name}": torch.empty(
-            shapes.prompts, *(size or longest for size in shape), dtype=family.text_dtype, device="meta"
-        )
-        for name, shape in family.conditions(base).items()
-        if name != "lengths"
-    }
+    table = encode.blank_conditions(base, shapes.prompts, encode.longest(ids))
     table |= {
         f"ids.{name}": torch.empty(shapes.prompts, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
         for name, tensor in ids.items()

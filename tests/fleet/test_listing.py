@@ -102,11 +102,25 @@ def test_a_subject_starts_from_an_adapter_beside_the_list(read: Read, tmp_path: 
     assert mug.adapter.start == str(tmp_path / "photos" / "mug.safetensors") and cat.adapter.start is None
 
 
+def test_each_subject_may_make_its_prompts_otherwise(read: Read) -> None:
+    config = CONFIG.replace("resolution", "captions: true, caption: {prefix: 'a photo of {},'}, resolution")
+    text = (
+        "- {photos: mug, prepare: {captions: lines, caption: {shuffle: true, variants: 4}}}\n"
+        "- {photos: cat9, prepare.captions: false, prepare.caption: null}\n- {photos: backpack_dog}\n"
+    )
+    mug, cat, dog = (one.prepare for one in good(read("list.yaml", text, config=config)).values())
+    assert (mug.captions, mug.caption.prefix, mug.caption.variants) == ("lines", "a photo of {},", 4)
+    assert (cat.captions, cat.caption) == (False, None)
+    assert dog.captions is True and not dog.caption.shuffle
+
+
 PROBLEMS = [
     ("{photos: cat9, learning_rate: 1}", "cat9", "unknown key 'learning_rate'; did you mean 'optim.lr'?"),
     ("{photos: cat9, clas: cat}", "cat9", "unknown key 'clas'; did you mean 'class'?"),
     ("{photos: cat9, train.precision: fp32}", "cat9", "train.precision is 'fp32', but all subjects"),
     ("{photos: cat9, prepare: {resolution: 32}}", "cat9", "prepare.resolution is '32', but all subjects"),
+    ("{photos: cat9, prepare.captioner: me/blip}", "cat9", "prepare.captioner is 'me/blip', but all"),
+    ("{photos: cat9, prepare.caption.shuffle: true}", "cat9", "but captions is false; set captions to true"),
     ("{photos: cat9, steps: many}", "cat9", "train.steps is 'many'"),
     ("{photos: cat9, steps: 5, train.steps: 6}", "cat9", "train.steps is given twice"),
     ("{photos: nowhere}", "nowhere", "nowhere' is not a directory"),

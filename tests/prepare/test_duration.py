@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from dbtrain.config import Config
+from dbtrain.data.sources import Source
 from dbtrain.prepare import duration
 from dbtrain.prepare.duration import Speed, Todo
 from dbtrain.runtime import pace
-from tests.conftest import Make, train
+from tests.conftest import Make, draw_photo, train
 
 GPU = "NVIDIA H100 80GB HBM3"
 # Seconds per unit, seconds of warming up, units.
@@ -126,6 +127,24 @@ def test_a_run_remembers_its_speed_and_the_next_one_says_how_long_it_takes(
         "loading for train",
     } <= speed.rates.keys()
     assert caplog.messages[0] == speed.told(other, Todo.of(other)) and ": training " in caplog.messages[0]
+
+
+def test_photos_that_are_not_unpacked_yet_are_not_counted(
+    job: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw_photo(tmp_path / "0.png", 0)
+    (table := tmp_path / "photos.csv").write_text("image\n0.png\n")
+    cfg = job(prepare__photos=str(table))
+    keep(cfg, device=duration.device())
+    with caplog.at_level(logging.INFO, "dbtrain"):
+        duration.announce(cfg, "prepare")  # which unpacks them later
+        assert caplog.messages == []
+        source = Source.of(str(table))
+        assert source
+        source.ensure()
+        caplog.clear()
+        duration.announce(cfg, "prepare")
+    assert len(caplog.messages) == 1
 
 
 def test_another_device_s_speed_is_not_this_one_s(job: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -156,5 +156,5 @@ def test_each_text_is_encoded_once_and_no_image_again(
 
 
 def test_settings_that_do_not_go_together(make: Make) -> None:
-    with pytest.raises(ConfigError, match="captions is false; set captions to true or lines"):
+    with pytest.raises(ConfigError, match="captions is false; set captions to true, lines or auto"):
         make(prepare__caption={"shuffle": True})

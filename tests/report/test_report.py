@@ -357,6 +357,18 @@ def test_crops_are_shown_as_training_sees_them(make: Make, tmp_path: Path) -> No
     assert seen == 2
 
 
+def test_a_crop_says_how_many_prompts_it_has(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, text in enumerate(("sks mug, red\nsks mug, big\nsks mug, red\nmug", "sks mug")):
+        render(world.subject_scene("mug", number)).save(photo := tmp_path / "photos" / f"{number}.png")
+        photo.with_suffix(".txt").write_text(text)
+    cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "photos"), prepare__class_prompt=None,
+               prepare__captions="lines")  # fmt: skip
+    prepare(cfg)
+    part = crops._stored(cfg, 2, 64)[0]
+    assert [picture.captions[-1] for picture in part.pictures] == ["“sks mug, red” (+2 more)", "“sks mug”"]
+
+
 def test_models_of_pixels_show_the_very_pixels(make: Make) -> None:
     cfg = make(model__path=str(bases.if_1()), prepare__resolution=16)
     pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
