@@ -2,8 +2,9 @@
 
 from dbtrain.config.adapter import Adapter, AdapterSettings
 from dbtrain.config.config import Config, fields
-from dbtrain.config.inputs import Augment, Data, Model, Prepare, Sampling, Subject
+from dbtrain.config.inputs import Augment, Data, Model, Prepare, Sampling
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
+from dbtrain.config.subjects import Subject
 from dbtrain.config.training import Faults, Loss, Optim, Train
 
 __all__ = [

@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from dbtrain.config import folders, loading, subject_words
 from dbtrain.config.adapter import Adapter
 from dbtrain.config.base import Section, Seed, Text, listed
-from dbtrain.config.inputs import PLACEHOLDER, Data, Model, OneOfSeveral, Prepare, Subject
+from dbtrain.config.inputs import Data, Model, Prepare
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
-from dbtrain.config.subjects import describe_first, filled
+from dbtrain.config.subjects import PLACEHOLDER, OneOfSeveral, Subject, describe_first, filled
 from dbtrain.config.training import Faults, Loss, Optim, Train
 from dbtrain.runtime.errors import ConfigError
 

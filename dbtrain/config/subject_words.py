@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dbtrain.config.inputs import Prepare, Subject
+from dbtrain.config.inputs import Prepare
+from dbtrain.config.subjects import Subject
 from dbtrain.runtime.errors import ConfigError
 
 LEARNABLE = re.compile(r"[^\s/.\\\0]+")  # a word with embeddings names a file, and an entry in others

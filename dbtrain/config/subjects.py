@@ -1,11 +1,53 @@
-"""The words of one subject or of several, put into prompts."""
+"""What the photos show: the words of one subject or of several, put into prompts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from dbtrain.config.inputs import OneOfSeveral, Subject
+from pydantic import Field
+
+from dbtrain.config.base import Positive, Section, Text
+
+PLACEHOLDER = re.compile(r"\{(|token|class)\}")
+
+
+class Subject(Section):
+    """What the photos show. Prompts can refer to it: see `filled`."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = Field(
+        None,
+        description="names the run: `run_dir` defaults to `runs/NAME`, and `data.shards` to `shards/NAME`",
+    )
+    token: Text | None = Field(
+        None, description="rare word that comes to mean the subject, e.g. `sks`; `{token}` in prompts"
+    )
+    class_word: Text | None = Field(
+        None, description="what the subject is, e.g. `dog`; `{class}` in prompts, where `{}` is both words"
+    )
+
+    def filled(self, prompt: str) -> str:
+        """A prompt with the words in place of `{token}`, `{class}` and `{}`, as far as they are set."""
+        known = {"token": self.token, "class": self.class_word}
+        if self.token and self.class_word:
+            known[""] = f"{self.token} {self.class_word}"
+        return PLACEHOLDER.sub(lambda match: known.get(match[1]) or match[0], prompt)
+
+
+class OneOfSeveral(Section):
+    """One of the subjects that an adapter learns together."""
+
+    token: Text = Field(description="rare word that comes to mean this subject, another one for each")
+    class_word: Text = Field(description="what it is, e.g. `dog`; subjects of a class share its images")
+    photos: Text = Field(description="folder with photos of this subject")
+    prompt: Text | None = Field(None, description="its prompt (null: `prepare.instance_prompt`)")
+    class_prompt: Text | None = Field(None, description="its class's prompt (null: `prepare.class_prompt`)")
+    weight: Positive = Field(1.0, description="how often it is trained on, relative to the others")
+
+    @property
+    def words(self) -> Subject:
+        return Subject(token=self.token, class_word=self.class_word)
 
 
 def describe_first(values: dict[str, Any], several: Sequence[OneOfSeveral]) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbtrain.config import Prepare
-from dbtrain.config.inputs import Caption, Subject
+from dbtrain.config.inputs import Caption
+from dbtrain.config.subjects import Subject
 from dbtrain.data.captions import captions, is_there
 from dbtrain.runtime.hashing import digest, sha256_of, shuffled
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbtrain.config import Config
-from dbtrain.config.inputs import Subject
 from dbtrain.config.subject_words import with_article
+from dbtrain.config.subjects import Subject
 from dbtrain.data import captions, photos
 from dbtrain.models.captioner import MODEL, describer
 from dbtrain.runtime import console, files, preemption

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dbtrain.config import Config, Prepare
-from dbtrain.config.inputs import Subject
+from dbtrain.config.subjects import Subject
 from dbtrain.data import emphasis, photos
 from dbtrain.data.sources import Source
 from dbtrain.prepare import own_images

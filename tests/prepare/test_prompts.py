@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dbtrain.config import Config, Prepare
-from dbtrain.config.inputs import Caption, Subject
+from dbtrain.config.inputs import Caption
+from dbtrain.config.subjects import Subject
 from dbtrain.data import prompt_table
 from dbtrain.data.dataloader import LatentStream
 from dbtrain.data.order import RankSlice
