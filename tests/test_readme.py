@@ -139,6 +139,7 @@ def test_every_command_runs(
         rows = dict(re.findall(r"^(of the .*?)  +(\d+)% +\d+%$", said, re.MULTILINE))
         assert int(rows["of the way from base to real"]) >= 70, "what the README promises"
         assert int(rows["of the subject's images in the requested place"]) >= 75
+        assert int(rows["of the class's images turned into the subject"]) <= 5
     elif line.startswith("dbtrain report"):  # of the runs that the commands above left
         assert (checkout / verb(line, checkout).strip().removeprefix("report: ")).is_file()
     elif line.startswith("dbtrain adapter"):
