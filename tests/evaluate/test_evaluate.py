@@ -196,7 +196,7 @@ def test_clip_sees_pictures_as_its_own_processor_does() -> None:
 def test_without_class_images_the_class_becomes_the_subject(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the judge sees it. With them it stays, says the README's quickstart, which tests/test_readme.py runs."""
+    """As the judge sees it. With them it stays: see the quickstart in tests/test_readme.py."""
     monkeypatch.setattr(tiny_judge, "CLASS_IMAGES", 12)
     monkeypatch.setattr(tiny_judge, "SUBJECT_IMAGES", 2)
     world.main(tmp_path / "photos", "mug")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -157,19 +158,22 @@ def test_every_family_trains_on_all_shapes_whatever_the_micro_batch(
     make: Make, tmp_path: Path, shapes: Path, base: str
 ) -> None:
     for micro in (4, 1):
-        cfg = configured(make, shapes, base, train__micro_batch=micro, run_dir=str(tmp_path / f"m{micro}"))
+        cfg = configured(make, shapes, base, train__micro_batch=micro, run_dir=str(tmp_path / f"m{micro}"),
+                         train__log_every=1)  # fmt: skip
         prepare(cfg)
         train(cfg)
     assert len(Manifest.read(at(Path(cfg.data.shards))).sizes) >= 4
-    assert relative(tmp_path / "m4", tmp_path / "m1") < 2e-3
-    sequences = [rows(tmp_path / f"m{micro}") for micro in (4, 1)]
-    assert sequences[0] == sequences[1]
+    # AdamW's first steps have one length for all gradients, and so enlarge the rounding of the least of them.
+    assert relative(tmp_path / "m4", tmp_path / "m1") < 1e-3
+    for one, other in zip(*(lines(tmp_path / f"m{micro}") for micro in (4, 1)), strict=True):
+        assert one["rows"] == other["rows"]
+        for name in ("loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
 
 
-def rows(run: Path) -> list[Any]:
-    import json
-
-    return [json.loads(line)["rows"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def lines(run: Path) -> list[Any]:
+    """What a run told of each step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_ranks_agree_on_the_sizes_and_a_resumed_run_goes_on_bit_for_bit(
@@ -184,7 +188,7 @@ def test_ranks_agree_on_the_sizes_and_a_resumed_run_goes_on_bit_for_bit(
                        ranks=ranks)  # fmt: skip
         assert done.returncode == 0, done.stderr
     for ranks in (2, 4):
-        assert relative(tmp_path / "r1", tmp_path / f"r{ranks}") < 1e-3
+        assert relative(tmp_path / "r1", tmp_path / f"r{ranks}") < 1e-5
     stopped = Config.load(config, [f"run_dir={tmp_path / 'r'}", "train.micro_batch=4"])
     with pytest.raises(Preempted):
         train(stopped, until=5)
@@ -203,11 +207,11 @@ def test_square_class_images_are_batches_of_their_own(make: Make, shapes: Path) 
     assert {manifest.size(shard) for shard in manifest.roles["class"]} == {Size.square(64)}
     assert sequence.apart(manifest, {"instance": "instance", "class": "class"})
     train(cfg)
-    lines = rows(Path(cfg.run_dir))
-    assert len(lines) == 6
+    steps = lines(Path(cfg.run_dir))
+    assert len(steps) == 6
     whole = configured(make, shapes, prepare__class_buckets=False, run_dir=str(shapes.parent / "whole"))
     train(whole)
-    assert relative(Path(cfg.run_dir), Path(whole.run_dir)) < 1e-3
+    assert relative(Path(cfg.run_dir), Path(whole.run_dir)) < 1e-5
 
 
 def test_sdxl_is_told_the_size_of_each_batch(make: Make, shapes: Path) -> None:
