@@ -84,7 +84,7 @@ class Prompts(Section):
     texts: Names
 
 
-class Source(Section):
+class Original(Section):
     """A file of the user's that an image comes from, and its caption if it has one."""
 
     sha256: str
@@ -106,7 +106,7 @@ class Manifest(Section):
     latent_scale: Floats  # one, or one per channel
     latent_shift: Floats
     prompts: Prompts
-    sources: dict[str, dict[str, Source]] = Field(default={})  # by role and name; empty if unknown
+    sources: dict[str, dict[str, Original]] = Field(default={})  # by role and name; empty if unknown
     roles: dict[str, Annotated[tuple[Shard, ...], BeforeValidator(tuple)]]
 
     @field_validator("roles")

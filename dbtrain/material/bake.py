@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from dbtrain.material.adapter_file import AdapterFile, shapes_of
 from dbtrain.material.delta import Delta
 from dbtrain.material.extract import weight_names
 from dbtrain.material.merge import aligned, summed
-from dbtrain.material.source import Source, shapes_of
 from dbtrain.models.base import Base
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files
@@ -24,7 +24,7 @@ Changes = Mapping[str, Callable[[], Delta]]  # by layer
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def bake(out: Path, base: Base, parts: Sequence[tuple[Source, float]]) -> tuple[int, int]:
+def bake(out: Path, base: Base, parts: Sequence[tuple[AdapterFile, float]]) -> tuple[int, int]:
     """Write the base with a weighted sum of adapters merged in; return how many layers changed, and bytes.
 
     Files are copied, and the changed weights overwritten in the copies, one at a time: each keeps its dtype,

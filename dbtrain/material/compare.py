@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dbtrain.material.adapter_file import AdapterFile, Place
 from dbtrain.material.merge import aligned
-from dbtrain.material.source import Place, Source
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Difference:
 Alone = Mapping[str, Sequence[Place]]  # "first" and "second" -> the layers that only this one has
 
 
-def difference(one: Source, other: Source) -> tuple[dict[str, Difference], Alone]:
+def difference(one: AdapterFile, other: AdapterFile) -> tuple[dict[str, Difference], Alone]:
     """How two adapters differ in each part, and the layers that only one of them has."""
     found: dict[str, list[tuple[float, ...]]] = {}  # by part, of each layer: squared norms, dot product
     alone: dict[str, list[Place]] = {"first": [], "second": []}

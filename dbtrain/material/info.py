@@ -15,8 +15,8 @@ from safetensors import safe_open
 from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats.common import by_module, strength
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
+from dbtrain.material.adapter_file import AdapterFile
 from dbtrain.material.delta import delta_of
-from dbtrain.material.source import Source
 from dbtrain.runtime import files
 
 KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}
@@ -33,7 +33,7 @@ SHOWN = ("ss_", "modelspec.", "sshs_")  # how the entries begin that a table sho
 WIDTH = 100  # characters of a value in a table
 
 
-def info(source: Source) -> dict[str, Any]:
+def info(source: AdapterFile) -> dict[str, Any]:
     """What a file holds, as values for JSON."""
     header = dict(source.header)
     if source.form == "peft":
@@ -59,7 +59,7 @@ def _dtypes(paths: list[Path]) -> list[str]:
     return [name for name, _ in found.most_common()]
 
 
-def _base_by_layers(source: Source) -> str | None:
+def _base_by_layers(source: AdapterFile) -> str | None:
     """The models that have a layer of the adapter."""
     for state in source.states.values():
         for module, layer in by_module(state).items():

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from dbtrain.material.adapter_file import AdapterFile, Place
 from dbtrain.material.delta import Delta, total
 from dbtrain.material.fit import Fits, Limit
-from dbtrain.material.source import Place, Source
 from dbtrain.runtime.errors import ConfigError
 
 Rules = dict[int, Callable[[], Delta]]  # number of an adapter -> what computes its change of a layer
 
 
-def merged(parts: Sequence[tuple[Source, float]], limit: Limit) -> tuple[dict[Place, Delta], Fits]:
+def merged(parts: Sequence[tuple[AdapterFile, float]], limit: Limit) -> tuple[dict[Place, Delta], Fits]:
     """The weighted sum of adapters, whose layers have the names of the first one's file."""
     found: dict[Place, Delta] = {}
     fits: Fits = {}
@@ -27,7 +27,7 @@ def summed(rules: Rules, weights: Sequence[float]) -> Delta:
     return total([(weights[number], rule()) for number, rule in rules.items()])
 
 
-def aligned(sources: Sequence[Source]) -> dict[Place, Rules]:
+def aligned(sources: Sequence[AdapterFile]) -> dict[Place, Rules]:
     """Each layer of any of the adapters, as the first that has it calls it -> what computes its changes.
 
     Raises ConfigError if names of layers of different formats do not go together without the base.

@@ -16,8 +16,8 @@ from dbtrain.adapters.formats.common import Content, States, by_module
 from dbtrain.adapters.formats.header import network, serialized
 from dbtrain.adapters.formats.names import Layers
 from dbtrain.adapters.state import AdapterState
+from dbtrain.material.adapter_file import AdapterFile, Place
 from dbtrain.material.delta import Delta
-from dbtrain.material.source import Place, Source
 from dbtrain.models.base import Base
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
@@ -27,21 +27,21 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def write(
-    out: Path, changes: Mapping[Place, Delta], like: Source | Base, form: str | None = None,
+    out: Path, changes: Mapping[Place, Delta], like: AdapterFile | Base, form: str | None = None,
     dtype: str = "fp32", about: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write the LoRA of these changes to `out`: as a file is, or in a format for a base.
 
     `about`: entries of a file's header. Raises ConfigError if the format cannot hold it.
     """
-    form = form or (like.form if isinstance(like, Source) else None)
+    form = form or (like.form if isinstance(like, AdapterFile) else None)
     states: dict[str, AdapterState] = {}
     for component in sorted({component for component, _ in changes}):
         mine = {module: delta for (where, module), delta in changes.items() if where == component}
         found = lora(mine, one_alpha=form == "kohya")
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in found.tensors.items()}
         states[component] = AdapterState(tensors, found.config)
-    base = like.base if isinstance(like, Source) else like
+    base = like.base if isinstance(like, AdapterFile) else like
     if form is None:
         assert base
         form = formats.natural(base.family, states)[0]
@@ -50,12 +50,12 @@ def write(
         raise ConfigError(f"OUT is '{out}', but the format {form} is {kind}; give another OUT, or --format")
     if base:
         formats.check(form, base.family, states)
-        kept = _kept(like.header) if isinstance(like, Source) else {}
+        kept = _kept(like.header) if isinstance(like, AdapterFile) else {}
         header = {**kept, **base.family.header(base), **(about or {})}
         content = Content(base.family, states, base.module_names, header, base.load)
         formats.FORMATS[form].write(out, content)
         return
-    assert isinstance(like, Source)
+    assert isinstance(like, AdapterFile)
     if form != like.form:
         raise ConfigError(f"{like.path} is of the format {like.form}; to write {form}, add --base")
     if form != "peft":
@@ -75,7 +75,7 @@ def _kept(header: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _file_like(like: Source, states: States, about: Mapping[str, str]) -> bytes:
+def _file_like(like: AdapterFile, states: States, about: Mapping[str, str]) -> bytes:
     """The file of LoRAs, as `lora` makes them for its format, under the names that another file has."""
     kohya, tensors = like.form == "kohya", dict[str, Tensor]()
     parts = kohya_file.PARTS if kohya else {}

@@ -12,8 +12,8 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
 if TYPE_CHECKING:
+    from dbtrain.material.adapter_file import AdapterFile
     from dbtrain.material.fit import Fits, Limit
-    from dbtrain.material.source import Source
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,9 +50,9 @@ def info(file: File, json: Json = False) -> None:
     """Say what a file holds: format, kind, parts, ranks, alphas, norms, base, and its header's entries."""
     _begin("info", file)
     from dbtrain.material import info as verb
-    from dbtrain.material.source import Source
+    from dbtrain.material.adapter_file import AdapterFile
 
-    found = verb.info(Source.read(file))
+    found = verb.info(AdapterFile.read(file))
     _print(verb.as_json(found) if json else "\n".join(verb.table(found)))
 
 
@@ -107,8 +107,8 @@ def extract(
     _begin("extract", f"{tuned} without {base} into {out}")
     limit = _limit(rank, energy, dtype, form)
     from dbtrain.material import extract as verb
+    from dbtrain.material.adapter_file import find_base
     from dbtrain.material.output import write
-    from dbtrain.material.source import find_base
 
     was = find_base(base)
     changes, fits, others = verb.extracted(find_base(tuned), was, limit)
@@ -124,10 +124,10 @@ def diff(one: File, other: File, base: BaseOption = None, json: Json = False) ->
     _begin("diff", f"{one} and {other}")
     from dbtrain.material import compare as verb
     from dbtrain.material import info
-    from dbtrain.material.source import Source, find_base
+    from dbtrain.material.adapter_file import AdapterFile, find_base
 
     model = find_base(base) if base else None
-    found = verb.difference(Source.read(one, model), Source.read(other, model))
+    found = verb.difference(AdapterFile.read(one, model), AdapterFile.read(other, model))
     _print(info.as_json(verb.as_json(*found)) if json else "\n".join(verb.table(*found)))
 
 
@@ -151,7 +151,7 @@ def _begin(verb: str, what: str) -> None:
     """Say what begins, and start terminal output."""
     start.say(f"adapter {verb}", what)
     with importing(at_start=True):
-        from dbtrain.material import source  # noqa: F401  # most of what all of them import
+        from dbtrain.material import adapter_file  # noqa: F401  # most of what all of them import
         from dbtrain.runtime import console
 
     console.start()
@@ -177,13 +177,13 @@ def _limit(rank: int | None, energy: float | None, dtype: str, form: str | None)
     return Limit(rank, energy)
 
 
-def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[Source, float]], Any]:
+def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[AdapterFile, float]], Any]:
     """The adapters with their weights, and the base if there is one."""
-    from dbtrain.material.source import Source, find_base, weighted
+    from dbtrain.material.adapter_file import AdapterFile, find_base, weighted
     from dbtrain.runtime import console
 
     model = find_base(base) if base else None
-    parts = [(Source.read(path, model), weight) for path, weight in map(weighted, adapters)]
+    parts = [(AdapterFile.read(path, model), weight) for path, weight in map(weighted, adapters)]
     for source, _ in parts:
         if source.words:
             console.say(f"{source.path}: its learned words ({', '.join(source.words)}) are left out")

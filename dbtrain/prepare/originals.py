@@ -18,7 +18,7 @@ from dbtrain.runtime.errors import ConfigError, printable
 CHANGES = 4  # most changed files to name
 
 
-def files_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
+def files_of(cfg: Config) -> dict[str, dict[str, shards.Original]]:
     """The user's own photos and class images, by role and name, where their folders can be reached.
 
     Those of a second subject are under `instance 2`, and so on.
@@ -37,18 +37,18 @@ def files_of(cfg: Config) -> dict[str, dict[str, shards.Source]]:
                     path: name_in(folder, path) for path in paths[: None if mine else prepare.class_images]
                 }
                 found[role if number == 1 else f"{role} {number}"] = {
-                    printable(name): _source(path, name, role, part) for path, name in names.items()
+                    printable(name): _original(path, name, role, part) for path, name in names.items()
                 }
     return found
 
 
-def _source(path: Path, name: str, role: str, part: Part) -> shards.Source:
+def _original(path: Path, name: str, role: str, part: Part) -> shards.Original:
     text, mask, how = None, None, Emphasis()
     if role == "instance":
         how = emphasis.of_photo(name, part.prepare)
         text = "\n".join(prompts.templates(path, part.prepare, part.words)) if part.prepare.captions else None
         mask = masks.key_of(path) if part.prepare.mask else None
-    return shards.Source(sha256=hashing.sha256_of(path), caption=text, mask=mask, **how._asdict())
+    return shards.Original(sha256=hashing.sha256_of(path), caption=text, mask=mask, **how._asdict())
 
 
 def check(cfg: Config, manifest: Manifest) -> None:
@@ -72,7 +72,7 @@ def check(cfg: Config, manifest: Manifest) -> None:
             )
 
 
-def _changes(made: dict[str, shards.Source], now: dict[str, shards.Source]) -> Iterator[str]:
+def _changes(made: dict[str, shards.Original], now: dict[str, shards.Original]) -> Iterator[str]:
     """What happened to each file."""
     for name in sorted(made.keys() | now.keys()):
         old, new = made.get(name), now.get(name)

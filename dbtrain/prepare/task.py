@@ -39,7 +39,7 @@ class Task:
     planned: dict[str, list[Planned]] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     components: dict[str, str] = field(default_factory=dict)
-    sources: dict[str, dict[str, shards.Source]] = field(default_factory=dict)
+    sources: dict[str, dict[str, shards.Original]] = field(default_factory=dict)
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)  # of shards that are there, by name
     prompts: shards.Prompts | None = None  # the table that is there
     missing: list[Planned] = field(default_factory=list)

@@ -22,10 +22,10 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.material import bake, compare, extract, info, merge
+from dbtrain.material.adapter_file import DENOISER, AdapterFile, Place
 from dbtrain.material.delta import Delta
 from dbtrain.material.fit import Limit
 from dbtrain.material.output import write
-from dbtrain.material.source import DENOISER, Place, Source
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
@@ -111,13 +111,13 @@ def out(folder: Path, form: str) -> Path:
 def test_every_kind_is_the_change_that_peft_merges(tmp_path: Path, kind: str) -> None:
     states = adapter(1, **KINDS[kind])
     path = written(tmp_path, "peft", states)
-    found = {place: rule() for place, rule in Source.read(path, base()).layers.items()}
+    found = {place: rule() for place, rule in AdapterFile.read(path, base()).layers.items()}
     assert_same({place: delta.whole.float() for place, delta in found.items()}, truth(states), 1e-5)
     if kind == "dora":
         with pytest.raises(ConfigError, match=r"is a DoRA, whose change depends .* add --base"):
-            assert Source.read(path).layers
+            assert AdapterFile.read(path).layers
         return
-    for (component, module), rule in Source.read(path).layers.items():
+    for (component, module), rule in AdapterFile.read(path).layers.items():
         name = base().family.denoiser if component == DENOISER else component
         assert torch.equal(rule().up, found.pop((name, module)).up)
     assert not found
@@ -130,7 +130,7 @@ def test_resizing_to_the_full_rank_changes_nothing(
 ) -> None:
     states = adapter(1, family)
     path = written(tmp_path / "in", form, states, family)
-    source = Source.read(path, base(family) if known else None)
+    source = AdapterFile.read(path, base(family) if known else None)
     assert source.form == form
     result, fits = merge.merged([(source, 1.0)], Limit(energy=1.0))
     assert all(fit.relative < 1e-7 for fit in fits.values())
@@ -141,7 +141,7 @@ def test_resizing_to_the_full_rank_changes_nothing(
 @pytest.mark.parametrize("form", FORMS["sd"])
 def test_each_layer_keeps_its_share_of_the_energy(tmp_path: Path, form: str) -> None:
     states = adapter(1, ranks={".*to_q": 2})
-    source = Source.read(written(tmp_path / "in", form, states), base())
+    source = AdapterFile.read(written(tmp_path / "in", form, states), base())
     result, fits = merge.merged([(source, 1.0)], Limit(energy=ENERGY))
     assert len({fit.rank for fit in fits.values()}) > 1
     write(out(tmp_path, form), result, source)
@@ -159,7 +159,7 @@ def test_the_real_clients_load_what_has_a_rank_for_each_layer(tmp_path: Path, fo
     text = form != "kohya"  # of kohya's files, Diffusers does not load the text encoder's layers
     path = written(tmp_path / "in", form, adapter(1, text=text, ranks={".*to_q": 2}))
     size, place = Limit(energy=ENERGY), out(tmp_path, form)
-    source = Source.read(path)
+    source = AdapterFile.read(path)
     write(place, merge.merged([(source, 1.0)], size)[0], source)
     pipe = DiffusionPipeline.from_pretrained(base().folder)
     if form == "peft":
@@ -167,7 +167,7 @@ def test_the_real_clients_load_what_has_a_rank_for_each_layer(tmp_path: Path, fo
             PeftModel.from_pretrained(getattr(pipe, name), place / name, adapter_name="it")
     else:
         pipe.load_lora_weights(place, adapter_name="it")
-    wanted, fits = merge.merged([(Source.read(path, base()), 1.0)], size)
+    wanted, fits = merge.merged([(AdapterFile.read(path, base()), 1.0)], size)
     assert len({fit.rank for fit in fits.values()}) > 1
     for (component, name), delta in wanted.items():
         change = getattr(pipe, component).get_submodule(name).get_delta_weight("it").detach()
@@ -177,7 +177,7 @@ def test_the_real_clients_load_what_has_a_rank_for_each_layer(tmp_path: Path, fo
 def test_a_sum_has_the_ranks_of_its_parts_and_is_exact(tmp_path: Path) -> None:
     one, two = adapter(1, text=False), adapter(2, rank=3)
     paths = written(tmp_path / "a", "kohya", one), written(tmp_path / "b", "diffusers", two)
-    parts = [(Source.read(paths[0], base()), 0.5), (Source.read(paths[1], base()), -2.0)]
+    parts = [(AdapterFile.read(paths[0], base()), 0.5), (AdapterFile.read(paths[1], base()), -2.0)]
     result, fits = merge.merged(parts, Limit())
     assert {fit.rank for (name, _), fit in fits.items() if name == "unet"} == {7}
     write(tmp_path / "c.safetensors", result, parts[0][0], "diffusers")
@@ -191,7 +191,7 @@ def test_a_sum_has_the_ranks_of_its_parts_and_is_exact(tmp_path: Path) -> None:
 def test_kinds_are_added_to_a_lora(tmp_path: Path, kind: str) -> None:
     one, two = adapter(1), adapter(2, **KINDS[kind])
     paths = written(tmp_path / "a", "diffusers", one), written(tmp_path / "b", "peft", two)
-    parts = [(Source.read(path, base()), 1.0) for path in paths]
+    parts = [(AdapterFile.read(path, base()), 1.0) for path in paths]
     result, _ = merge.merged(parts, Limit())
     write(tmp_path / "c.safetensors", result, parts[0][0], "kohya")
     a, b = truth(one), truth(two)
@@ -202,17 +202,19 @@ def test_files_with_other_names_need_the_base(tmp_path: Path) -> None:
     kohya = written(tmp_path / "a", "kohya", adapter(1, "sdxl"), "sdxl")
     diffusers = written(tmp_path / "b", "diffusers", adapter(1, "sdxl"), "sdxl")
     with pytest.raises(ConfigError, match="or not by this name; add --base"):
-        merge.merged([(Source.read(kohya), 1.0), (Source.read(diffusers), 1.0)], Limit())
-    parts, alone = compare.difference(*(Source.read(path, base("sdxl")) for path in (kohya, diffusers)))
+        merge.merged([(AdapterFile.read(kohya), 1.0), (AdapterFile.read(diffusers), 1.0)], Limit())
+    parts, alone = compare.difference(*(AdapterFile.read(path, base("sdxl")) for path in (kohya, diffusers)))
     assert parts["unet"].relative < 1e-6 and not alone["first"] and not alone["second"]
     with pytest.raises(ConfigError, match="is of the format kohya; to write peft, add --base"):
-        write(tmp_path / "out", {("denoiser", "x"): Delta.of(torch.ones(2, 2))}, Source.read(kohya), "peft")
+        write(
+            tmp_path / "out", {("denoiser", "x"): Delta.of(torch.ones(2, 2))}, AdapterFile.read(kohya), "peft"
+        )
 
 
 def test_a_difference_is_a_distance_and_an_angle(tmp_path: Path) -> None:
     one, two = adapter(1), adapter(2, text=False, rank=2)
-    first = Source.read(written(tmp_path / "a", "kohya", one))
-    second = Source.read(written(tmp_path / "b", "diffusers", two))
+    first = AdapterFile.read(written(tmp_path / "a", "kohya", one))
+    second = AdapterFile.read(written(tmp_path / "b", "diffusers", two))
     parts, alone = compare.difference(first, second)
     a, b = truth(one), truth(two)
     flat = [torch.cat([x[p].double().flatten() for p in b if p[0] == "unet"]) for x in (a, b)]
@@ -239,7 +241,7 @@ def test_a_baked_base_is_the_pipeline_with_its_adapters(tmp_path: Path) -> None:
     bake.bake(
         tmp_path / "baked",
         base(),
-        [(Source.read(p, base()), w) for p, w in zip(paths, (0.8, 0.5), strict=True)],
+        [(AdapterFile.read(p, base()), w) for p, w in zip(paths, (0.8, 0.5), strict=True)],
     )
     pipe = DiffusionPipeline.from_pretrained(base().folder, safety_checker=None)
     bare = images(pipe)
@@ -258,7 +260,7 @@ def test_baking_keeps_dtypes_and_every_other_byte(tmp_path: Path) -> None:
     (half / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch(), (half / "unet" / "a.bin").touch()
     its = Base.find(Model(path=str(half)))
     states = adapter(1, text=False)
-    source = Source.read(written(tmp_path / "a", "peft", states), its)
+    source = AdapterFile.read(written(tmp_path / "a", "peft", states), its)
     bake.bake(tmp_path / "baked", its, [(source, 1.0)])
     was, now = (
         load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (half, tmp_path / "baked")
@@ -275,7 +277,7 @@ def test_baking_keeps_dtypes_and_every_other_byte(tmp_path: Path) -> None:
 
 def test_what_was_baked_in_is_extracted(tmp_path: Path) -> None:
     states = adapter(1)
-    source = Source.read(written(tmp_path / "a", "kohya", states), base())
+    source = AdapterFile.read(written(tmp_path / "a", "kohya", states), base())
     bake.bake(tmp_path / "tuned", base(), [(source, 1.0)])
     tuned = Base.find(Model(path=str(tmp_path / "tuned")))
     result, fits, others = extract.extracted(tuned, base(), Limit(rank=4))
@@ -308,7 +310,7 @@ def test_what_no_lora_holds_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMS["sd"])
 def test_info_says_what_a_file_holds(tmp_path: Path, form: str) -> None:
     states = adapter(1, ranks={".*to_q": 2})
-    found = info.info(Source.read(written(tmp_path, form, states)))
+    found = info.info(AdapterFile.read(written(tmp_path, form, states)))
     unet = found["parts"]["denoiser"]
     total = sum(change.norm() ** 2 for (name, _), change in truth(states).items() if name == "unet") ** 0.5
     assert (unet["kind"], unet["rank"], unet["alpha"]) == ("LoRA", 4, 6)
@@ -335,7 +337,7 @@ def test_the_base_is_known_by_its_layers_too(tmp_path: Path) -> None:
     for module, (inputs, said) in layers.items():
         tensors = {"lora_down.weight": torch.ones(2, inputs), "lora_up.weight": torch.ones(8, 2)}
         save_file({f"{module}.{part}": t for part, t in tensors.items()}, tmp_path / "it.safetensors")
-        assert info.info(Source.read(tmp_path / "it.safetensors"))["base"] == said
+        assert info.info(AdapterFile.read(tmp_path / "it.safetensors"))["base"] == said
 
 
 def test_the_commands(tmp_path: Path) -> None:

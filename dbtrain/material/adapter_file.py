@@ -43,7 +43,7 @@ Place = tuple[str, str]  # component and module
 
 
 @dataclass(frozen=True)
-class Source:
+class AdapterFile:
     """An adapter file or folder."""
 
     path: Path
@@ -55,7 +55,7 @@ class Source:
     base: Base | None
 
     @classmethod
-    def read(cls, adapter: str | Path, base: Base | None = None) -> Source:
+    def read(cls, adapter: str | Path, base: Base | None = None) -> AdapterFile:
         """The adapter in a file, or in a run's or PEFT's folder. `base`: whose layers it is for, if known.
 
         Raises ConfigError for anything but an adapter.
