@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,6 +61,22 @@ class Cluster:
         words = self.call("exec", "scontrol", "show", "job", "-o", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def preempt(self, job: str, folder: Path) -> None:
+        """Send a job SIGUSR1 while its ranks, which run in `folder`, pause: none can end before it has it."""
+        ranks = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _is_rank(pid, folder)]
+        assert ranks
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            self.call("exec", "scancel", "--signal=USR1", job)
+            until = time.monotonic() + LONG
+            while not all(_awaits(pid, signal.SIGUSR1) for pid in ranks):
+                assert time.monotonic() < until, "SLURM did not signal all ranks"
+                time.sleep(0.05)
+        finally:
+            for pid in ranks:
+                os.kill(pid, signal.SIGCONT)
+
     def wait(self, job: str, seconds: float = LONG) -> dict[str, str]:
         """The job once it has ended; its log is shown if a test fails."""
         until = time.monotonic() + seconds
@@ -70,6 +88,26 @@ class Cluster:
                 return found
             time.sleep(0.3)
         raise AssertionError(f"job {job} did not end: {self.job(job)}")
+
+
+def _is_rank(pid: int, folder: Path) -> bool:
+    """Whether a process is a rank of a job that was submitted in `folder`, started by torchrun or srun."""
+    proc = Path(f"/proc/{pid}")
+    try:
+        words = (proc / "cmdline").read_bytes().decode().split("\0")
+        started = words[1:4] == ["-u", "-m", "dbtrain"] or words[1:3] == [
+            "-m",
+            "dbtrain",
+        ]  # by torchrun, srun
+        return started and (proc / "cwd").readlink() == folder
+    except OSError:  # it has ended
+        return False
+
+
+def _awaits(pid: int, number: int) -> bool:
+    """Whether a signal is pending for a process."""
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.fixture(scope="session")

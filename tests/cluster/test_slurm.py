@@ -96,7 +96,7 @@ def test_a_preempted_job_goes_on_by_itself(
         elif how == "requeue":
             slurm.call("exec", "scontrol", "requeue", job)
         elif how == "signal":
-            slurm.call("exec", "scancel", "--signal=USR1", job)
+            slurm.preempt(job, tmp_path)
         until(lambda restarts=restarts: int(slurm.job(job)["Restarts"]) > restarts)  # type: ignore[misc]
     ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= len(hows)
@@ -173,8 +173,8 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     )
     job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path)
     fleet = tmp_path / "runs" / "fleet"
-    until(lambda: steps_done(fleet / "mug") >= 5)
-    slurm.call("exec", "scancel", "--signal=USR1", job)
+    until(lambda: steps_done(fleet / "mug") >= 1)
+    slurm.preempt(job, tmp_path)
     ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 1
     assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 100 for name in names)
