@@ -209,7 +209,7 @@ def _plan(tasks: dict[int, Task], states: _States, locks: ExitStack) -> dict[int
     if complete and dist.is_main():
         which = f"{complete[0].folder}" if len(complete) == 1 else f"{len(complete)} folders"
         more = f" ({complete[0].counts()})" if len(complete) == 1 else ""
-        console.say(f"shards in {which} are up to date{more}: nothing to do")
+        console.say(f"shards in {which} are up to date{more}: nothing to encode")
     return lacking
 
 

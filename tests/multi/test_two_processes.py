@@ -98,7 +98,7 @@ def test_the_main_job_on_real_photos(make: Make, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "samples" / "step-000004" / "sheet.png").is_file()
     again = dbtrain("run", tmp_path / "c.yaml", ranks=2)
     assert again.returncode == 0
-    assert again.stderr.count("nothing to do") == 3
+    assert again.stderr.count("nothing to ") == 3
 
 
 @pytest.mark.slow
