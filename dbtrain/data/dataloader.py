@@ -29,7 +29,7 @@ AHEAD = 4  # micro-batches read ahead
 
 
 class ShardCache:
-    """An LRU cache of decoded shards, of at most `limit` bytes."""
+    """An LRU cache of decoded shards, of at most `limit` bytes, that threads can share."""
 
     def __init__(
         self, storage: Storage, limit: float, manifest: shards.Manifest, stored: Collection[str]
@@ -39,18 +39,20 @@ class ShardCache:
         self.limit = limit
         self.shards: OrderedDict[str, list[shards.Row]] = OrderedDict()
         self.reads: Counter[str] = Counter()
+        self.busy = threading.Lock()
 
     def rows(self, shard: shards.Shard) -> list[shards.Row]:
-        if shard.file not in self.shards:
-            rows = shards.read(self.storage, shard, self.manifest, self.stored)
-            if self.manifest.has_masks:
-                rows = [row.with_mask() for row in rows]
-            self.shards[shard.file] = rows
-            self.reads[shard.file] += 1
-            while len(self.shards) > 1 and self._nbytes() > self.limit:
-                self.shards.popitem(last=False)
-        self.shards.move_to_end(shard.file)
-        return self.shards[shard.file]
+        with self.busy:
+            if shard.file not in self.shards:
+                rows = shards.read(self.storage, shard, self.manifest, self.stored)
+                if self.manifest.has_masks:
+                    rows = [row.with_mask() for row in rows]
+                self.shards[shard.file] = rows
+                self.reads[shard.file] += 1
+                while len(self.shards) > 1 and self._nbytes() > self.limit:
+                    self.shards.popitem(last=False)
+            self.shards.move_to_end(shard.file)
+            return self.shards[shard.file]
 
     def _nbytes(self) -> int:
         return sum(row.nbytes for rows in self.shards.values() for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 from itertools import product
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_a_rank_reads_only_what_its_positions_need(prepared: Path) -> None:
         s.close()
     read = [{name for name in s.cache.reads if name.startswith("class")} for s in ranks]
     assert read[0] and read[1] and not read[0] & read[1]
+
+
+def test_an_image_is_named_while_the_reading_thread_reads(prepared: Path) -> None:
+    """As metrics do, of the image that a loss without a number came from: both use one cache."""
+    batches = stream(prepared, RankSlice(4, 2), cache_gib=1e-9)
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for step in range(30):
+            next(batches)
+            for role, position in product(WEIGHTS, range(step, step + 4)):
+                assert batches.source(role, position)
+    finally:
+        sys.setswitchinterval(often)
+        batches.close()
 
 
 def test_the_reading_thread_ends(prepared: Path) -> None:
