@@ -32,13 +32,15 @@ def captions(case: Case) -> Iterator[Finding]:
         yield ok("prepare.captions is false: every photo has prepare.instance_prompt")
         return
     found, folder = _photos(cfg), folder_of(cfg.photos)
-    to_write = [] if cfg.captions != "auto" else [path for path in found if not is_there(path)]
     texts: dict[str, list[str]] = {}
+    to_write: dict[str, Path] = {}
     for path in found:
-        if path in to_write:
+        name = name_in(folder, path)
+        if cfg.captions == "auto" and not is_there(path):
+            to_write[name] = path
             continue
         try:
-            texts[name_in(folder, path)] = of_photo(path, cfg, case.cfg.subject, case.cfg.seed)
+            texts[name] = of_photo(path, cfg, case.cfg.subject, case.cfg.seed)
         except ConfigError as problem:
             yield from findings_of(problem)
     yield from _to_write(to_write, case.cfg)
@@ -60,18 +62,17 @@ def _photos(cfg: Prepare) -> list[Path]:
     return photo_files.listing(folder, cfg.subfolders).photos if folder.is_dir() else []
 
 
-def _to_write(photos: Sequence[Path], cfg: Config) -> Iterator[Finding]:
-    """What `prepare` will caption, and whether it can. Loads no model."""
+def _to_write(photos: Mapping[str, Path], cfg: Config) -> Iterator[Finding]:
+    """Which photos, by name, `prepare` will caption, and whether it can. Loads no model."""
     assert cfg.prepare
     if not photos:
         return
     name = cfg.prepare.captioner or captioner.MODEL
-    yield from problems_of(lambda: without(photos), "")
+    yield from problems_of(lambda: without([*photos.values()]), "")
     yield from problems_of(lambda: subject_captions.words_of(cfg.subject), "")
     if files.expand(name).is_dir():  # else it may not have been downloaded yet
         yield from problems_of(lambda: captioner.find(name, download=False), "use another model")
-    names = listed([path.name for path in photos])
-    yield ok(f"prepare will write captions for {len(photos)} photos, with {name}: {names}")
+    yield ok(f"prepare will write captions for {len(photos)} photos, with {name}: {listed([*photos])}")
 
 
 def table(case: Case) -> Iterator[Finding]:
