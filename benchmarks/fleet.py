@@ -8,16 +8,20 @@ runs of one subject after another are independent, `--singles` of them are timed
 The subjects are drawn, five photos each; all models but `tiny` have random weights. Times are wall seconds on
 a GPU and CPU seconds of one thread on a CPU.
 
-With the defaults on a CPU, the record of Diffusers' own script (`results/vs_diffusers-tiny-fp32-cpu.json`:
-as many steps, images and parameters, its class images given too) is a row beside them. It is of the machine
-and the versions that it names.
+With `--script`, Diffusers' examples/dreambooth/train_dreambooth_lora.py, unmodified, is run on one subject
+after another too: as many steps, images and parameters, its class images given. It needs accelerate and
+torchvision.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import resource
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +30,14 @@ import yaml
 
 from benchmarks import bases, common, job, verbs
 from benchmarks.common import Measure, Result, Row
+from dbtrain.config import Model
+from dbtrain.models.base import Base
 from dbtrain.runtime import console
+from dbtrain.runtime.hashing import sha256_of
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
 
-RECORD = common.RESULTS / "vs_diffusers-tiny-fp32-cpu.json"
-AS_RECORDED = {"model": "tiny", "device": "cpu", "steps": 100, "batch": 2, "validate": 0, "set": []}
-PHOTOS = 5
+PHOTOS, RANK, RATE = 5, 4, 1e-4
 Spent = dict[str, float]  # seconds by phase
 
 
@@ -42,15 +47,23 @@ def run(args: argparse.Namespace, work: Path) -> Result:
         args.steps, args.class_images = 2, 2
     place = Path(tempfile.mkdtemp(prefix="fleet-", dir=work))
     photos = _photos(place / "photos", max(*args.subjects, args.singles))
-    config = _config(args, place, bases.model(args.model, work, weights=True).path)
+    base = bases.model(args.model, work, weights=True).path
+    config = _config(args, place, base)
     rows = []
-    with console.bar(args.singles + args.repeats * len(args.subjects), f"fleet {args.model}", "run") as bar:
+    runs = args.singles * (1 + bool(args.script)) + args.repeats * len(args.subjects)
+    with console.bar(runs, f"fleet {args.model}", "run") as bar:
         _warm(args, config, photos, place)
         singles = []
         for number in range(args.singles):
             singles.append(_single(args, config, photos[number], place / f"single-{number}"))
             bar.update()
         rows.append(_row("one run after another", singles, 1))
+        if args.script:
+            scripts = []
+            for number in range(args.singles):
+                scripts.append(_script(args, base, photos[number], place / f"script-{number}"))
+                bar.update()
+            rows.append(_row("Diffusers' script, run after run", scripts, 1))
         for count in args.subjects:
             found = []
             for number in range(args.repeats):
@@ -58,9 +71,8 @@ def run(args: argparse.Namespace, work: Path) -> Result:
                 bar.update()
             rows.append(_row(f"fleet of {count}", found, count, {"subjects": count}))
     notes = [f"{args.steps} steps of {args.batch} images and as many of {args.class_images} class images."]
-    if all(getattr(args, name) == value for name, value in AS_RECORDED.items()) and not args.smoke:
-        rows.insert(1, _recorded())
-        notes.append(f"Diffusers' script was not run again: its row is taken from {RECORD.name}.")
+    if args.script:
+        notes.append(f"The script: {args.script.name}, unmodified, sha256 {sha256_of(args.script)[:16]}.")
     return common.result(args, "fleet", f"{args.model}-{args.device}", rows, *notes)
 
 
@@ -89,7 +101,7 @@ def _config(args: argparse.Namespace, place: Path, base: str) -> Path:
             "class_dir": str(place / "classes"), "resolution": bases.side_of(args.model),
         },
         "data": {"shards": str(place / "shards")},
-        "adapter": {"rank": 4},
+        "adapter": {"rank": RANK}, "optim": {"lr": RATE},
         "train": {
             "steps": args.steps, "global_batch": args.batch, "micro_batch": args.batch,
             "checkpoint_every": args.steps, "precision": "fp32" if args.model == "tiny" else "bf16",
@@ -147,11 +159,35 @@ def _row(label: str, found: Sequence[Spent], count: int, config: dict[str, Any] 
     return Row(label=label, config=config or {}, measures=measures)
 
 
-def _recorded() -> Row:
-    """Diffusers' script, run after run, from its record."""
-    rows = {row.label: row for row in Result.read(RECORD).rows}
-    seconds = rows["as shipped: reference"].measures["photos → adapter, CPU"].samples
-    return _row("Diffusers' script, run after run (recorded)", [{"script": one} for one in seconds], 1)
+def _script(args: argparse.Namespace, base: str, photos: Path, place: Path) -> Spent:
+    """Diffusers' script on one subject. Raises SystemExit if it fails."""
+    classes = place / "classes"
+    classes.mkdir(parents=True)
+    for number in range(args.class_images):
+        render(world.drawn_subject(1, number, "choosing").scene(0)).save(classes / f"{number}.png")
+    values = {
+        "pretrained_model_name_or_path": Base.find(Model(path=base)).folder,
+        "instance_data_dir": photos, "instance_prompt": "a photo of sks mug",
+        "class_data_dir": classes, "class_prompt": "a photo of a mug", "num_class_images": args.class_images,
+        "resolution": bases.side_of(args.model), "train_batch_size": args.batch, "rank": RANK,
+        "max_train_steps": args.steps, "learning_rate": RATE, "lr_scheduler": "constant",
+        "output_dir": place / "adapter",
+    }  # fmt: skip
+    words = [f"--{name}={value}" for name, value in values.items()]
+    before, started = _cpu_of_children(), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, args.script, "--with_prior_preservation", *words], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {args.script} failed:\n{done.stderr}")
+    wall_s, cpu_s = time.perf_counter() - started, _cpu_of_children() - before
+    return {"script": wall_s if args.device == "cuda" else cpu_s}
+
+
+def _cpu_of_children() -> float:
+    """CPU seconds of all processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def parser() -> argparse.ArgumentParser:
@@ -159,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--subjects", type=int, nargs="+", default=[1, 4, 16, 64], help="sizes of a fleet")
     words.add_argument("--slots", type=int, help="subjects at a time (default: what dbtrain chooses)")
     words.add_argument("--singles", type=int, default=common.LEAST, help="runs of one subject that are timed")
+    words.add_argument("--script", type=Path, help="Diffusers' train_dreambooth_lora.py, to be run beside")
     words.add_argument("--steps", type=int, default=100)
     words.add_argument("--batch", type=int, default=2, help="instance images a step; as many class images")
     words.add_argument("--class-images", type=int, default=32)
