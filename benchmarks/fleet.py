@@ -10,7 +10,7 @@ a GPU and CPU seconds of one thread on a CPU.
 
 With `--script`, Diffusers' examples/dreambooth/train_dreambooth_lora.py, unmodified, is run on one subject
 after another too: as many steps, images and parameters, its class images given. It needs accelerate and
-torchvision.
+torchvision, which another `--python` may have.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _script(args: argparse.Namespace, base: str, photos: Path, place: Path) -> S
     words = [f"--{name}={value}" for name, value in values.items()]
     before, started = _cpu_of_children(), time.perf_counter()
     done = subprocess.run(
-        [sys.executable, args.script, "--with_prior_preservation", *words], capture_output=True, text=True
+        [args.python, args.script, "--with_prior_preservation", *words], capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(f"error: {args.script} failed:\n{done.stderr}")
@@ -196,6 +196,7 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--slots", type=int, help="subjects at a time (default: what dbtrain chooses)")
     words.add_argument("--singles", type=int, default=common.LEAST, help="runs of one subject that are timed")
     words.add_argument("--script", type=Path, help="Diffusers' train_dreambooth_lora.py, to be run beside")
+    words.add_argument("--python", default=sys.executable, help="the interpreter that runs the script")
     words.add_argument("--steps", type=int, default=100)
     words.add_argument("--batch", type=int, default=2, help="instance images a step; as many class images")
     words.add_argument("--class-images", type=int, default=32)
