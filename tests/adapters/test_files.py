@@ -24,7 +24,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
-from tests.conftest import slow
+from tests.conftest import slow, thinned
 
 LAYERS = r"mid_block\..*(to_q|to_out\.0|proj_in|ff\.net\.2|conv1|time_emb_proj)"
 KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
@@ -93,7 +93,7 @@ NAMINGS: dict[str, Callable[[str, str], str]] = {
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming", thinned(NAMINGS, 4))
 def test_every_naming_is_read(tmp_path: Path, family: str, naming: str) -> None:
     truth = state(family=family)
     tensors = {}

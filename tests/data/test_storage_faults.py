@@ -201,7 +201,7 @@ def copied(make: Make, tmp_path: Path, trained: Path, monkeypatch: pytest.Monkey
     return make(train__steps=STEPS)
 
 
-@pytest.mark.parametrize("harm", thinned(RECOVERED.values(), 5), ids=RECOVERED)
+@pytest.mark.parametrize("harm", thinned(RECOVERED.values(), 20), ids=RECOVERED)
 def test_a_clean_recovery(copied: Config, tmp_path: Path, trained: Path, harm: Harm) -> None:
     harm(tmp_path / "run", tmp_path / "shards")
     run = train(copied)
@@ -220,7 +220,7 @@ def test_a_clear_refusal(copied: Config, tmp_path: Path, harm: Harm, told: str) 
     assert not (tmp_path / "boom").exists(), "something was unpickled"
 
 
-@pytest.mark.parametrize("call", range(1, 8))
+@pytest.mark.parametrize("call", thinned(range(1, 8), 3))
 def test_a_disk_that_is_full_at_any_write_of_a_save(
     copied: Config, tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

@@ -75,7 +75,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("base", "settings"), thinned(CASES, 5), ids=str)
+@pytest.mark.parametrize(("base", "settings"), thinned(CASES, 15), ids=str)
 def test_it_is_what_a_real_step_takes(make: Make, base: str, settings: dict[str, Any]) -> None:
     """Of all families; rows are 64 px small, yet activations are most of the sum."""
     path = getattr(bases, base)()
@@ -108,6 +108,7 @@ def test_class_images_and_ranks_take_more(make: Make) -> None:
     assert 2 * both.adapter < both.moments < 2 * both.adapter + 70 * 512, "two moments, and 64 step counts"
 
 
+@pytest.mark.slow
 def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
     cfg = make(validation__prompts=["a photo of sks dog"], validation__images=1)
     base = Base.find(cfg.model)
@@ -123,6 +124,7 @@ def test_pictures_for_validation_take_what_the_vae_takes(make: Make) -> None:
     assert memory.predict(make(), base, "cpu").validation == 0
 
 
+@pytest.mark.slow
 def test_no_weights_are_read(make: Make, tmp_path: Path) -> None:
     cfg = make()
     whole = memory.predict(cfg, Base.find(cfg.model), "cuda")

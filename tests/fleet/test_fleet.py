@@ -123,6 +123,7 @@ def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
         assert fleet.results("killed", numbers) == wanted
 
 
+@pytest.mark.slow
 def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
     fleet.add(1, 2, 3)
     assert dbtrain(*fleet.line("whole", "train.steps=40")).returncode == 0
@@ -137,6 +138,7 @@ def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
     assert fleet.results("whole", (1, 2, 3), 40) == fleet.results("stopped", (1, 2, 3), 40)
 
 
+@pytest.mark.slow
 def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     numbers = (1, 2, 3)
     fleet.add(*numbers)
@@ -165,6 +167,7 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
 
 
+@pytest.mark.slow
 def test_photos_dropped_in_while_it_runs_become_a_subject(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

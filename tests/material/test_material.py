@@ -29,7 +29,7 @@ from dbtrain.material.output import write
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from tests import bases
-from tests.conftest import dbtrain
+from tests.conftest import dbtrain, slow, thinned
 from tests.session import once
 
 LAYERS = r"mid_block\..*(to_q|to_k|to_out\.0|proj_in|ff\.net\.2|conv1)"
@@ -107,7 +107,7 @@ def out(folder: Path, form: str) -> Path:
     return folder / ("out" if form == "peft" else "out.safetensors")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS, 3))
 def test_every_kind_is_the_change_that_peft_merges(tmp_path: Path, kind: str) -> None:
     states = adapter(1, **KINDS[kind])
     path = written(tmp_path, "peft", states)
@@ -124,7 +124,9 @@ def test_every_kind_is_the_change_that_peft_merges(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["alone", "with the base"])
-@pytest.mark.parametrize(("family", "form"), [(f, form) for f, forms in FORMS.items() for form in forms])
+@pytest.mark.parametrize(
+    ("family", "form"), thinned([(f, form) for f, forms in FORMS.items() for form in forms], 4)
+)
 def test_resizing_to_the_full_rank_changes_nothing(
     tmp_path: Path, family: str, form: str, known: bool
 ) -> None:
@@ -187,7 +189,7 @@ def test_a_sum_has_the_ranks_of_its_parts_and_is_exact(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["loha", "loha-cp", "lokr", "lokr-cp", "dora"])
+@pytest.mark.parametrize("kind", ["loha", slow("loha-cp"), "lokr", slow("lokr-cp"), "dora"])
 def test_kinds_are_added_to_a_lora(tmp_path: Path, kind: str) -> None:
     one, two = adapter(1), adapter(2, **KINDS[kind])
     paths = written(tmp_path / "a", "diffusers", one), written(tmp_path / "b", "peft", two)

@@ -151,7 +151,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("base", "kind", "text", "forms"), thinned(TABLE, 6))
+@pytest.mark.parametrize(("base", "kind", "text", "forms"), thinned(TABLE, 18))
 def test_a_stock_loader_predicts_what_the_trained_module_does(
     make: Make, tmp_path: Path, base: str, kind: str, text: bool | str, forms: str
 ) -> None:

@@ -27,7 +27,7 @@ from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train.inputs import Inputs
 from tests import bases
-from tests.conftest import Make, at, dbtrain, draw_photo, train
+from tests.conftest import Make, at, dbtrain, draw_photo, thinned, train
 from tests.networks import build, stream
 from tests.runs import relative, tree
 
@@ -153,7 +153,7 @@ def test_a_rank_keeps_a_table_for_each_shape(make: Make, shapes: Path) -> None:
     assert len(resident.resident.tables) == 5
 
 
-@pytest.mark.parametrize("base", bases.OF_FAMILY)
+@pytest.mark.parametrize("base", thinned(bases.OF_FAMILY, 6))
 def test_every_family_trains_on_all_shapes_whatever_the_micro_batch(
     make: Make, tmp_path: Path, shapes: Path, base: str
 ) -> None:
@@ -176,6 +176,7 @@ def lines(run: Path) -> list[Any]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_sizes_and_a_resumed_run_goes_on_bit_for_bit(
     make: Make, tmp_path: Path, shapes: Path
 ) -> None:
@@ -289,6 +290,7 @@ def test_held_out_photos_keep_their_shapes(make: Make, shapes: Path) -> None:
     assert "held_out_instance" in line and "held_out_prior" in line
 
 
+@pytest.mark.slow
 def test_the_denoiser_is_compiled_once_a_size(make: Make, shapes: Path) -> None:
     """With code of its own for each: a second shape would else make it general, and slower."""
     cfg = configured(make, shapes, model__path=str(bases.sd(slim=True)))

@@ -20,7 +20,7 @@ from tests.conftest import config_in
 from tests.report.conftest import HOSTILE, SCORES, Page
 from tests.report.test_report import luminance
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = [pytest.mark.xdist_group("report"), pytest.mark.slow]
 
 COUNT, STEPS = 64, 400
 HOUR = 3600.0

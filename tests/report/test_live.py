@@ -23,7 +23,7 @@ from tests.conftest import LONG, Make, Started, dbtrain
 from tests.report.conftest import Page
 from tests.runs import tree
 
-pytestmark = pytest.mark.xdist_group("report")
+pytestmark = [pytest.mark.xdist_group("report"), pytest.mark.slow]
 
 BEHIND_S = 5.0
 
@@ -189,7 +189,6 @@ def test_a_fleet_is_served_too(browser: Page, runs: list[Path], tmp_path: Path) 
         assert page("document.querySelector('.index tbody tr').dataset.name") == "cat", "still sorted"
 
 
-@pytest.mark.slow
 def test_a_run_is_the_same_whether_it_is_watched_or_not(
     browser: Page, make: Make, tmp_path: Path, prepared: Path
 ) -> None:

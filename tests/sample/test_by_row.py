@@ -26,7 +26,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.sample.sample import Mix, sample
 from tests import bases
-from tests.conftest import Make
+from tests.conftest import Make, slow, thinned
 
 EVERY_LAYER = r"(?!cap_embedder).*"
 USES: list[Scales | str] = ["two", {}, {"one": 0.5, "two": -1.0}, "one", {"two": 0.5}]
@@ -91,7 +91,7 @@ def check(pipe: AdapterPipeline, uses: Sequence[Scales | str] = USES) -> None:
     assert all((one - other).abs().max() > 1e-2 for i, one in enumerate(alone) for other in alone[:i])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", thinned(FAMILIES, 4))
 def test_every_layer_of_every_family(family: str, tmp_path: Path) -> None:
     pipe = with_two(AdapterPipeline.load(str(bases.ALL[family]())), tmp_path)
     pipe.use({"one": 0.25})
@@ -101,14 +101,14 @@ def test_every_layer_of_every_family(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("one", "two"),
-    [({"kind": "loha"}, {}), ({"dora": True}, {"kind": "lokr"}), ({"dora": True}, {"kind": "loha"})],
+    [slow({"kind": "loha"}, {}), ({"dora": True}, {"kind": "lokr"}), slow({"dora": True}, {"kind": "loha"})],
     ids=str,
 )
 def test_kinds_that_nest_in_each_other(one: dict[str, Any], two: dict[str, Any], tmp_path: Path) -> None:
     check(with_two(AdapterPipeline.load(str(bases.sd())), tmp_path, one, two))
 
 
-@pytest.mark.parametrize("linears", ["int8", "nf4"])
+@pytest.mark.parametrize("linears", ["int8", slow("nf4")])
 def test_a_quantized_base(linears: Any, tmp_path: Path) -> None:
     base = Base.find(Model(path=str(bases.sd())))
     check(with_two(AdapterPipeline(base, "fp32", train=Train(base_linears=linears)), tmp_path))
@@ -174,6 +174,7 @@ def test_what_cannot_share_a_batch_is_refused(tmp_path: Path) -> None:
         pipe.generate("a dog", [0, 1], 1, adapters=["other", "one"])
 
 
+@pytest.mark.slow
 def test_sample_runs_one_loop_for_four_adapters(make: Make, tmp_path: Path) -> None:
     """One with trained biases takes another loop. The images are those of batches of one."""
     settings: dict[str, Any] = {"sample__images": 1, "sample__steps": 2, "sample__precision": "fp32"}

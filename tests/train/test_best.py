@@ -134,6 +134,7 @@ def test_images_are_scored_alike_in_a_run_that_was_interrupted(
     assert left(interrupted(run_in(tmp_path, **settings()), 2)) == left(whole)
 
 
+@pytest.mark.slow
 def test_interruptions_and_less_patience_at_first_change_nothing(
     by_loss: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from dbtrain.train import optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
-from tests.conftest import Make, at
+from tests.conftest import Make, at, slow
 from tests.networks import build, stream
 
 
@@ -108,7 +108,7 @@ def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "pure-bf16"])
+@pytest.mark.parametrize("precision", ["fp32", *map(slow, ("bf16", "fp16", "pure-bf16"))])
 def test_a_step_reads_no_tensor_back_to_the_host(
     make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch, precision: str, nonfinite: str
 ) -> None:

@@ -23,7 +23,7 @@ from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import loop, start_adapter
 from dbtrain.train.dreambooth import Adapted, attach
 from tests import bases
-from tests.conftest import Make, train
+from tests.conftest import Make, slow, thinned, train
 from tests.train.test_slots import configs_of
 from tests.train.test_slots import train as train_in_slots
 
@@ -88,7 +88,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # the file's settin
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", thinned(CASES, 4))
 def test_a_run_starts_at_the_function_of_the_file(make: Make, tmp_path: Path, case: str) -> None:
     given, wanted = CASES[case]
     targets = {"targets": wanted.get("targets", TARGETS)}
@@ -114,7 +114,7 @@ def test_a_run_starts_at_the_function_of_the_file(make: Make, tmp_path: Path, ca
             assert torch.equal(tensor, states["unet"].tensors[name])
 
 
-@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+@pytest.mark.parametrize("form", ["diffusers", slow("kohya")])
 def test_fewer_ranks_are_the_nearest(
     make: Make, tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -156,6 +156,7 @@ def helped(make: Make, tmp_path: Path, prepared: Path) -> Any:
     return partial(make, data__shards=str(prepared), model__training_adapter=str(adapter))
 
 
+@pytest.mark.slow
 def test_pictures_and_exports_are_without_it(helped: Any, make: Make, tmp_path: Path, prepared: Path) -> None:
     with_it = helped(run_dir=str(tmp_path / "with"), **ONE_IMAGE, train__steps=2, optim__lr=0.1)
     without = make(run_dir=str(tmp_path / "without"), data__shards=str(prepared), **ONE_IMAGE, train__steps=1)
@@ -181,6 +182,7 @@ def test_pictures_and_exports_are_without_it(helped: Any, make: Make, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["sd", slow("z-image")])
+@pytest.mark.slow
 def test_a_resumed_run_is_the_straight_one(make: Make, tmp_path: Path, name: str) -> None:
     base = found(name)
     settings = partial(
