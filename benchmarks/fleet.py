@@ -90,7 +90,10 @@ def _photos(folder: Path, count: int) -> list[Path]:
 
 def _config(args: argparse.Namespace, place: Path, base: str) -> Path:
     """What all subjects share."""
-    prompts = ["a photo of {}"] if args.validate else []
+    prompts, precision = (
+        ["a photo of {}"] if args.validate else [],
+        "fp32" if args.model == "tiny" else "bf16",
+    )
     values: dict[str, Any] = {
         "run_dir": str(place / "run"),
         "model": {"path": base, "variant": None},
@@ -99,14 +102,16 @@ def _config(args: argparse.Namespace, place: Path, base: str) -> Path:
             "photos": str(place / "photos" / "subject-00"), "instance_prompt": "a photo of {}",
             "class_prompt": "a photo of a {class}", "class_images": args.class_images,
             "class_dir": str(place / "classes"), "resolution": bases.side_of(args.model),
+            "sampling": {"precision": precision},
         },
         "data": {"shards": str(place / "shards")},
         "adapter": {"rank": RANK}, "optim": {"lr": RATE},
         "train": {
             "steps": args.steps, "global_batch": args.batch, "micro_batch": args.batch,
-            "checkpoint_every": args.steps, "precision": "fp32" if args.model == "tiny" else "bf16",
+            "checkpoint_every": args.steps, "precision": precision,
         },
         "validation": {"prompts": prompts, "every": args.validate or args.steps},
+        "sample": {"precision": precision},
     }  # fmt: skip
     path = place / "config.yaml"
     path.write_text(yaml.safe_dump(values))

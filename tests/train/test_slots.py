@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
 
 from dbtrain.config import Config
+from dbtrain.models import kernels
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
@@ -124,6 +126,29 @@ def test_a_run_does_not_depend_on_its_companions_and_is_the_one_alone(
     bound = LOOSE.get(settings.get("train__precision", ""), 1e-3)
     assert distance(tmp_path / "a1", tmp_path / "alone") < bound
     assert distance(tmp_path / "a2", tmp_path / "alone") > 0.01, "the bound tells subjects apart"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("base", "how"), [("sd", True), ("flux1", "regional")])
+def test_compiled_code_serves_every_step_and_every_run(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, how: bool | str
+) -> None:
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "compile_module", partial(kernels.compile_module, backend=counting))
+    config = configs_of(make, base, **TEXT)
+    for name, compiled in (("eager", False), ("compiled", how)):
+        runs = [config(tmp_path / f"{name}{seed}", seed, train__compile=compiled) for seed in (1, 2, 3)]
+        assert not train(runs, 2)  # the third takes over a slot
+    assert graphs == (1 if how is True else 3), "two kinds of blocks, one of them with another first block"
+    for seed in (1, 2, 3):
+        assert distance(tmp_path / f"eager{seed}", tmp_path / f"compiled{seed}") < 1e-4
 
 
 DIFFERENT: list[dict[str, Any]] = [
