@@ -9,6 +9,7 @@ from importlib import util
 
 import torch
 
+from dbtrain.config import Config
 from dbtrain.doctor.base_model import weight_files
 from dbtrain.doctor.case import Case, Finding, error, ok, problems_of, warning
 from dbtrain.models import kernels
@@ -54,6 +55,16 @@ def _none(case: Case) -> Iterator[Finding]:
                       "use a machine with a GPU; --gib SIZE predicts whether it fits")  # fmt: skip
     else:
         yield ok(text)
+        yield from _emulated(case.cfg)
+
+
+def _emulated(cfg: Config) -> Iterator[Finding]:
+    """Precisions that a CPU has to emulate, unless it is of the few with units for them."""
+    drawn = cfg.prepare and cfg.prepare.has_class_images
+    keys = ("train.precision", *(["prepare.sampling.precision"] if drawn else ()), "sample.precision")
+    if halved := [f"{key} is {value}" for key in keys if "16" in (value := cfg.get(key))]:
+        yield warning(f"{', '.join(halved)}: most CPUs take ten times as long for 16 bits as for 32",
+                      "use fp32 on a CPU")  # fmt: skip
 
 
 def _there(case: Case) -> Iterator[Finding]:

@@ -468,6 +468,7 @@ FAULTS: list[Any] = [
     (file_for_shards, "write access", "error", "Not a directory"),
     (full_disk, "disk", "error", "10 MB free"),
     (config(train__cuda_graph=True), "GPU", "error", "there is no CUDA GPU here"),
+    (overrides("prepare.sampling.precision=bf16"), "GPU", "warning", "sampling.precision is bf16"),
     slow((graph_elsewhere, "GPU", "warning", "no GPU to try it on")),
     (old_gpu, "GPU", "warning", "which Tesla T4 emulates"),
     (no_compiler, "compiler", "error", "train.compile needs the compiler none"),
