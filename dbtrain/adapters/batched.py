@@ -51,7 +51,11 @@ class BatchedLora(nn.Module):
         slot, of_all = self.stack.slot, cast("tuple[Tensor, ...]", (self.A, self.B, self.scale))
         a, b, scale = of_all if slot is None else (each[slot, None] for each in of_all)
         update = self._convolve if isinstance(self.base_layer, nn.Conv2d) else self._multiply
-        return update(self.base_layer(x), x, a, b, scale)
+        y, times = self.base_layer(x), self.stack.times
+        if times == 1:
+            return update(y, x, a, b, scale)
+        y, x = (_swapped(each, times, len(a)) for each in (y, x))
+        return _swapped(update(y, x, a, b, scale), len(a), times)
 
     def _multiply(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
         inner = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.mT) * scale[:, None, None].to(a.dtype)
@@ -66,6 +70,11 @@ class BatchedLora(nn.Module):
         inner = inner.view(-1, slots, rank, prod(inner.shape[2:])).transpose(0, 1)
         inner = inner * scale[:, None, None, None].to(a.dtype)
         return y + torch.matmul(b.mT[:, None], inner).view(y.shape)
+
+
+def _swapped(rows: Tensor, outer: int, inner: int) -> Tensor:
+    """Rows of `inner` parts in each of `outer` ones, as `outer` parts in each of `inner` ones."""
+    return rows.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ class Stack:
         """`dtype`: that of the base."""
         self.slots, self.dtype = slots, dtype
         self.slot: int | None = None  # of all rows; None: those of slot 0 first, then as many of slot 1, ...
+        self.times = 1  # how often the rows of all slots follow one another in a batch
         self.layers: dict[str, BatchedLora] = {}  # by <component>.<module>
         self.places: dict[tuple[str, str], Place] = {}  # by layer and factor
         self.weights = nn.Parameter(torch.empty(slots, 0))
@@ -202,6 +212,20 @@ class Stack:
             yield
         finally:
             self.slot = None
+
+    @contextmanager
+    def sampling(self, denoiser: nn.Module, rows: int) -> Iterator[None]:
+        """In the block, `denoiser` gets `rows` rows of each slot, once or, with guidance, several times."""
+
+        def see(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self.times = len(args[0] if args else kwargs["hidden_states"]) // (rows * self.slots)
+
+        hook = denoiser.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.times = 1
 
 
 @contextmanager

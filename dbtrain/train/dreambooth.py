@@ -238,9 +238,22 @@ class DreamBooth(nn.Module, Adapted):
             of_base = {name: last(values) for name, values in (self.rows(batch) | given).items()}
             predicted = by_slot(self.base_prediction(last(x_t), last(t), of_base))
             target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
-        prediction = self.family.denoise(self.denoiser, x_t.to(self.dtype), t, self.condition(batch) | given)
+        prediction = self.denoise(x_t.to(self.dtype), t, self.condition(batch) | given, batch.slots)
         error = prediction.float() - target
         return objective.weight(t) * losses(error, objective.signal(t), self.huber, batch.places)
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int) -> Tensor:
+        """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""
+        denoise = partial(self.family.denoise, self.denoiser, x_t, t)
+        if slots == 1 or not self.family.by_length:
+            return denoise(condition)
+        # All rows pass once for each length of prompts, and those of this length are kept.
+        lengths = condition["lengths"]
+        prediction = torch.zeros_like(x_t)
+        for length in lengths.unique():
+            made = denoise(condition | {"lengths": length.expand(len(lengths))})
+            prediction = torch.where((lengths == length).to(x_t.device).view(-1, 1, 1, 1), made, prediction)
+        return prediction
 
     @torch.no_grad()
     def base_prediction(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

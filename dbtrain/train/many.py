@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from dbtrain.config import Config
@@ -33,12 +33,7 @@ def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -
                     with _attempt(slots, slot, ended):
                         slots.record(slot, outcome)
                 # Save and validate those for which it is due. Those that are complete make room.
-                for slot in outcomes.keys() & slots.seats.keys():
-                    with _attempt(slots, slot, ended):
-                        slots.settle(slot)
-                        if slots.seats[slot].ended:
-                            ended(slots.seats[slot].job.cfg, None)
-                            slots.leave(slot)
+                _settle(slots, [slot for slot in outcomes if slot in slots.seats], ended)
                 on_step()
                 preemption.check()
         except Preempted as stop:
@@ -47,14 +42,30 @@ def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -
 
 
 def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
-    """Put the next runs into empty slots; whether there is any run to train."""
-    while (slot := slots.free()) is not None and (run := take(not slots.seats)):
-        with _named(run[0]):
-            try:
-                slots.enter(slot, *run)
-            except ConfigError as problem:
-                ended(run[0], problem)
-    return bool(slots.seats)
+    """Put the next runs into empty slots, and validate them if that is due; whether there is any to train."""
+    while True:
+        entered = []
+        while (slot := slots.free()) is not None and (run := take(not slots.seats)):
+            with _named(run[0]):
+                try:
+                    slots.enter(slot, *run)
+                    entered.append(slot)
+                except ConfigError as problem:
+                    ended(run[0], problem)
+        if not entered:
+            return bool(slots.seats)
+        _settle(slots, entered, ended)
+
+
+def _settle(slots: Slots, some: Sequence[int], ended: Ended) -> None:
+    """Save and validate the runs in some slots if that is due; those that are complete leave."""
+    slots.draw_ahead(some)
+    for slot in some:
+        with _attempt(slots, slot, ended):
+            slots.settle(slot)
+            if slots.seats[slot].ended:
+                ended(slots.seats[slot].job.cfg, None)
+                slots.leave(slot)
 
 
 @contextmanager

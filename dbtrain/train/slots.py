@@ -8,7 +8,7 @@ nor on the slot that it is in.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.memory import trim
-from dbtrain.train import training_adapter, validation
+from dbtrain.train import joint_images, training_adapter, validation
 from dbtrain.train.dreambooth import Adapted, DreamBooth, attach, start_anew
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Outcome
@@ -124,7 +124,7 @@ class Slots:
         return next((slot for slot in range(self.count) if slot not in self.seats), None)
 
     def enter(self, slot: int, cfg: Config, inputs: Inputs) -> None:
-        """Put a run into an empty slot, at its newest checkpoint, and validate it if that is due.
+        """Put a run into an empty slot, at its newest checkpoint.
 
         Raises ConfigError, with the slot empty as before, for anything a user can fix.
         """
@@ -138,10 +138,7 @@ class Slots:
             job = start(cfg, inputs, self.model, adapter, validator, CPU, among_others=True)
             held.enter_context(closing(job.stream))
             held.enter_context(job.metrics)
-            seat = Seat(job, job.start, held)
-            self._validate(slot, seat, saved=True)
-            seat.held = held.pop_all()
-        self.seats[slot] = seat
+            self.seats[slot] = Seat(job, job.start, held.pop_all())
 
     def leave(self, slot: int) -> None:
         """Take the run out of a slot, whose adapter becomes zero."""
@@ -199,27 +196,40 @@ class Slots:
         seat.step, seat.saved = seat.step + 1, False
         seat.job.metrics.step(seat.step, outcome, seat.job.progress.skipped)
 
+    def draw_ahead(self, slots: Iterable[int]) -> None:
+        """Generate the images that validation of the runs in these slots needs, in common batches."""
+        due = {}
+        for slot in slots:
+            seat = self.seats[slot]
+            generator = seat.job.validation.generator
+            if generator and seat.job.validation.lacks_images(seat.step):
+                due[slot] = generator
+        if len(due) < 2 or self.base.family.texts_as_one:
+            return  # `settle` generates them
+        with ExitStack() as held:
+            for job in (self.seats[slot].job for slot in due):
+                held.enter_context(job.metrics.interrupted("validation"))
+                held.enter_context(job.progress.averaged(job.cfg.export.ema))
+            joint_images.generate(self.model, self.stack, due)
+
     def settle(self, slot: int) -> None:
         """Save and validate the run in a slot if that is due. Raises ConfigError for what a user can fix."""
         seat = self.seats[slot]
-        if seat.job.is_save_step(seat.step):
+        if not seat.saved and seat.job.is_save_step(seat.step):
             seat.save()
-        self._validate(slot, seat, seat.saved)
+        # All rows are of this slot.
+        self.model.here = slice(slot * self.prompts, (slot + 1) * self.prompts)
+        try:
+            with self.stack.only(slot):
+                seat.job.validate(seat.step, seat.saved)
+        finally:
+            self.model.here = slice(None)
 
     def save(self) -> None:
         """Save all runs."""
         for seat in self.seats.values():
             if not seat.saved:
                 seat.save()
-
-    def _validate(self, slot: int, seat: Seat, saved: bool) -> None:
-        """Validate a run if that is due, with all rows in its slot."""
-        self.model.here = slice(slot * self.prompts, (slot + 1) * self.prompts)
-        try:
-            with self.stack.only(slot):
-                seat.job.validate(seat.step, saved)
-        finally:
-            self.model.here = slice(None)
 
     def _adapters(self, slot: int, cfg: Config) -> dict[str, nn.Module]:
         """The components with the adapters of a new run, whose weights are those of the slot."""

@@ -110,7 +110,7 @@ class Validator:
     def _produce(self, step: int, wanted: Sequence[str], metrics: Metrics) -> None:
         with (
             metrics.interrupted("validation"), console.timed("validation"), dist.patiently(),
-            _eval_mode(self.model, self.cfg),
+            eval_mode(self.model, self.cfg),
         ):  # fmt: skip
             losses: dict[str, Any] = {}
             if "losses" in wanted and self.held_out:
@@ -121,6 +121,10 @@ class Validator:
                     losses |= self._scores(step)
                     losses |= {"key": due.losses_key(self.cfg, self.fingerprint, self.scoring)}
                 metrics.validated(step, losses, sheet)
+
+    def lacks_images(self, step: int) -> bool:
+        """Whether images are due after `step` steps that the run folder lacks."""
+        return "images" in due.missing(self.cfg, self.manifest, self.fingerprint, self.scoring, step)
 
     def _scores(self, step: int) -> dict[str, float]:
         """The scores of the images of a step; none if the held-out losses decide, or nothing does."""
@@ -168,6 +172,13 @@ class ImageGenerator:
             size: sampler.small_pictures(cfg.sample.low_res, base.family, size) for size in self.sizes
         }
         self.encoded = encoded
+        self.ahead: list[Any] = []  # what `generate_together` made of the next images
+
+    @property
+    def jobs(self) -> list[tuple[int, int]]:
+        """(prompt, seed) of each image, in the order in which they are generated."""
+        prompts = range(len(self.cfg.validation.prompts))
+        return [(prompt, seed) for prompt in prompts for seeds in self.sizes.values() for seed in seeds]
 
     @cached_property
     def pipe(self) -> Any:
@@ -181,8 +192,12 @@ class ImageGenerator:
             return sampler.without_vae(self.base, next(iter(self.sizes)), dtype, given)
         return sampler.build(self.base, dtype, dist.device(), given)
 
-    def _encoded(self) -> list[dict[str, Tensor]]:
+    def encode(self) -> list[dict[str, Tensor]]:
         """The prompts as the text encoders of this step encode them; the base, where they are frozen."""
+        with PRECISIONS[self.cfg.train.precision].forward(self.pipe.device):
+            return self._encoded()
+
+    def _encoded(self) -> list[dict[str, Tensor]]:
         family, prompts = self.family, self.cfg.validation.prompts
         encoders = dict(self.model.text_encoders.items())
         if self.encoded is None:
@@ -217,17 +232,16 @@ class ImageGenerator:
         mine = batches[dist.rank() :: dist.world()]
         encoded: list[dict[str, Tensor]] = []
         with dist.agreed():
-            if mine or sharded:
-                with PRECISIONS[self.cfg.train.precision].forward(self.pipe.device):
-                    encoded = self._encoded()
+            if (mine or sharded) and not self.ahead:
+                encoded = self.encode()
 
         # Latents first, or the images themselves if the family has no VAE.
-        made: list[Any] = []
+        made, self.ahead = self.ahead, []
         total = sum(len(seeds) for *_, seeds in mine)
         with console.bar(total, "images", "image", share=True, leave=False) as bar:
-            for number, keep in parallel.rounds(len(batches), sharded):
+            for number, keep in parallel.rounds(0 if made else len(batches), sharded):
                 prompt, size, seeds = batches[number]
-                found = self._latents(encoded[prompt], size, seeds, bar)
+                found = self.latents([encoded[prompt]] * len(seeds), size, seeds, bar)
                 made += found if keep else []
 
         # Then decode them and write the files.
@@ -235,10 +249,10 @@ class ImageGenerator:
             if mine:
                 self._write(folder, step, [(prompt, seeds) for prompt, _, seeds in mine], made)
 
-    def _latents(
-        self, encoded: Mapping[str, Tensor], size: Size, seeds: Sequence[int], bar: console.Bar
+    def latents(
+        self, encoded: Sequence[Mapping[str, Tensor]], size: Size, seeds: Sequence[int], bar: console.Bar
     ) -> list[Any]:
-        """x0 of one prompt with each seed, or its images if the family has no VAE."""
+        """x0 of each encoded prompt and seed, or their images if the family has no VAE."""
         settings, family = self.cfg.sample, self.family
         space = family.space(self.base, size) if family.vae else None
         offsets = [seed - settings.seed for seed in seeds]
@@ -248,9 +262,8 @@ class ImageGenerator:
         autocast = PRECISIONS[self.cfg.train.precision].forward(dist.device())
         with autocast, sampler.moving(self.pipe, bar, len(seeds), "validation image"):
             return sampler.generate_encoded(
-                self.pipe, family, [encoded] * len(seeds), generators, settings.steps, settings.guidance,
-                size, inputs, space,
-            )  # fmt: skip
+                self.pipe, family, encoded, generators, settings.steps, settings.guidance, size, inputs, space
+            )
 
     def _write(
         self, folder: Path, step: int, batches: Sequence[tuple[int, Sequence[int]]], made: Sequence[Any]
@@ -276,7 +289,7 @@ class ImageGenerator:
 
 
 @contextmanager
-def _eval_mode(model: DreamBooth, cfg: Config) -> Iterator[None]:
+def eval_mode(model: DreamBooth, cfg: Config) -> Iterator[None]:
     """Run the block without dropout and without compiled code, which is for training's shapes only."""
     modes = {module: module.training for module in model.modules()}
     with ExitStack() as stack:

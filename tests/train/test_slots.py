@@ -18,14 +18,16 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from dbtrain.config import Config
 from dbtrain.models import kernels
+from dbtrain.models.base import Base
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import loop, many
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.slots import Slots
+from dbtrain.train.validation import ImageGenerator
 from tests import bases
-from tests.conftest import Make, slow
+from tests.conftest import Make, slow, thinned
 from tests.runs import tree
 from tests.session import once
 
@@ -151,6 +153,20 @@ def test_compiled_code_serves_every_step_and_every_run(
         assert distance(tmp_path / f"eager{seed}", tmp_path / f"compiled{seed}") < 1e-4
 
 
+@pytest.mark.parametrize("base", ["chroma", *map(slow, ("qwen-image", "krea2", "z-image"))])
+def test_prompts_differ_in_length(make: Make, tmp_path: Path, base: str) -> None:
+    """As do those of a class and of a slot that no run is in."""
+    runs = []
+    for number, text in enumerate(("a photo of sks dog", "sks", "a large photo of one sks dog in the snow")):
+        config = configs_of(make, base, prepare__instance_prompt=text, optim__lr=1e-2)
+        runs.append(config(tmp_path / f"a{number}", number))
+    assert not train(runs, 4)
+    for number, run in enumerate(runs):
+        alone = tmp_path / f"alone{number}"
+        loop.train(run.model_copy(update={"run_dir": str(alone)}))
+        assert distance(tmp_path / f"a{number}", alone) < 1e-3
+
+
 DIFFERENT: list[dict[str, Any]] = [
     {"adapter__rank": 4}, {"adapter__rank": 2, "train__steps": 2}, {"optim__lr": 2e-4},
     {"adapter__rank": 6, "adapter__alpha": 1}, {"optim__schedule": "cosine"},
@@ -213,6 +229,7 @@ def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:
     )  # fmt: skip
     assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2)], 2)
     loop.train(config(tmp_path / "alone", 2))
+    assert_alike(tmp_path / "a2" / "validation", tmp_path / "alone" / "validation")
     for ours, theirs in zip(
         *(
             (folder / "validation.jsonl").read_text().splitlines()
@@ -222,10 +239,49 @@ def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:
     ):
         one, other = json.loads(ours), json.loads(theirs)
         assert one["held_out_instance"] == pytest.approx(other["held_out_instance"], rel=1e-4)
-    for path in sorted((tmp_path / "alone" / "validation").rglob("*.png")):
-        same = tmp_path / "a2" / path.relative_to(tmp_path / "alone")
-        difference = ImageChops.difference(Image.open(path), Image.open(same))
-        assert max(high for _, high in difference.getextrema()) <= 2  # of 255
+
+
+def assert_alike(one: Path, other: Path, most: int = 2) -> None:
+    """The same images, whose values differ by no more than this, of 255."""
+    images = [path.relative_to(one) for path in sorted(one.rglob("*.png"))]
+    assert images == [path.relative_to(other) for path in sorted(other.rglob("*.png"))] and images
+    for name in images:
+        difference = ImageChops.difference(Image.open(one / name), Image.open(other / name))
+        assert max(high for _, high in difference.getextrema()) <= most, name
+
+
+@pytest.mark.parametrize("base", thinned([name for name in bases.OF_FAMILY if name != "deepfloyd-2"], 6))
+def test_images_for_validation_share_batches(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    """They are those of the run alone, and do not depend on whose else are in the batch."""
+    batches: list[int] = []
+    original = ImageGenerator.latents
+
+    def counted(generator: ImageGenerator, encoded: Any, *rest: Any) -> Any:
+        batches.append(len(encoded))
+        return original(generator, encoded, *rest)
+
+    monkeypatch.setattr(ImageGenerator, "latents", counted)
+    config = configs_of(
+        make, base, validation__prompts=["a photo of sks dog", "a dog"], validation__images=2,
+        validation__every=2, train__steps=2, optim__lr=0.02, sample__guidance=2.0, sample__batch=6,
+    )  # fmt: skip
+    alone, text = (
+        config(tmp_path / "alone", 1),
+        Base.find(config(tmp_path / "b", 1).model).family.texts_as_one,
+    )
+    loop.train(alone)
+    assert set(batches) == {2}, "a prompt's images"
+    batches.clear()
+    assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)], 3)
+    assert set(batches) == ({2} if text else {6}), "of each slot, two"
+    assert not train([config(tmp_path / f"b{seed}", seed) for seed in (4, 1)], 3)
+    one, two, again, apart = (tmp_path / name / "validation" for name in ("a1", "a2", "b1", "alone"))
+    assert_alike(one, apart)
+    assert_alike(one, again, 0)
+    with pytest.raises(AssertionError, match="png"):
+        assert_alike(one, two)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ FAMILY = Family(
     conditions=conditions,
     check=check,
     denoise=denoise,
+    by_length=True,
     presets={
         "attention": (*dit.ATTENDED, *SINGLE[1:]),
         "diffusers": (*dit.ATTENDED, *dit.FEED_FORWARD),

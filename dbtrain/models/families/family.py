@@ -110,6 +110,8 @@ class Family:
     """(base) -> the model to train instead, if it was distilled to few steps."""
     texts_as_one: tuple[str, ...] = ()
     """The denoiser's modules that take the texts of all rows, of lengths of their own, as one sequence."""
+    by_length: bool = False
+    """Whether `denoise` passes the rows of each length of prompts by themselves."""
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
 
