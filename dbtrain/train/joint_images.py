@@ -15,7 +15,7 @@ def generate(model: DreamBooth, stack: Stack, generators: Mapping[int, ImageGene
     """Generate the images of each generator, by slot, ahead of its `generate`, which then only writes them.
 
     All generators have the same settings but for prompts. A batch has as many rows of every slot, also of
-    those without a generator, so that an image does not depend on who else has some.
+    those without a generator, so that an image does not depend on what the others are.
     """
     slots, first = sorted(generators), next(iter(generators.values()))
     jobs = {slot: generators[slot].jobs for slot in slots}

@@ -59,7 +59,7 @@ def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
 
 def _settle(slots: Slots, some: Sequence[int], ended: Ended) -> None:
     """Save and validate the runs in some slots if that is due; those that are complete leave."""
-    slots.draw_ahead(some)
+    slots.generate_ahead(some)
     for slot in some:
         with _attempt(slots, slot, ended):
             slots.settle(slot)

@@ -196,14 +196,16 @@ class Slots:
         seat.step, seat.saved = seat.step + 1, False
         seat.job.metrics.step(seat.step, outcome, seat.job.progress.skipped)
 
-    def draw_ahead(self, slots: Iterable[int]) -> None:
-        """Generate the images that validation of the runs in these slots needs, in common batches."""
+    def generate_ahead(self, slots: Iterable[int]) -> None:
+        """Generate the images that validation of the runs in these slots needs, in common batches.
+
+        Not where their scores decide about a run: in other batches they are rounded differently.
+        """
         due = {}
         for slot in slots:
-            seat = self.seats[slot]
-            generator = seat.job.validation.generator
-            if generator and seat.job.validation.lacks_images(seat.step):
-                due[slot] = generator
+            seat, validator = self.seats[slot], self.seats[slot].job.validation
+            if validator.generator and not validator.scoring and validator.lacks_images(seat.step):
+                due[slot] = validator.generator
         if len(due) < 2 or self.base.family.texts_as_one:
             return  # `settle` generates them
         with ExitStack() as held:

@@ -26,7 +26,7 @@ from dbtrain.train import loop, many
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.slots import Slots
 from dbtrain.train.validation import ImageGenerator
-from tests import bases
+from tests import bases, eyes
 from tests.conftest import Make, slow, thinned
 from tests.runs import tree
 from tests.session import once
@@ -241,6 +241,36 @@ def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:
         assert one["held_out_instance"] == pytest.approx(other["held_out_instance"], rel=1e-4)
 
 
+def batches_of_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of validation images that are generated together, from now on."""
+    batches: list[int] = []
+    original = ImageGenerator.latents
+
+    def counted(generator: ImageGenerator, encoded: Any, *rest: Any) -> Any:
+        batches.append(len(encoded))
+        return original(generator, encoded, *rest)
+
+    monkeypatch.setattr(ImageGenerator, "latents", counted)
+    return batches
+
+
+def test_images_that_decide_when_to_stop_have_batches_of_their_own(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others would round them differently, and a run's end would depend on its companions."""
+    batches = batches_of_images(monkeypatch)
+    config = configs_of(
+        make, train__stop="best", train__patience=2, train__steps=2, validation__every=1,
+        validation__prompts=["a photo of sks dog"], validation__images=1,
+        evaluation__dino=str(eyes.dino()), evaluation__clip=str(eyes.clip()),
+    )  # fmt: skip
+    assert not train([config(tmp_path / f"a{seed}", seed) for seed in (1, 2)], 2)
+    assert not train([config(tmp_path / "b1", 1)], 2)
+    scores = [(tmp_path / name / "validation.jsonl").read_bytes() for name in ("a1", "a2", "b1")]
+    assert scores[0] == scores[2] != scores[1]
+    assert set(batches) == {1}
+
+
 def assert_alike(one: Path, other: Path, most: int = 2) -> None:
     """The same images, whose values differ by no more than this, of 255."""
     images = [path.relative_to(one) for path in sorted(one.rglob("*.png"))]
@@ -255,14 +285,7 @@ def test_images_for_validation_share_batches(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
     """They are those of the run alone, and do not depend on whose else are in the batch."""
-    batches: list[int] = []
-    original = ImageGenerator.latents
-
-    def counted(generator: ImageGenerator, encoded: Any, *rest: Any) -> Any:
-        batches.append(len(encoded))
-        return original(generator, encoded, *rest)
-
-    monkeypatch.setattr(ImageGenerator, "latents", counted)
+    batches = batches_of_images(monkeypatch)
     config = configs_of(
         make, base, validation__prompts=["a photo of sks dog", "a dog"], validation__images=2,
         validation__every=2, train__steps=2, optim__lr=0.02, sample__guidance=2.0, sample__batch=6,
