@@ -73,7 +73,8 @@ RECIPES = {
     "attention only": ("adapter.targets=attention",),
 }  # name: what is put over the quickstart's settings
 FIGURES = {
-    "closed": "%", "place": "%", "kind": "%", "drift": "%", "class_change": "x", "diversity_kept": "%",
+    "closed": "%", "place": "%", "kind": "%", "drift": "%", "drift_base": "%", "class_change": "x",
+    "diversity_kept": "%",
 }  # fmt: skip
 BARS: dict[str, Callable[[float], bool]] = {
     "closed": lambda share: share >= 85, "worst": lambda share: share >= 65,
@@ -83,7 +84,8 @@ BARS: dict[str, Callable[[float], bool]] = {
 ABOUT = """Medians over runs, with the least and the most; *mean* and *worst* are of *closed*: over all runs,
 and over those of the subject with the least. *Closed* is how much of the way from the base's pictures of the
 class to real pictures of the subject the adapter's go; *place* and *kind* are the shares of pictures with the
-place asked for and with the class; *drift* is the share of class pictures that turned into the subject;
+place asked for and with the class; *drift* is the share of class pictures that the judge takes for the
+subject, and *drift_base* that of the base's own, of subjects that look much like their class;
 *class_change* is the Fréchet distance of class pictures from the base's, in distances of two seeds of the
 base; *diversity_kept* is the diversity of class pictures as a share of the base's. *Misses* names the bars
 that a recipe misses on average: closed 85%, 65% of the worst subject, place 95%, drift 5%, class_change 1.5,
@@ -232,7 +234,7 @@ def _workers(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
 def parser() -> argparse.ArgumentParser:
     words = common.parser(__doc__, "set")
     words.add_argument("--half", default="choosing", choices=get_args(world.Half))
-    words.add_argument("--looks", type=int, default=21, metavar="SEED", help="draws a list of subjects")
+    words.add_argument("--looks", type=int, default=41, metavar="SEED", help="draws a list of subjects")
     words.add_argument("--subjects", type=int, nargs="+", default=list(range(8)), help="numbers in that list")
     words.add_argument("--seeds", type=int, default=3, help="training runs of each subject and recipe")
     words.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME",
