@@ -75,7 +75,6 @@ def test_killed_at_any_moment(make: Make, tmp_path: Path, base: str, ranks: int)
         shutil.rmtree(home)
 
 
-@pytest.mark.slow
 def test_two_runs_in_one_folder(make: Make, tmp_path: Path, prepared: Path) -> None:
     os.symlink(prepared, tmp_path / "shards")
     make(train__steps=100_000, train__checkpoint_every=20)
