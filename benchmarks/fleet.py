@@ -90,10 +90,8 @@ def _photos(folder: Path, count: int) -> list[Path]:
 
 def _config(args: argparse.Namespace, place: Path, base: str) -> Path:
     """What all subjects share."""
-    prompts, precision = (
-        ["a photo of {}"] if args.validate else [],
-        "fp32" if args.model == "tiny" else "bf16",
-    )
+    prompts = ["a photo of {}"] if args.validate else []
+    precision = "fp32" if args.model == "tiny" else "bf16"
     values: dict[str, Any] = {
         "run_dir": str(place / "run"),
         "model": {"path": base, "variant": None},

@@ -63,7 +63,7 @@ def _emulated(cfg: Config) -> Iterator[Finding]:
     drawn = cfg.prepare and cfg.prepare.has_class_images
     keys = ("train.precision", *(["prepare.sampling.precision"] if drawn else ()), "sample.precision")
     if halved := [f"{key} is {value}" for key in keys if "16" in (value := cfg.get(key))]:
-        yield warning(f"{', '.join(halved)}: most CPUs take ten times as long for 16 bits as for 32",
+        yield warning(f"{', '.join(halved)}: most CPUs take several times as long for 16 bits as for 32",
                       "use fp32 on a CPU")  # fmt: skip
 
 

@@ -59,8 +59,13 @@ def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
 
 def _settle(slots: Slots, some: Sequence[int], ended: Ended) -> None:
     """Save and validate the runs in some slots if that is due; those that are complete leave."""
-    slots.generate_ahead(some)
+    due = []
     for slot in some:
+        with _attempt(slots, slot, ended):
+            if slots.shares_images(slot):
+                due.append(slot)
+    slots.generate_ahead(due)
+    for slot in slots.seats.keys() & set(some):
         with _attempt(slots, slot, ended):
             slots.settle(slot)
             if slots.seats[slot].ended:

@@ -8,7 +8,7 @@ nor on the slot that it is in.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
@@ -196,23 +196,27 @@ class Slots:
         seat.step, seat.saved = seat.step + 1, False
         seat.job.metrics.step(seat.step, outcome, seat.job.progress.skipped)
 
-    def generate_ahead(self, slots: Iterable[int]) -> None:
-        """Generate the images that validation of the runs in these slots needs, in common batches.
+    def shares_images(self, slot: int) -> bool:
+        """Whether the run in a slot needs images for validation, which can share batches.
 
-        Not where their scores decide about a run: in other batches they are rounded differently.
+        Those whose scores decide about the run cannot: in other batches they are rounded differently.
+        Raises ConfigError for what a user can fix.
         """
-        due = {}
-        for slot in slots:
-            seat, validator = self.seats[slot], self.seats[slot].job.validation
-            if validator.generator and not validator.scoring and validator.lacks_images(seat.step):
-                due[slot] = validator.generator
-        if len(due) < 2 or self.base.family.texts_as_one:
+        seat, validator = self.seats[slot], self.seats[slot].job.validation
+        able = validator.generator and not validator.scoring and not self.base.family.texts_as_one
+        return bool(able) and validator.lacks_images(seat.step)
+
+    def generate_ahead(self, slots: Sequence[int]) -> None:
+        """Generate the images of these slots' runs in common batches, before `settle` writes them."""
+        if len(slots) < 2:
             return  # `settle` generates them
+        jobs = {slot: self.seats[slot].job for slot in slots}
         with ExitStack() as held:
-            for job in (self.seats[slot].job for slot in due):
+            for job in jobs.values():
                 held.enter_context(job.metrics.interrupted("validation"))
                 held.enter_context(job.progress.averaged(job.cfg.export.ema))
-            joint_images.generate(self.model, self.stack, due)
+            generators = {slot: job.validation.generator for slot, job in jobs.items()}
+            joint_images.generate(self.model, self.stack, {k: one for k, one in generators.items() if one})
 
     def settle(self, slot: int) -> None:
         """Save and validate the run in a slot if that is due. Raises ConfigError for what a user can fix."""

@@ -172,7 +172,7 @@ class ImageGenerator:
             size: sampler.small_pictures(cfg.sample.low_res, base.family, size) for size in self.sizes
         }
         self.encoded = encoded
-        self.ahead: list[Any] = []  # what `generate_together` made of the next images
+        self.ahead: list[Any] = []  # the next ones, if `joint_images.generate` made them
 
     @property
     def jobs(self) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import loop, many
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.slots import Slots
-from dbtrain.train.validation import ImageGenerator
+from dbtrain.train.validation import ImageGenerator, Validator
 from tests import bases, eyes
 from tests.conftest import Make, slow, thinned
 from tests.runs import tree
@@ -148,7 +148,7 @@ def test_compiled_code_serves_every_step_and_every_run(
     for name, compiled in (("eager", False), ("compiled", how)):
         runs = [config(tmp_path / f"{name}{seed}", seed, train__compile=compiled) for seed in (1, 2, 3)]
         assert not train(runs, 2)  # the third takes over a slot
-    assert graphs == (1 if how is True else 3), "two kinds of blocks, one of them with another first block"
+    assert graphs == (1 if how is True else 3), "none for later steps and runs"
     for seed in (1, 2, 3):
         assert distance(tmp_path / f"eager{seed}", tmp_path / f"compiled{seed}") < 1e-4
 
@@ -271,6 +271,23 @@ def test_images_that_decide_when_to_stop_have_batches_of_their_own(
     assert set(batches) == {1}
 
 
+def test_a_run_whose_images_cannot_be_looked_up_stops_no_other(make: Make, tmp_path: Path) -> None:
+    config = configs_of(make, validation__prompts=["a photo of sks dog"], validation__images=1)
+    runs = [config(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)]
+    original = Validator.lacks_images
+
+    def failing(validator: Validator, step: int) -> bool:
+        if step and validator.cfg.seed == 2:
+            raise ConfigError("its disk is gone")
+        return original(validator, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validator, "lacks_images", failing)
+        problems = train(runs, 3)
+    assert {name: str(problem) for name, problem in problems.items()} == {"a2": "its disk is gone"}
+    assert all(RunFolder(run.run_dir).validation_sheet(STEPS).is_file() for run in (runs[0], runs[2]))
+
+
 def assert_alike(one: Path, other: Path, most: int = 2) -> None:
     """The same images, whose values differ by no more than this, of 255."""
     images = [path.relative_to(one) for path in sorted(one.rglob("*.png"))]
@@ -290,10 +307,8 @@ def test_images_for_validation_share_batches(
         make, base, validation__prompts=["a photo of sks dog", "a dog"], validation__images=2,
         validation__every=2, train__steps=2, optim__lr=0.02, sample__guidance=2.0, sample__batch=6,
     )  # fmt: skip
-    alone, text = (
-        config(tmp_path / "alone", 1),
-        Base.find(config(tmp_path / "b", 1).model).family.texts_as_one,
-    )
+    alone = config(tmp_path / "alone", 1)
+    text = Base.find(alone.model).family.texts_as_one
     loop.train(alone)
     assert set(batches) == {2}, "a prompt's images"
     batches.clear()

@@ -181,8 +181,8 @@ def test_pictures_and_exports_are_without_it(helped: Any, make: Make, tmp_path: 
     assert ranks == {4}, "the training adapter's rank is 2"
 
 
-@pytest.mark.parametrize("name", ["sd", slow("z-image")])
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "z-image"])
 def test_a_resumed_run_is_the_straight_one(make: Make, tmp_path: Path, name: str) -> None:
     base = found(name)
     settings = partial(
