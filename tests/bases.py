@@ -88,10 +88,14 @@ def _unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**settings | changes)
 
 
-# Two levels of one width, one layer on the way up, one attention between them: few kernels to compile.
-SLIM = {
-    "block_out_channels": (32, 32), "layers_per_block": 0,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
+# Two levels of one width, one layer on the way up: attention in the middle and after it.
+LEAN = {
+    "block_out_channels": (64, 64), "layers_per_block": 0, "down_block_types": ("DownBlock2D", "DownBlock2D"),
+}  # fmt: skip
+# "slim" has attention in the middle only: few kernels to compile.
+SIZES: dict[str, dict[str, Any]] = {
+    "whole": {}, "lean": LEAN,
+    "slim": {**LEAN, "block_out_channels": (32, 32), "up_block_types": ("UpBlock2D", "UpBlock2D")},
 }  # fmt: skip
 
 
@@ -113,10 +117,10 @@ def _save(folder: Path, pipeline: str, components: dict[str, Any], **options: An
 
 
 @cache
-def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
-    """A Stable Diffusion of half a million parameters: 64 px, latents (4, 8, 8), tokens (32,).
+def sd(prediction: str = "epsilon", size: str = "lean") -> Path:
+    """A small Stable Diffusion: 64 px, latents (4, 8, 8), tokens (32,).
 
-    A slim one differs in the denoiser only: it takes the same shards.
+    Its sizes differ in the denoiser only: they take the same shards.
     """
 
     def fill(folder: Path) -> None:
@@ -124,16 +128,16 @@ def sd(prediction: str = "epsilon", slim: bool = False) -> Path:
         with rng.seeded("tests", "sd"):
             components = {
                 "vae": _vae(), "text_encoder": CLIPTextModel(_clip(words)), "tokenizer": words,
-                "unet": _unet(**SLIM if slim else {}), "scheduler": _noise(prediction_type=prediction),
+                "unet": _unet(**SIZES[size]), "scheduler": _noise(prediction_type=prediction),
                 "safety_checker": None, "feature_extractor": None,
             }  # fmt: skip
         _save(folder, "StableDiffusionPipeline", components, requires_safety_checker=False)
 
-    return once(f"sd-{prediction}{'-slim' if slim else ''}", fill)
+    return once(f"sd-{prediction}-{size}", fill)
 
 
 @cache
-def sdxl(slim: bool = False) -> Path:
+def sdxl(size: str = "whole") -> Path:
     """An SDXL of 64 px: two text encoders side by side, pooled embedding, size and crop."""
 
     def fill(folder: Path) -> None:
@@ -145,12 +149,12 @@ def sdxl(slim: bool = False) -> Path:
                 "tokenizer": words, "tokenizer_2": clip_words(), "scheduler": _noise(),
                 "unet": _unet(
                     cross_attention_dim=2 * WIDTH, addition_embed_type="text_time", addition_time_embed_dim=8,
-                    projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SLIM if slim else {},
+                    projection_class_embeddings_input_dim=WIDTH + 6 * 8, **SIZES[size],
                 ),
             }  # fmt: skip
         _save(folder, "StableDiffusionXLPipeline", components)
 
-    return once("sdxl-slim" if slim else "sdxl", fill)
+    return once(f"sdxl-{size}", fill)
 
 
 def _t5(number: str = "", width: int = WIDTH) -> dict[str, Any]:
@@ -452,8 +456,8 @@ FLOW: dict[str, Callable[[], Path]] = {  # family -> its miniature
 }
 ALL: dict[str, Callable[[], Path]] = {
     "sd": sd, "sd-v": lambda: sd("v_prediction"), "sdxl": sdxl, "if-1": if_1, "if-2": if_2,
-    "sd-slim": lambda: sd(slim=True), "sd-v-slim": lambda: sd("v_prediction", slim=True),
-    "sdxl-slim": lambda: sdxl(slim=True), **FLOW,
+    "sd-slim": lambda: sd(size="slim"), "sd-v-slim": lambda: sd("v_prediction", size="slim"),
+    "sdxl-slim": lambda: sdxl(size="slim"), **FLOW,
     "sd3-without-t5": lambda: sd3(with_t5=False),
 }  # fmt: skip
 OF_FAMILY = {"sd": sd, "sdxl": sdxl, "deepfloyd": if_1, "deepfloyd-2": if_2, **FLOW}

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ GOLDEN = Path(__file__).with_name("golden_targets.json")
 def matched() -> dict[str, dict[str, list[str]]]:
     """family component preset -> names of the modules that get an adapter."""
     found: dict[str, dict[str, list[str]]] = {}
-    for family_name, make in bases.OF_FAMILY.items():
+    for family_name, make in {**bases.OF_FAMILY, "sd": partial(bases.sd, size="whole")}.items():
         base, family = Base.find(Model(path=str(make()))), families.get(family_name)
         for component in family.adaptable:
             part = "denoiser" if component == family.denoiser else "text_encoder"

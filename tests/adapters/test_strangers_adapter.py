@@ -18,7 +18,7 @@ from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
 from tests.hostile import Refused
 
-LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 WIDE = 32  # inputs and outputs of that layer
 Harm = Callable[[Path], object]
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [LAYER]}

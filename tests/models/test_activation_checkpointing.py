@@ -38,7 +38,7 @@ def test_gradients_are_the_same_and_more_is_computed_in_each_mode(
     grads, flops = [], []
     for mode in MODES:
         cfg = make(
-            model__path=str(bases.sd(slim=True)),
+            model__path=str(bases.sd(size="slim")),
             train__gradient_checkpointing=mode,
             optim__clip=1e9,
             **settings,
@@ -107,7 +107,7 @@ def test_a_compiled_denoiser_keeps_no_more_than_its_budget(make: Make, prepared:
     for budget in (None, 0.3):
         torch._dynamo.reset()
         cfg = make(
-            model__path=str(bases.sd(slim=True)), train__compile=True, train__activation_memory=budget,
+            model__path=str(bases.sd(size="slim")), train__compile=True, train__activation_memory=budget,
             train__micro_batch=4,
         )  # fmt: skip
         model, batches = build(cfg, prepared), stream(cfg, prepared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def unet(base: Callable[[], object]) -> Callable[[], nn.Module]:
 
 UNET = {"BasicTransformerBlock": 4, "ResnetBlock2D": 8}
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
-    "sd": (unet(bases.sd), UNET),
+    "sd": (unet(partial(bases.sd, size="whole")), UNET),
     "sdxl": (unet(bases.sdxl), UNET),
     "deepfloyd": (unet(bases.if_1), {"ResnetBlock2D": 10}),  # no transformer blocks
     "deepfloyd-2": (unet(bases.if_2), {"ResnetBlock2D": 10}),

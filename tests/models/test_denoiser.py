@@ -35,7 +35,7 @@ def test_it_takes_what_was_counted() -> None:
 
 
 def test_blocks_are_swapped_where_there_is_no_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, work = Base.find(Model(path=str(bases.sd()))), Work(1, Size.square(64), 32)
+    base, work = Base.find(Model(path=str(bases.sd(size="whole")))), Work(1, Size.square(64), 32)
     found = denoiser.needs(base, "full", torch.float32, work)
     lacking = block_swap.saved_bytes(found.blocks, 5)
     monkeypatch.setattr(denoiser, "PLENTY", 1e9)

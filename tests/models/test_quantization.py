@@ -281,7 +281,7 @@ def test_training_losses_stay_close(make: Make, prepared: Path, precision: str, 
     losses = []
     for linears in ("full", storage):
         cfg = make(
-            model__path=str(bases.sd(slim=True)), train__base_linears=linears, train__precision=precision,
+            model__path=str(bases.sd(size="slim")), train__base_linears=linears, train__precision=precision,
             optim__lr=0.01,
         )  # fmt: skip
         model, batches = build(cfg, prepared), stream(cfg, prepared)

@@ -69,7 +69,7 @@ def vae_name(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = bases.sd()
+    base = bases.sd(size="whole")
     unet = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
     attentive = {int(n.split(".")[1]) for n in unet if n.startswith("up_blocks") and ".attentions." in n}
     tensors: dict[str, Tensor] = {
@@ -92,8 +92,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
-    base = Base.find(Model(path=str(single_file), config=str(bases.sd())))
-    original = Base.find(Model(path=str(bases.sd())))
+    base = Base.find(Model(path=str(single_file), config=str(bases.sd(size="whole"))))
+    original = Base.find(Model(path=str(bases.sd(size="whole"))))
     for component in ("unet", "vae", "text_encoder"):
         here, there = (one.load(component).state_dict() for one in (base, original))
         assert here.keys() == there.keys()
@@ -101,7 +101,7 @@ def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
 
 
 def test_the_whole_job_with_a_single_file(make: Make, tmp_path: Path, single_file: Path) -> None:
-    make(model={"path": str(single_file), "config": str(bases.sd())}, train__steps=1,
+    make(model={"path": str(single_file), "config": str(bases.sd(size="whole"))}, train__steps=1,
          sample__prompts=["a dog"], sample__images=1, sample__steps=1)  # fmt: skip
     done = dbtrain("run", tmp_path / "c.yaml", ranks=2)
     assert done.returncode == 0
@@ -114,7 +114,7 @@ def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) ->
         Base.find(Model(path=str(tmp_path / "model.ckpt")))
     (tmp_path / "cut.safetensors").write_bytes(single_file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="cannot read a model"):
-        Base.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd())))
+        Base.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd(size="whole"))))
     assert not list((tmp_path / "cache").rglob("model_index.json"))
 
 

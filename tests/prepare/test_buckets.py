@@ -293,7 +293,7 @@ def test_held_out_photos_keep_their_shapes(make: Make, shapes: Path) -> None:
 @pytest.mark.slow
 def test_the_denoiser_is_compiled_once_a_size(make: Make, shapes: Path) -> None:
     """With code of its own for each: a second shape would else make it general, and slower."""
-    cfg = configured(make, shapes, model__path=str(bases.sd(slim=True)))
+    cfg = configured(make, shapes, model__path=str(bases.sd(size="slim")))
     folder = prepare(cfg)
     model = build(cfg, folder)
     made: list[tuple[int, ...]] = []

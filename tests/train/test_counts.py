@@ -131,7 +131,7 @@ def counted(make: Make, folder: Path, prepared: Path, *overrides: str) -> Any:
     """Real steps of two ranks: DDP, LoRA, accumulation, gradient checkpointing."""
     shutil.copytree(prepared, folder / "shards", dirs_exist_ok=True)
     make(
-        model__path=str(bases.sd(slim=True)), train__global_batch=8, train__micro_batch=2,
+        model__path=str(bases.sd(size="slim")), train__global_batch=8, train__micro_batch=2,
         train__gradient_checkpointing="blocks", train__precision="bf16", adapter__rank=512,
     )  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -89,7 +89,7 @@ def test_a_mode_gives_the_plain_losses(make: Make, prepared: Path, name: str) ->
 @pytest.mark.xdist_group("inductor")  # the next one finds most kernels in the cache
 @pytest.mark.parametrize("backend", COMPILED)
 def test_a_compiled_step_gives_the_plain_losses(make: Make, prepared: Path, backend: str) -> None:
-    compare(partial(make, model__path=str(bases.sd(slim=True))), prepared, COMPILED[backend], backend)
+    compare(partial(make, model__path=str(bases.sd(size="slim"))), prepared, COMPILED[backend], backend)
 
 
 def test_rows_on_the_device_are_the_same_batches(make: Make, prepared: Path) -> None:

@@ -184,7 +184,7 @@ def test_compiled_it_takes_one_graph_more_and_no_other(make: Make, prepared: Pat
         graphs.append(len(inputs))
         return graph.forward
 
-    cfg = make(**PREDICTED, adapter__bias="all", model__path=str(bases.sd(slim=True)))
+    cfg = make(**PREDICTED, adapter__bias="all", model__path=str(bases.sd(size="slim")))
     plain, model = (awake(build(cfg, prepared)) for _ in range(2))
     kernels.compile_module(model.denoiser, True, counting)
     counts, losses = [], []

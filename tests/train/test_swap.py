@@ -36,8 +36,9 @@ from tests.runs import tree
 from tests.session import once
 
 BASES: dict[str, tuple[Callable[[], Path], int]] = {  # and how many blocks each has
-    "sd": (bases.sd, 12), "sdxl": (bases.sdxl, 12), "flux1": (lambda: bases.flux1(heads=4), 3),
-    "z-image": (bases.z_image, 4), "qwen-image": (lambda: bases.qwen_image(layers=5, heads=4), 5),
+    "sd": (lambda: bases.sd(size="whole"), 12), "sdxl": (bases.sdxl, 12),
+    "flux1": (lambda: bases.flux1(heads=4), 3), "z-image": (bases.z_image, 4),
+    "qwen-image": (lambda: bases.qwen_image(layers=5, heads=4), 5),
 }  # fmt: skip
 
 

@@ -320,7 +320,7 @@ def test_looking_compiles_nothing_anew(
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(kernels, "compile_module", partial(kernels.compile_module, backend="eager"))
-    slim = str(bases.sd(slim=True))
+    slim = str(bases.sd(size="slim"))
     same = partial(make, model__path=slim, data__shards=str(prepared), train__compile=True)
     graphs = []
     for name, more in (("off", {}), ("on", {"validation__prompts": PROMPTS, "validation__every": 1})):
