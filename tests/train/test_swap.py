@@ -105,6 +105,20 @@ def test_swapped_blocks_train_as_resident_ones_do(
     assert same(outcome(configs(**settings)), outcome(configs(**settings, train__swap_blocks=count)))
 
 
+def test_prompts_of_several_lengths_pass_the_blocks_once_for_each(make: Make) -> None:
+    settings = partial(
+        make, model__path=str(bases.chroma()), prepare__class_prompt="a large photo of one dog in the snow",
+        train__micro_batch=2, train__gradient_checkpointing="blocks",
+    )  # fmt: skip
+    prepare(settings())
+    with trainer.steps(settings(train__swap_blocks=3)) as job:
+        passes: list[object] = []
+        job.model.denoiser.register_forward_hook(lambda *_: passes.append(None))
+        job.take(0)
+        assert len(passes) == 4 and swapped(job.model) == 3, "two micro-batches of two lengths each"
+    assert same(outcome(settings()), outcome(settings(train__swap_blocks=3)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd", "flux1"])  # every base: above
 def test_a_run_is_the_same_to_the_byte(make: Make, tmp_path: Path, name: str) -> None:
