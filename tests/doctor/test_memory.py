@@ -62,7 +62,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("sd", {}),
     ("sd", {"train__precision": "bf16", "train__micro_batch": 4}),
     ("sd", {"train__gradient_checkpointing": "blocks", "train__base_linears": "int8"}),
-    ("sd", {"train__gradient_checkpointing": "transformer", "train__swap_blocks": 8}),
+    ("sd", {"train__gradient_checkpointing": "transformer", "train__swap_blocks": 4}),
     ("sd", {"train__gradient_checkpointing": "blocks", "train__base_linears": "nf4"}),
     ("sd", {"train__gradient_checkpointing": "transformer", "adapter__text_encoder": {"rank": 2}}),
     ("sdxl", {"train__precision": "bf16"}),

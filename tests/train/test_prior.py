@@ -158,7 +158,7 @@ MODES: list[Any] = [
     ({"train__gradient_checkpointing": "blocks", "train__swap_blocks": 5, "adapter__bias": "all"}, None),
     ({"train__base_linears": "int8", "adapter__dora": True}, "train__base_linears"),
     ({"train__precision": "bf16", "adapter__bias": "all"}, "train__precision"),
-    slow({"train__swap_blocks": 12, "train__gradient_checkpointing": "transformer"}, None),
+    slow({"train__swap_blocks": 6, "train__gradient_checkpointing": "transformer"}, None),
 ]
 
 
