@@ -37,6 +37,7 @@ from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.runtime import console, dist
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SCORES
+from dbtrain.sample.sample import Kept
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import render
 
@@ -150,10 +151,11 @@ def train(plan: Plan, cell: Cell) -> dict[int, JudgeScores]:
         trainer.prepare(cfg)
         trainer.train(cfg)
         real = [render(cell.subject.scene(number)) for number in HELD_OUT]
-        base = plan.work / "base" / cell.subject.kind
+        base, kept = plan.work / "base" / cell.subject.kind, Kept()
         for step, out in folders.items():
             adapter = trainer.export(cfg, step, out)
-            tiny_judge.evaluate(cfg, str(adapter), out, base, real, plan.pictures)
+            drawn = tiny_judge.draw(cfg, str(adapter), out, base, kept, plan.pictures)
+            tiny_judge.score(drawn, real)
     return {step: JudgeScores.load(out / SCORES) for step, out in folders.items()}
 
 

@@ -24,6 +24,7 @@ from dbtrain.evaluate import tiny_judge
 from dbtrain.evaluate.tiny_judge import JudgeScores
 from dbtrain.runtime import console
 from dbtrain.runtime.run_folder import SCORES
+from dbtrain.sample.sample import Kept
 from dbtrain.tiny import world
 from dbtrain.tiny.paint import KINDS, Scene, render
 
@@ -76,9 +77,8 @@ def train(plan: Plan, cell: Cell) -> JudgeScores:
         adapter = trainer.export(cfg, plan.steps[-1], out)
         alone = cfg.override(f"prepare.photos={photos.with_name('alone')}", "prepare.mask=false")
         photograph(cell.subject, alone)  # by which the judge knows the subject
-        tiny_judge.evaluate(
-            alone, str(adapter), out, plan.work / "base" / cell.subject.kind, real, plan.pictures
-        )
+        base = plan.work / "base" / cell.subject.kind
+        tiny_judge.score(tiny_judge.draw(alone, str(adapter), out, base, Kept(), plan.pictures), real)
     return JudgeScores.load(out / SCORES)
 
 

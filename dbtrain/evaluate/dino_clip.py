@@ -29,7 +29,7 @@ from dbtrain.runtime import console, dist, files, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SCORES, SHEET
-from dbtrain.sample.sample import sample, without_and_with
+from dbtrain.sample.sample import Kept, sample, without_and_with
 
 SHOWN = 5  # images in a row of the sheet
 
@@ -69,30 +69,34 @@ class Scenario:
         return content_key([content, [text for _, text in self.prompts], self.dino.key(), self.clip.key()])
 
 
-def evaluate(cfg: Config, adapter: str, out: Path, base_out: Path | None = None) -> Scores | None:
-    """Generate, embed and score; returns the scores on rank 0, None on the others.
+def draw(cfg: Config, adapter: str, out: Path, base_out: Path | None, kept: Kept) -> Scenario:
+    """Generate what is missing: the images of `adapter` in `out`, the base's in `base_out`.
 
-    Writes `scores.json` and `sheet.png` to `out`, and the base model's images to `base_out`, which several
-    adapters can share. Keeps scores and images that are up to date. Raises ConfigError for what a user can
+    Several adapters can share `base_out`; None is a folder in `out`. Raises ConfigError for what a user can
     fix before it generates anything.
     """
-    dist.init()
-    # Generate what is missing.
     scenario = _plan(cfg, adapter, out, base_out or out / "base")
     prompts, of_class = [text for text, _ in scenario.prompts], [scenario.about.class_prompt]
     ours = cfg.evaluation
     few, many = (subject.sampling(cfg, count, ours.seed) for count in (ours.images, ours.class_images))
     for mix, folder in zip(without_and_with(adapter), (scenario.base_out, out), strict=True):
-        sample(few, prompts, [mix], folder / "subject")
-        sample(many, of_class, [mix], folder / "class")
-    # Keep scores of the same images and models.
+        sample(few, prompts, [mix], folder / "subject", kept)
+        sample(many, of_class, [mix], folder / "class", kept)
+    return scenario
+
+
+def score(scenario: Scenario) -> Scores | None:
+    """Embed and score images; returns the scores on rank 0, None on the others.
+
+    Writes `scores.json` and `sheet.png`, unless there are those of the same images and models.
+    """
+    out = scenario.out
     with dist.agreed():
         key = scenario.key() if dist.is_main() else ""
         existing = _existing(out, key) if dist.is_main() else None
     if dist.from_main(existing is not None):
         console.say(f"{out / SCORES} is up to date: nothing to do")
         return existing
-    # Embed and score.
     scores = _score(scenario)
     with dist.agreed():
         if scores:

@@ -26,6 +26,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist, files
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.run_folder import CONFUSION, SCORES, SHEET, RunFolder, adapter_in, read_state, step_of
+from dbtrain.sample.sample import Kept
 
 BLEED = "images of a subject that look more like another one"
 FEW = 3  # fewer checkpoints than this are hardly a choice
@@ -35,7 +36,8 @@ FEW = 3  # fewer checkpoints than this are hardly a choice
 class Scorer:
     """How adapters are scored, and the rule that compares checkpoints."""
 
-    evaluate: Callable[[Config, str, Path, Path | None], Any]  # the scores, on rank 0
+    draw: Callable[[Config, str, Path, Path | None, Kept], Any]  # the images, for `score`
+    score: Callable[[Any], Any]  # the scores, on rank 0
     load: Callable[[Path], Any]  # the scores in a scores.json
     shown: Callable[[Any], list[tuple[str, str]]]  # (label, value) of each score
     rule: Rule
@@ -44,10 +46,11 @@ class Scorer:
 
 
 DINO_AND_CLIP = Scorer(
-    dino_clip.evaluate, fidelity.Scores.load, fidelity.shown, choice.DINO_AND_CLIP, dino_clip.likeness
-)
+    dino_clip.draw, dino_clip.score, fidelity.Scores.load, fidelity.shown, choice.DINO_AND_CLIP,
+    dino_clip.likeness,
+)  # fmt: skip
 CLASSIFIER = Scorer(
-    tiny_judge.evaluate, tiny_judge.JudgeScores.load, tiny_judge.shown, choice.CLASSIFIER,
+    tiny_judge.draw, tiny_judge.score, tiny_judge.JudgeScores.load, tiny_judge.shown, choice.CLASSIFIER,
     tiny_judge.likeness,
 )  # fmt: skip
 
@@ -63,14 +66,26 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
     `beside` is the `scores.json` of another run, to show next to this one's.
     """
     dist.init()
-    judge, out = judge_of(cfg), RunFolder(cfg.run_dir).scores
+    judge = judge_of(cfg)
     with dist.agreed():
         if beside and cfg.subjects:
             raise ConfigError("--beside compares the scores of one subject; this config has several")
         other = judge.load(beside) if beside else None
+    yield from score(cfg, draw(cfg, Kept()), other)
+
+
+def draw(cfg: Config, kept: Kept) -> list[Any]:
+    """Generate what is missing to score the run's adapter: each subject's images, for `score`."""
+    judge, each = judge_of(cfg), _each_subject(cfg, RunFolder(cfg.run_dir).scores)
+    return [judge.draw(one, cfg.run_dir, folder, None, kept) for one, folder in each]
+
+
+def score(cfg: Config, drawn: Sequence[Any], other: Any = None) -> Iterator[str]:
+    """Score what `draw` gave, and yield lines to print on rank 0. `other`: scores to show beside."""
+    judge, out = judge_of(cfg), RunFolder(cfg.run_dir).scores
     each, every = _each_subject(cfg, out), []
-    for one, folder in each:
-        if scores := judge.evaluate(one, cfg.run_dir, folder, None):
+    for (one, folder), images in zip(each, drawn, strict=True):
+        if scores := judge.score(images):
             every.append(scores)
             if cfg.subjects:
                 yield f"{one.subject.token} {one.subject.class_word}"
@@ -139,15 +154,22 @@ def checkpoints(cfg: Config) -> Iterator[str]:
     `scores/checkpoints.json` and, if matplotlib is installed, `scores/checkpoints.png`.
     """
     dist.init()
-    # Score each candidate.
-    judge, run, base = judge_of(cfg), RunFolder(cfg.run_dir), Base.find(cfg.model)
+    judge, run = judge_of(cfg), RunFolder(cfg.run_dir)
     with dist.agreed():
-        found = candidates(cfg, base, run)
-    rows: list[dict[str, Any]] = []
+        found = candidates(cfg, Base.find(cfg.model), run)
+    # Generate the images of each candidate.
+    kept, drawn = Kept(), []
     for number, one in enumerate(found, 1):
         console.say(f"{one.name} ({number} of {len(found)})")
         parts = zip(_each_subject(cfg, one.out), _each_subject(cfg, run.scores / "base"), strict=True)
-        each = [judge.evaluate(part, str(one.adapter), out, base) for (part, out), (_, base) in parts]
+        drawn.append([
+            judge.draw(part, str(one.adapter), out, base, kept) for (part, out), (_, base) in parts
+        ])  # fmt: skip
+    # Score each candidate, without the base in memory.
+    del kept
+    rows: list[dict[str, Any]] = []
+    for one, images in zip(found, drawn, strict=True):
+        each = [judge.score(part) for part in images]
         if all(each):
             rows.append({"name": one.name, "step": one.step, "exported": one.exported, **_mean(each)})
     # Write and show the table.

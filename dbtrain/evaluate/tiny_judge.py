@@ -24,7 +24,7 @@ from dbtrain.evaluate.scores import among, frechet
 from dbtrain.runtime import dist, files
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SCORES, SHEET
-from dbtrain.sample.sample import NO_ADAPTER, Mix, sample
+from dbtrain.sample.sample import NO_ADAPTER, Kept, Mix, sample
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import SAME, Judge, as_tensor
 from dbtrain.tiny.paint import KINDS
@@ -104,21 +104,26 @@ def shown(scores: JudgeScores) -> list[tuple[str, str]]:
     return [(text, "-" if value is None else form.format(value)) for text, form, value in found]
 
 
-def evaluate(
-    cfg: Config,
-    adapter: str,
-    out: Path,
-    base_out: Path | None = None,
-    real: Sequence[Image.Image] = (),
-    subject_images: int | None = None,
-) -> JudgeScores | None:
-    """Generate and judge images; returns the scores on rank 0, None on the others.
+@dataclass(frozen=True)
+class Drawn:
+    """Images to judge, in folders that `sample` filled."""
 
-    Writes `scores.json` and `sheet.png` to `out`, and the base's images to `base_out`, which several runs can
-    share. Keeps existing images. Raises ConfigError if the photos are not of the embedded base's world.
+    kind: str  # the class
+    photos: Sequence[Image.Image]
+    prompts: Sequence[str]  # the subject by itself, and in each place
+    of_class: str  # the prompt of the class
+    out: Path
+    base_out: Path
+
+
+def draw(
+    cfg: Config, adapter: str, out: Path, base_out: Path | None, kept: Kept, count: int | None = None
+) -> Drawn:
+    """Generate what is missing: the images of `adapter` in `out`, the base's in `base_out`.
+
+    Several adapters can share `base_out`; None is a folder in `out`. `count`: images of the subject for each
+    prompt, `SUBJECT_IMAGES` by default. Raises ConfigError if the photos are not of the base's world.
     """
-    dist.init()
-    # Generate what is missing.
     mix = Mix.parse(adapter)
     with dist.agreed():
         kind, photos = _subject(cfg)
@@ -128,28 +133,36 @@ def evaluate(
     prompts = [subject, *(f"{subject} {words}" for words in world.PLACE_WORDS.values())]
     base_out = base_out or out / "base"
     few, many, twice = (
-        subjects.sampling(cfg, count, FIRST_SEED)
-        for count in (subject_images or SUBJECT_IMAGES, CLASS_IMAGES, 2 * CLASS_IMAGES)
+        subjects.sampling(cfg, number, FIRST_SEED)
+        for number in (count or SUBJECT_IMAGES, CLASS_IMAGES, 2 * CLASS_IMAGES)
     )
-    sample(twice, [of_class], [NO_ADAPTER], base_out)
-    sample(many, [of_class], [mix], out / "class")
-    sample(few, prompts, [mix], out / "subject")
+    sample(twice, [of_class], [NO_ADAPTER], base_out, kept)
+    sample(many, [of_class], [mix], out / "class", kept)
+    sample(few, prompts, [mix], out / "subject", kept)
+    return Drawn(kind, photos, prompts, of_class, out, base_out)
+
+
+def score(drawn: Drawn, real: Sequence[Image.Image] = ()) -> JudgeScores | None:
+    """Judge images; returns the scores on rank 0, None on the others. Writes `scores.json` and `sheet.png`.
+
+    `real`: as for `judged`.
+    """
     if not dist.is_main():
         return None
-    # Score.
-    base, adapted = (_images(folder, 0) for folder in (base_out, out / "class"))
-    plain, *placed = (_images(out / "subject", prompt) for prompt in range(len(prompts)))
-    scores = judged(Judge.load(), kind, photos, base, adapted, plain, placed, real)
+    out, photos = drawn.out, drawn.photos
+    base, adapted = (_images(folder, 0) for folder in (drawn.base_out, out / "class"))
+    plain, *placed = (_images(out / "subject", prompt) for prompt in range(len(drawn.prompts)))
+    scores = judged(Judge.load(), drawn.kind, photos, base, adapted, plain, placed, real)
     values = asdict(scores) | {"labels": LABELS}
     files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
     # The contact sheet.
     by_place = dict(zip(world.PLACE_WORDS, placed, strict=True))
     rows = [
         SheetRow(photos[:5], "the photos"),
-        SheetRow(base[:5], "base", f'"{of_class}"'),
-        SheetRow([by_place[place][0] for place in SHOWN], "adapter", f'"{subject} ..."',
+        SheetRow(base[:5], "base", f'"{drawn.of_class}"'),
+        SheetRow([by_place[place][0] for place in SHOWN], "adapter", f'"{drawn.prompts[0]} ..."',
             [f"... {world.PLACE_WORDS[place]}" for place in SHOWN]),
-        SheetRow(adapted[:5], "", f'"{of_class}"'),
+        SheetRow(adapted[:5], "", f'"{drawn.of_class}"'),
     ]  # fmt: skip
     save_png(out / SHEET, contact_sheet(rows, least_cell=128))
     return scores

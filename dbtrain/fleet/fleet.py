@@ -26,6 +26,7 @@ from dbtrain.runtime.fleet_status import Status, Subject
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.lock import Lock
 from dbtrain.runtime.run_folder import SCORES, RunFolder
+from dbtrain.sample.sample import Kept
 from dbtrain.train import many, memory, slots
 from dbtrain.train.inputs import Inputs
 
@@ -157,12 +158,17 @@ class Work:
     def evaluate(self) -> None:
         """Score this rank's share of the adapters that have no scores yet."""
         cfgs = [entry.cfg for entry in self.entries.values() if entry.cfg]
+        kept, drawn = Kept(), []
         for cfg in cfgs[self.rank :: self.world]:
             run = RunFolder(cfg.run_dir)
             if run.done.exists() and not (run.scores / SCORES).exists():
                 with console.about(_name(cfg)), self._failing(_name(cfg)):
-                    for line in evaluate.evaluate(cfg):
-                        console.say(line)
+                    drawn.append((cfg, evaluate.draw(cfg, kept)))
+        del kept  # scoring needs its memory
+        for cfg, images in drawn:
+            with console.about(_name(cfg)), self._failing(_name(cfg)):
+                for line in evaluate.score(cfg, images):
+                    console.say(line)
 
     def _slots(self, cfg: Config, base: Base) -> int:
         """How many subjects this rank trains at once: the same as before, if the fleet has begun."""

@@ -43,6 +43,7 @@ class AdapterPipeline:
         device: torch.device | None = None,
         train: Train | None = None,
         memory_gib: float | None = None,
+        batch: int = 1,  # images to find room for, if they are more than those of the first call
     ) -> None:
         """`train`: how the denoiser is stored and swapped; `memory_gib`: for text encoders, see `encode`."""
         self.base, self.family, self.dtype = base, base.family, DTYPES[precision]
@@ -56,10 +57,9 @@ class AdapterPipeline:
         }
         self.encoded: dict[tuple[str, bool], dict[str, Tensor]] = {}  # (prompt, guided), by encoders apart
         self.swapped: int | None = None  # blocks; None: the pipeline is not on its device yet
+        self.batch = batch
         self.layouts: dict[str, dict[str, Any]] = {}  # adapter -> component -> layout
-        self.deltas: dict[
-            str, dict[nn.Parameter, Tensor]
-        ] = {}  # adapter -> what it adds to biases of the base
+        self.deltas: dict[str, dict[nn.Parameter, Tensor]] = {}  # what adapters add to biases of the base
         self.base_biases: dict[nn.Parameter, Tensor] = {}  # their original values
         self.scales: dict[str, float] = {}  # of the adapters in use
         self.words: dict[str, Words] = {}  # adapter -> the words that it has learned
@@ -224,7 +224,7 @@ class AdapterPipeline:
         size = Size.square(side) if side else None
         self.encode(prompts, guidance)
         if self.swapped is None:
-            self._move(len(seeds), guidance, size)
+            self._move(max(len(seeds), self.batch), guidance, size)
         own = [_scales(one) for one in adapters] or [self.scales] * len(seeds)
         how = (generators, steps, guidance, size, images)
         with self._adapting(own, prompts, guidance) as rows:

@@ -56,11 +56,38 @@ class Mix:
 NO_ADAPTER = Mix("no adapter", ())
 
 
-def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path | None = None) -> Path:
+class Kept:
+    """The base of the last call of `sample`, for further calls that want the same one."""
+
+    def __init__(self) -> None:
+        self._wanted: object = None
+        self._pipe: AdapterPipeline | None = None
+
+    def pipe(self, cfg: Config, base: Base, side: int | None) -> AdapterPipeline:
+        """The base without adapters; loaded if the last one was another, or made for other images."""
+        gib, settings = cfg.prepare.memory_gib if cfg.prepare else None, cfg.sample
+        wanted = (cfg.model, cfg.train.base_linears, cfg.train.swap_blocks, gib, side,
+                  settings.precision, settings.batch, settings.guidance)  # fmt: skip
+        if self._pipe is None or wanted != self._wanted:
+            self._pipe = None  # there may be no room for both
+            self._pipe = AdapterPipeline(
+                base, settings.precision, train=cfg.train, memory_gib=gib, batch=settings.batch
+            )
+            self._wanted = wanted
+        for name in self._pipe.names():
+            self._pipe.remove(name)
+        return self._pipe
+
+
+def sample(
+    cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path | None = None,
+    kept: Kept | None = None,
+) -> Path:  # fmt: skip
     """Generate images of every prompt with every mix, split over ranks; return the contact sheet's path.
 
     `cfg.sample` sets the number of images, the seeds, and the sampler. Does nothing if the sheet exists
-    and was made with the same base, adapters, and settings.
+    and was made with the same base, adapters, and settings. Calls that are given the same `kept` load the
+    base once.
     """
     dist.init()
     if not prompts:
@@ -80,7 +107,7 @@ def sample(cfg: Config, prompts: Sequence[str], mixes: Sequence[Mix], out: Path 
         console.say(f"{sheet} is up to date: nothing to do")
         return sheet
     with dist.agreed():
-        request.generate(out, low_res, key)
+        request.generate(out, low_res, key, kept or Kept())
     duration.remember(cfg, "sample")
     with dist.agreed():
         if dist.is_main():
@@ -138,7 +165,7 @@ class _Request:
         """(mix, prompt, seed) of every image."""
         return list(product(range(len(self.mixes)), range(len(self.prompts)), self.seeds))
 
-    def generate(self, out: Path, low_res: Sequence[Image.Image], key: str) -> None:
+    def generate(self, out: Path, low_res: Sequence[Image.Image], key: str, kept: Kept) -> None:
         """Generate this rank's images in batches that do not depend on the number of ranks.
 
         Images with different adapters share them. Batches whose images an interrupted call with the same
@@ -153,8 +180,7 @@ class _Request:
             return
 
         # Load the base and all adapters.
-        gib = self.cfg.prepare.memory_gib if self.cfg.prepare else None
-        pipe = AdapterPipeline(self.base, settings.precision, train=self.cfg.train, memory_gib=gib)
+        pipe = kept.pipe(self.cfg, self.base, self.side)
         pipe.encode([self.prompts[p] for batch in mine for _, p, _ in batch], settings.guidance)
         if dist.is_main():  # warns about prompts that are too long for the base
             encoders = self.base.family.text_encoders

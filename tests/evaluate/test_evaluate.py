@@ -28,6 +28,7 @@ from dbtrain.models.base import Base
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.sample.sample import Kept
 from dbtrain.tiny import world
 from tests import eyes
 from tests.conftest import ROOT, Make, config_in, dbtrain, draw_photo, train
@@ -95,6 +96,10 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / math.sqrt((a @ a) * (b @ b)))
 
 
+def scored_by_dino_and_clip(cfg: Config, adapter: str, out: Path) -> fidelity.Scores | None:
+    return dino_clip.score(dino_clip.draw(cfg, adapter, out, None, Kept()))
+
+
 def mean(values: Any) -> float:
     found = list(values)
     return sum(found) / len(found)
@@ -158,13 +163,13 @@ def test_a_second_call_does_nothing_and_two_ranks_score_alike(ran: Config, tmp_p
 @pytest.mark.slow
 def test_other_models_or_photos_are_scored_anew(ran: Config) -> None:
     run = Path(ran.run_dir)
-    assert dino_clip.evaluate(ran, ran.run_dir, run / "scores")
+    assert scored_by_dino_and_clip(ran, ran.run_dir, run / "scores")
     first = json.loads((run / "scores" / "scores.json").read_text())
     narrow = ran.evaluation.model_copy(update={"prompts": ("a {} in the rain", *PROMPTS[1:])})
-    assert dino_clip.evaluate(ran.model_copy(update={"evaluation": narrow}), ran.run_dir, run / "scores")
+    assert scored_by_dino_and_clip(ran.model_copy(update={"evaluation": narrow}), ran.run_dir, run / "scores")
     second = json.loads((run / "scores" / "scores.json").read_text())
     assert second["key"] != first["key"] and second["clip_t"] != first["clip_t"]
-    assert dino_clip.evaluate(ran, ran.run_dir, run / "scores") == fidelity.Scores.of(first)
+    assert scored_by_dino_and_clip(ran, ran.run_dir, run / "scores") == fidelity.Scores.of(first)
 
 
 def test_one_photo_has_no_ceiling() -> None:
@@ -208,7 +213,10 @@ def test_without_class_images_the_class_becomes_the_subject(
     ])  # fmt: skip
     prepare(cfg)
     train(cfg)
-    scores = evaluate.CLASSIFIER.evaluate(cfg, cfg.run_dir, tmp_path / "scores", tmp_path / "base")
+    scores = tiny_judge.score(
+        tiny_judge.draw(cfg, cfg.run_dir, tmp_path / "scores", tmp_path / "base", Kept())
+    )
+    assert scores
     assert scores.likeness > scores.likeness_base + 0.05
     assert scores.drift > scores.drift_base + 0.2
     assert scores.diversity < scores.diversity_base
@@ -238,7 +246,7 @@ def test_checkpoints_are_scored_and_one_is_suggested(ran: Config) -> None:
         alone = fidelity.Scores.load(run / "scores" / f"step-{row['step']:06d}" / "scores.json")
         assert fidelity.Scores.of(row) == alone
     assert rows[0]["dino"] != rows[1]["dino"] and rows[0]["dino_base"] == rows[1]["dino_base"]
-    plain = dino_clip.evaluate(ran, ran.run_dir, run / "scores")
+    plain = scored_by_dino_and_clip(ran, ran.run_dir, run / "scores")
     assert plain == fidelity.Scores.of(rows[1]), "the export is the last checkpoint"
     with Image.open(run / "scores" / "checkpoints.png") as plot:
         assert np.asarray(plot).std() > 10
@@ -329,7 +337,7 @@ def test_prompts_without_the_token_are_what_clip_reads() -> None:
 
 def told(cfg: Config) -> str:
     with pytest.raises(ConfigError) as caught:
-        dino_clip.evaluate(cfg, cfg.run_dir, Path(cfg.run_dir) / "scores")
+        scored_by_dino_and_clip(cfg, cfg.run_dir, Path(cfg.run_dir) / "scores")
     assert not (Path(cfg.run_dir) / "scores").exists(), "refused before anything is drawn"
     return "\n".join(caught.value.problems)
 
@@ -385,8 +393,8 @@ def test_scores_of_the_other_judge_are_not_shown_beside(ran: Config, tmp_path: P
 def test_photos_and_a_prepare_section_are_needed(make: Make, tmp_path: Path) -> None:
     cfg = make()
     with pytest.raises(ConfigError, match="no prepare section"):
-        dino_clip.evaluate(cfg.model_copy(update={"prepare": None}), "none", tmp_path / "out")
+        scored_by_dino_and_clip(cfg.model_copy(update={"prepare": None}), "none", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"prepare\.photos: no photos"):
-        dino_clip.evaluate(make(prepare__photos=str(tmp_path / "empty")), "none", tmp_path / "out")
+        scored_by_dino_and_clip(make(prepare__photos=str(tmp_path / "empty")), "none", tmp_path / "out")
     draw_photo(tmp_path / "empty" / "a.png", 1)

@@ -18,6 +18,7 @@ from dbtrain.evaluate import evaluate, tiny_judge
 from dbtrain.evaluate.scores import frechet, table
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.sample.sample import Kept
 from dbtrain.tiny import world
 from dbtrain.tiny.judge import Judge
 from dbtrain.tiny.paint import Scene, render
@@ -220,14 +221,14 @@ def test_checkpoints_are_compared_by_likeness_and_place(
 
 def test_evaluate_refuses_what_it_cannot_judge(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ends in 'dog'"):
-        tiny_judge.evaluate(make(), "none", tmp_path / "out")
+        tiny_judge.draw(make(), "none", tmp_path / "out", None, Kept())
     (tmp_path / "photos").mkdir()
     draw_photo(tmp_path / "photos" / "a.png", 1)
     cfg = make(prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt=PROMPTED)
     with pytest.raises(ConfigError, match=r"do not show the embedded base's mug; .*tiny\.world"):
-        tiny_judge.evaluate(cfg, "none", tmp_path / "out")
+        tiny_judge.draw(cfg, "none", tmp_path / "out", None, Kept())
     world.main(tmp_path / "mug", "mug")
     cfg = make(model__path="tiny", prepare__photos=str(tmp_path / "mug"), prepare__instance_prompt=PROMPTED)
     with pytest.raises(ConfigError, match="adapter"):
-        tiny_judge.evaluate(cfg, str(tmp_path / "run"), tmp_path / "out")
+        tiny_judge.draw(cfg, str(tmp_path / "run"), tmp_path / "out", None, Kept())
     assert not (tmp_path / "out").exists(), "before the base's images"

@@ -14,8 +14,15 @@ import pytest
 import yaml
 
 from dbtrain.config import Config
+from dbtrain.evaluate import evaluate
+from dbtrain.fleet import fleet as every
+from dbtrain.fleet.fleet import Request
+from dbtrain.models import sampler
+from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.fleet_status import Status
-from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.runtime.run_folder import SCORES, RunFolder
+from dbtrain.sample.sample import Kept
+from tests import eyes
 from tests.conftest import Make, Started, dbtrain, draw_photo, train
 from tests.runs import EXPORT, relative, tree
 
@@ -97,6 +104,38 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     # Longer.
     assert dbtrain(*fleet.line("a", "train.steps=5")).returncode == 0
     assert RunFolder(run).checkpoint(5).is_dir()
+
+
+def test_all_are_scored_on_a_base_that_is_loaded_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the scores of each by itself; one that cannot be scored stops no other."""
+    fleet.add(1, 2, 3)
+    settings = [f"evaluation.{name}={value}" for name, value in (
+        ("dino", eyes.dino()), ("clip", eyes.clip()), ("prompts", '["a {} on the beach"]'), ("images", 2),
+        ("class_images", 2),
+    )]  # fmt: skip
+    assert dbtrain(*fleet.line("a", *settings)).returncode == 0
+    runs = [RunFolder(fleet.folder / "a" / f"s{number}") for number in (1, 2, 3)]
+    loads: list[object] = []
+    build, draw = sampler.build, evaluate.draw
+    monkeypatch.setattr(sampler, "build", lambda *args: loads.append(args) or build(*args))
+
+    def failing(cfg: Config, kept: Kept) -> list[object]:
+        found = draw(cfg, kept)
+        if cfg.run_dir == str(runs[1].path):
+            raise ConfigError("it cannot be looked at")
+        return found
+
+    monkeypatch.setattr(evaluate, "draw", failing)
+    subjects = fleet.folder / "subjects"
+    request = Request(fleet.config, subjects, [f"run_dir={fleet.folder / 'a'}", *settings], 2, evaluate=True)
+    with pytest.raises(ConfigError) as caught:
+        every.fleet(request)
+    assert caught.value.problems[1:] == ("s2: it cannot be looked at",)
+    assert len(loads) == 1 and not (runs[1].scores / SCORES).exists()
+    together = (runs[2].scores / SCORES).read_bytes()
+    shutil.rmtree(runs[2].scores)
+    assert dbtrain("evaluate", runs[2].config).returncode == 0
+    assert (runs[2].scores / SCORES).read_bytes() == together != (runs[0].scores / SCORES).read_bytes()
 
 
 @pytest.mark.slow

@@ -14,11 +14,13 @@ from PIL import Image
 
 from dbtrain.adapters import inject
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats import word_file
+from dbtrain.adapters.tokens import Word
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.models import denoiser, sampler
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.sample.sample import AdapterPipeline, Mix, sample, sample_run
+from dbtrain.sample.sample import NO_ADAPTER, AdapterPipeline, Kept, Mix, sample, sample_run
 from tests import bases
 from tests.conftest import Make, train
 
@@ -94,6 +96,37 @@ def test_a_sheet_is_drawn_again_only_when_something_changed(
     assert sheet.stat().st_mtime_ns == stamp
     sample(cfg, ["a dog"], [Mix.parse(f"{runs[0]}:0.5")], out)
     assert sheet.stat().st_mtime_ns != stamp
+
+
+def test_a_base_that_is_kept_gives_the_images_of_one_loaded_anew(
+    make: Make, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After adapters of every sort: on blocks, on text encoders, on biases, of words."""
+    base = Base.find(make().model)
+    paths = [str(runs[0]), str(adapter(base, tmp_path / "b", bias="all")),
+             str(adapter(base, tmp_path / "c", kind="lokr")), str(runs[1])]  # fmt: skip
+    word_file.write(Path(paths[2]), base.family, [Word("sks", {"text_encoder": torch.ones(1, bases.WIDTH)})])
+    loads: list[object] = []
+    build = sampler.build
+    monkeypatch.setattr(sampler, "build", lambda *args: loads.append(args) or build(*args))
+
+    def images(name: str, kept: Kept | None) -> list[dict[str, bytes]]:
+        found = []
+        for number, text in enumerate((*paths, "none")):
+            out = tmp_path / name / str(number)
+            sample(make(sample__images=1), ["a photo of sks dog"], [Mix.parse(text)], out, kept)
+            found.append({path.name: path.read_bytes() for path in out.iterdir()})
+        return found
+
+    anew, kept = images("anew", None), Kept()
+    assert len(loads) == len(anew) == len({str(sorted(one.items())) for one in anew})
+    assert images("kept", kept) == anew and len(loads) == len(anew) + 1
+    for other in ({"sample__precision": "bf16"}, {"train__base_linears": "int8"}, {"sample__guidance": 2.0}):
+        cfg = make(sample__images=1, **other)
+        both = [sample(cfg, ["a dog"], [NO_ADAPTER], tmp_path / str((other, way)), way).parent
+                for way in (kept, None)]  # fmt: skip
+        one, again = ((folder / "00-00-seed0.png").read_bytes() for folder in both)
+        assert one == again
 
 
 def test_run_draws_the_config_s_prompts_without_and_with_the_adapter(make: Make, runs: list[Path]) -> None:
