@@ -62,6 +62,7 @@ RECIPES = {
     "prior by images, weight 2": ("loss.prior=images", "loss.prior_weight=2"),
     "prior by 128 images": ("loss.prior=images", "loss.prior_weight=1", "prepare.class_images=128"),
     "prior by prediction": ("loss.prior=prediction", "loss.prior_weight=1"),
+    "prior by distillation, weight 0.5": ("loss.prior_weight=0.5",),
     "prior by distillation, weight 1": ("loss.prior_weight=1",),
     "no class images": ("prepare.class_prompt=null", "loss.prior=none"),
     "class images at guidance 3": ("prepare.sampling.guidance=3",),
@@ -236,7 +237,7 @@ def _workers(count: int) -> Iterator[Callable[..., Iterable[Any]]]:
 def parser() -> argparse.ArgumentParser:
     words = common.parser(__doc__, "set")
     words.add_argument("--half", default="choosing", choices=get_args(world.Half))
-    words.add_argument("--looks", type=int, default=41, metavar="SEED", help="draws a list of subjects")
+    words.add_argument("--looks", type=int, default=42, metavar="SEED", help="draws a list of subjects")
     words.add_argument("--subjects", type=int, nargs="+", default=list(range(8)), help="numbers in that list")
     words.add_argument("--seeds", type=int, default=3, help="training runs of each subject and recipe")
     words.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="NAME",
