@@ -224,6 +224,7 @@ def test_scaling_counts_what_two_processes_send(tmp_path: Path, monkeypatch: pyt
     assert one.measures["efficiency"].median == 100 and two.measures["efficiency"].min > 0
 
 
+@pytest.mark.slow
 def test_the_flops_of_a_step_are_those_of_the_published_architectures(tmp_path: Path) -> None:
     """859.5 M and 2567 M parameters, as published; 1.7178 TFLOP for SD-1.5 with LoRA of rank 8."""
     with pytest.MonkeyPatch.context() as patch:

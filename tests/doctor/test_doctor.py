@@ -631,6 +631,7 @@ def test_the_adapter_s_size_is_that_of_the_trained_one(site: Site, look: Callabl
     assert any(name == "adapter" and f"about {count:,} parameters" in found.what for name, found in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forks")
 def test_a_dry_run_runs_and_leaves_nothing(site: Site, look: Callable[[], Rows], tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"

@@ -474,7 +474,8 @@ def test_the_table_of_families_is_complete() -> None:
     assert {kind for _, kind, _, _ in TABLE} == set(KINDS)
 
 
-@pytest.mark.parametrize("base", ["sdxl", slow("if-1"), slow("flux1"), slow("z-image")])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sdxl", "if-1", "flux1", "z-image"])
 def test_the_whole_job_on_two_processes(make: Make, tmp_path: Path, base: str) -> None:
     """Text encoders and accumulation on two ranks: one process gives the same."""
     changes: dict[str, Any] = {

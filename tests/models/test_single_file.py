@@ -100,6 +100,7 @@ def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
         assert all(torch.equal(here[name], there[name]) for name in there), component
 
 
+@pytest.mark.slow
 def test_the_whole_job_with_a_single_file(make: Make, tmp_path: Path, single_file: Path) -> None:
     make(model={"path": str(single_file), "config": str(bases.sd(size="whole"))}, train__steps=1,
          sample__prompts=["a dog"], sample__images=1, sample__steps=1)  # fmt: skip

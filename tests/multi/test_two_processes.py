@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests import bases
-from tests.conftest import REAL_PHOTOS, Make, dbtrain
+from tests.conftest import REAL_PHOTOS, Make, dbtrain, slow
 from tests.runs import relative, tree
 
 
@@ -50,7 +50,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(make: Make, tmp_path: Path, 
     assert relative(tmp_path / "one", tmp_path / "mixed") < 1e-3
 
 
-@pytest.mark.parametrize("pictures", [False, True], ids=["latents", "pictures"])
+@pytest.mark.parametrize("pictures", [False, slow(True)], ids=["latents", "pictures"])
 def test_prepare_gives_the_same_files_on_one_and_two_ranks(
     make: Make, tmp_path: Path, pictures: bool
 ) -> None:

@@ -21,7 +21,6 @@ from dbtrain.config import Config
 from dbtrain.data.pictures import save_png
 from dbtrain.report import palette, report, thumbs, usage, verdict
 from dbtrain.report.run import read
-from tests.conftest import slow
 from tests.report.conftest import SCORES, Page
 
 pytestmark = pytest.mark.xdist_group("report")
@@ -112,7 +111,8 @@ def test_sixteen_runs_are_a_small_page(browser: Page, many: Path) -> None:
     assert page.driver.get_log("browser") == []
 
 
-@pytest.mark.parametrize("theme", ["light", slow("dark")])
+@pytest.mark.slow
+@pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_colour_stands_for_two_runs(browser: Page, many: Path, theme: str) -> None:
     page = browser.open(many, theme=theme)
     swatches = page(

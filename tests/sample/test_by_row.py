@@ -91,7 +91,7 @@ def check(pipe: AdapterPipeline, uses: Sequence[Scales | str] = USES) -> None:
     assert all((one - other).abs().max() > 1e-2 for i, one in enumerate(alone) for other in alone[:i])
 
 
-@pytest.mark.parametrize("family", thinned(FAMILIES, 4))
+@pytest.mark.parametrize("family", thinned(FAMILIES, 12))
 def test_every_layer_of_every_family(family: str, tmp_path: Path) -> None:
     pipe = with_two(AdapterPipeline.load(str(bases.ALL[family]())), tmp_path)
     pipe.use({"one": 0.25})
@@ -114,6 +114,7 @@ def test_a_quantized_base(linears: Any, tmp_path: Path) -> None:
     check(with_two(AdapterPipeline(base, "fp32", train=Train(base_linears=linears)), tmp_path))
 
 
+@pytest.mark.slow
 def test_blocks_that_are_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(denoiser, "free", lambda device: 1.0)
     pipe = with_two(AdapterPipeline.load(str(bases.flux1())), tmp_path)

@@ -34,6 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made(folder / "work", folder / "model")
 
 
+@pytest.mark.slow
 def test_the_build_makes_an_ordinary_diffusers_folder(whole: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(whole, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)

@@ -47,6 +47,7 @@ def test_it_is_small() -> None:
     assert WEIGHTS.stat().st_size <= 2 * 2**20
 
 
+@pytest.mark.slow
 def test_it_is_trained_by_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"PICTURES": 64, "SUBJECTS": 40, "EACH": 2}.items():
         monkeypatch.setattr(training, name, value)

@@ -128,6 +128,7 @@ def interrupted(cfg: Config, every: int) -> Config:
     return cfg
 
 
+@pytest.mark.slow
 def test_images_are_scored_alike_in_a_run_that_was_interrupted(
     whole: Config, run_in: Callable[..., Config], tmp_path: Path
 ) -> None:

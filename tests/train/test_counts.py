@@ -114,6 +114,7 @@ def test_prodigy_and_a_moving_average_take_few_launches_and_no_host_reads() -> N
         assert mode.count["_local_scalar_dense"] == 0
 
 
+@pytest.mark.slow
 def test_the_count_sees_what_autocast_costs() -> None:
     """The limit above is one that a step as autocast would have it does not keep."""
     unet = denoiser().bfloat16()

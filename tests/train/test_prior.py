@@ -255,7 +255,8 @@ def test_shards_without_a_class_prompt_are_refused(make: Make, tmp_path: Path) -
         train(type(make()).from_dict(values))
 
 
-@pytest.mark.parametrize("name", ["sd", slow("flux1")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "flux1"])
 def test_the_step_takes_at_most_1_4_of_the_operations(make: Make, name: str) -> None:
     cfg = make(model__path=str(getattr(bases, name)()), train__micro_batch=2)
     base = Base.find(cfg.model)

@@ -109,7 +109,7 @@ CASES: list[Any] = [
     slow("sd", {"train__gradient_checkpointing": "blocks", "train__swap_blocks": 3}),
     slow("sdxl", TEXT),
     slow("deepfloyd", {}),
-    ("flux1", TEXT),
+    slow("flux1", TEXT),
     *(slow(name, {}) for name in FAMILIES),
 ]
 LOOSE = {"bf16": 0.1, "fp16": 0.1}  # relative distance from a run alone, by precision; it is of rounding
@@ -254,6 +254,7 @@ def batches_of_images(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return batches
 
 
+@pytest.mark.slow
 def test_images_that_decide_when_to_stop_have_batches_of_their_own(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +298,7 @@ def assert_alike(one: Path, other: Path, most: int = 2) -> None:
         assert max(high for _, high in difference.getextrema()) <= most, name
 
 
-@pytest.mark.parametrize("base", thinned([name for name in bases.OF_FAMILY if name != "deepfloyd-2"], 6))
+@pytest.mark.parametrize("base", thinned([name for name in bases.OF_FAMILY if name != "deepfloyd-2"], 12))
 def test_images_for_validation_share_batches(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
