@@ -180,8 +180,9 @@ def fleet(
     _load("fleet", config, overrides, listing.shared)
     with importing(at_start=True):
         from dbtrain.fleet import fleet as verb
+        from dbtrain.fleet.work import Request
 
-    verb.fleet(verb.Request(config, subjects, overrides or (), slots, watch, evaluate))
+    verb.fleet(Request(config, subjects, overrides or (), slots, watch, evaluate))
 
 
 @app.command()

@@ -109,7 +109,7 @@ def likeness(cfg: Config, out: Path, subjects: Sequence[Config]) -> Tensor:
     """DINO's mean cosine of a subject's images in `out` to each subject's photos, (images, subjects)."""
     dino = encoders.of(cfg.evaluation)[0]
     embed = partial(encoders.embed, load=images.load, view=dino.view, network=encoders.dino_images(dino))
-    pictures = embed(sorted((out / "subject").glob("*.png")))
+    pictures = embed(sorted((out / "subject").glob("??-??-seed*.png")))
     return torch.stack([(pictures @ embed(_photos(one)).T).mean(1) for one in subjects], 1)
 
 

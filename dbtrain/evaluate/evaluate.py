@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 
 from dbtrain.adapters.formats import registry as formats
 from dbtrain.config import Config
-from dbtrain.evaluate import choice, dino_clip, tiny_judge
+from dbtrain.evaluate import choice, dino_clip, encoders, tiny_judge
 from dbtrain.evaluate import scores as fidelity
 from dbtrain.evaluate.choice import Rule
 from dbtrain.models.base import Base
@@ -58,6 +58,12 @@ CLASSIFIER = Scorer(
 def judge_of(cfg: Config) -> Scorer:
     """The classifier for the embedded base, unless the config names a DINO; else DINO and CLIP."""
     return CLASSIFIER if choice.uses_classifier(cfg) else DINO_AND_CLIP
+
+
+def check(cfg: Config) -> None:
+    """Find or download the models that score `cfg`. Raises ConfigError if they are not to be had."""
+    if judge_of(cfg) is DINO_AND_CLIP:
+        encoders.of(cfg.evaluation)
 
 
 def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
@@ -166,7 +172,7 @@ def checkpoints(cfg: Config) -> Iterator[str]:
             judge.draw(part, str(one.adapter), out, base, kept) for (part, out), (_, base) in parts
         ])  # fmt: skip
     # Score each candidate, without the base in memory.
-    del kept
+    kept.free()
     rows: list[dict[str, Any]] = []
     for one, images in zip(found, drawn, strict=True):
         each = [judge.score(part) for part in images]

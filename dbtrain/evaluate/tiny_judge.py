@@ -153,9 +153,7 @@ def score(drawn: Drawn, real: Sequence[Image.Image] = ()) -> JudgeScores | None:
     base, adapted = (_images(folder, 0) for folder in (drawn.base_out, out / "class"))
     plain, *placed = (_images(out / "subject", prompt) for prompt in range(len(drawn.prompts)))
     scores = judged(Judge.load(), drawn.kind, photos, base, adapted, plain, placed, real)
-    values = asdict(scores) | {"labels": LABELS}
-    files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
-    # The contact sheet.
+    # The contact sheet, then the scores.
     by_place = dict(zip(world.PLACE_WORDS, placed, strict=True))
     rows = [
         SheetRow(photos[:5], "the photos"),
@@ -165,6 +163,8 @@ def score(drawn: Drawn, real: Sequence[Image.Image] = ()) -> JudgeScores | None:
         SheetRow(adapted[:5], "", f'"{drawn.of_class}"'),
     ]  # fmt: skip
     save_png(out / SHEET, contact_sheet(rows, least_cell=128))
+    values = asdict(scores) | {"labels": LABELS}
+    files.write_atomically(out / SCORES, json.dumps(values, indent=1) + "\n")
     return scores
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dbtrain.runtime import console, lock, pace
-from dbtrain.runtime.errors import ConfigError, printable
+from dbtrain.runtime.errors import ConfigError, os_problem, printable
 from dbtrain.runtime.fleet_status import NAME, Status
 from dbtrain.runtime.run_folder import RunFolder, step_of
 
@@ -28,6 +28,13 @@ def read(fleet: Path) -> Status:
 
 def found(path: Path) -> dict[str, Any]:
     """State, step and problem of the subject with this run folder."""
+    try:
+        return _found(path)
+    except OSError as error:
+        return {"state": "failed", "step": 0, "problem": os_problem(error)}
+
+
+def _found(path: Path) -> dict[str, Any]:
     run = RunFolder(path)
     checkpoints = run.checkpoints()
     step = max(_logged(run), step_of(checkpoints[-1]) if checkpoints else 0)

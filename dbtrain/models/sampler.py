@@ -99,7 +99,10 @@ def moving(pipe: Any, bar: console.Bar, images: int, kind: str) -> Iterator[None
         bar.update(images / (steps + 1))  # decoding counts as one more
 
     pipe.progress_bar = lambda total: _Steps(total, stepped)
-    yield
+    try:
+        yield
+    finally:
+        del pipe.progress_bar  # which refers to the pipeline in turn, and would keep it in memory
     bar.update(end - bar.n)
     if len(moments) > 1:
         pace.add(f"{kind} step", moments[-1].since(moments[0]), images * (len(moments) - 1))

@@ -210,6 +210,12 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(everyone, sizes, strict=True)]
 
 
+def meet() -> None:
+    """Wait until every rank is here, however long they have worked for themselves."""
+    if _heartbeat:
+        _heartbeat.meet()
+
+
 def _wait_for(work: torch_dist.Work) -> None:
     """Wait for a collective until the timeout of the current phase."""
     if not work.wait(_wait):

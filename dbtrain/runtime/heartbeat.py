@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 PERIOD_S = 1.0
 PATIENCE_S = 3.5 * PERIOD_S  # a rank without a beat for this long is gone
+LONG_S = 60 * PERIOD_S  # the same for one that works for itself, on a machine that may be overloaded
 GAVE_UP = "gave up on another"  # reported by a rank that is not the cause
 
 
@@ -25,14 +26,14 @@ class Sign(NamedTuple):
 class Heartbeat:
     """Reports once per period from its own thread, also while the rank computes or waits.
 
-    `store` has `set(key, text)` and `multi_get(keys)`. Both raise once its host is gone.
+    `store` has `set(key, text)`, `multi_get(keys)` and `add(key, number)`. All raise once its host is gone.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.store = store
         self.rank, self.world = rank, world
         self.step = 0
-        self.beats = 0
+        self.beats = self.met = 0
         self.closed = threading.Event()
         self._beat()
         self.thread = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -55,6 +56,23 @@ class Heartbeat:
         self.thread.join(PERIOD_S)  # so that no beat follows this report
         with contextlib.suppress(Exception):  # the store's host is gone
             self._beat(end)
+
+    def meet(self) -> None:
+        """Wait until every rank has called this as often, however long that takes.
+
+        Raises RuntimeError once one of them is gone.
+        """
+        self.met += 1
+        name = f"met {self.met}"
+        self.store.add(name, 1)
+        seen, since = self._everyone(), time.monotonic()
+        while self.store.add(name, 0) < self.world:
+            time.sleep(PERIOD_S / 10)
+            if time.monotonic() > since + LONG_S:
+                now = self._everyone()
+                if any(now[rank].beats == sign.beats for rank, sign in seen.items() if rank != self.rank):
+                    raise RuntimeError("timed out: a rank is gone")
+                seen, since = now, time.monotonic()
 
     def absent(self, sleep: Callable[[float], None] = time.sleep) -> tuple[str, bool]:
         """A phrase that names the rank that is gone or stuck, and whether that rank reported its own end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import SHEET, RunFolder
 from dbtrain.sample.pipeline import AdapterPipeline
+
+MANY = 100  # encoded prompts to keep
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,21 @@ class Kept:
         wanted = (cfg.model, cfg.train.base_linears, cfg.train.swap_blocks, gib, side,
                   settings.precision, settings.batch, settings.guidance)  # fmt: skip
         if self._pipe is None or wanted != self._wanted:
-            self._pipe = None  # there may be no room for both
+            self.free()  # there may be no room for both
             self._pipe = AdapterPipeline(
                 base, settings.precision, train=cfg.train, memory_gib=gib, batch=settings.batch
             )
             self._wanted = wanted
         for name in self._pipe.names():
             self._pipe.remove(name)
+        if len(self._pipe.encoded) > MANY:
+            self._pipe.encoded.clear()
         return self._pipe
+
+    def free(self) -> None:
+        """Free the memory of the base, which parts of it refer to in circles."""
+        self._pipe = None
+        gc.collect()
 
 
 def sample(

@@ -236,7 +236,7 @@ class DreamBooth(nn.Module, Adapted):
                 return by_slot(values)[:, -batch.preserved :].flatten(0, 1)
 
             of_base = {name: last(values) for name, values in (self.rows(batch) | given).items()}
-            predicted = by_slot(self.base_prediction(last(x_t), last(t), of_base))
+            predicted = by_slot(self.base_prediction(last(x_t), last(t), of_base, batch.slots))
             target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
         prediction = self.denoise(x_t.to(self.dtype), t, self.condition(batch) | given, batch.slots)
         error = prediction.float() - target
@@ -245,21 +245,22 @@ class DreamBooth(nn.Module, Adapted):
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int) -> Tensor:
         """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""
         denoise = partial(self.family.denoise, self.denoiser, x_t, t)
-        if slots == 1 or not self.family.by_length:
+        if slots == 1 or not (step := self.family.by_length):
             return denoise(condition)
         # All rows pass once for each length of prompts, and those of this length are kept.
         lengths = condition["lengths"]
+        rooms = (lengths + step - 1) // step * step
         prediction = torch.zeros_like(x_t)
-        for length in lengths.unique():
-            made = denoise(condition | {"lengths": length.expand(len(lengths))})
-            prediction = torch.where((lengths == length).to(x_t.device).view(-1, 1, 1, 1), made, prediction)
+        for room in rooms.unique():
+            made = denoise(condition | {"lengths": lengths.clamp(room - step + 1, room), "room": room})
+            prediction = torch.where((rooms == room).to(x_t.device).view(-1, 1, 1, 1), made, prediction)
         return prediction
 
     @torch.no_grad()
-    def base_prediction(self, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+    def base_prediction(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int = 1) -> Tensor:
         """What the base without the adapter predicts, shaped like `x_t`, fp32."""
         with self.adapter.off():
-            return self.family.denoise(self.denoiser, x_t.to(self.dtype), t, condition).float()
+            return self.denoise(x_t.to(self.dtype), t, condition, slots).float()
 
     def x0(self, batch: Batch) -> Tensor:
         """The clean latents or pixels that are noised, (rows, C, H, W) fp32."""

@@ -37,7 +37,9 @@ def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -
                 on_step()
                 preemption.check()
         except Preempted as stop:
-            slots.save()
+            for slot in list(slots.seats):
+                with _attempt(slots, slot, ended):
+                    slots.save(slot)
             raise Preempted(f"{stop} ({len(slots.seats)} runs saved)") from stop
 
 

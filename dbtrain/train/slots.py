@@ -78,8 +78,7 @@ class Slots:
         self.seats: dict[int, Seat] = {}  # the runs, by slot
         self.modules: dict[int, tuple[str, dict[str, nn.Module]]] = {}  # PEFT's, by slot, with their settings
         check(self.cfg)
-        pairs = list(zip(cfgs, inputs, strict=True))
-        tables = [read_table(*pair) for pair in pairs]
+        tables = [read_table(*pair) for pair in zip(cfgs, inputs, strict=True)]
         self.prompts = max(map(_length, tables))  # of a slot
         encoded = validation.encode(cfgs, inputs[0])
         self.encoded = {cfg.run_dir: found for cfg, found in zip(cfgs, encoded, strict=True)}
@@ -231,17 +230,17 @@ class Slots:
         finally:
             self.model.here = slice(None)
 
-    def save(self) -> None:
-        """Save all runs."""
-        for seat in self.seats.values():
-            if not seat.saved:
-                seat.save()
+    def save(self, slot: int) -> None:
+        """Save the run in a slot. Raises ConfigError for what a user can fix."""
+        if not self.seats[slot].saved:
+            self.seats[slot].save()
 
     def _adapters(self, slot: int, cfg: Config) -> dict[str, nn.Module]:
         """The components with the adapters of a new run, whose weights are those of the slot."""
         key, modules = self.modules.get(slot, ("", {}))
         if key != _key(cfg):
             modules = self._skeletons(cfg)
+            self.modules.pop(slot, None)  # or half of the layers would be another's if this fails
             for name, module in modules.items():
                 self.stack.bind(slot, name, module)
             self.modules[slot] = (_key(cfg), modules)
@@ -261,13 +260,13 @@ class Slots:
     def _write_prompts(self, slot: int, table: Mapping[str, Tensor]) -> None:
         """Put the prompt table of a run into its slot's part of the model's."""
         if (count := _length(table)) > self.prompts:
-            raise ConfigError(
-                f"the shards have {count} prompts, but a slot has room for {self.prompts}; "
-                "start the fleet again"
-            )
+            raise ConfigError(f"the shards have {count} prompts, but a slot has room for {self.prompts}; "
+                              "start the fleet again")  # fmt: skip
         named = {name.partition(".")[2]: tensor for name, tensor in table.items()}
         buffers = {name: self.model.get_buffer(f"prompts_{name}") for name in self.model.prompt_names}
         for name, whole in (self.model.on_host | buffers).items():
+            if any(here > room for here, room in zip(named[name].shape[1:], whole.shape[1:], strict=True)):
+                raise ConfigError("the prompts are longer than slots have room for; start the fleet again")
             first = slot * self.prompts
             _write(whole[first : first + count], named[name])
 

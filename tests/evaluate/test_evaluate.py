@@ -332,6 +332,14 @@ def test_prompts_without_the_token_are_what_clip_reads() -> None:
     assert len(subject.prompts(about, Evaluation())) == 10
 
 
+def test_likeness_is_of_the_images_and_not_of_their_sheet(make: Make, tmp_path: Path) -> None:
+    cfg = make(evaluation__dino=str(eyes.dino()), evaluation__clip=str(eyes.clip()))
+    (tmp_path / "subject").mkdir()
+    for number, name in enumerate(("00-00-seed0", "00-01-seed0", "sheet")):
+        draw_photo(tmp_path / "subject" / f"{name}.png", number)
+    assert dino_clip.likeness(cfg, tmp_path, [cfg, cfg, cfg]).shape == (2, 3)
+
+
 # What is refused.
 
 

@@ -16,11 +16,11 @@ import yaml
 from dbtrain.config import Config
 from dbtrain.evaluate import evaluate
 from dbtrain.fleet import fleet as every
-from dbtrain.fleet.fleet import Request
+from dbtrain.fleet.work import Request
 from dbtrain.models import sampler
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.fleet_status import Status
-from dbtrain.runtime.run_folder import SCORES, RunFolder
+from dbtrain.runtime.run_folder import SCORES, RunFolder, step_of
 from dbtrain.sample.sample import Kept
 from tests import eyes
 from tests.conftest import Make, Started, dbtrain, draw_photo, train
@@ -62,6 +62,13 @@ class Fleet:
                 }
             found[f"{number} metrics"] = run.table("metrics").read_bytes()
         return found
+
+
+def scored() -> list[str]:
+    """Settings of small random models that score a few images."""
+    values = {"dino": eyes.dino(), "clip": eyes.clip(), "prompts": '["a {} on the beach"]', "images": 2,
+              "class_images": 2}  # fmt: skip
+    return [f"evaluation.{name}={value}" for name, value in values.items()]
 
 
 @pytest.fixture
@@ -109,10 +116,7 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
 def test_all_are_scored_on_a_base_that_is_loaded_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the scores of each by itself; one that cannot be scored stops no other."""
     fleet.add(1, 2, 3)
-    settings = [f"evaluation.{name}={value}" for name, value in (
-        ("dino", eyes.dino()), ("clip", eyes.clip()), ("prompts", '["a {} on the beach"]'), ("images", 2),
-        ("class_images", 2),
-    )]  # fmt: skip
+    settings = scored()
     assert dbtrain(*fleet.line("a", *settings)).returncode == 0
     runs = [RunFolder(fleet.folder / "a" / f"s{number}") for number in (1, 2, 3)]
     loads: list[object] = []
@@ -136,6 +140,9 @@ def test_all_are_scored_on_a_base_that_is_loaded_once(fleet: Fleet, monkeypatch:
     shutil.rmtree(runs[2].scores)
     assert dbtrain("evaluate", runs[2].config).returncode == 0
     assert (runs[2].scores / SCORES).read_bytes() == together != (runs[0].scores / SCORES).read_bytes()
+    # Scores of other images are none of these.
+    assert dbtrain(*fleet.line("a", *settings, "evaluation.seed=5", "--evaluate")).returncode == 0
+    assert (runs[2].scores / SCORES).read_bytes() != together
 
 
 @pytest.mark.slow
@@ -177,6 +184,29 @@ def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
     assert fleet.results("whole", (1, 2, 3), 40) == fleet.results("stopped", (1, 2, 3), 40)
 
 
+def test_a_rank_without_work_waits_for_the_others(fleet: Fleet) -> None:
+    """Then it is stopped with them, although the signal is not its own, and scores its share."""
+    fleet.add(1, 2, 3)
+    entries = [{"photos": f"subjects/s{number}", "steps": steps} for number, steps in ((1, 1), (2, 600))]
+    (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries))
+    line = fleet.line("a", "train.checkpoint_every=20")
+    line[2] = fleet.folder / "list.yaml"
+    running = Started(*line, ranks=2)
+    one, two = (RunFolder(fleet.folder / "a" / name) for name in ("s1", "s2"))
+    running.wait_for(lambda: one.done.exists() and two.checkpoints())
+    running.signal(signal.SIGTERM, rank=1)
+    code, said = running.end()
+    assert code == 75 and "1 runs saved" in said and "not done" not in said
+    # To its end, with one more, and scores.
+    entries[1]["steps"] = max(map(step_of, two.checkpoints())) + 1
+    entries.append({"photos": "subjects/s3", "steps": 2})
+    (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries))
+    assert dbtrain(*line, *scored(), "--evaluate", ranks=2).returncode == 0
+    for name in ("s1", "s2", "s3"):
+        assert (RunFolder(fleet.folder / "a" / name).scores / SCORES).is_file()
+    assert dbtrain(*line, "--evaluate", "--watch").returncode == 2
+
+
 @pytest.mark.slow
 def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     numbers = (1, 2, 3)
@@ -185,9 +215,12 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     # A photo that is none, a rate that explodes, a setting that all share.
     fleet.add(4, 5)
     (fleet.folder / "subjects" / "s4" / "0.png").write_bytes(b"no picture")
-    entries = [{"photos": f"subjects/s{number}"} for number in (*numbers, 4, 5, 5)]
+    (fleet.folder / "mixed").mkdir()
+    (fleet.folder / "mixed" / "s7").touch()  # where its run folder would be
+    entries = [{"photos": f"subjects/s{number}"} for number in (*numbers, 4, 5, 5, 5)]
     entries[4] |= {"lr": 1e30}
     entries[5] |= {"name": "s6", "train.micro_batch": 7}
+    entries[6] |= {"name": "s7"}
     (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries))
     line = fleet.line("mixed")
     line[2] = fleet.folder / "list.yaml"
@@ -196,7 +229,7 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     problems = {one.name: one.problem or "" for one in Status.read(fleet.folder / "mixed").subjects}
     assert "0.png" in problems["s4"] and "NaN or infinite" in problems["s5"]
     assert "train.micro_batch" in problems["s6"]
-    assert "3 of 6 subjects are not done" in done.stderr and "s5: the loss" in done.stderr
+    assert "4 of 7 subjects are not done" in done.stderr and "s5: the loss" in done.stderr
     assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
     # Mended, it is trained.
     draw_photo(fleet.folder / "subjects" / "s4" / "0.png", 12)

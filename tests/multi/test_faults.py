@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,32 @@ class Store(dict):
 
     def multi_get(self, keys: list[str]) -> list[str]:
         return [self[key] for key in keys]
+
+    def add(self, key: str, number: int) -> int:
+        self[key] = self.get(key, 0) + number
+        return int(self[key])
+
+
+def test_ranks_wait_for_each_other_until_one_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PERIOD_S", "LONG_S"):
+        monkeypatch.setattr(f"dbtrain.runtime.heartbeat.{name}", 0.02)
+    store = Store()
+    mine, other = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
+    met: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(lambda: (mine.meet(), met.append("mine")))
+        wanted = other.beats + 3
+        while other.beats < wanted:
+            time.sleep(0.001)
+        assert not met
+        other.meet()
+        first.result()
+    assert met
+    other.closed.set()
+    other.thread.join()
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        mine.meet()
+    mine.close("")
 
 
 def test_the_pulse_tells_the_dead_from_the_late_and_the_ended(monkeypatch: pytest.MonkeyPatch) -> None:

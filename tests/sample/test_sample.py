@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,9 @@ def test_a_base_that_is_kept_gives_the_images_of_one_loaded_anew(
     paths = [str(runs[0]), str(adapter(base, tmp_path / "b", bias="all")),
              str(adapter(base, tmp_path / "c", kind="lokr")), str(runs[1])]  # fmt: skip
     word_file.write(Path(paths[2]), base.family, [Word("sks", {"text_encoder": torch.ones(1, bases.WIDTH)})])
-    loads: list[object] = []
+    loads: list[None] = []
     build = sampler.build
-    monkeypatch.setattr(sampler, "build", lambda *args: loads.append(args) or build(*args))
+    monkeypatch.setattr(sampler, "build", lambda *args: loads.append(None) or build(*args))
 
     def images(name: str, kept: Kept | None) -> list[dict[str, bytes]]:
         found = []
@@ -127,6 +128,10 @@ def test_a_base_that_is_kept_gives_the_images_of_one_loaded_anew(
                 for way in (kept, None)]  # fmt: skip
         one, again = ((folder / "00-00-seed0.png").read_bytes() for folder in both)
         assert one == again
+    assert kept._pipe
+    unet = weakref.ref(kept._pipe.components["unet"])
+    kept.free()
+    assert unet() is None, "its memory is free at once"
 
 
 def test_run_draws_the_config_s_prompts_without_and_with_the_adapter(make: Make, runs: list[Path]) -> None:

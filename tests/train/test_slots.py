@@ -153,18 +153,46 @@ def test_compiled_code_serves_every_step_and_every_run(
         assert distance(tmp_path / f"eager{seed}", tmp_path / f"compiled{seed}") < 1e-4
 
 
+# More than the room of the others' texts: for most, another pass.
+LONG = {"chroma": "", "z-image": "", **dict.fromkeys(("qwen-image", "krea2"), ", very, very far away" * 4)}
+
+
 @pytest.mark.parametrize("base", ["chroma", *map(slow, ("qwen-image", "krea2", "z-image"))])
 def test_prompts_differ_in_length(make: Make, tmp_path: Path, base: str) -> None:
-    """As do those of a class and of a slot that no run is in."""
-    runs = []
-    for number, text in enumerate(("a photo of sks dog", "sks", "a large photo of one sks dog in the snow")):
-        config = configs_of(make, base, prepare__instance_prompt=text, optim__lr=1e-2)
-        runs.append(config(tmp_path / f"a{number}", number))
+    """As do those of a class and of a slot that no run is in. No run sees it of its companions by a bit."""
+
+    def runs_of(place: str, prior: str = "images") -> list[Config]:
+        texts = ("a photo of sks dog", "sks", "a large photo of one sks dog in the snow" + LONG[base])
+        configs = (configs_of(make, base, prepare__instance_prompt=text, optim__lr=1e-2, loss__prior=prior)
+                   for text in texts)  # fmt: skip
+        return [config(tmp_path / f"{place}{number}", number) for number, config in enumerate(configs)]
+
+    runs = runs_of("a")
     assert not train(runs, 4)
+    for prior in ("images", "prediction"):
+        places = [f"{prior}{pair}" for pair in "pq"]
+        for place, others in zip(places, ((0, 1), (0, 2)), strict=True):
+            assert not train([runs_of(place, prior)[number] for number in others], 2)
+        one, other = (result(tmp_path / f"{place}0") for place in places)
+        assert one == other
     for number, run in enumerate(runs):
         alone = tmp_path / f"alone{number}"
         loop.train(run.model_copy(update={"run_dir": str(alone)}))
         assert distance(tmp_path / f"a{number}", alone) < 1e-3
+
+
+def test_a_late_run_whose_prompts_are_longer_is_refused(make: Make, tmp_path: Path) -> None:
+    """By itself: the slot is free for the next one."""
+    runs = []
+    for number, text in enumerate(("a photo of sks dog", "a large photo of one sks dog in the snow", "sks")):
+        config = configs_of(make, "qwen-image", prepare__instance_prompt=text)
+        cfg = config(tmp_path / str(number), number)
+        runs.append((cfg, Inputs.find(cfg)))
+    slots = Slots(1, *zip(runs[0], strict=True))
+    with slots.open():
+        with pytest.raises(ConfigError, match="the prompts are longer than slots have room for"):
+            slots.enter(0, *runs[1])
+        slots.enter(0, *runs[2])
 
 
 DIFFERENT: list[dict[str, Any]] = [

@@ -110,8 +110,12 @@ class Family:
     """(base) -> the model to train instead, if it was distilled to few steps."""
     texts_as_one: tuple[str, ...] = ()
     """The denoiser's modules that take the texts of all rows, of lengths of their own, as one sequence."""
-    by_length: bool = False
-    """Whether `denoise` passes the rows of each length of prompts by themselves."""
+    by_length: int = 0
+    """Not 0 where texts are padded to the longest: in slots, all rows pass once for each length of prompts.
+
+    Lengths are rounded up to multiples of it. Otherwise a run's rounding would depend on others' prompts.
+    With 1, `denoise` itself takes one length at a time.
+    """
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
 

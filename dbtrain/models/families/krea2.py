@@ -111,6 +111,7 @@ FAMILY = Family(
     conditions=conditions,
     check=check,
     denoise=denoise,
+    by_length=shared.ROOM,
     unread=("visual",),
     hidden={"text_encoder": LAYERS},
     presets={

@@ -68,6 +68,7 @@ FAMILY = Family(
     conditions=conditions,
     check=check,
     denoise=denoise,
+    by_length=shared.ROOM,
     unread=("model.visual", "lm_head"),
     hidden={"text_encoder": (-1,)},
     presets={

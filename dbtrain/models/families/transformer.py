@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 from torch.nn.utils.rnn import pad_sequence
 
 from dbtrain.data.sizes import Size
@@ -42,6 +42,7 @@ FLUX_BLOCKS = (
 )
 
 PATCH = 2  # latents per token in each direction
+ROOM = 64  # tokens, in steps of which texts that are padded together get room in slots
 # What the families have in common whose VAE is Stable Diffusion's, with more channels.
 COMMON: dict[str, Any] = {
     "denoiser": "transformer", "encode_images": encode_moments, "sample_posterior": sample_moments,
@@ -168,16 +169,22 @@ def lengths_of(condition: Mapping[str, Tensor]) -> list[int]:
 
 
 def shared_text(condition: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A batch's text, (rows, longest, ...) in `dtype`, and its mask, (rows, longest) bool, if any."""
+    """A batch's text, (rows, longest, ...) in `dtype`, and its mask, (rows, longest) bool, if any.
+
+    With `room` in the condition, a number of tokens, all texts are padded to it, and there is a mask.
+    """
     lengths = lengths_of(condition)
-    longest = max(lengths)
+    longest = int(condition["room"]) if "room" in condition else max(lengths)
     text = condition["prompt_embeds"][:, :longest].to(dtype)
-    return text, None if min(lengths) == longest else mask_of(lengths, text.device)
+    if "room" not in condition and min(lengths) == longest:
+        return text, None
+    text = pad(text, [0, 0] * (text.dim() - 2) + [0, longest - text.shape[1]])
+    return text, mask_of(lengths, text.device, longest)
 
 
-def mask_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+def mask_of(lengths: Sequence[int], device: torch.device, longest: int | None = None) -> Tensor:
     """Which tokens are text, (rows, longest) bool, for rows of these lengths."""
-    mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+    mask = torch.arange(longest or max(lengths))[None] < torch.tensor(lengths)[:, None]
     return mask.to(device, non_blocking=True)
 
 

@@ -1,0 +1,259 @@
+"""What one rank of a fleet does: prepare, and train and export subjects until none is left."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from math import ceil, inf
+from pathlib import Path
+
+from dbtrain.config import Config
+from dbtrain.export import export, hub
+from dbtrain.fleet import listing, status
+from dbtrain.fleet.listing import Entry
+from dbtrain.models.base import Base
+from dbtrain.prepare import prepare
+from dbtrain.runtime import console, dist, files, lock, preemption
+from dbtrain.runtime.errors import ConfigError, os_problem
+from dbtrain.runtime.fleet_status import Status, Subject
+from dbtrain.runtime.lock import Lock
+from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.train import many, memory, slots
+from dbtrain.train.inputs import Inputs
+
+LOOK_S = 5.0  # between two looks at the list, and at where each subject stands
+SETTLED_S = 5.0  # a folder whose photos changed later than this is still being filled
+MOST = 8  # slots on a CPU, where more at once gain little
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a fleet."""
+
+    config: Path
+    subjects: Path
+    overrides: Sequence[str] = ()
+    slots: int | None = None  # of each rank; None: as many as its memory has room for
+    watch: bool = False  # wait for new subjects at the end
+    evaluate: bool = False  # score each adapter at the end
+
+    def read(self, settled_s: float = 0.0) -> list[Entry]:
+        return listing.read(self.config, self.subjects, self.overrides, settled_s)
+
+    def shared(self) -> Config:
+        return listing.shared(self.config, self.overrides)
+
+
+class Work:
+    """The subjects of a fleet, as one rank sees them."""
+
+    def __init__(self, request: Request, folder: Path, entries: Sequence[Entry]) -> None:
+        self.request, self.folder = request, folder
+        self.rank, self.world = dist.rank(), dist.world()
+        self.entries = {entry.name: entry for entry in entries}
+        self.early = set(self.entries)  # those that are prepared together
+        self.bad: dict[str, str] = {}  # the problems of those that cannot be trained
+        self.done: set[str] = set()  # those that need no training, whoever trained them
+        self.elsewhere: set[str] = set()  # those that other processes train
+        self.held: dict[str, Lock] = {}  # of those that this rank trains
+        self.base: Base | None = None
+        self.slots = 0
+        self.looked, self.news = time.monotonic(), True
+        self.status = status.read(folder)
+
+    def prepare(self) -> None:
+        """Make the shards of all subjects, in one pass over all ranks. Ranks agree on what is left to do."""
+        failed = {name: RunFolder(self.folder / name).failed for name in self.entries}
+        again = dist.from_main([name for name, note in failed.items() if note.exists()])
+        for name in again if dist.is_main() else ():
+            with self.failing(name):
+                failed[name].unlink()  # it may have been mended
+        cfgs = [entry.cfg for entry in self.entries.values() if entry.cfg]
+        found = dict(zip(map(_name, cfgs), prepare.prepare_all(cfgs), strict=True))
+        for name, entry in self.entries.items():
+            if problem := entry.problem or found.get(name):
+                self.bad[name] = problem
+                if dist.is_main():
+                    self._fail(name, ConfigError(problem))
+        if not cfgs:
+            return
+        hub.check(cfgs[0])
+        self.base = Base.find(cfgs[0].model)
+        self.slots = min(dist.gather_json(self._slots(max(cfgs, key=_rank), self.base)))
+        # Each rank finds out which of its own are trained already.
+        with dist.alone():
+            for name, entry in list(self.entries.items())[self.rank :: self.world]:
+                with self.failing(name):
+                    cfg = None if name in self.bad else entry.cfg
+                    if cfg and Inputs.find(cfg, self.base).trained_to(cfg):
+                        export.finish(cfg)
+                        if name in again:  # maybe at the push
+                            hub.push(cfg)
+                        self.done.add(name)
+        for done, bad in dist.gather_json([list(self.done), self.bad]):
+            self.done.update(done)
+            self.bad.update(bad)
+
+    def train(self) -> None:
+        """Train and export until no subject is left. Raises Preempted, with everything saved."""
+        cfgs = [one.cfg for name, one in self.entries.items() if one.cfg and name not in self.bad]
+        if not cfgs or not (self.request.watch or any(map(self._is_open, self.entries))):
+            return
+        runs = [(cfg, Inputs.find(cfg, self.base)) for cfg in cfgs]  # all: they shape the slots
+        console.say(f"{len(runs)} subjects, {self.slots} at once on each of {self.world} ranks")
+        model = slots.Slots(self.slots, *zip(*runs, strict=True))
+        with closing(status.Bar(self._status(), self.world)) as self.bar:
+            try:
+                many.train(model, self._take, self._ended, self._look)
+            finally:
+                while self.held:
+                    self.held.popitem()[1].release()
+            self.bar.show(self._status())
+        del model
+        gc.collect()  # layers and slots refer to each other, and what comes needs the memory
+
+    def _slots(self, cfg: Config, base: Base) -> int:
+        """How many subjects this rank trains at once: the same as before, if the fleet has begun."""
+        known = self.status.slots
+        if known and self.request.slots not in (None, known):
+            console.warn(f"--slots was {known}: from here on, results differ by the order of sums")
+        if chosen := self.request.slots or known:
+            return chosen
+        has, most = memory.memory_of(dist.device()), MOST
+        if has < inf:
+            one = memory.predict(cfg, base, "cuda")
+            own = one.adapter + one.moments + one.activations + one.gradients
+            most = int((has * (1 - memory.SPARE) - one.needed + own) // own)
+        return max(1, min(most, ceil(len(self.entries) / self.world)))
+
+    # What the training loop asks and tells.
+
+    def _take(self, idle: bool) -> tuple[Config, Inputs] | None:
+        """The next subject that is not done, held for this rank; None if there is none.
+
+        `idle`: this rank has nothing else to do, and may wait for new ones.
+        """
+        while True:
+            for name, entry in self._in_turn() if self.news else ():
+                with console.about(name), self.failing(name):
+                    if entry.cfg and (inputs := self._hold(name, entry.cfg)):
+                        return entry.cfg, inputs
+            self.news = False
+            if not (idle and self.request.watch):
+                return None
+            preemption.check()
+            time.sleep(1.0)
+            self._look()
+
+    def _in_turn(self) -> Iterator[tuple[str, Entry]]:
+        """The subjects that are left: first those of this rank, then what others have not begun."""
+        every = list(self.entries.items())
+        mine = every[self.rank :: self.world]
+        yield from (one for one in mine if self._is_open(one[0]))
+        names = {name for name, _ in mine}
+        others = (one for one in every if one[0] not in names and self._is_open(one[0]))
+        yield from (one for one in others if not lock.holder(self.folder / one[0]))
+
+    def _is_open(self, name: str) -> bool:
+        """Whether a subject is to be trained, and nobody is known to have it."""
+        gone = name in self.bad or name in self.done or name in self.elsewhere or name in self.held
+        return not gone and not RunFolder(self.folder / name).failed.exists()
+
+    def _hold(self, name: str, cfg: Config) -> Inputs | None:
+        """Hold a subject for this rank; None if it turns out to be done, or another process has it."""
+        if not (mine := Lock.take(RunFolder(cfg.run_dir).path)):
+            self.elsewhere.add(name)
+            return None
+        self.held[name] = mine
+        if name not in self.early and (problem := prepare.prepare_all([cfg])[0]):
+            raise ConfigError(problem)
+        inputs = Inputs.find(cfg, self.base)
+        if not inputs.trained_to(cfg):
+            return inputs
+        export.finish(cfg, held=True)
+        self.done.add(name)
+        self._release(name)
+        return None
+
+    def _ended(self, cfg: Config, problem: ConfigError | None) -> None:
+        """Export a subject that is trained, or note its problem, and let it go."""
+        if problem:
+            self._fail(_name(cfg), problem)
+        else:
+            export.finish(cfg, held=True)
+            hub.push(cfg)
+            self.done.add(_name(cfg))
+        self._release(_name(cfg))
+
+    @contextmanager
+    def failing(self, name: str) -> Iterator[None]:
+        """In the block, a problem is that of one subject."""
+        try:
+            yield
+        except ConfigError as problem:
+            self._fail(name, problem)
+            self._release(name)
+        except OSError as error:
+            self._fail(name, ConfigError(os_problem(error)))
+            self._release(name)
+
+    def _fail(self, name: str, problem: ConfigError) -> None:
+        self.bad[name] = text = "; ".join(problem.problems)
+        with console.about(name):
+            console.warn(f"failed: {text}")
+        try:
+            files.write_atomically(RunFolder(self.folder / name).failed, text + "\n")
+        except OSError as error:  # which may be what failed
+            console.warn(os_problem(error))
+
+    def _release(self, name: str) -> None:
+        if mine := self.held.pop(name, None):
+            mine.release()
+
+    def _look(self) -> None:
+        """From time to time, look for new subjects, and write where each stands."""
+        if time.monotonic() < self.looked + LOOK_S:
+            return
+        self.looked, self.news = time.monotonic(), True
+        try:
+            found = self.request.read(SETTLED_S)
+        except (ConfigError, OSError) as problem:  # the list is being edited
+            console.warn(str(problem))
+            return
+        for entry in found:
+            if entry.name not in self.entries:
+                self.entries[entry.name] = entry
+                if entry.problem:
+                    self._fail(entry.name, ConfigError(entry.problem))
+        if self.rank == 0:
+            self.bar.show(self.write_status())
+
+    def write_status(self) -> Status:
+        """Write where each subject stands, and return it."""
+        self.status = self._status()
+        self.status.write(self.folder)
+        return self.status
+
+    def _status(self) -> Status:
+        """Where each subject stands."""
+        known = {one.name: one for one in self.status.subjects}
+        subjects = []
+        for name, entry in self.entries.items():
+            steps = entry.cfg.train.steps if entry.cfg else 0
+            one = known.get(name) or Subject(name, name, steps)
+            now = status.found(self.folder / name)
+            if name in self.bad:  # its folder may not tell
+                now |= {"state": "failed", "problem": self.bad[name]}
+            subjects.append(one.changed(steps=steps, **now))
+        return Status(self.slots, tuple(subjects))
+
+
+def _name(cfg: Config) -> str:
+    return RunFolder(cfg.run_dir).path.name
+
+
+def _rank(cfg: Config) -> int:
+    return max(cfg.adapter.rank, *cfg.adapter.ranks.values(), 0)
