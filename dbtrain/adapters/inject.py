@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,7 @@ from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError, reason
 
 NAME = "default"  # PEFT's name of the trained adapter
+warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # several adapters are meant
 
 
 @dataclass(frozen=True)
@@ -220,10 +222,9 @@ def put_on(module: nn.Module, state: AdapterState, name: str) -> dict[str, nn.Pa
     options = {key: value for key, value in state.config.items() if key in known}
     wanted = sorted({re.split(r"\.(?:lora|hada|lokr)_", key)[0] for key in state.tensors
                       if not key.endswith(".bias") or ".lora_" in key})  # fmt: skip
-    options["target_modules"] = wanted
     ends = tuple(f".{target}" for target in wanted)
-    if any(other.endswith(ends) and other not in wanted for other, _ in module.named_modules()):
-        options["target_modules"] = "|".join(map(re.escape, wanted))  # only these, and none that end so
+    others = any(other.endswith(ends) and other not in wanted for other, _ in module.named_modules())
+    options["target_modules"] = "|".join(map(re.escape, wanted)) if others else wanted
     options["init_lora_weights" if kind.config is LoraConfig else "init_weights"] = False
     for layer in module.modules():  # PEFT's LoRA reads this from the layer that it wraps
         if isinstance(layer, (LoHaLayer, LoKrLayer)) and isinstance(layer.get_base_layer(), nn.Conv2d):
@@ -238,8 +239,7 @@ def add(module: nn.Module, state: AdapterState, name: str) -> None:
     Raises what PEFT raises if it does not fit.
     """
     like = next(module.parameters())
-    parameters = put_on(module, state, name)
-    fill(parameters, state)
+    fill(parameters := put_on(module, state, name), state)
     for value in parameters.values():
         value.data = value.data.to(like.device, like.dtype)  # not frozen, so that it is not swapped
 
