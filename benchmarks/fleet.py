@@ -11,12 +11,17 @@ a GPU and CPU seconds of one thread on a CPU.
 With `--script`, Diffusers' examples/dreambooth/train_dreambooth_lora.py, unmodified, is run on one subject
 after another too: as many steps, images and parameters, its class images given. It needs accelerate and
 torchvision, which another `--python` may have.
+
+    python -m benchmarks.fleet --model tiny --batch 1 --ranks 1 2 --subjects 16
+
+With `--ranks`, whole commands are timed by the clock instead, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import resource
 import subprocess
 import sys
@@ -49,6 +54,11 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     photos = _photos(place / "photos", max(*args.subjects, args.singles))
     base = bases.model(args.model, work, weights=True).path
     config = _config(args, place, base)
+    if args.ranks:
+        rows = _by_the_clock(args, base, config, photos, place)
+        note = "Wall time of whole commands: runs and the script with all cores, ranks with a thread each."
+        name = f"{args.model}-{args.device}-{max(args.ranks)}-ranks"
+        return common.result(args, "fleet", name, rows, note)
     rows = []
     runs = args.singles * (1 + bool(args.script)) + args.repeats * len(args.subjects)
     with console.bar(runs, f"fleet {args.model}", "run") as bar:
@@ -131,12 +141,16 @@ def _single(args: argparse.Namespace, config: Path, photos: Path, place: Path, *
 
 def _fleet(args: argparse.Namespace, config: Path, photos: Sequence[Path], place: Path, *more: str) -> Spent:
     place.mkdir()
-    subjects = place / "subjects.csv"
-    with subjects.open("w", newline="") as file:
-        csv.writer(file).writerows([("name", "photos"), *((one.name, one) for one in photos)])
+    subjects = _list(photos, place / "subjects.csv")
     slots = ["--slots", str(args.slots)] if args.slots else []
     words = (str(config), str(subjects), f"run_dir={place / 'run'}", *args.set, *more, *slots)
     return _spent(args, place, "fleet", *words)
+
+
+def _list(photos: Sequence[Path], path: Path) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("name", "photos"), *((one.name, one) for one in photos)])
+    return path
 
 
 def _spent(args: argparse.Namespace, place: Path, *words: str) -> Spent:
@@ -162,8 +176,62 @@ def _row(label: str, found: Sequence[Spent], count: int, config: dict[str, Any] 
     return Row(label=label, config=config or {}, measures=measures)
 
 
+def _by_the_clock(
+    args: argparse.Namespace, base: str, config: Path, photos: Sequence[Path], place: Path
+) -> list[Row]:
+    """Runs, the script, and fleets on each number of ranks, in turns, as a user would start them."""
+    walls: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+
+    def timed(label: str, count: int, words: Sequence[object], **env: str) -> None:
+        started = time.perf_counter()
+        _done(words, **env)
+        walls.setdefault(label, []).append(time.perf_counter() - started)
+        counts[label] = count
+
+    _warm(args, config, photos, place)
+    for turn in range(args.repeats):
+        here = place / f"turn-{turn}"
+        here.mkdir()
+        own = [f"prepare.photos={photos[turn]}", f"data.shards={here / 'shards'}", f"run_dir={here / 'run'}"]
+        timed("one run after another", 1, [sys.executable, "-m", "dbtrain", "run", config, *own, *args.set])
+        if args.script:
+            timed("Diffusers' script, run after run", 1, _script_line(args, base, photos[turn], here))
+        for count in args.subjects:
+            subjects = _list(photos[:count], here / f"{count}.csv")
+            for ranks in args.ranks:
+                torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+                line = [sys.executable, *torchrun, "-m", "dbtrain", "fleet", config, subjects]
+                words = [*line, f"run_dir={here / f'{count}-{ranks}'}", *args.set]
+                timed(f"fleet of {count}, {ranks} rank{'s' * (ranks > 1)}", count, words, OMP_NUM_THREADS="1")
+    return [
+        Row(label=label, config={"subjects": counts[label]}, measures={
+            "subjects per hour": Measure.of("1/h", [3600 * counts[label] / wall for wall in found]),
+            "a subject": Measure.of("s", [wall / counts[label] for wall in found]),
+        })
+        for label, found in walls.items()
+    ]  # fmt: skip
+
+
 def _script(args: argparse.Namespace, base: str, photos: Path, place: Path) -> Spent:
-    """Diffusers' script on one subject. Raises SystemExit if it fails."""
+    """Diffusers' script on one subject."""
+    line = _script_line(args, base, photos, place)
+    before, started = _cpu_of_children(), time.perf_counter()
+    _done(line)
+    wall_s, cpu_s = time.perf_counter() - started, _cpu_of_children() - before
+    return {"script": wall_s if args.device == "cuda" else cpu_s}
+
+
+def _done(words: Sequence[object], **env: str) -> None:
+    """Run a command to its end. Raises SystemExit if it fails."""
+    line = [str(word) for word in words]
+    done = subprocess.run(line, env=os.environ | env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(line)} failed:\n{done.stderr}")
+
+
+def _script_line(args: argparse.Namespace, base: str, photos: Path, place: Path) -> list[object]:
+    """The command line of Diffusers' script for one subject, whose class images are there."""
     classes = place / "classes"
     classes.mkdir(parents=True)
     for number in range(args.class_images):
@@ -177,14 +245,7 @@ def _script(args: argparse.Namespace, base: str, photos: Path, place: Path) -> S
         "output_dir": place / "adapter",
     }  # fmt: skip
     words = [f"--{name}={value}" for name, value in values.items()]
-    before, started = _cpu_of_children(), time.perf_counter()
-    done = subprocess.run(
-        [args.python, args.script, "--with_prior_preservation", *words], capture_output=True, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"error: {args.script} failed:\n{done.stderr}")
-    wall_s, cpu_s = time.perf_counter() - started, _cpu_of_children() - before
-    return {"script": wall_s if args.device == "cuda" else cpu_s}
+    return [args.python, args.script, "--with_prior_preservation", *words]
 
 
 def _cpu_of_children() -> float:
@@ -200,6 +261,9 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--singles", type=int, default=common.LEAST, help="runs of one subject that are timed")
     words.add_argument("--script", type=Path, help="Diffusers' train_dreambooth_lora.py, to be run beside")
     words.add_argument("--python", default=sys.executable, help="the interpreter that runs the script")
+    words.add_argument(
+        "--ranks", type=int, nargs="+", help="wall time of whole commands, fleets on so many ranks"
+    )
     words.add_argument("--steps", type=int, default=100)
     words.add_argument("--batch", type=int, default=2, help="instance images a step; as many class images")
     words.add_argument("--class-images", type=int, default=32)
