@@ -19,7 +19,7 @@ from tests import bases
 from tests.hostile import Refused
 
 LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-WIDE = 32  # inputs and outputs of that layer
+WIDE = 64  # inputs and outputs of that layer
 Harm = Callable[[Path], object]
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [LAYER]}
 ZEROS = {"lora_A": torch.zeros(2, WIDE), "lora_B": torch.zeros(WIDE, 2)}

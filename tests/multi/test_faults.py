@@ -22,6 +22,7 @@ from dbtrain.data.shards import MANIFEST, Manifest
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.heartbeat import GAVE_UP, Heartbeat
 from dbtrain.runtime.run_folder import RunFolder, read_state
+from tests import bases
 from tests.conftest import LONG, Make, Started, at, dbtrain, train
 from tests.runs import EXPORT, relative
 
@@ -119,7 +120,7 @@ def test_one_two_and_four_ranks_and_a_run_moved_between_them(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:
     os.symlink(prepared, tmp_path / "shards")
-    make(train__steps=8, train__global_batch=8, train__log_every=1)
+    make(model__path=str(bases.sd(size="whole")), train__steps=8, train__global_batch=8, train__log_every=1)
     for ranks in (1, 2, 4):
         done = dbtrain("train", tmp_path / "c.yaml", f"run_dir={tmp_path / str(ranks)}", ranks=ranks)
         assert done.returncode == 0
