@@ -44,9 +44,7 @@ def shapes(tmp_path: Path) -> Path:
     return folder
 
 
-CLOSE = (
-    1e-4  # of adapters: AdamW's first steps enlarge the rounding of tiny gradients, 1e-6 here and 1e-5 there
-)
+CLOSE = 1e-4  # of adapters: AdamW's first steps enlarge the rounding of tiny gradients, more on some CPUs
 
 
 def configured(make: Make, shapes: Path, base: str = "sd", **changes: Any) -> Config:
