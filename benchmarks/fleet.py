@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     if args.ranks:
         rows = _by_the_clock(args, base, config, photos, place)
         note = "Wall time of whole commands: runs and the script with all cores, ranks with a thread each."
-        name = f"{args.model}-{args.device}-{max(args.ranks)}-ranks"
+        name = f"{args.model}-{args.device}-{max(args.subjects)}-on-{max(args.ranks)}-ranks"
         return common.result(args, "fleet", name, rows, note)
     rows = []
     runs = args.singles * (1 + bool(args.script)) + args.repeats * len(args.subjects)
