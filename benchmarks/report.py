@@ -45,6 +45,7 @@ EXPECTED = (
     ("end_to_end", "sd15-cuda-no-class-images", "photos to adapter with SD-1.5, without class images"),
     ("fleet", "tiny-cpu", "subjects an hour with the embedded base, together and one by one, on a CPU"),
     ("fleet", "tiny-cpu-16-on-2-ranks", "the same by the clock, 16 subjects, beside Diffusers' script"),
+    ("fleet", "tiny-cpu-64-on-2-ranks", "the same by the clock, 64 subjects"),
     ("fleet", "sd15-cuda", "subjects an hour with SD-1.5, on a GPU"),
     ("fleet", "sdxl-cuda", "subjects an hour with SDXL, on a GPU"),
     ("prior", "tiny-cpu", "class images of the embedded base on a CPU"),
