@@ -142,9 +142,12 @@ def _single(args: argparse.Namespace, config: Path, photos: Path, place: Path, *
 def _fleet(args: argparse.Namespace, config: Path, photos: Sequence[Path], place: Path, *more: str) -> Spent:
     place.mkdir()
     subjects = _list(photos, place / "subjects.csv")
-    slots = ["--slots", str(args.slots)] if args.slots else []
-    words = (str(config), str(subjects), f"run_dir={place / 'run'}", *args.set, *more, *slots)
+    words = (str(config), str(subjects), f"run_dir={place / 'run'}", *args.set, *more, *_slots(args))
     return _spent(args, place, "fleet", *words)
+
+
+def _slots(args: argparse.Namespace) -> list[str]:
+    return ["--slots", str(args.slots)] if args.slots else []
 
 
 def _list(photos: Sequence[Path], path: Path) -> Path:
@@ -180,37 +183,37 @@ def _by_the_clock(
     args: argparse.Namespace, base: str, config: Path, photos: Sequence[Path], place: Path
 ) -> list[Row]:
     """Runs, the script, and fleets on each number of ranks, in turns, as a user would start them."""
-    walls: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
+    found: dict[tuple[str, int], list[Spent]] = {}
 
     def timed(label: str, count: int, words: Sequence[object], **env: str) -> None:
         started = time.perf_counter()
         _done(words, **env)
-        walls.setdefault(label, []).append(time.perf_counter() - started)
-        counts[label] = count
+        found.setdefault((label, count), []).append({"all": time.perf_counter() - started})
 
     _warm(args, config, photos, place)
     for turn in range(args.repeats):
         here = place / f"turn-{turn}"
         here.mkdir()
-        own = [f"prepare.photos={photos[turn]}", f"data.shards={here / 'shards'}", f"run_dir={here / 'run'}"]
+        own = [
+            f"prepare.photos={photos[turn % len(photos)]}",
+            f"data.shards={here / 'shards'}",
+            f"run_dir={here / 'run'}",
+        ]
         timed("one run after another", 1, [sys.executable, "-m", "dbtrain", "run", config, *own, *args.set])
         if args.script:
-            timed("Diffusers' script, run after run", 1, _script_line(args, base, photos[turn], here))
+            timed(
+                "Diffusers' script, run after run",
+                1,
+                _script_line(args, base, photos[turn % len(photos)], here),
+            )
         for count in args.subjects:
             subjects = _list(photos[:count], here / f"{count}.csv")
             for ranks in args.ranks:
                 torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
                 line = [sys.executable, *torchrun, "-m", "dbtrain", "fleet", config, subjects]
-                words = [*line, f"run_dir={here / f'{count}-{ranks}'}", *args.set]
+                words = [*line, f"run_dir={here / f'{count}-{ranks}'}", *args.set, *_slots(args)]
                 timed(f"fleet of {count}, {ranks} rank{'s' * (ranks > 1)}", count, words, OMP_NUM_THREADS="1")
-    return [
-        Row(label=label, config={"subjects": counts[label]}, measures={
-            "subjects per hour": Measure.of("1/h", [3600 * counts[label] / wall for wall in found]),
-            "a subject": Measure.of("s", [wall / counts[label] for wall in found]),
-        })
-        for label, found in walls.items()
-    ]  # fmt: skip
+    return [_row(label, walls, count, {"subjects": count}) for (label, count), walls in found.items()]
 
 
 def _script(args: argparse.Namespace, base: str, photos: Path, place: Path) -> Spent:

@@ -77,7 +77,10 @@ def evaluate(cfg: Config, beside: Path | None = None) -> Iterator[str]:
         if beside and cfg.subjects:
             raise ConfigError("--beside compares the scores of one subject; this config has several")
         other = judge.load(beside) if beside else None
-    yield from score(cfg, draw(cfg, Kept()), other)
+    kept = Kept()
+    drawn = draw(cfg, kept)
+    kept.free()
+    yield from score(cfg, drawn, other)
 
 
 def draw(cfg: Config, kept: Kept) -> list[Any]:

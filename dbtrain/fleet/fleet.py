@@ -73,7 +73,7 @@ def _apart(work: Callable[[], None]) -> str:
             work()
     except Preempted as stop:
         stopped = str(stop)
-    dist.meet()
+    dist.barrier()
     return next(filter(None, dist.gather_json(stopped)), "")
 
 

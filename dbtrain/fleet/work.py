@@ -77,7 +77,7 @@ class Work:
             if problem := entry.problem or found.get(name):
                 self.bad[name] = problem
                 if dist.is_main():
-                    self._fail(name, ConfigError(problem))
+                    self._fail(name, problem)
         if not cfgs:
             return
         hub.check(cfgs[0])
@@ -181,7 +181,7 @@ class Work:
     def _ended(self, cfg: Config, problem: ConfigError | None) -> None:
         """Export a subject that is trained, or note its problem, and let it go."""
         if problem:
-            self._fail(_name(cfg), problem)
+            self._fail(_name(cfg), *problem.problems)
         else:
             export.finish(cfg, held=True)
             hub.push(cfg)
@@ -193,15 +193,13 @@ class Work:
         """In the block, a problem is that of one subject."""
         try:
             yield
-        except ConfigError as problem:
-            self._fail(name, problem)
-            self._release(name)
-        except OSError as error:
-            self._fail(name, ConfigError(os_problem(error)))
+        except (ConfigError, OSError) as error:
+            problems = error.problems if isinstance(error, ConfigError) else (os_problem(error),)
+            self._fail(name, *problems)
             self._release(name)
 
-    def _fail(self, name: str, problem: ConfigError) -> None:
-        self.bad[name] = text = "; ".join(problem.problems)
+    def _fail(self, name: str, *problems: str) -> None:
+        self.bad[name] = text = "; ".join(problems)
         with console.about(name):
             console.warn(f"failed: {text}")
         try:
@@ -227,7 +225,7 @@ class Work:
             if entry.name not in self.entries:
                 self.entries[entry.name] = entry
                 if entry.problem:
-                    self._fail(entry.name, ConfigError(entry.problem))
+                    self._fail(entry.name, entry.problem)
         if self.rank == 0:
             self.bar.show(self.write_status())
 

@@ -210,10 +210,10 @@ def gather_json(value: Any) -> list[Any]:
     return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(everyone, sizes, strict=True)]
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until every rank is here, however long they have worked for themselves."""
     if _heartbeat:
-        _heartbeat.meet()
+        _heartbeat.barrier()
 
 
 def _wait_for(work: torch_dist.Work) -> None:

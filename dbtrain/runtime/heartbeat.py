@@ -33,7 +33,7 @@ class Heartbeat:
         self.store = store
         self.rank, self.world = rank, world
         self.step = 0
-        self.beats = self.met = 0
+        self.beats = self.barriers = 0
         self.closed = threading.Event()
         self._beat()
         self.thread = threading.Thread(target=self._run, name="pulse", daemon=True)
@@ -57,13 +57,13 @@ class Heartbeat:
         with contextlib.suppress(Exception):  # the store's host is gone
             self._beat(end)
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has called this as often, however long that takes.
 
         Raises RuntimeError once one of them is gone.
         """
-        self.met += 1
-        name = f"met {self.met}"
+        self.barriers += 1
+        name = f"barrier {self.barriers}"
         self.store.add(name, 1)
         seen, since = self._everyone(), time.monotonic()
         while self.store.add(name, 0) < self.world:

@@ -66,15 +66,15 @@ class Kept:
         self._wanted: object = None
         self._pipe: AdapterPipeline | None = None
 
-    def pipe(self, cfg: Config, base: Base, side: int | None) -> AdapterPipeline:
-        """The base without adapters; loaded if the last one was another, or made for other images."""
+    def pipe(self, cfg: Config, base: Base, side: int | None, batch: int) -> AdapterPipeline:
+        """The base without adapters; loaded if the last one was another, or for other or fewer images."""
         gib, settings = cfg.prepare.memory_gib if cfg.prepare else None, cfg.sample
         wanted = (cfg.model, cfg.train.base_linears, cfg.train.swap_blocks, gib, side,
-                  settings.precision, settings.batch, settings.guidance)  # fmt: skip
-        if self._pipe is None or wanted != self._wanted:
+                  settings.precision, settings.guidance)  # fmt: skip
+        if self._pipe is None or wanted != self._wanted or batch > self._pipe.batch:
             self.free()  # there may be no room for both
             self._pipe = AdapterPipeline(
-                base, settings.precision, train=cfg.train, memory_gib=gib, batch=settings.batch
+                base, settings.precision, train=cfg.train, memory_gib=gib, batch=batch
             )
             self._wanted = wanted
         for name in self._pipe.names():
@@ -190,7 +190,7 @@ class _Request:
             return
 
         # Load the base and all adapters.
-        pipe = kept.pipe(self.cfg, self.base, self.side)
+        pipe = kept.pipe(self.cfg, self.base, self.side, max(map(len, mine)))
         pipe.encode([self.prompts[p] for batch in mine for _, p, _ in batch], settings.guidance)
         if dist.is_main():  # warns about prompts that are too long for the base
             encoders = self.base.family.text_encoders

@@ -245,15 +245,16 @@ class DreamBooth(nn.Module, Adapted):
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int) -> Tensor:
         """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""
         denoise = partial(self.family.denoise, self.denoiser, x_t, t)
-        if slots == 1 or not (step := self.family.by_length):
+        if slots == 1 or not (step := self.family.pad_to_multiple_of):
             return denoise(condition)
         # All rows pass once for each length of prompts, and those of this length are kept.
         lengths = condition["lengths"]
-        rooms = (lengths + step - 1) // step * step
+        padded = (lengths + step - 1) // step * step
         prediction = torch.zeros_like(x_t)
-        for room in rooms.unique():
-            made = denoise(condition | {"lengths": lengths.clamp(room - step + 1, room), "room": room})
-            prediction = torch.where((rooms == room).to(x_t.device).view(-1, 1, 1, 1), made, prediction)
+        for length in padded.unique():
+            fitted = {"lengths": lengths.clamp(length - step + 1, length), "padded_length": length}
+            made = denoise(condition | fitted)
+            prediction = torch.where((padded == length).to(x_t.device).view(-1, 1, 1, 1), made, prediction)
         return prediction
 
     @torch.no_grad()

@@ -210,18 +210,18 @@ def test_ranks_wait_for_each_other_until_one_is_gone(monkeypatch: pytest.MonkeyP
     mine, other = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     met: list[str] = []
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(lambda: (mine.meet(), met.append("mine")))
+        first = pool.submit(lambda: (mine.barrier(), met.append("mine")))
         wanted = other.beats + 3
         while other.beats < wanted:
             time.sleep(0.001)
         assert not met
-        other.meet()
+        other.barrier()
         first.result()
     assert met
     other.closed.set()
     other.thread.join()
     with pytest.raises(RuntimeError, match="a rank is gone"):
-        mine.meet()
+        mine.barrier()
     mine.close("")
 
 

@@ -107,7 +107,7 @@ FAMILY = Family(
     conditions=conditions,
     check=check,
     denoise=denoise,
-    by_length=1,
+    pad_to_multiple_of=1,
     presets={
         "attention": (*dit.ATTENDED, *SINGLE[1:]),
         "diffusers": (*dit.ATTENDED, *dit.FEED_FORWARD),

@@ -110,7 +110,7 @@ class Family:
     """(base) -> the model to train instead, if it was distilled to few steps."""
     texts_as_one: tuple[str, ...] = ()
     """The denoiser's modules that take the texts of all rows, of lengths of their own, as one sequence."""
-    by_length: int = 0
+    pad_to_multiple_of: int = 0
     """Not 0 where texts are padded to the longest: in slots, all rows pass once for each length of prompts.
 
     Lengths are rounded up to multiples of it. Otherwise a run's rounding would depend on others' prompts.

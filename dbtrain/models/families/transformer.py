@@ -42,7 +42,7 @@ FLUX_BLOCKS = (
 )
 
 PATCH = 2  # latents per token in each direction
-ROOM = 64  # tokens, in steps of which texts that are padded together get room in slots
+PAD_TO_MULTIPLE_OF = 64  # tokens, in slots, of texts that are padded together
 # What the families have in common whose VAE is Stable Diffusion's, with more channels.
 COMMON: dict[str, Any] = {
     "denoiser": "transformer", "encode_images": encode_moments, "sample_posterior": sample_moments,
@@ -171,12 +171,12 @@ def lengths_of(condition: Mapping[str, Tensor]) -> list[int]:
 def shared_text(condition: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A batch's text, (rows, longest, ...) in `dtype`, and its mask, (rows, longest) bool, if any.
 
-    With `room` in the condition, a number of tokens, all texts are padded to it, and there is a mask.
+    With a `padded_length` in the condition, all texts are padded to it, and there is always a mask.
     """
     lengths = lengths_of(condition)
-    longest = int(condition["room"]) if "room" in condition else max(lengths)
+    longest = int(condition["padded_length"]) if "padded_length" in condition else max(lengths)
     text = condition["prompt_embeds"][:, :longest].to(dtype)
-    if "room" not in condition and min(lengths) == longest:
+    if "padded_length" not in condition and min(lengths) == longest:
         return text, None
     text = pad(text, [0, 0] * (text.dim() - 2) + [0, longest - text.shape[1]])
     return text, mask_of(lengths, text.device, longest)
