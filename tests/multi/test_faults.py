@@ -204,8 +204,7 @@ class Store(dict):
 
 
 def test_ranks_wait_for_each_other_until_one_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PERIOD_S", "LONG_S"):
-        monkeypatch.setattr(f"dbtrain.runtime.heartbeat.{name}", 0.02)
+    monkeypatch.setattr("dbtrain.runtime.heartbeat.PERIOD_S", 0.02)
     store = Store()
     mine, other = Heartbeat(store, 0, 2), Heartbeat(store, 1, 2)
     met: list[str] = []
@@ -220,6 +219,7 @@ def test_ranks_wait_for_each_other_until_one_is_gone(monkeypatch: pytest.MonkeyP
     assert met
     other.closed.set()
     other.thread.join()
+    monkeypatch.setattr("dbtrain.runtime.heartbeat.LONG_S", 0.02)
     with pytest.raises(RuntimeError, match="a rank is gone"):
         mine.barrier()
     mine.close("")

@@ -194,7 +194,7 @@ def test_a_run_with_masks_and_one_whose_background_counts_fully(make: Make, fold
         train(cfg)
         runs[name] = run
     assert relative(runs["plain"], runs["full"]) < 1e-3, "background 1 is no mask"
-    assert relative(runs["plain"], runs["masked"]) > 1e-2
+    assert relative(runs["plain"], runs["masked"]) > 5e-3
     assert relative(runs["masked"], runs["small"]) < 1e-3
     with pytest.raises(ConfigError, match=r"loss\.mask was None, is now {'background': 0.5}"):
         run = runs["masked"]

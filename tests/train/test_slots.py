@@ -28,7 +28,7 @@ from dbtrain.train.slots import Slots
 from dbtrain.train.validation import ImageGenerator, Validator
 from tests import bases, eyes
 from tests.conftest import Make, slow, thinned
-from tests.runs import tree
+from tests.runs import distance, tree
 from tests.session import once
 
 STEPS = 4
@@ -84,11 +84,9 @@ def adapters(folder: Path) -> dict[str, torch.Tensor]:
             for name, tensor in load_file(path).items()}  # fmt: skip
 
 
-def distance(one: Path, other: Path) -> float:
-    """The largest relative distance of two runs' tensors."""
-    ours, theirs = adapters(one), adapters(other)
-    assert ours.keys() == theirs.keys()
-    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
+def apart(one: Path, other: Path) -> float:
+    """The distance of two runs' adapters."""
+    return distance(adapters(one), adapters(other))
 
 
 # Of the layers of these some see all texts as one, or a row a token. DBTRAIN_KILLS=30 tries every family.
@@ -125,9 +123,9 @@ def test_a_run_does_not_depend_on_its_companions_and_is_the_one_alone(
     for seed in (1, 3):
         assert result(tmp_path / f"a{seed}") == result(tmp_path / f"b{seed}")
     loop.train(config(tmp_path / "alone", 1))
-    bound = LOOSE.get(settings.get("train__precision", ""), 1e-3)
-    assert distance(tmp_path / "a1", tmp_path / "alone") < bound
-    assert distance(tmp_path / "a2", tmp_path / "alone") > 0.01, "the bound tells subjects apart"
+    bound = LOOSE.get(settings.get("train__precision", ""), 1e-4)
+    assert apart(tmp_path / "a1", tmp_path / "alone") < bound
+    assert apart(tmp_path / "a2", tmp_path / "alone") > 0.01, "the bound tells subjects apart"
 
 
 @pytest.mark.slow
@@ -150,11 +148,11 @@ def test_compiled_code_serves_every_step_and_every_run(
         assert not train(runs, 2)  # the third takes over a slot
     assert graphs == (1 if how is True else 3), "none for later steps and runs"
     for seed in (1, 2, 3):
-        assert distance(tmp_path / f"eager{seed}", tmp_path / f"compiled{seed}") < 1e-4
+        assert apart(tmp_path / f"eager{seed}", tmp_path / f"compiled{seed}") < 1e-4
 
 
 # More than the room of the others' texts: for most, another pass.
-LONG = {"chroma": "", "z-image": "", **dict.fromkeys(("qwen-image", "krea2"), ", very, very far away" * 4)}
+LONG = {"chroma": "", **dict.fromkeys(("qwen-image", "krea2", "z-image"), ", very, very far away" * 4)}
 
 
 @pytest.mark.parametrize("base", ["chroma", *map(slow, ("qwen-image", "krea2", "z-image"))])
@@ -178,7 +176,7 @@ def test_prompts_differ_in_length(make: Make, tmp_path: Path, base: str) -> None
     for number, run in enumerate(runs):
         alone = tmp_path / f"alone{number}"
         loop.train(run.model_copy(update={"run_dir": str(alone)}))
-        assert distance(tmp_path / f"a{number}", alone) < 1e-3
+        assert apart(tmp_path / f"a{number}", alone) < 1e-3
 
 
 def test_a_late_run_whose_prompts_are_longer_is_refused(make: Make, tmp_path: Path) -> None:
@@ -214,7 +212,7 @@ def test_runs_differ_in_rank_rate_and_steps_and_take_turns(make: Make, tmp_path:
         assert result(tmp_path / f"a{number}", steps) == result(tmp_path / f"b{number}", steps)
         if steps == STEPS:
             loop.train(cfg)
-            assert distance(tmp_path / f"a{number}", tmp_path / f"c{number}") < 1e-3
+            assert apart(tmp_path / f"a{number}", tmp_path / f"c{number}") < 1e-3
 
 
 def test_a_run_that_fails_leaves_the_others_as_they_are(make: Make, tmp_path: Path) -> None:
@@ -246,7 +244,7 @@ def test_a_stopped_run_goes_on_with_others_elsewhere(
     with pytest.raises(Preempted):
         train([config(tmp_path / "d", 1), config(tmp_path / "e", 2)], 2, until=2)
     loop.train(config(tmp_path / "d", 1))
-    assert distance(tmp_path / "d", tmp_path / "a1") < 1e-3
+    assert apart(tmp_path / "d", tmp_path / "a1") < 1e-3
 
 
 def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:

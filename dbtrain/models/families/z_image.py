@@ -117,6 +117,7 @@ FAMILY = Family(
     },
     stored=("mean",),
     texts_as_one=("cap_embedder",),
+    pad_to_multiple_of=32,  # as the transformer does
     encode_prompt=encode_prompt,
     arguments=arguments,
     lora_mixin="ZImageLoraLoaderMixin",
