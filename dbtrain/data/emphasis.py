@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import NamedTuple, TypeVar
@@ -40,8 +41,29 @@ class Emphasis(NamedTuple):
 def of_photos(names: Mapping[K, str], cfg: Prepare) -> dict[K, Emphasis]:
     """`of_photo` for each of some photos; the repeats are as small as their proportions allow."""
     found = {key: of_photo(name, cfg) for key, name in names.items()}
-    divisor = math.gcd(*(one.repeats for one in found.values()))
-    return {key: one._replace(repeats=one.repeats // divisor) for key, one in found.items()}
+    often = reduced([one.repeats for one in found.values()])
+    return {key: one._replace(repeats=count) for (key, one), count in zip(found.items(), often, strict=True)}
+
+
+def of_rows(sources: Sequence[K], times: Sequence[int], photos: Mapping[K, Emphasis]) -> list[Emphasis]:
+    """That of each stored row of some photos, so that a photo is seen as often as `photos` says.
+
+    Some have more rows than others, or the same row several `times`.
+    """
+    counts: Counter[K] = Counter()
+    for source, count in zip(sources, times, strict=True):
+        counts[source] += count
+    common = math.lcm(*counts.values())
+    each = [photos[source] for source in sources]
+    often = reduced([one.repeats * count * (common // counts[source])
+                     for one, source, count in zip(each, sources, times, strict=True)])  # fmt: skip
+    return [one._replace(repeats=count) for one, count in zip(each, often, strict=True)]
+
+
+def reduced(counts: Sequence[int]) -> list[int]:
+    """The smallest numbers of the same proportions, or nearly so: at most MOST_REPEATS."""
+    divisor = max(math.gcd(*counts), max(counts, default=0) / MOST_REPEATS)
+    return [max(1, round(count / divisor)) for count in counts]
 
 
 def of_photo(name: str, cfg: Prepare) -> Emphasis:

@@ -117,7 +117,8 @@ def resized(height: int, width: int, size: Size, change: Change = UNCHANGED) -> 
 def crops(photo_key: str, height: int, width: int, size: Size, cfg: Prepare, seed: int) -> list[Crop]:
     """The crops of `size` to store of one photo: its variants, with `flip` each mirrored too.
 
-    They depend on the photo's content and `seed`, not on the other photos. Duplicates are dropped.
+    They depend on the photo's content and `seed`, not on the other photos. Where a photo barely exceeds
+    `size`, random crops repeat.
     """
     variants = []
     for variant in range(cfg.variants):
@@ -133,7 +134,7 @@ def crops(photo_key: str, height: int, width: int, size: Size, cfg: Prepare, see
             (top + (around.height - size.height) // 2, left + (around.width - size.width) // 2, change)
         )
     flips = (False, True) if cfg.flip else (False,)
-    return [Crop(top, left, flip, change) for top, left, change in dict.fromkeys(variants) for flip in flips]
+    return [Crop(top, left, flip, change) for top, left, change in variants for flip in flips]
 
 
 def pixels(photo: Image.Image, crop: Crop, size: Size) -> Tensor:

@@ -35,9 +35,7 @@ def orders(
 
 def shares(shards: Sequence[Shard], manifest: Manifest, weights: Sequence[float]) -> dict[Size, float]:
     """The share of the steps with each size: how often a photo is seen does not depend on its size."""
-    rows: Counter[int] = Counter()
-    for shard in shards:
-        rows[shard.part] += shard.epoch
+    rows = _rows_by_part(shards)
     found: dict[Size, float] = {}
     for shard in shards:
         size, weight = manifest.size(shard), weights[shard.part] if len(weights) > 1 else 1.0
@@ -57,29 +55,43 @@ def _of_sizes(
 ) -> Order | Turns:  # fmt: skip
     """The order of the shards of a role, in turns of a step with each size."""
     sizes = {manifest.size(shard) for shard in shards}
+    rows = _rows_by_part(shards)
     if len(sizes) == 1:
-        return _of_parts(shards, weights, global_batch, seed, role)
+        return _of_parts(shards, rows, weights, global_batch, seed, role)
     parts = [[k for k, shard in enumerate(shards) if manifest.size(shard) == size] for size in turns]
     inner = [
-        _of_parts([shards[k] for k in part], weights, global_batch, seed, f"{role} {size}")
+        _of_parts([shards[k] for k in part], rows, weights, global_batch, seed, f"{role} {size}")
         for size, part in zip(turns, parts, strict=True)
     ]
     return Turns(parts, inner, list(turns.values()), global_batch)
 
 
 def _of_parts(
-    shards: Sequence[Shard], weights: Sequence[float], global_batch: int, seed: int, role: str
-) -> Order | Turns:
-    """The order of shards of one size, in turns of a row of each subject, or class, that they have."""
+    shards: Sequence[Shard], rows: Mapping[int, int], weights: Sequence[float], global_batch: int, seed: int,
+    role: str,
+) -> Order | Turns:  # fmt: skip
+    """The order of shards of one size, in turns of a row of each subject, or class, that they have.
+
+    `rows`: of each subject, of all sizes. One with few of this size has few turns.
+    """
     if len(weights) == 1:
         return _of_one(shards, global_batch, seed, role)
-    numbers = sorted({shard.part for shard in shards})
+    here = _rows_by_part(shards)
+    numbers = sorted(here)
     parts = [[k for k, shard in enumerate(shards) if shard.part == number] for number in numbers]
     inner = [
         _of_one([shards[k] for k in part], 1, seed, f"{role} {number}")
         for number, part in zip(numbers, parts, strict=True)
     ]
-    return Turns(parts, inner, [weights[number] for number in numbers])
+    return Turns(parts, inner, [weights[number] * (here[number] / rows[number]) for number in numbers])
+
+
+def _rows_by_part(shards: Sequence[Shard]) -> Counter[int]:
+    """The rows of an epoch, by the number of their subject, or class."""
+    rows: Counter[int] = Counter()
+    for shard in shards:
+        rows[shard.part] += shard.epoch
+    return rows
 
 
 def _of_one(shards: Sequence[Shard], global_batch: int, seed: int, role: str) -> Order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -34,6 +35,16 @@ LATER = (
     "buckets", "class_buckets", "augment", "mask", "mask_model", "caption", "subfolders", "repeats",
     "weights",
 )  # fmt: skip
+
+
+@dataclass
+class _Row:
+    """A planned row."""
+
+    source: str  # the path of its image
+    meta: dict[str, Any]  # its description
+    times: int = 1  # how often this crop was drawn for the image
+    emphasis: Emphasis = field(default_factory=Emphasis)  # it changes the manifest only, not the shard
 
 
 @dataclass(frozen=True)
@@ -90,13 +101,11 @@ def plan_shards(
         for role, images in split_held_out(of, whole, first, cfg.seed).items()
     ]
     for role, number, part, images in sorted(split, key=lambda one: one[0] in shards.HELD_OUT.values()):
-        rows: dict[Size, list[tuple[str, dict]]] = {}
+        rows: dict[Size, list[_Row]] = {}
         prepare = part.prepare
         names = {path: path.name for path, _ in images}
         if role.startswith("instance"):
             names = photos.named(prepare, names)
-        how = emphasis.of_photos(names, prepare) if role == "instance" else {}
-        seen = {str(path): one for path, one in how.items()}
         crops = prepare.model_copy(update=ONE_CROP.get(role, {}))
         for path, size in images:
             mine = rows.setdefault(size, [])
@@ -111,11 +120,17 @@ def plan_shards(
                 mine.append(_latent_row(path, words, size, space(size)))
             else:
                 mine += _rows(path, names[path], words, size, crops, cfg.seed, encoder, mask)
+        if role == "instance":
+            every_row = [row for mine in rows.values() for row in mine]
+            how = {str(path): one for path, one in emphasis.of_photos(names, prepare).items()}
+            sources, times = [row.source for row in every_row], [row.times for row in every_row]
+            for row, one in zip(every_row, emphasis.of_rows(sources, times, how), strict=True):
+                row.emphasis = one
         planned = plans.setdefault(role, [])
         for size, mine in rows.items():
             about = {"part": number, "size": None if size == Size.square(first.side) else str(size)}
             count = _shard_count(len(mine))
-            planned += [_planned(role, len(planned) + k, mine[k::count], seen, about) for k in range(count)]
+            planned += [_planned(role, len(planned) + k, mine[k::count], about) for k in range(count)]
     asked = [one.prepare.class_prompt for one in cfg.each_subject() if one.prepare]  # maybe without images
     empty = [shards.EMPTY] if cfg.data.prompt_dropout else []
     return list(dict.fromkeys([*texts, *filter(None, asked), *empty])), components, plans
@@ -134,8 +149,8 @@ ONE_CROP: dict[str, dict[str, Any]] = {
 def _rows(
     path: Path, name: str, words: list[int], size: Size, prepare: Prepare, seed: int, encoder: str,
     mask: str | None,
-) -> list[tuple[str, dict]]:  # fmt: skip
-    """(image path, row description) of every stored crop of one image."""
+) -> list[_Row]:  # fmt: skip
+    """Every stored crop of one image."""
     photo_key = hashing.sha256_of(path)
     height, width = photos.size(path)
     of_size = size.width if size.is_square else list(size)
@@ -143,20 +158,20 @@ def _rows(
         to = f"{size.width}" if size.is_square else f"{size.width} x {size.height}"
         say(f"{path} is {width} x {height} px and will be enlarged to {to} px")
     rows = []
-    for crop in photos.crops(photo_key, height, width, size, prepare, seed):
+    for crop, times in Counter(photos.crops(photo_key, height, width, size, prepare, seed)).items():
         where = [of_size, crop.key(), *([mask] if mask else [])]
         key = content_key([shards.VERSION, encoder, photo_key, where])
         meta = _meta(name, [height, width], crop, words, key)
-        rows.append((str(path), meta | ({"mask": mask} if mask else {})))
+        rows.append(_Row(str(path), meta | ({"mask": mask} if mask else {}), times))
     return rows
 
 
-def _latent_row(path: Path, words: list[int], size: Size, space: LatentSpace) -> tuple[str, dict]:
-    """(path, row description) of a class image that is stored as a latent: neither cropped nor resized."""
+def _latent_row(path: Path, words: list[int], size: Size, space: LatentSpace) -> _Row:
+    """A class image that is stored as a latent: neither cropped nor resized."""
     key = content_key(
         [shards.VERSION, class_images.LATENT, space.scale, space.shift, hashing.sha256_of(path)]
     )
-    return str(path), _meta(path.name, list(size), photos.Crop(0, 0, False), words, key)
+    return _Row(str(path), _meta(path.name, list(size), photos.Crop(0, 0, False), words, key))
 
 
 def _meta(
@@ -181,15 +196,11 @@ def _shard_count(rows: int) -> int:
     return count
 
 
-def _planned(
-    role: str, number: int, rows: list[tuple[str, dict]], how: Mapping[str, Emphasis],
-    about: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """`how`: the emphasis of each photo, by its path; it changes the manifest only, not the file."""
-    metas = [meta for _, meta in rows]
+def _planned(role: str, number: int, rows: list[_Row], about: Mapping[str, Any]) -> dict[str, Any]:
+    metas = [row.meta for row in rows]
     file = f"{role}-{number:05d}-{content_key(metas)[:12]}.tar"
-    found = {"sources": [source for source, _ in rows], "metas": metas, **about}
-    each = [how.get(source, Emphasis()) for source, _ in rows]
+    found = {"sources": [row.source for row in rows], "metas": metas, **about}
+    each = [row.emphasis for row in rows]
     for name, values in zip(("repeats", "weights"), zip(*each, strict=True), strict=True):
         found[name] = list(values) if set(values) != {1} else []
     return {"file": file, **found}

@@ -38,6 +38,25 @@ def test_repeats_are_those_of_the_last_pattern_or_of_the_nearest_folder(
     assert [count for count, _ in found(**settings)] == repeats
 
 
+@pytest.mark.parametrize(("sources", "times", "repeats"), [
+    ("aabb", (1, 1, 1, 1), [3, 3, 1, 1]),
+    ("aab", (1, 1, 1), [3, 3, 2]),  # a has two sizes
+    ("abbb", (8, 5, 2, 1), [24, 5, 2, 1]),  # all of a's random crops are the same
+    ("aaabb", (1, 1, 1, 1, 1), [2, 2, 2, 1, 1]),
+])  # fmt: skip
+def test_a_photo_is_seen_as_often_whatever_its_rows(
+    sources: str, times: tuple[int, ...], repeats: list[int]
+) -> None:
+    rows = emphasis.of_rows(sources, times, {"a": Emphasis(3), "b": Emphasis(1, 0.5)})
+    assert [row.repeats for row in rows] == repeats
+    assert [row.weight for row in rows] == [0.5 if source == "b" else 1 for source in sources]
+
+
+def test_proportions_of_large_numbers_are_kept_nearly() -> None:
+    assert emphasis.reduced([]) == [] and emphasis.reduced([4, 6]) == [2, 3]
+    assert emphasis.reduced([7000, 700, 1]) == [1000, 100, 1]
+
+
 def test_weights_are_1_or_that_of_the_last_pattern() -> None:
     weights = {"3_close": 0.5, "*.png": 2, "a [1].jpg": 3.0}
     assert [weight for _, weight in found((*NAMES, "a [1].jpg"), weights=weights)] == [0.5, 2, 1, 1, 1, 3]

@@ -189,6 +189,25 @@ def test_in_shapes_and_with_held_out_photos_each_is_seen_as_often_as_it_says(mak
         assert counts[name] / counts["2_close/b.png"] == pytest.approx(PLACES[name] / PLACES["2_close/b.png"])
 
 
+@pytest.mark.parametrize("settings", [
+    {"crop": "random", "variants": 6, "flip": True}, {"resolution": [32, 64]},
+])  # fmt: skip
+def test_photos_with_fewer_crops_or_sizes_are_seen_as_often(
+    make: Make, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    (folder := tmp_path / "photos").mkdir()
+    for number, size in enumerate(((64, 64), (65, 64), (128, 64), (40, 50))):
+        draw_photo(folder / f"{number}.png", number, size)
+    changes = {f"prepare__{name}": value for name, value in settings.items()}
+    cfg = make(prepare__photos=str(folder), **changes)
+    manifest = Manifest.read(at(prepare(cfg)))
+    rows = [len(shard.keys) for shard in manifest.roles["instance"]]
+    epoch = sum(shard.epoch for shard in manifest.roles["instance"])
+    assert sum(rows) < epoch
+    counts = seen(cfg, 4 * epoch)
+    assert set(counts.values()) == {epoch} and len(counts) == 4
+
+
 def test_a_run_goes_on_bit_by_bit_and_refuses_other_repeats(make: Make, tree: Path) -> None:
     settings = {"prepare__weights": {"c.png": 3}, "loss__prior": "none", "train__steps": 2}
     out = prepare(make_one := configured(make, tree, **settings))

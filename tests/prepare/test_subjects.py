@@ -129,6 +129,23 @@ def test_subjects_take_turns_by_weight(several: Several) -> None:
     assert all(first != second for first, second in pairwise(text for text in texts if " a " in text[8:]))
 
 
+def test_shares_do_not_depend_on_the_shapes_of_photos(several: Several, tmp_path: Path) -> None:
+    """Of subjects by their weights, and of the photos of each."""
+    cfg = several(prepare__buckets=True, prepare__class_prompt=None, prepare__class_images=0)
+    for name in ("photos-sks/2.png", "photos-xyz/0.png", "photos-zwx/0.png", "photos-zwx/1.png"):
+        draw_photo(tmp_path / name, int(name[11:-4]) + len(name), (160, 80))
+    share, manifest = RankSlice(1, 1), Manifest.read(at(prepare(cfg)))
+    stream = LatentStream(at(Path(cfg.data.shards)), manifest, share, {"instance": 1.0}, seed=3,
+                          weights=subjects.weights(cfg))  # fmt: skip
+    found = Counter((manifest.prompts.texts[batch.prompts[0]], stream.source("instance", position))
+                    for position, batch in zip(range(2400), stream, strict=False))  # fmt: skip
+    stream.close()
+    wanted = {("sks dog", 3): 200, ("xyz dog", 2): 300, ("zwx cat", 2): 600}
+    for (subject, photos), count in wanted.items():
+        mine = [found[f"a photo of {subject}", f"{k}.png"] for k in range(photos)]
+        assert mine == pytest.approx([count] * photos, rel=0.03)
+
+
 @pytest.mark.parametrize(
     "weights", [(1.0, 1.0), (1.0, 3.0), (0.3, 0.7, 0.25), (1.0, 2.0, 3.0, 4.0), (1e-6, 1.0)]
 )
