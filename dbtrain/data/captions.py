@@ -47,7 +47,7 @@ def captions(photo: Path, lines: bool) -> tuple[str, ...]:
     path = file_of(photo)
     if not is_there(photo):
         raise ConfigError(_missing(photo, path))
-    text = _decoded(path, _read(path))
+    text = decoded(path, _read(path))
     texts = text.splitlines() if lines else [text]
     if path.suffix == ".json":
         texts = _in_json(path, text)
@@ -111,7 +111,7 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"caption {path} cannot be read: {why}; replace it") from error
 
 
-def _decoded(path: Path, data: bytes) -> str:
+def decoded(path: Path, data: bytes) -> str:
     """UTF-8, or UTF-16 with its mark. Other encodings are not guessed: a caption would be misspelled."""
     try:
         text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")

@@ -31,15 +31,15 @@ def to_srgb(photo: Image.Image, tell: Callable[[str], object]) -> Image.Image:
     with the reason, and the numbers count as sRGB.
     """
     profile = profile_of(photo, tell)
-    alpha = _alpha(photo)
+    transparency = alpha(photo)
     if _is_deep(photo) or photo.mode in GRAYS:
         colors = _shades(photo, profile, tell)
     else:
         opaque = photo if photo.mode in KEPT else photo.convert("RGBA").convert("RGB")
         colors = _managed(opaque, profile, tell)
-    if alpha is None:
+    if transparency is None:
         return colors
-    colors.putalpha(alpha)
+    colors.putalpha(transparency)
     return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), colors).convert("RGB")
 
 
@@ -48,16 +48,23 @@ def _is_deep(photo: Image.Image) -> bool:
     return photo.mode == "F" or photo.mode.startswith("I")
 
 
-def _alpha(photo: Image.Image) -> Image.Image | None:
-    """The opacity, 0 to 255; None if the picture is opaque."""
+def alpha(photo: Image.Image) -> Image.Image | None:
+    """The opacity of a loaded picture, 0 to 255; None if it is opaque, also if it could be otherwise."""
     if not photo.has_transparency_data:
         return None
     hole = photo.info.get("transparency")
     if _is_deep(photo):
-        return Image.fromarray(np.where(np.asarray(photo) == hole, 0, 255).astype(np.uint8))
-    if isinstance(hole, tuple) and max(hole) > 255:  # of a 16-bit picture, which Pillow reads as 8-bit
-        photo.info["transparency"] = tuple(value >> 8 for value in hole)
-    return photo.convert("RGBA").getchannel("A")
+        found = Image.fromarray(np.where(np.asarray(photo) == hole, 0, 255).astype(np.uint8))
+    else:
+        if isinstance(hole, tuple) and max(hole) > 255:  # of a 16-bit picture, which Pillow reads as 8-bit
+            photo.info["transparency"] = tuple(value >> 8 for value in hole)
+        found = photo.convert("RGBA").getchannel("A")
+    return found if found.getextrema() != (255, 255) else None
+
+
+def to_gray(picture: Image.Image) -> Image.Image:
+    """A loaded picture of any mode and depth as 8-bit gray, by its numbers alone."""
+    return _shades(picture, b"", str).getchannel(0) if _is_deep(picture) else picture.convert("L")
 
 
 def _managed(colors: Image.Image, profile: bytes, tell: Callable[[str], object]) -> Image.Image:

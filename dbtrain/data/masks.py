@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dbtrain.data.color import alpha, to_gray
 from dbtrain.data.photo_files import MASK_FOLDER as FOLDER
 from dbtrain.data.photo_files import MASKS, opened, size
 from dbtrain.data.sizes import Size
@@ -39,7 +40,10 @@ def is_there(photo: Path) -> bool:
     if file_of(photo):
         return True
     with opened(photo) as picture:
-        return picture.has_transparency_data
+        if not picture.has_transparency_data:  # by its header
+            return False
+        picture.load()
+        return alpha(picture) is not None
 
 
 def key_of(photo: Path) -> str:
@@ -57,12 +61,11 @@ def load(photo: Path) -> Image.Image:
     with opened(path or photo) as picture:
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
-        if not path and not picture.has_transparency_data:
+        if not (mask := to_gray(picture) if path else alpha(picture)):
             raise ConfigError(
                 f"prepare.mask is true, but photo {photo} has neither a mask {photo.stem}{MASKS[0]} beside "
                 "it nor transparent parts; add a mask"
             )
-        mask = picture.convert("L") if path else picture.convert("RGBA").getchannel("A")
     if not math.isclose(mask.width * tall, mask.height * wide, rel_tol=SHAPE):
         raise ConfigError(
             f"mask {path} is {mask.width} x {mask.height} px, of another shape than its photo of {wide} x "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 
 from dbtrain.runtime.errors import ConfigError, reason
 
@@ -131,6 +131,18 @@ def is_mask(path: Path) -> bool:
     return path.name.lower().endswith(MASKS)
 
 
+def check_names(photos: Sequence[Path], beside: Callable[[Path], Path]) -> None:
+    """Raise ConfigError if two photos have the same file `beside` them."""
+    by_file: dict[Path, Path] = {}
+    problems = [
+        f"photos {first} and {photo.name} would both have {beside(photo)}; rename one of them"
+        for photo in photos
+        if (first := by_file.setdefault(beside(photo), photo)) != photo
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open a photo, of which only the header has been read.
@@ -190,8 +202,10 @@ def size(path: Path) -> tuple[int, int]:
     """(height, width) of an upright photo, px. Reads the header only."""
     with opened(path) as photo:
         width, height = photo.size
-        # Pillow turns TIFFs itself, and says their upright size.
-        sideways = photo.format != "TIFF" and photo.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+        orientation = ExifTags.Base.Orientation
+        # Pillow turns TIFFs by their own tag, though not by that of XMP, and says their upright size.
+        turned = isinstance(photo, TiffImagePlugin.TiffImageFile) and orientation in photo.tag_v2
+        sideways = not turned and photo.getexif().get(orientation) in SIDEWAYS
     if max(height, width) > LONGEST * min(height, width):
         raise ConfigError(f"photo {path} is {width} x {height} px, too thin to crop; replace or remove it")
     return (width, height) if sideways else (height, width)

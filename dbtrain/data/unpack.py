@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dbtrain.data import photo_files
 from dbtrain.data.captions import MOST_BYTES as CAPTION_BYTES
+from dbtrain.data.captions import decoded
 from dbtrain.runtime import console, files, preemption
 from dbtrain.runtime.errors import ConfigError, printable, reason
 
@@ -112,7 +113,9 @@ def _of_tar(name: str) -> Iterator[Item]:
                     assert data
                     sample[suffix] = data.read()
             yield from _items(key, sample)
-    except (tarfile.TarError, EOFError) as error:
+    except (MemoryError, ConfigError):
+        raise
+    except Exception as error:  # what fsspec reads from raises many kinds
         raise ConfigError(f"prepare.photos: '{name}' cannot be read: {reason(error)}") from error
 
 
@@ -144,7 +147,7 @@ def _items(key: str, sample: Mapping[str, bytes]) -> Iterator[Item]:
 
 def _caption(key: str, sample: Mapping[str, bytes]) -> str | None:
     if text := sample.get(".txt"):
-        return text[: CAPTION_BYTES + 1].decode("utf-8", "replace")
+        return decoded(Path(f"{key}.txt"), text)
     about = files.json_object(sample[".json"], f"{key}.json") if ".json" in sample else {}
     return next((str(about[name]) for name in TEXTS if about.get(name)), None)
 

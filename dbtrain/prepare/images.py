@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dbtrain.config import Config, Prepare
-from dbtrain.data import photos, shards, sizes
+from dbtrain.data import masks, photos, shards, sizes
 from dbtrain.data.sizes import Size, Sized
 from dbtrain.models.base import Base
+from dbtrain.prepare import prompts
 from dbtrain.prepare.subjects import parts
 from dbtrain.runtime import hashing
 from dbtrain.runtime.errors import ConfigError
@@ -21,6 +22,22 @@ def check_sizes(base: Base, prepare: Prepare) -> None:
     listed = prepare.buckets if isinstance(prepare.buckets, tuple) else ()
     for size in (*map(Size.square, prepare.resolutions), *map(Size.parse, listed)):
         base.family.space(base, size)
+
+
+def check_readable(cfg: Config, every: Sequence[Sequence[Path]]) -> None:
+    """Read all photos, captions and masks. Raises ConfigError for those that cannot be used."""
+    problems: list[str] = []
+    for part, paths in zip(parts(cfg)["instance"], every, strict=True):
+        for path in paths:
+            try:
+                photos.load(path, str)  # what it tells is told when it is encoded
+                prompts.of_photo(path, part.prepare, part.words, cfg.seed)
+                if part.prepare.mask:
+                    masks.load(path)
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
 
 
 def of_subject(base: Base, prepare: Prepare, paths: Sequence[Path]) -> list[Sized]:

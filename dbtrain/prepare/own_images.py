@@ -10,6 +10,7 @@ from dbtrain.config import Prepare
 from dbtrain.data import photos, sizes
 from dbtrain.data.photo_files import listing, subfolders
 from dbtrain.data.sizes import Size, Sized
+from dbtrain.data.sources import Source
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
@@ -25,14 +26,19 @@ def root(cfg: Prepare) -> Path:
 
 def find_own(cfg: Prepare) -> list[Path]:
     """The user's own class images, at most `cfg.class_images`."""
+    check_folder(cfg)
     if not cfg.class_dir or not root(cfg).exists():
         return []
-    check_folder(cfg)
     return photos.find(cfg.class_dir, "prepare.class_dir", ignore=(".txt",))[: cfg.class_images]
 
 
 def check_folder(cfg: Prepare) -> None:
-    """Raise ConfigError if the folder of the subject's photos is that of class images."""
+    """Raise ConfigError if `class_dir` is no folder, or that of the subject's photos."""
+    if cfg.class_dir and (Source.of(cfg.class_dir) or files.scheme_of(cfg.class_dir)):
+        raise ConfigError(
+            f"prepare.class_dir is '{cfg.class_dir}', but class images are in a folder; unpack them, and "
+            "set it to that"
+        )
     if cfg.class_dir and root(cfg).resolve() == files.expand(cfg.photos).resolve():
         raise ConfigError(
             f"prepare.class_dir is '{cfg.class_dir}', the folder of prepare.photos: the subject's photos "

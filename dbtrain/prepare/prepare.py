@@ -260,6 +260,8 @@ def _write_shards(
                     written.setdefault(str(number), {})[plan.file] = entry_of(plan, data)
                     if plan.file.startswith("class"):
                         of_classes |= {row.meta["key"]: row.tensors for row in rows}
+                if states.problems[number]:  # a full disk, or a photo that cannot be read
+                    break
     where = " on rank 0" if dist.world() > 1 else ""
     console.say(f"encoded {encoded} images and reused {total - encoded} in {len(mine)} shards{where}")
     return written

@@ -13,6 +13,7 @@ from dbtrain.config import Config
 from dbtrain.config.subject_words import with_article
 from dbtrain.config.subjects import Subject
 from dbtrain.data import captions, photos
+from dbtrain.data.photo_files import check_names
 from dbtrain.models.captioner import MODEL, describer
 from dbtrain.runtime import console, files, preemption
 from dbtrain.runtime.errors import ConfigError
@@ -36,6 +37,7 @@ def ensure(cfg: Config, paths: Sequence[Path]) -> None:
     if not prepare or prepare.captions != "auto" or not (missing := captions.without(paths)):
         return
     token, kind = words_of(cfg.subject)
+    check_names(missing, captions.file_of)
     describe = describer(prepare.captioner or MODEL)
     text = ""
     with console.bar(len(missing), "caption", "photo") as bar:

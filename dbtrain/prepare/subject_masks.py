@@ -17,6 +17,7 @@ from PIL import Image
 
 from dbtrain.config import Config
 from dbtrain.data import masks, photos
+from dbtrain.data.photo_files import check_names
 from dbtrain.models import others
 from dbtrain.runtime import console, files
 from dbtrain.runtime.errors import ConfigError
@@ -40,6 +41,7 @@ def ensure(cfg: Config, paths: Sequence[Path]) -> None:
         raise ConfigError(
             "prepare.mask is auto, but nothing says what to find in the photos; set subject.class_word"
         )
+    check_names(missing, masks.made_file)
     for path in missing:
         mask = finder(prepare.mask_model or MODEL)(photos.load(path), str(cfg.subject.class_word))
         if not np.asarray(mask).any():

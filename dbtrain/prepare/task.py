@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ class Task:
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"data.shards: '{cfg.data.shards}' is not a directory")
         subjects.check_class_images(cfg)
+        if dist.is_main() and not (folder / shards.MANIFEST).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with files.naming(folder):
+                tempfile.TemporaryFile(dir=folder).close()
+            if cfg.prepare.has_class_images:
+                images.check_readable(cfg, photos)
         return cls(cfg, cfg.prepare, base, storage, folder, photos)
 
     def plan(self) -> bool:

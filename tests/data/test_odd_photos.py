@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from dbtrain.config import Prepare
 from dbtrain.data import photos
@@ -193,6 +193,19 @@ def test_a_turned_photo_is_stored_upright(tmp_path: Path, kind: str, orientation
     turned.save(path, kind, exif=exif, **TURNED_KINDS[kind])
     assert photos.size(path) == (SIDE, WIDE)
     check(path, COLORS * 255)
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_tiff_may_have_its_orientation_in_xmp_alone(tmp_path: Path, orientation: int) -> None:
+    about = TiffImagePlugin.ImageFileDirectory_v2()
+    about[700] = (
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        f'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/></rdf:RDF>'
+    ).encode()
+    turned = Image.fromarray(np.ascontiguousarray(TURNS[orientation](BYTES)))
+    turned.save(tmp_path / "a.tif", tiffinfo=about)
+    assert photos.size(tmp_path / "a.tif") == (SIDE, WIDE)
+    check(tmp_path / "a.tif", COLORS * 255)
 
 
 @pytest.mark.parametrize("orientation", TURNS)

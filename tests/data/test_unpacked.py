@@ -242,6 +242,9 @@ BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "no tar": (written("a.tar", "no tar"), r"a\.tar' cannot be read"),
     "nothing": (lambda f: str(members(f / "a.tar", {"a.txt": b"a"})), "has no photos"),
     "no picture": (lambda f: str(members(f / "a.tar", {"a.png": b"a"})), "has no photos"),
+    "no such URL": (lambda f: f"file://{f}/b.tar", r"b\.tar' cannot be read: .*No such file"),
+    "misspelled": (lambda f: str(members(f / "a.tar", {"a.png": PICTURES[0], "a.txt": b"caf\xe9"})),
+                   r"caption a\.txt is not UTF-8 \(in Windows-1252 it reads 'café'\)"),
     "missing": (lambda f: str(f / "a.tar"), "does not exist"),
     "option": (lambda f: f"{f}/a.csv?imge=x", "has the option 'imge'; known are: image, caption"),
 }  # fmt: skip
@@ -260,6 +263,12 @@ def test_masks_in_a_tar_lie_beside_their_photos(tmp_path: Path) -> None:
     first, second = unpacked(str(tmp_path / "a.tar"))
     mask = masks.file_of(first)
     assert mask and mask.read_bytes() == picture(7) and masks.file_of(second) is None
+
+
+def test_captions_in_a_tar_are_read_as_those_in_a_folder(tmp_path: Path) -> None:
+    members(tmp_path / "a.tar", {"0.png": PICTURES[0], "0.txt": TEXTS[2].encode("utf-16")})
+    (photo,) = unpacked(str(tmp_path / "a.tar"))
+    assert captions.captions(photo, False) == (TEXTS[2],)
 
 
 def test_names_are_made_safe_and_stay_in_order(tmp_path: Path) -> None:

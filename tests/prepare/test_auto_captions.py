@@ -240,6 +240,10 @@ def test_captions_need_words_and_no_caption_of_another_program(make: Make, folde
     how: dict[str, Any] = {"prepare__photos": str(folder), "prepare__captions": "auto"}
     with pytest.raises(ConfigError, match=r"set subject\.token and subject\.class_word"):
         prepare(make(**how, subject={"token": "sks"}))
+    shutil.copy(folder / "2.png", folder / "2.jpg")
+    with pytest.raises(ConfigError, match=r"photos .*2\.jpg and 2\.png would both have .*2\.txt; rename one"):
+        prepare(make(**how))
+    (folder / "2.jpg").unlink()
     (folder / "2.caption").write_text("a dog")
     with pytest.raises(ConfigError, match=r"2\.png has no caption 2\.txt, only 2\.caption; make it"):
         prepare(make(**how))

@@ -89,6 +89,28 @@ def test_a_mask_may_be_in_several_places(folder: Path) -> None:
     assert masks.load(photos[0]).size == (96, 80)
 
 
+def test_a_photo_whose_alpha_is_solid_has_no_mask(tmp_path: Path) -> None:
+    photo = Image.open(draw(tmp_path, 0)).convert("RGBA")
+    photo.save(solid := tmp_path / "solid.png")
+    assert not masks.is_there(solid)
+    with pytest.raises(ConfigError, match=r"solid\.png has neither a mask .* nor transparent parts"):
+        masks.load(solid)
+    photo.putpixel((3, 4), (0, 0, 0, 254))
+    photo.save(cut := tmp_path / "cut.png")
+    assert masks.is_there(cut) and masks.load(cut).getextrema() == (254, 255)
+
+
+@pytest.mark.parametrize(("dtype", "values"), [
+    (np.uint16, (0, 500, 30000, 65535)), (np.float32, (0.0, 0.0076, 0.4578, 1.0)),
+])  # fmt: skip
+def test_a_deep_mask_keeps_its_shades(tmp_path: Path, dtype: type, values: tuple[float, ...]) -> None:
+    photo = tmp_path / "0.png"
+    Image.new("RGB", (4, 4)).save(photo)
+    deep = Image.fromarray(np.tile(np.array(values, dtype), (4, 1)))
+    deep.save(tmp_path / "0.mask.png", "TIFF")
+    assert [*masks.load(photo).crop((0, 0, 4, 1)).tobytes()] == [0, 2, 117, 255]
+
+
 def test_a_mask_is_upright_as_its_photo(tmp_path: Path) -> None:
     photo = Image.open(draw(tmp_path, 0))
     exif = Image.Exif()
@@ -269,6 +291,12 @@ def test_a_model_makes_the_masks_that_are_missing_once(
     made.unlink()
     with pytest.raises(ConfigError, match=r"nothing says what to find .*; set subject\.class_word"):
         prepare(configured(make, folder, prepare__mask="auto", subject={"token": "sks"}))
+    draw(folder, 2).rename(folder / "2.webp")
+    draw(folder, 2)
+    with pytest.raises(ConfigError, match=r"photos .*2\.png and 2\.webp would both have .*masks/2\.png; ren"):
+        prepare(cfg)
+    assert not made.exists()
+    (folder / "2.webp").unlink()
     with pytest.raises(ConfigError, match=r"prepare\.mask_model: .* is a clip_text_model, not a CLIPSeg"):
         whole = Path(cfg.model.path) / "text_encoder"
         prepare(configured(make, folder, prepare__mask="auto", prepare__mask_model=str(whole)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from dbtrain.models import encoder_plan
 from dbtrain.models.base import Base
 from dbtrain.prepare import class_images
 from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.memory import GIB
 from tests import bases
 from tests.conftest import Make, at, draw_photo
@@ -321,6 +323,47 @@ def test_your_own_class_images_come_first(
         make(prepare__photos=str(photo_dir), prepare__class_dir=str(mine), prepare__class_images=2)
     )
     assert sorted(row.meta["source"] for row in rows(folder, "class")) == ["real0.jpg", "real1.jpg"]
+
+
+@pytest.mark.parametrize("place", ["hub:owner/dogs", "https://example.org/dogs", "dogs.tar"])
+def test_class_images_are_in_a_folder(make: Make, photo_dir: Path, place: str) -> None:
+    with pytest.raises(ConfigError, match=f"class_dir is '{place}', but class images are in a folder"):
+        prepare(make(prepare__photos=str(photo_dir), prepare__class_dir=place))
+
+
+def test_what_cannot_be_encoded_is_told_before_class_images_are_generated(
+    make: Make, photo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(class_images, "ensure", None)
+    whole = (photo_dir / "1.png").read_bytes()
+    (photo_dir / "1.png").write_bytes(whole[: len(whole) // 2])
+    for name in "012":
+        (photo_dir / f"{name}.txt").write_text("a sks dog")
+        Image.new("L", (96, 80)).save(photo_dir / f"{name}.mask.png")
+    Image.new("L", (96, 80)).save(photo_dir / "3.mask.png")
+    Image.new("L", (80, 80)).save(photo_dir / "2.mask.png")
+    cfg = make(prepare__photos=str(photo_dir), prepare__captions=True, prepare__mask=True)
+    with pytest.raises(ConfigError) as found:
+        prepare(cfg)
+    first, second, third = found.value.problems
+    assert "cannot read photo" in first and "1.png" in first
+    assert "2.mask.png is 80 x 80 px" in second and "3.png has no caption 3.txt" in third
+    with pytest.raises(ConfigError, match="/proc"):
+        prepare(make(prepare__photos=str(tmp_path / "photos"), data__shards="/proc/shards"))
+
+
+def test_a_full_disk_ends_the_encoding(
+    make: Make, photo_dir: Path, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    cfg = make(prepare__photos=str(photo_dir), prepare__class_prompt=None, prepare__variants=4,
+               prepare__crop="random")  # fmt: skip
+    monkeypatch.setattr("dbtrain.prepare.prepare.files.write_atomically", full)
+    with pytest.raises(ConfigError, match="No space left on device") as found:
+        prepare(cfg)
+    assert len(found.value.problems) == 1 and 0 < len(encoded) <= 8 < 16
 
 
 def test_bf16_encodes_close_to_fp32(make: Make, photo_dir: Path) -> None:
