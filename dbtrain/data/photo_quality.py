@@ -87,10 +87,13 @@ def alike(qualities: list[PhotoQuality]) -> list[tuple[int, int]]:
     """Pairs of indices of photos that are near-duplicates."""
     if not qualities:
         return []
-    bits = np.stack([one.bits for one in qualities]).astype(np.int16)
+    bits = np.stack([one.bits for one in qualities])
     colors = np.stack([one.colors for one in qualities])
-    same = ((bits[:, None] != bits[None]).sum(-1) <= BITS) & (colors @ colors.T >= COLORS)
-    return [(int(a), int(b)) for a, b in np.argwhere(np.triu(same, k=1))]
+    found = []
+    for a in range(len(bits)):  # all pairs at once would take gigabytes for thousands of photos
+        same = ((bits[a + 1 :] != bits[a]).sum(-1) <= BITS) & (colors[a + 1 :] @ colors[a] >= COLORS)
+        found += [(a, a + 1 + int(b)) for b in np.flatnonzero(same)]
+    return found
 
 
 def _squares(values: NDArray[np.float32]) -> tuple[float, float]:
