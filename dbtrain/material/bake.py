@@ -19,6 +19,7 @@ from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
+BAKED = "baked.json"  # in every baked folder: the names of its base and adapters
 PICKLES = (".bin", ".ckpt", ".pt", ".msgpack", ".h5")
 Changes = Mapping[str, Callable[[], Delta]]  # by layer
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -28,11 +29,11 @@ def bake(out: Path, base: Base, parts: Sequence[tuple[AdapterFile, float]]) -> t
     """Write the base with a weighted sum of adapters merged in; return how many layers changed, and bytes.
 
     Files are copied, and the changed weights overwritten in the copies, one at a time: each keeps its dtype,
-    and nothing else changes. The folder gets its name once it is complete. Raises ConfigError if an adapter
-    does not fit the base, or if the base's weights are quantized.
+    and nothing else changes. The folder gets its name once it is complete. Raises ConfigError if it would
+    replace anything but an earlier result, if an adapter does not fit the base, or if the base's weights are
+    quantized.
     """
-    if out.resolve() == base.folder.resolve():
-        raise ConfigError(f"OUT is '{out}', the base itself; give another folder")
+    _check_free(out, base.folder, [source.path for source, _ in parts])
     rules = aligned([source for source, _ in parts])
     weights = [weight for _, weight in parts]
     changes = {place: partial(summed, which, weights) for place, which in rules.items()}
@@ -42,6 +43,8 @@ def bake(out: Path, base: Base, parts: Sequence[tuple[AdapterFile, float]]) -> t
 
     def fill(folder: Path) -> None:
         shutil.copy(base.folder / "model_index.json", folder)
+        about = {"base": Path(base.name).name, "adapters": [[one.path.name, weight] for one, weight in parts]}
+        files.write(folder / BAKED, json.dumps(about) + "\n")
         for name in base.index:
             if (base.folder / name).is_dir():
                 kept = base.weights(name).paths if name in components else []
@@ -53,8 +56,20 @@ def bake(out: Path, base: Base, parts: Sequence[tuple[AdapterFile, float]]) -> t
             mine = {module: rule for (where, module), rule in changes.items() if where == component}
             _patch(base.weights(component), folder / component, mine, shapes_of(base, component))
 
-    files.write_folder_atomically(out, fill)
+    files.write_folder_atomically(out.resolve(), fill)
     return len(changes), sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _check_free(out: Path, base: Path, adapters: Sequence[Path]) -> None:
+    """Raise ConfigError if a folder at `out` would replace anything but an empty or baked one."""
+    where = out.resolve()
+    for path in (base, *adapters):
+        if path.resolve().is_relative_to(where):
+            raise ConfigError(f"OUT is '{out}', which holds {path}; give another folder")
+    if where.is_relative_to(base.resolve()):
+        raise ConfigError(f"OUT is '{out}', a folder in the base; give another one")
+    if where.exists() and not (where / BAKED).is_file() and (where.is_file() or any(where.iterdir())):
+        raise ConfigError(f"OUT is '{out}', which bake did not write; give another folder, or remove it")
 
 
 def _left_out(kept: Sequence[Path], folder: str, names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -275,6 +276,29 @@ def test_baking_keeps_dtypes_and_every_other_byte(tmp_path: Path) -> None:
     for path in half.rglob("*"):
         if path.is_file() and (path.parent.name != "unet" or path.suffix == ".json"):
             assert (tmp_path / "baked" / path.relative_to(half)).read_bytes() == path.read_bytes()
+
+
+def test_baking_replaces_only_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(base().folder, tmp_path / "all" / "base")
+    its = Base.find(Model(path=str(folder)))
+    path = written(tmp_path / "a", "kohya", adapter(1, text=False))
+    parts = [(AdapterFile.read(path, its), 1.0)]
+    (photo := tmp_path / "mine" / "photo.jpg").parent.mkdir()
+    photo.touch()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for place, said in {
+        ".": "which holds", "/": "which holds", "all": "which holds", "all/base": "which holds",
+        "a": "which holds", "all/base/unet/out": "a folder in the base", "mine": "which bake did not write",
+        "mine/photo.jpg": "which bake did not write",
+    }.items():  # fmt: skip
+        with pytest.raises(ConfigError, match=f"OUT is '{place}', {said}"):
+            bake.bake(Path(place), its, parts)
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "baked").mkdir()
+    for _ in range(2):
+        bake.bake(Path("baked"), its, parts)
+    assert Base.find(Model(path="baked")).index == its.index
 
 
 def test_what_was_baked_in_is_extracted(tmp_path: Path) -> None:
