@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from dbtrain.material.adapter_file import AdapterFile, Place
 from dbtrain.material.delta import Delta, total
@@ -22,6 +23,12 @@ def merged(parts: Sequence[tuple[AdapterFile, float]], limit: Limit) -> tuple[di
     return found, fits
 
 
+def together(sources: Sequence[AdapterFile]) -> AdapterFile:
+    """The first adapter as a pattern for the sum of all: it knows how the names of each one's parts begin."""
+    prefixes = {part: prefix for source in reversed(sources) for part, prefix in source.prefixes.items()}
+    return replace(sources[0], prefixes=prefixes)
+
+
 def summed(rules: Rules, weights: Sequence[float]) -> Delta:
     """The weighted sum of the changes of a layer; `weights` are all adapters'."""
     return total([(weights[number], rule()) for number, rule in rules.items()])
@@ -36,11 +43,14 @@ def aligned(sources: Sequence[AdapterFile]) -> dict[Place, Rules]:
     found: dict[Place, Rules] = {}
     for number, source in enumerate(sources):
         mine = {_plain(place): place for place in source.layers}
-        if strangers := mine.keys() - names.keys() if number and not source.base else None:
-            first = sources[0]
-            if source.form != first.form or strangers == mine.keys():
+        if number and not source.base:
+            strangers, shared = mine.keys() - names.keys(), mine.keys() & names.keys()
+            if source.form == sources[0].form:  # then a part that shares no layer has other names
+                apart = {part for part, _ in names} - {part for part, _ in shared}
+                strangers = {plain for plain in strangers if plain[0] in apart}
+            if strangers:
                 raise ConfigError(
-                    f"{source.path} has the layer {mine[min(strangers)][1]}, which {first.path} "
+                    f"{source.path} has the layer {mine[min(strangers)][1]}, which {sources[0].path} "
                     "does not have, or not by this name; add --base, the model of both"
                 )
         for plain, place in mine.items():

@@ -61,6 +61,8 @@ def write(
     if form != "peft":
         files.write_atomically(out, _file_like(like, states, about or {}))
         return
+    if len(states) > 1 and "." in like.prefixes.values():
+        raise ConfigError("one of the PEFT folders does not say which component it is for; add --base")
     for component, state in states.items():
         for name, data in peft_folder.contents(state).items():
             files.write_atomically(out / like.prefixes[component] / name, data)

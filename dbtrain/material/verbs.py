@@ -201,7 +201,7 @@ def _write_sum(
     changes, fits = merge.merged(parts, limit)
     said = ", ".join(f"{source.path.name}:{weight:g}" for source, weight in parts)
     about = {"modelspec.merged_from": said} if len(parts) > 1 else {}
-    write(out, changes, parts[0][0], form, dtype, about)
+    write(out, changes, merge.together([source for source, _ in parts]), form, dtype, about)
     _report(out, fits, json)
 
 

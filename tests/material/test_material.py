@@ -214,6 +214,39 @@ def test_files_with_other_names_need_the_base(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("form", FORMS["sd"])
+def test_a_sum_has_the_parts_of_all(tmp_path: Path, form: str) -> None:
+    one, two = adapter(1, text=False), adapter(2)
+    sources = [
+        AdapterFile.read(written(tmp_path / name, form, states)) for name, states in (("a", one), ("b", two))
+    ]
+    result, _ = merge.merged([(source, 1.0) for source in sources], Limit())
+    write(out(tmp_path, form), result, merge.together(sources))
+    a, b = truth(one), truth(two)
+    assert_same(changes(out(tmp_path, form)), {place: a.get(place, 0) + b[place] for place in b}, 1e-5)
+
+
+def test_a_part_with_other_names_is_not_added(tmp_path: Path) -> None:
+    """The text encoder's layers are called alike, but those of the UNet have names of two programs."""
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    sources = []
+    for module in ("input_blocks_4_1_proj_in", "down_blocks_1_attentions_0_proj_in"):
+        tensors = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+        names = (f"lora_unet_{module}", text)
+        save_file({f"{n}.{k}": t.clone() for n in names for k, t in tensors.items()}, path := tmp_path / "it")
+        sources.append(AdapterFile.read(path.rename(tmp_path / f"{module}.safetensors")))
+    with pytest.raises(ConfigError, match=r"has the layer down_blocks_1_attentions_0_proj_in, .* --base"):
+        merge.merged([(source, 1.0) for source in sources], Limit())
+
+
+def test_components_without_a_folder_are_not_guessed(tmp_path: Path) -> None:
+    one = AdapterFile.read(written(tmp_path / "a", "peft", adapter(1, text=False)) / "unet")
+    two = AdapterFile.read(written(tmp_path / "b", "peft", adapter(2)))
+    result, _ = merge.merged([(one, 1.0), (two, 1.0)], Limit())
+    with pytest.raises(ConfigError, match="does not say which component it is for; add --base"):
+        write(tmp_path / "out", result, merge.together([one, two]))
+
+
 def test_a_difference_is_a_distance_and_an_angle(tmp_path: Path) -> None:
     one, two = adapter(1), adapter(2, text=False, rank=2)
     first = AdapterFile.read(written(tmp_path / "a", "kohya", one))
