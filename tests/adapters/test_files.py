@@ -20,6 +20,7 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.names import nested, sgm_names
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
+from dbtrain.material.adapter_file import AdapterFile
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline
@@ -295,6 +296,15 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path: Path, form: 
         path = saved(tmp_path, load_file(path), {"lora_adapter_metadata": json.dumps(header)})
     with pytest.raises(ConfigError, match=r"^adapter "):
         read(path)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft", "kohya"])
+def test_a_rank_that_no_layer_has_is_not_limited(tmp_path: Path, form: str) -> None:
+    truth = state(rank=16, ranks={".*": 2})
+    found = read(formats.write(form, tmp_path, base().family, {"unet": truth}))["unet"]
+    assert found.tensors.keys() == truth.tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in truth.tensors.items())
+    assert AdapterFile.read(tmp_path).layers
 
 
 @pytest.mark.parametrize("first", ["loha", "lokr"])

@@ -63,16 +63,17 @@ def check_patterns(config: Mapping[str, Any]) -> None:
                 raise ConfigError(f"its {key} has the regular expression '{pattern}'; only names are read")
 
 
+def rank_in(config: Mapping[str, Any], module: str) -> int:
+    """The rank of a module's update. A config's `rank_pattern` names the modules that differ."""
+    patterns = config.get("rank_pattern") or {}
+    return patterns.get(get_pattern_key(list(patterns), module), config["r"])
+
+
 def strength(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """The rank of a module's update, and its factor: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
 
-    A config's `rank_pattern` and `alpha_pattern` name the modules that differ.
+    A config's `alpha_pattern` names the modules whose alpha differs.
     """
-    rank, alpha = (
-        patterns.get(get_pattern_key(list(patterns), module), default)
-        for patterns, default in (
-            (config.get("rank_pattern") or {}, config["r"]),
-            (config.get("alpha_pattern") or {}, alpha_in(config)),
-        )
-    )
+    rank, patterns = rank_in(config, module), config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), alpha_in(config))
     return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dbtrain.adapters.formats.common import by_module, check_patterns
+from dbtrain.adapters.formats.common import by_module, check_patterns, rank_in
 from dbtrain.adapters.state import AdapterState
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
@@ -50,7 +50,7 @@ def bounded(state: AdapterState) -> AdapterState:
     factor = FACTORS.get(str(config.get("peft_type")))
     ranks = [tensor.shape[0] for name, tensor in state.tensors.items() if factor and name.endswith(factor)]
     most = min(MOST_RANK, max(ranks)) if ranks else MOST_RANK
-    for rank in (config.get("r"), *(config.get("rank_pattern") or {}).values()):
+    for rank in {rank_in(config, module) for module in by_module(state)}:
         if isinstance(rank, int) and rank > (most if factor else 2**31):
             raise ConfigError(f"its rank is {_short(rank)}, but its tensors have at most {most}")
     for alpha in _alphas(config):
