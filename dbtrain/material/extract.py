@@ -16,6 +16,7 @@ from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError
 
+POSITIONS = "embeddings.position_ids"  # 0, 1, 2, ... in older files of CLIPs
 SMALL = 1024  # rows or columns of a change whose SVD is computed whole
 SPARE, PASSES = 16, 4  # ranks and iterations of a randomized SVD beyond those that are kept
 
@@ -31,15 +32,15 @@ def extracted(tuned: Base, base: Base, limit: Limit) -> tuple[dict[Place, Delta]
     for component in base.family.adaptable:
         now, was = tuned.weights(component), base.weights(component)
         shapes = shapes_of(base, component)
-        its = weight_names(was, shapes)
-        for name in sorted(was.names):
-            module = its.get(name)
-            if name not in now.names or now.shape(name) != was.shape(name):
+        its, theirs = weight_names(was, shapes), {_plain(name): name for name in now.names}
+        for name in sorted(name for name in was.names if not name.endswith(POSITIONS)):
+            module, other = its.get(name), theirs.get(_plain(name), "")
+            if not other or now.shape(other) != was.shape(name):
                 raise ConfigError(
                     f"{tuned.name} does not have {name} {was.shape(name)} in its {component}, as "
                     f"{base.name} has; give two models of the same architecture"
                 )
-            change = _change(now, was, name)
+            change = _change(now.read(other), was.read(name))
             if change is None:
                 continue
             if module is None:
@@ -57,9 +58,13 @@ def weight_names(files: WeightFiles, modules: Iterable[str]) -> dict[str, str]:
     return {name: named[name] for name in files.names if name in named}
 
 
-def _change(now: WeightFiles, was: WeightFiles, name: str) -> Tensor | None:
+def _plain(name: str) -> str:
+    """A tensor's name in files of any version of transformers, of which older ones nest CLIP's."""
+    return name.removeprefix("text_model.")
+
+
+def _change(after: Tensor, before: Tensor) -> Tensor | None:
     """The difference of two weights, fp32; None if there is none."""
-    after, before = now.read(name), was.read(name)
     if not after.is_floating_point() or torch.equal(after, before.to(after.dtype)):
         return None
     return after.float() - before.float()

@@ -345,6 +345,21 @@ def test_what_was_baked_in_is_extracted(tmp_path: Path) -> None:
     assert_same(changes(tmp_path / "out.safetensors"), truth(states), 1e-5)
 
 
+@pytest.mark.parametrize("older", ["tuned", "base"])
+def test_clips_of_any_version_of_transformers_are_compared(tmp_path: Path, older: str) -> None:
+    """Older files have another level in the names, and a tensor more."""
+    states = adapter(1)
+    source = AdapterFile.read(written(tmp_path / "a", "kohya", states), base())
+    bake.bake(tmp_path / "tuned", base(), [(source, 1.0)])
+    shutil.copytree(base().folder, tmp_path / "base")
+    file = tmp_path / older / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in load_file(file).items()}
+    save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file)
+    tuned, its = (Base.find(Model(path=str(tmp_path / name))) for name in ("tuned", "base"))
+    result, _, others = extract.extracted(tuned, its, Limit(rank=4))
+    assert not others and result.keys() == truth(states).keys()
+
+
 def test_a_large_layer_is_extracted_by_a_randomized_svd() -> None:
     random = torch.Generator().manual_seed(0)
     change = torch.randn(1100, 8, generator=random) @ torch.randn(8, 1200, generator=random)
