@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from dbtrain.adapters.tokens import Words
 from dbtrain.config import Config
 from dbtrain.export.model_card import card
 from dbtrain.models.base import Base
+from dbtrain.models.families.family import Family
 from dbtrain.runtime import console, dist, files, hashing, lock
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import PREVIEW, SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
@@ -91,8 +92,26 @@ def save(
                 if caveat := formats.caveat(form, states, forms):
                     console.say(f"warning: {caveat}")
             word_file.write(folder, base.family, words)
+            if state and folder.resolve() == RunFolder(cfg.run_dir).export.resolve():
+                _remove_others(folder, base.family, states, forms, name)
             _write_card(cfg, base, states, words, state, folder, name)
     return formats.FORMATS[forms[0]].path(folder, name)
+
+
+def _remove_others(folder: Path, family: Family, states: States, forms: Sequence[str], name: str) -> None:
+    """Remove what an earlier export of the run wrote and this one does not: it may be of another step."""
+    written = {formats.FORMATS[form].path(folder, name) for form in forms}
+    named = [form.path(folder, each) for form in formats.FORMATS.values() if form.file
+             for each in (name, formats.OLD_NAME)]  # fmt: skip
+    unwritten = set(family.adaptable) - (states.keys() if "peft" in forms else set())
+    named += [
+        folder / part / file for part in unwritten for file in (peft_folder.WEIGHTS, peft_folder.CONFIG)
+    ]
+    for path in set(named) - written:
+        path.unlink(missing_ok=True)
+    for path in (folder / part for part in unwritten):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _write_card(

@@ -266,6 +266,29 @@ def test_an_export_from_a_checkpoint_is_the_export_of_the_live_run(make: Make, t
     assert not all(torch.equal(earlier[name], tensors[name]) for name in tensors)
 
 
+def test_an_export_removes_the_run_s_files_of_other_formats(make: Make, tmp_path: Path) -> None:
+    cfg = make(train__steps=1, export__formats=["diffusers", "peft"])
+    folder = train(cfg) / "export"
+    for name in ("notes.txt", "other.safetensors", "unet/notes.txt"):
+        (folder / name).touch()
+    mine = {Path(name) for name in ("README.md", "notes.txt", "other.safetensors", "unet/notes.txt")}
+
+    def there(at: Path) -> set[Path]:
+        return {path.relative_to(at) for path in at.rglob("*") if path.is_file()}
+
+    cfg = make(train__steps=1, export__formats=["kohya"])
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    export(cfg, out=copy)
+    assert there(copy) == there(folder) | {Path("run.safetensors")}
+    assert export(cfg) == find(folder.parent) == folder / "run.safetensors"
+    assert there(folder) == mine | {Path("run.safetensors")}
+    (folder / "unet/notes.txt").unlink()
+    export(make(train__steps=1, export__formats=["peft"]))
+    assert not (folder / "run.safetensors").exists() and (folder / "unet/adapter_config.json").is_file()
+    export(make(train__steps=1))
+    assert there(folder) == mine - {Path("unet/notes.txt")} | {Path(FILE)} and not (folder / "unet").exists()
+
+
 def test_tensors_are_fp32_and_keys_are_clean(make: Make) -> None:
     tensors = load_file(train(make(train__precision="bf16")) / "export" / FILE)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
