@@ -173,6 +173,15 @@ SD_3 = {
     "context_block.attn.proj": (1, 1, (0,)), "context_block.mlp.fc1": (4, 1, (0,)),
     "context_block.mlp.fc2": (1, 4, (0,)),
 }  # fmt: skip
+SD_3_LAYERS = {
+    **{f"joint_blocks.{number}.{name}": (outputs, inputs)
+       for name, (outputs, inputs, numbers) in SD_3.items() for number in numbers},
+    # Modulations of norms: in the last block, and after it, of a shift and a scale.
+    "joint_blocks.0.context_block.adaLN_modulation.1": (6, 1),
+    "joint_blocks.1.context_block.adaLN_modulation.1": (2, 1), "final_layer.adaLN_modulation.1": (2, 1),
+    "final_layer.linear": (2, 1), "t_embedder.mlp.0": (1, 8), "t_embedder.mlp.2": (1, 1),
+    "y_embedder.mlp.0": (1, 4), "y_embedder.mlp.2": (1, 1),
+}  # fmt: skip
 
 
 class Checkpoint(dict[str, Tensor]):
@@ -187,16 +196,14 @@ def test_kohya_s_file_for_sd_3_is_read_as_diffusers_splits_a_checkpoint(tmp_path
     torch.manual_seed(0)
     base = Base.find(Model(path=str(bases.sd3())))
     weights, tensors = Checkpoint({"context_embedder.weight": torch.zeros(SD_3_WIDTH, 1)}), {}
-    for name, (outputs, inputs, numbers) in SD_3.items():
-        for number in numbers:
-            down, up = lora(outputs * SD_3_WIDTH, inputs * SD_3_WIDTH)
-            layer = f"joint_blocks.{number}.{name}"
-            weights[f"{layer}.weight"] = up @ down
-            flat = f"lora_unet_{layer.replace('.', '_')}"
-            tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+    for layer, (outputs, inputs) in SD_3_LAYERS.items():
+        down, up = lora(outputs * SD_3_WIDTH, inputs * SD_3_WIDTH)
+        weights[f"{layer}.weight"] = up @ down
+        flat = f"lora_unet_{layer.replace('.', '_')}"
+        tensors |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
     split = converters_of_models.convert_sd3_transformer_checkpoint_to_diffusers(weights)
     (state,) = read(tensors, tmp_path, "sd3", base.skeleton).values()
     found = by_module(state)
-    assert len(found) == 2 * 4 + 4 + 2 * 2 + 1 + 2 * 3 + 1 + 2
+    assert len(found) == 2 * 4 + 4 + 2 * 2 + 1 + 2 * 3 + 1 + 2 + 8
     for module, layer in found.items():
         torch.testing.assert_close(layer["lora_B.weight"] @ layer["lora_A.weight"], split[f"{module}.weight"])

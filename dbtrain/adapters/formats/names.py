@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from math import prod
 
 from torch import Tensor
 
@@ -44,6 +45,13 @@ UNREAD = (
 
 # Layers that tell what an adapter is for which does not fit the base.
 TRANSFORMER = r"(lora_)?(transformer|te3|text_encoder_3)[._].*|(.*[._])?(double|single|joint)_blocks[._].*"
+
+# A norm's modulation in the original code of transformers ends with this name. Where it is of a shift and a
+# scale alone, Diffusers has the scale first.
+MODULATION = ".adaLN_modulation.1"
+# The tensors of a layer with a row for each of its outputs, and with a column for each of its inputs.
+OUTPUTS = ("lora_B.weight", "lora_B.bias", "dora_scale", "hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a")
+INPUTS = ("lora_A.weight", "hada_w1_b", "lokr_w1", "lokr_w1_b", "lokr_w2", "lokr_w2_b")
 
 # Diffusers -> the original UNet code (sgm), within a residual block and outside the blocks.
 RESNET = {
@@ -111,12 +119,12 @@ def original_names(family: Family, names: Iterable[str]) -> dict[str, list[str]]
     return places
 
 
-def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, ...]]]:
+def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, ...], bool]]:
     """Every name that files have for a module, with `_` for `.` -> its component and name.
 
-    One name in the original code can cover several modules.
+    One name in the original code can cover several modules. The last value: whether it is a modulation.
     """
-    known: dict[str, tuple[str, tuple[str, ...]]] = {}
+    known: dict[str, tuple[str, tuple[str, ...], bool]] = {}
     for component, names in modules.items():
         prefixes = [f"{component}_", ""]
         if component in family.kohya:
@@ -139,7 +147,8 @@ def _known(family: Family, modules: Modules) -> dict[str, tuple[str, tuple[str, 
         spelled += [(original, tuple(found)) for original, found in originals.items()]
         for spelling, found in spelled:
             for prefix in prefixes:
-                known.setdefault(f"{prefix}{spelling}".replace(".", "_"), (component, found))
+                its = component, found, spelling.endswith(MODULATION) and spelling not in found
+                known.setdefault(f"{prefix}{spelling}".replace(".", "_"), its)
     return known
 
 
@@ -158,18 +167,34 @@ def layers_in(
     """
     known = _known(family, modules)
     found: dict[str, dict[tuple[str, ...], dict[str, Tensor]]] = {}
+    modulations: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, part = split(key)
         plain = module.replace(".", "_").replace("base_model_model_", "")
         where = known.get(plain) or known.get(f"{plain}_0" if plain.endswith("to_out") else "")
         if where is None:
             raise ConfigError(_unknown(key, module, family))
-        component, names = where
+        component, names, modulates = where
         layer = found.setdefault(component, {}).setdefault(names, {})
         if part in layer:
             raise ConfigError(f"it has two tensors for {names[0]}.{part}, one of them {key}")
         layer[part] = tensor
+        if modulates:
+            modulations[names[0]] = layer
+    for module, layer in modulations.items():
+        inputs = prod(layer[part].shape[1] for part in INPUTS if part in layer)
+        if modules[family.denoiser][module] == 2 * inputs:
+            _swap_halves(module, layer)
     return found
+
+
+def _swap_halves(module: str, layer: dict[str, Tensor]) -> None:
+    """Swap the halves of a layer's outputs. Raises ConfigError if its factors do not come apart."""
+    for part in layer.keys() & OUTPUTS:
+        half, rest = divmod(len(layer[part]), 2)
+        if rest:
+            raise ConfigError(f"its layer {module} does not come apart into a shift and a scale")
+        layer[part] = layer[part].roll(half, 0)
 
 
 def split(key: str) -> tuple[str, str]:

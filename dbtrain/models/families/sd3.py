@@ -151,6 +151,15 @@ FAMILY = Family(
         (rf"{BLOCK}ff_context\.net\.0\.proj", rf"{JOINT}context_block.mlp.fc1"),
         (rf"{BLOCK}ff_context\.net\.2", rf"{JOINT}context_block.mlp.fc2"),
         (rf"{BLOCK}norm1\.linear", rf"{JOINT}x_block.adaLN_modulation.1"),
+        (rf"{BLOCK}norm1_context\.linear", rf"{JOINT}context_block.adaLN_modulation.1"),
+        *(
+            (rf"time_text_embed\.{ours}_embedder\.linear_{number}", f"{theirs}_embedder.mlp.{place}")
+            for ours, theirs in (("timestep", "t"), ("text", "y"))
+            for number, place in ((1, 0), (2, 2))
+        ),
+        (r"pos_embed\.proj", "x_embedder.proj"),
+        (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+        ("proj_out", "final_layer.linear"),
     ),
     keeps_names=True,
     comfyui_prefix="transformer",
