@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from dbtrain.adapters import inject
 from dbtrain.adapters.formats import common
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.adapters.formats.names import nested, sgm_names
+from dbtrain.adapters.formats.peft_folder import CONFIG, WEIGHTS
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
 from dbtrain.material.adapter_file import AdapterFile
@@ -296,6 +298,20 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(tmp_path: Path, form: 
         path = saved(tmp_path, load_file(path), {"lora_adapter_metadata": json.dumps(header)})
     with pytest.raises(ConfigError, match=r"^adapter "):
         read(path)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft", "kohya"])
+def test_writing_touches_no_other_folder(tmp_path: Path, form: str) -> None:
+    for name in (".out.tmp", ".out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").touch()
+    (out := tmp_path / "out").mkdir()
+    stamp, there = tmp_path.stat().st_mtime_ns, set(tmp_path.rglob("*"))
+    formats.write(form, out, base().family, {"unet": state()})
+    assert tmp_path.stat().st_mtime_ns == stamp, "nothing was made beside the folder, even for a moment"
+    new = {path.name for path in set(tmp_path.rglob("*")) - there if path.is_file()}
+    wanted = {"diffusers": {FILE}, "peft": {WEIGHTS, CONFIG}, "kohya": {"kohya.safetensors"}}
+    assert new == wanted[form]
 
 
 @pytest.mark.parametrize("form", ["diffusers", "peft", "kohya"])

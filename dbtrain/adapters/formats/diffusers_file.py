@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,14 @@ def write(path: Path, content: Content) -> None:
         named = tensors if component == "transformer" else diffusers_keys(tensors)
         layers[f"{component}_lora_layers"] = named
         layers[f"{component}_lora_adapter_metadata"] = state.config
-    folder = path.absolute().parent
-    part = folder.with_name(f".{folder.name}.tmp")
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         mixin = getattr(diffusers.loaders, content.family.lora_mixin)
-        mixin.save_lora_weights(part, weight_name=FILE, **layers)
-        files.write_atomically(path, files.sorted_header((part / FILE).read_bytes()))
+        mixin.save_lora_weights(part.parent, weight_name=part.name, **layers)
+        data = part.read_bytes()
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        part.unlink(missing_ok=True)
+    files.write_atomically(path, files.sorted_header(data))
 
 
 def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:
