@@ -35,6 +35,12 @@ def _template() -> jinja2.Template:
     )
 
 
+def _public(model: str) -> str:
+    """A Hub id, or how readers elsewhere have to complete the path of a file or folder."""
+    path = files.expand(model)
+    return f"path/to/{path.absolute().name}" if model == EMBEDDED or path.exists() else model
+
+
 def card(
     cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], name: str,
     forms: Sequence[str], images: Sequence[str],
@@ -44,10 +50,15 @@ def card(
     `state` is the checkpoint's; empty for a converted adapter. `images` are names of files in the folder.
     """
     prompt = cfg.prepare.instance_prompt if cfg.prepare else "a photo of the subject"
-    model = str(base.folder) if cfg.model.path == EMBEDDED else cfg.model.path
+    model = _public(cfg.model.path)
+    single = files.expand(cfg.model.path).is_file()
+    config = f", config={json.dumps(_public(cfg.model.config))}" if single and cfg.model.config else ""
+    load = (
+        f"from_{'single_file' if single else 'pretrained'}({json.dumps(model, ensure_ascii=False)}{config})"
+    )
     kinds = sorted({state.config["peft_type"].lower() for state in states.values()})
     facts: dict[str, Any] = {"library_name": "diffusers", "instance_prompt": prompt}
-    if base.folder != files.expand(cfg.model.path) and cfg.model.path != EMBEDDED:
+    if model == cfg.model.path:
         facts["base_model"] = model  # the Hub accepts only its own ids here
     if cfg.hub.license:
         facts["license"] = cfg.hub.license
@@ -64,7 +75,8 @@ def card(
         sampler=sampler if changes else "",
         dora=any(state.config.get("use_dora") for state in states.values()),
         name=name, kinds=" and ".join(KIND_NAMES[kind] for kind in kinds),
-        told=partial(told, state.get("segments", ())), model=model, prompt=prompt, step=state.get("step"),
+        told=partial(told, state.get("segments", ())), model=model, load=load, prompt=prompt,
+        step=state.get("step"),
         chosen=best["why"] if best and best["step"] == state.get("step") else "",
         files={form: formats.FORMATS[form].file.format(name=name) for form in forms}, images=images,
         quoted=lambda text: json.dumps(text, ensure_ascii=False), last=lines[-1] if lines else {},

@@ -22,9 +22,12 @@ from dbtrain import tiny
 from dbtrain.adapters import inject as adapters
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.adapters.formats.registry import find, write
+from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Adapter
 from dbtrain.export import hub
 from dbtrain.export.export import export, show
+from dbtrain.export.model_card import card
+from dbtrain.models.base import Base
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
@@ -320,11 +323,42 @@ def test_every_layer_of_any_target_loads(tmp_path: Path, targets: tuple[str, ...
 
 def test_the_card_says_how_to_load_it(make: Make) -> None:
     card = (train(make()) / "export" / "README.md").read_text()
-    assert f'from_pretrained("{bases.sd()}")' in card
+    assert f'from_pretrained("path/to/{bases.sd().name}")' in card
+    assert str(bases.sd().parent) not in card
     assert "base_model" not in card, "the Hub takes ids only, no folder of this machine"
     assert "a photo of sks dog" in card
     assert "rank 4, alpha 8" in card
     assert f'weight_name="{FILE}"' in card
+
+
+@pytest.mark.parametrize(
+    ("path", "config", "load"),
+    [
+        ("tiny", None, 'from_pretrained("path/to/tiny")'),
+        ("me/dog", None, 'from_pretrained("me/dog")'),
+        ("FOLDER/a.safetensors", None, 'from_single_file("path/to/a.safetensors")'),
+        ("FOLDER/a.safetensors", "me/dog", 'from_single_file("path/to/a.safetensors", config="me/dog")'),
+        (
+            "FOLDER/a.safetensors",
+            "FOLDER",
+            'from_single_file("path/to/a.safetensors", config="path/to/mine")',
+        ),
+    ],
+)
+def test_the_card_loads_the_base_as_a_reader_can(
+    make: Make, tmp_path: Path, path: str, config: str | None, load: str
+) -> None:
+    (folder := tmp_path / "mine").mkdir()
+    (folder / "a.safetensors").touch()
+    settings = {"path": path, "config": config} if config else {"path": path}
+    cfg = make(model={key: value.replace("FOLDER", str(folder)) for key, value in settings.items()})
+    state = AdapterState({}, {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    base = Base("sd", bases.sd(), None, families.get("sd"))
+    text = card(cfg, base, {"unet": state}, [], {}, "dog", ["diffusers", "peft"], [])
+    assert text.count(f".{load}\n") == 2 and str(tmp_path) not in text
+    assert yaml.safe_load(text.split("---\n")[1]).get("base_model") == (path if path == "me/dog" else None)
+    for code in text.split("```python\n")[1:]:
+        compile(code.split("```")[0], "card", "exec")
 
 
 def test_the_card_is_valid_yaml_for_any_prompt(make: Make) -> None:
