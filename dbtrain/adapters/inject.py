@@ -39,8 +39,11 @@ class Kind:
 
 def _start_lora(layer: Any, cfg: AdapterSettings) -> None:
     """`gaussian` is Diffusers' initialization: normal with std 1/rank for A, zero for B."""
-    if cfg.init == "orthogonal":
-        layer.orthogonal_init(NAME)
+    if cfg.init == "orthogonal":  # PEFT's own makes new parameters, in the base's precision
+        a, b = (factor[NAME].weight.data for factor in (layer.lora_A, layer.lora_B))
+        q = torch.linalg.qr(torch.randn(len(a), len(a))).Q
+        a.copy_((torch.randn(a.shape[1], len(a) // 2) @ q[0::2]).T / 10)
+        b.copy_(torch.randn(len(a) // 2, len(b)).T @ q[1::2] / 10)
     else:
         layer.reset_lora_parameters(NAME, True if cfg.init == "kaiming" else cfg.init)
 
@@ -106,10 +109,9 @@ def attach(
     chosen = targets.select(modules, cfg.targets, part, presets)
     silence_dropout(module)
     ranks = targets.ranks(modules, chosen, cfg, part)
-    alphas = ranks if cfg.alpha is None else {}
     config = kind.config(
         r=cfg.rank, target_modules=chosen, rank_pattern=patterns(ranks, cfg.rank),
-        alpha_pattern=patterns(alphas, cfg.rank), **kind.options(cfg),
+        alpha_pattern=patterns(ranks if cfg.alpha is None else {}, cfg.rank), **kind.options(cfg),
     )  # fmt: skip
     try:
         inject_adapter_in_model(config, module, adapter_name=NAME)
@@ -167,11 +169,8 @@ def drops(cfg: Adapter) -> bool:
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name, without the embeddings of a learned word."""
-    return {
-        name: p
-        for name, p in module.named_parameters()
-        if p.requires_grad and not name.endswith(tokens.DIRECTION)
-    }
+    named = module.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and not name.endswith(tokens.DIRECTION)}
 
 
 def name_in_files(parameter: str, adapter: str = NAME) -> str | None:

@@ -89,15 +89,16 @@ def test_every_kind_starts_as_nothing_and_learns_from_the_first_step(kind: str) 
     assert changes[1] > changes[0]
 
 
-def test_the_same_seed_gives_the_same_start_in_every_precision() -> None:
+@pytest.mark.parametrize("settings", [*({"kind": kind} for kind in adapters.KINDS), {"init": "orthogonal"}])
+def test_the_same_seed_gives_the_same_start_in_every_precision(settings: dict[str, Any]) -> None:
     base = Base.find(Model(path=str(bases.sd())))
-    for kind in adapters.KINDS:
-        starts = []
-        for dtype in (torch.float32, torch.bfloat16):
-            unet = base.load("unet", dtype)
-            adapters.attach(unet, AdapterSettings(kind=kind, rank=4), "denoiser", 3)
-            starts.append(adapters.collect(unet).tensors)
-        assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    starts = []
+    for dtype in (torch.float32, torch.bfloat16):
+        unet = base.load("unet", dtype)
+        adapters.attach(unet, AdapterSettings(rank=4, **settings), "denoiser", 3)
+        assert {parameter.dtype for parameter in adapters.trainable(unet).values()} == {torch.float32}
+        starts.append(adapters.collect(unet).tensors)
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

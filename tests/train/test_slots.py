@@ -102,6 +102,7 @@ CASES: list[Any] = [
     slow("sd", {"train__micro_batch": 1, "train__ema": 0.9, "loss__prior": "prediction"}),
     slow("sd", {"optim__name": "prodigy", "optim__lr": 1.0} | TEXT),
     ("sd", {"prepare__class_prompt": None, "prepare__weights": {"*[13579].jpg": 3}} | NUMBERS),
+    ("sd", {"adapter__init": "orthogonal", "prepare__class_prompt": None}),
     slow("sd", {"train__precision": "bf16", "train__base_linears": "int8"}),
     slow("sd", {"train__precision": "fp16"}),
     slow("sd", {"train__gradient_checkpointing": "blocks", "train__swap_blocks": 3}),
