@@ -17,7 +17,7 @@ from dbtrain.fleet.listing import Entry
 from dbtrain.models.base import Base
 from dbtrain.prepare import prepare
 from dbtrain.runtime import console, dist, files, lock, preemption
-from dbtrain.runtime.errors import ConfigError, os_problem
+from dbtrain.runtime.errors import ConfigError, fixable, os_problem
 from dbtrain.runtime.fleet_status import Status, Subject
 from dbtrain.runtime.lock import Lock
 from dbtrain.runtime.run_folder import RunFolder
@@ -192,10 +192,10 @@ class Work:
     def failing(self, name: str) -> Iterator[None]:
         """In the block, a problem is that of one subject."""
         try:
-            yield
-        except (ConfigError, OSError) as error:
-            problems = error.problems if isinstance(error, ConfigError) else (os_problem(error),)
-            self._fail(name, *problems)
+            with fixable():
+                yield
+        except ConfigError as error:
+            self._fail(name, *error.problems)
             self._release(name)
 
     def _fail(self, name: str, *problems: str) -> None:
@@ -227,7 +227,10 @@ class Work:
                 if entry.problem:
                     self._fail(entry.name, entry.problem)
         if self.rank == 0:
-            self.bar.show(self.write_status())
+            try:
+                self.bar.show(self.write_status())
+            except OSError as error:
+                console.warn(os_problem(error))
 
     def write_status(self) -> Status:
         """Write where each subject stands, and return it."""

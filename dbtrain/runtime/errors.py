@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -46,6 +48,15 @@ def os_problem(error: OSError) -> str:
     if error.errno not in _USER_ERRNOS:
         raise error
     return f"{error.filename or 'file system'}: {error.strerror}"
+
+
+@contextmanager
+def fixable() -> Iterator[None]:
+    """In the block, an OSError whose cause lies outside this program is a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(os_problem(error)) from error
 
 
 # Control characters, marks that reverse the direction of text, and bytes of names that are not UTF-8.

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from dbtrain.config import Config
 from dbtrain.runtime import console, preemption
-from dbtrain.runtime.errors import ConfigError, Preempted
+from dbtrain.runtime.errors import ConfigError, Preempted, fixable
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.slots import Slots
@@ -50,7 +50,8 @@ def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
         while (slot := slots.free()) is not None and (run := take(not slots.seats)):
             with _named(run[0]):
                 try:
-                    slots.enter(slot, *run)
+                    with fixable():
+                        slots.enter(slot, *run)
                     entered.append(slot)
                 except ConfigError as problem:
                     ended(run[0], problem)
@@ -66,7 +67,10 @@ def _settle(slots: Slots, some: Sequence[int], ended: Ended) -> None:
         with _attempt(slots, slot, ended):
             if slots.shares_images(slot):
                 due.append(slot)
-    slots.generate_ahead(due)
+    try:
+        slots.generate_ahead(due)
+    except (ConfigError, OSError) as problem:  # `settle` finds out whose it is
+        console.warn(f"{problem}; generating the images of each run by itself")
     for slot in slots.seats.keys() & set(some):
         with _attempt(slots, slot, ended):
             slots.settle(slot)
@@ -81,10 +85,15 @@ def _attempt(slots: Slots, slot: int, ended: Ended) -> Iterator[None]:
     cfg = slots.seats[slot].job.cfg
     with _named(cfg):
         try:
-            yield
+            with fixable():
+                try:
+                    yield
+                except (ConfigError, OSError) as problem:
+                    if slot in slots.seats:
+                        slots.leave(slot, problem)
+                    raise
         except ConfigError as problem:
             ended(cfg, problem)
-            slots.leave(slot)
 
 
 def _named(cfg: Config) -> AbstractContextManager[None]:

@@ -77,15 +77,15 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type | None, problem: BaseException | None, trace: object) -> None:
-        if dist.is_main() and isinstance(problem, (ConfigError, Preempted)):  # the terminal shows it later
-            self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
         self.bar.close()
+        if dist.is_main():
+            console.logger.removeHandler(self.file)
         if not self.among_others:
             duration.remember(self.cfg, "train")
         for tracker in self.trackers:
             tracker.close()
-        if dist.is_main():
-            console.logger.removeHandler(self.file)
+        if dist.is_main() and isinstance(problem, (ConfigError, Preempted)):  # the terminal shows it later
+            self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
 
     def step(self, done: int, outcome: Outcome, skipped: Tensor) -> None:
         """Add the outcome of step `done`; `skipped`, (), is the number of steps skipped so far."""

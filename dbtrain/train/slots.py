@@ -23,7 +23,7 @@ from dbtrain.models import kernels
 from dbtrain.models.families.family import Family
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import dist
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, fixable
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.memory import trim
 from dbtrain.train import joint_images, training_adapter, validation
@@ -139,9 +139,9 @@ class Slots:
             held.enter_context(job.metrics)
             self.seats[slot] = Seat(job, job.start, held.pop_all())
 
-    def leave(self, slot: int) -> None:
-        """Take the run out of a slot, whose adapter becomes zero."""
-        self.seats.pop(slot).held.close()
+    def leave(self, slot: int, problem: Exception | None = None) -> None:
+        """Take the run out of a slot, whose adapter becomes zero; `problem`: why, if it went wrong."""
+        self.seats.pop(slot).held.__exit__(type(problem) if problem else None, problem, None)
 
     def step(self) -> dict[int, Outcome | ConfigError]:
         """One optimizer step of each run: its outcome, or what it ran into, by slot."""
@@ -151,7 +151,8 @@ class Slots:
         before = time.perf_counter()
         for slot, seat in self.seats.items():
             try:
-                data[slot] = [next(seat.job.stream) for _ in range(seat.job.stream.share.micro_batches)]
+                with fixable():
+                    data[slot] = [next(seat.job.stream) for _ in range(seat.job.stream.share.micro_batches)]
             except ConfigError as problem:
                 found[slot] = problem
         wait_s = time.perf_counter() - before

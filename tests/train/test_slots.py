@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -52,8 +54,13 @@ def configs_of(make: Make, base: str = "sd", **changes: Any) -> Callable[..., Co
     return config
 
 
-def train(cfgs: Iterable[Config], count: int, until: int | None = None) -> dict[str, ConfigError]:
-    """Train runs in so many slots; stop after `until` steps. Returns what went wrong, by run folder."""
+def train(
+    cfgs: Iterable[Config], count: int, until: int | None = None, after: Callable[[int], None] | None = None
+) -> dict[str, ConfigError]:
+    """Train runs in so many slots; stop after `until` steps. Returns what went wrong, by run folder.
+
+    `after(steps)` is called after each step of all.
+    """
     waiting = [(cfg, Inputs.find(cfg)) for cfg in cfgs]
     slots = Slots(count, *zip(*waiting, strict=True))  # type: ignore[arg-type]
     problems: dict[str, ConfigError] = {}
@@ -66,6 +73,8 @@ def train(cfgs: Iterable[Config], count: int, until: int | None = None) -> dict[
     def stepped() -> None:
         nonlocal steps
         steps += 1
+        if after:
+            after(steps)
         if steps == until:
             raise Preempted("enough")
 
@@ -227,6 +236,19 @@ def test_a_run_that_fails_leaves_the_others_as_they_are(make: Make, tmp_path: Pa
         assert result(tmp_path / f"a{seed}") == result(tmp_path / f"b{seed}")
 
 
+def test_a_run_whose_folder_disappears_stops_no_other(make: Make, tmp_path: Path) -> None:
+    config = configs_of(make, train__log_every=1)
+    runs = [config(tmp_path / f"a{seed}", seed) for seed in (1, 2)]
+
+    def remove(steps: int) -> None:
+        if steps == 1:
+            shutil.rmtree(runs[0].run_dir)
+
+    problems = train(runs, 2, after=remove)
+    assert problems.keys() == {"a1"} and "No such file or directory" in str(problems["a1"])
+    assert RunFolder(runs[1].run_dir).checkpoint(STEPS).is_dir()
+
+
 @pytest.mark.parametrize(
     "settings", [{"train__ema": 0.9}, slow({"optim__name": "prodigy", "optim__lr": 1.0})], ids=str
 )
@@ -299,20 +321,24 @@ def test_images_that_decide_when_to_stop_have_batches_of_their_own(
     assert set(batches) == {1}
 
 
-def test_a_run_whose_images_cannot_be_looked_up_stops_no_other(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("owner", "work"), [(Validator, "lacks_images"), (ImageGenerator, "encode")], ids=["lookup", "images"]
+)
+def test_a_run_that_cannot_be_validated_stops_no_other(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, work: str
+) -> None:
     config = configs_of(make, validation__prompts=["a photo of sks dog"], validation__images=1)
     runs = [config(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)]
-    original = Validator.lacks_images
+    original = getattr(owner, work)
 
-    def failing(validator: Validator, step: int) -> bool:
-        if step and validator.cfg.seed == 2:
-            raise ConfigError("its disk is gone")
-        return original(validator, step)
+    def failing(one: Any, *args: Any) -> Any:
+        if one.cfg.seed == 2 and RunFolder(one.cfg.run_dir).checkpoints():
+            raise FileNotFoundError(errno.ENOENT, "its disk is gone", "a2")
+        return original(one, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Validator, "lacks_images", failing)
-        problems = train(runs, 3)
-    assert {name: str(problem) for name, problem in problems.items()} == {"a2": "its disk is gone"}
+    monkeypatch.setattr(owner, work, failing)
+    problems = train(runs, 3)
+    assert {name: str(problem) for name, problem in problems.items()} == {"a2": "a2: its disk is gone"}
     assert all(RunFolder(run.run_dir).validation_sheet(STEPS).is_file() for run in (runs[0], runs[2]))
 
 
