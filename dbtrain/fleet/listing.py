@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from dbtrain.data.photo_files import folders, listing, no_photos, subfolders
 from dbtrain.evaluate.dreambench import TEXTS, Dataset
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, os_problem
+from dbtrain.runtime.run_folder import LONGEST
 
 ALIASES = {
     "name": "subject.name", "photos": "prepare.photos", "token": "subject.token",
@@ -276,6 +278,8 @@ def _name(own: Mapping[str, Any], photos: Path | None, taken: Mapping[str, Entry
     name = re.sub(r"[^\w.-]+", "_", photos.name if photos else "") if given is None else str(given)
     if not NAME.fullmatch(name):
         raise ConfigError(f"name is '{name}', but it names a folder; use letters, digits, '.', '-' and '_'")
+    if len(os.fsencode(name)) > LONGEST:
+        raise ConfigError(f"name is '{name}', of {len(os.fsencode(name))} bytes; use at most {LONGEST}")
     if name in taken:
         raise ConfigError(f"the name '{name}' is that of an entry before it; give each its own")
     return name

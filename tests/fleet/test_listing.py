@@ -126,6 +126,7 @@ PROBLEMS = [
     ("{photos: nowhere}", "nowhere", "nowhere' is not a directory"),
     ("{name: tom}", "tom", "'prepare.photos' is missing"),
     ("{photos: cat9, name: a/b}", "entry 2", "name is 'a/b', but it names a folder"),
+    (f"{{photos: cat9, name: {90 * '猫'}}}", "entry 2", "of 270 bytes; use at most 200"),
     ("{photos: mug}", "entry 2", "the name 'mug' is that of an entry before it"),
     ("just words", "entry 2", "it is 'just words', not settings"),
     ("{photos: cat9, class_prompt: null}", "cat9", "class images either all or none"),
