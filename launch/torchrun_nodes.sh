@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run a dbtrain command on several machines without a batch system. Start the same command on each of them:
-#   HEAD=node1 NODES=2 bash launch/torchrun_nodes.sh run configs/sd15.yaml
+#   HEAD=node1 NODES=2 bash launch/torchrun_nodes.sh run configs/sd15.yaml train.global_batch=16
 # Environment variables:
 #   HEAD       name or address of one of the machines
 #   NODES      number of machines

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dbtrain.config import Config
 from dbtrain.runtime import exit_codes
 from tests.cluster.machines import HERE
 from tests.cluster.test_slurm import minutes
@@ -91,6 +93,31 @@ def test_what_is_said_twice_in_the_job_files_agrees() -> None:
     recovered = sky()["resources"]["job_recovery"]["recover_on_exit_codes"]
     assert recovered == [exit_codes.PREEMPTED, exit_codes.LOST]
     assert sky()["envs"]["STORE"] in sky()["file_mounts"]
+
+
+def examples() -> Iterator[tuple[int, list[str]]]:
+    """(ranks, arguments) of the jobs of several GPUs that the job files and documents show."""
+    job = kubernetes()["Job"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    yield job["completions"] * gpus, container["args"]
+    for path in (*ROOT.glob("launch/*"), *ROOT.glob("docs/*.md"), ROOT / "README.md"):
+        for line in path.read_text().splitlines():
+            words = line.strip("# ").split()
+            if "launch/train.sbatch" in words and words[0] == "sbatch":
+                first = words.index("launch/train.sbatch")
+                asked = dict(word.strip("-").split("=", 1) for word in words[1:first])
+                yield int(asked.get("nodes", 1)) * int(asked["gpus-per-node"]), words[first + 1 :]
+            elif "launch/torchrun_nodes.sh" in words and "configs/sd15.yaml" in words:
+                yield 16, words[words.index("run") + 1 :]  # two nodes of eight
+
+
+def test_the_batches_of_examples_can_be_shared_by_their_ranks() -> None:
+    found = list(examples())
+    assert len(found) > 5
+    for ranks, (config, *settings) in found:
+        train = Config.load(ROOT / config, settings).train
+        assert train.global_batch % (ranks * train.micro_batch) == 0, (ranks, config, settings)
 
 
 @pytest.mark.slow
