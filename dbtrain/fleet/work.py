@@ -80,18 +80,18 @@ class Work:
                     self._fail(name, problem)
         if not cfgs:
             return
-        hub.check(cfgs[0])
+        for cfg in cfgs:
+            hub.check(cfg)
         self.base = Base.find(cfgs[0].model)
         self.slots = min(dist.gather_json(self._slots(max(cfgs, key=_rank), self.base)))
         # Each rank finds out which of its own are trained already.
         with dist.alone():
             for name, entry in list(self.entries.items())[self.rank :: self.world]:
                 with self.failing(name):
-                    cfg = None if name in self.bad else entry.cfg
-                    if cfg and Inputs.find(cfg, self.base).trained_to(cfg):
-                        export.finish(cfg)
-                        if name in again:  # maybe at the push
-                            hub.push(cfg)
+                    own = None if name in self.bad else entry.cfg
+                    if own and Inputs.find(own, self.base).trained_to(own):
+                        export.finish(own)
+                        hub.push(own)
                         self.done.add(name)
         for done, bad in dist.gather_json([list(self.done), self.bad]):
             self.done.update(done)

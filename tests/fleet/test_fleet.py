@@ -24,6 +24,7 @@ from dbtrain.runtime.run_folder import SCORES, RunFolder, step_of
 from dbtrain.sample.sample import Kept
 from tests import eyes
 from tests.conftest import Make, Started, dbtrain, draw_photo, train
+from tests.export import test_hub
 from tests.runs import EXPORT, relative, tree
 
 KILLS = int(os.environ.get("DBTRAIN_KILLS", "6")) // 6  # moments, for one rank and for two
@@ -97,16 +98,19 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     run = fleet.folder / "a" / "s2"
     alone = fleet.folder / "alone"
     train(Config.load(run / "config.yaml", [f"run_dir={alone}"]))
-    assert relative(run, alone) < 1e-3
-    assert relative(run, fleet.folder / "a" / "s3") > 0.01
+    assert relative(run, alone) < 1e-5
+    assert relative(run, fleet.folder / "a" / "s3") > 1e-4, "the bound tells subjects apart"
     # With others, in another order.
     shutil.rmtree(fleet.folder / "subjects" / "s1")
     fleet.add(0, 7)
     assert dbtrain(*fleet.line("b")).returncode == 0
     assert fleet.results("a", (2, 3)) == fleet.results("b", (2, 3))
-    # Once more: nothing to do, and nothing changes.
+    # Once more, with a repository: those that are done are pushed as well, and do not change.
     before = tree(fleet.folder / "a" / "s3")
-    assert dbtrain(*fleet.line("a")).returncode == 0
+    with test_hub.serving() as hub:
+        where = test_hub.environment(hub, fleet.folder)
+        assert dbtrain(*fleet.line("a", "hub.repo=me/pets"), **where).returncode == 0
+        assert [path for path, _ in hub.asked].count("/api/repos/create") == 4
     assert tree(fleet.folder / "a" / "s3") == before
     # Longer.
     assert dbtrain(*fleet.line("a", "train.steps=5")).returncode == 0
