@@ -62,13 +62,12 @@ class BatchedLora(nn.Module):
         return y + torch.bmm(inner, b).view(y.shape)
 
     def _convolve(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        """A group of channels a slot, so that one convolution does for all."""
+        """Slot after slot: one convolution in groups would keep a copy of `x` for the backward pass."""
         layer: Any = self.base_layer
-        slots, rank = a.shape[:2]
-        channels = x.unflatten(0, (slots, -1)).transpose(0, 1).flatten(1, 2)  # (rows, slots * C, H, W)
-        inner = conv2d(channels, a.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, slots)
-        inner = inner.view(-1, slots, rank, prod(inner.shape[2:])).transpose(0, 1)
-        inner = inner * scale[:, None, None, None].to(a.dtype)
+        slots = zip(x.unflatten(0, (len(a), -1)), a, strict=True)
+        settings = layer.stride, layer.padding, layer.dilation
+        inner = torch.stack([conv2d(rows, factor, None, *settings) for rows, factor in slots])
+        inner = inner.flatten(3) * scale[:, None, None, None].to(a.dtype)  # (slots, rows, rank, H * W)
         return y + torch.matmul(b.mT[:, None], inner).view(y.shape)
 
 

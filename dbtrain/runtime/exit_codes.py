@@ -18,8 +18,8 @@ from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, pri
 
 # Remedies for errors of torch that a user can fix, by a part of the error's class or message.
 REMEDIES = {
-    "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch), "
-    "or set train.gradient_checkpointing; `dbtrain doctor CONFIG --memory` says what fits",
+    "OutOfMemoryError": "make batches smaller (train.micro_batch, prepare.sampling.batch, sample.batch; in a "
+    "fleet, --slots), or set train.gradient_checkpointing; `dbtrain doctor CONFIG --memory` says what fits",
     "InvalidCxxCompiler": "train.compile needs a C++ compiler; install one, or set train.compile=false",
 }
 PREEMPTED, LOST, INTERRUPTED = 75, 3, 130
