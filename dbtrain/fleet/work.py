@@ -116,12 +116,18 @@ class Work:
         gc.collect()  # layers and slots refer to each other, and what comes needs the memory
 
     def _slots(self, cfg: Config, base: Base) -> int:
-        """How many subjects this rank trains at once: the same as before, if the fleet has begun."""
-        known = self.status.slots
+        """How many subjects this rank trains at once: as many as before, while one is half trained."""
+        begun = any(
+            one.state == "training" or (one.step and one.state != "done") for one in self.status.subjects
+        )
+        known = self.status.slots if begun else 0
         if known and self.request.slots not in (None, known):
             console.warn(f"--slots was {known}: from here on, results differ by the order of sums")
-        if chosen := self.request.slots or known:
-            return chosen
+        if self.request.slots:
+            return self.request.slots
+        if known:
+            console.say(f"{known} at once, as subjects that are half trained began; --slots changes it")
+            return known
         has, most = memory.memory_of(dist.device()), MOST
         if has < inf:
             one = memory.predict(cfg, base, "cuda")
