@@ -271,7 +271,7 @@ class DreamBooth(nn.Module, Adapted):
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """The denoiser's conditioning, (rows, ...) each, by the rows' prompts."""
         table, encoders = self._table(), dict(self.text_encoders.items())
-        if encoders and len(next(iter(table.values()))) <= len(batch.prompts):
+        if encoders and table and len(next(iter(table.values()))) <= len(batch.prompts):
             # Encode each prompt only once.
             return self.rows(batch, table | self.family.embed(encoders, table))
         rows = self.rows(batch)

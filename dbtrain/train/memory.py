@@ -130,7 +130,10 @@ def predict(
         weights = Weights.of(model.denoiser)
         swapped = 0 if cfg.train.swap_blocks == "auto" else cfg.train.swap_blocks
         in_host_memory = block_swap.swap(model.denoiser, swapped, torch.device("cpu"))
-        base_bytes = counter.live - adapter - in_host_memory
+        # Prompts on the host take none of the device.
+        model.on_host = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in model.on_host.items()}
+        base_bytes = counter.live - adapter - in_host_memory - counter.of(model.on_host.values())
+        without_moments = counter.live
         progress = _with_moments(model, cfg)
         before = counter.peak = counter.live
         batch = partial(_batch, base, shapes, stored)
@@ -141,9 +144,8 @@ def predict(
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
     gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
-    moments = before - base_bytes - adapter - in_host_memory
     found = Prediction(
-        base_bytes, adapter, moments, activations, gradients, validation,
+        base_bytes, adapter, before - without_moments, activations, gradients, validation,
         in_host_memory=in_host_memory, weights=weights, flops=flops,
     )  # fmt: skip
     together = ranks_together(cfg.train.shard, ranks, per_node)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from dbtrain.data import prompt_table
 from dbtrain.data.shards import Manifest
+from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
-from dbtrain.train import optim
+from dbtrain.train import dreambooth, memory, optim
 from dbtrain.train.checkpoint import Progress
 from dbtrain.train.step import train_step
 from tests import bases
 from tests.conftest import Make, at, slow
-from tests.networks import build, stream
+from tests.networks import build, first_batch, stream
 
 
 def test_min_snr_weighs_each_row_by_its_own_timestep_with_prior_preservation(
@@ -76,6 +78,35 @@ def test_the_huber_loss_of_a_row_follows_its_noise_level(make: Make, prepared: P
         ratio = huber(batch) / square(batch)
     order = batch.u.argsort()  # the threshold falls with the noise, so more of the error is beyond it
     assert (ratio < 1).all() and ratio[order[-1]] < 0.5 < ratio[order[0]]
+
+
+@pytest.mark.parametrize("trained", [{"text_encoder": {"rank": 2}}, {"token": {}}], ids=str)
+def test_a_large_prompt_table_stays_on_the_host_also_for_trained_encoders(
+    make: Make, prepared: Path, monkeypatch: pytest.MonkeyPatch, trained: dict[str, Any]
+) -> None:
+    settings = {f"adapter__{key}": value for key, value in trained.items()}
+    cfg = make(data__shards=str(prepared), **settings)
+    small = build(cfg, prepared)
+    monkeypatch.setattr(dreambooth, "RESIDENT", 0)
+    large = build(cfg, prepared)
+    assert small.prompt_names and not small.on_host and large.on_host and not large.prompt_names
+    batch = first_batch(cfg, small.family)
+    with torch.no_grad():
+        torch.testing.assert_close(large(batch), small(batch))
+
+
+@pytest.mark.parametrize("text", [None, {"rank": 2}], ids=["frozen", "trained"])
+def test_a_table_on_the_host_is_predicted_to_take_none_of_the_device(
+    make: Make, monkeypatch: pytest.MonkeyPatch, text: dict[str, Any] | None
+) -> None:
+    cfg = make(prepare__captions=True, adapter__text_encoder=text)
+    base = Base.find(cfg.model)
+    here = memory.predict(cfg, base, "cuda")
+    monkeypatch.setattr(dreambooth, "RESIDENT", 0)
+    there = memory.predict(cfg, base, "cuda")
+    width = 32 * (8 if text else 64 * 4)  # bytes of a prompt: its tokens' ids, or their embeddings
+    assert here.base - there.base == pytest.approx(1000 * width, abs=512)
+    assert (there.adapter, there.moments) == (here.adapter, here.moments)
 
 
 def test_micro_batches_sum_to_the_loss_and_gradient_of_the_whole(make: Make, prepared: Path) -> None:
