@@ -14,19 +14,19 @@ from dbtrain.config import Config
 from dbtrain.evaluate.choice import Rows
 from dbtrain.evaluate.scoring import Scoring
 from dbtrain.runtime import files
-from dbtrain.runtime.run_folder import RunFolder, read_lines
+from dbtrain.runtime.run_folder import RunFolder, read_lines, step_of
 from dbtrain.train import due
 
 
 def decide(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | None, step: int) -> bool:
     """Write best.json, and return whether to stop: nothing is better since `train.patience` validations.
 
-    What was found after `step` does not count. Without `scoring`, or a validation after the first step,
-    there is no best, and no file.
+    What was found after `step` does not count. Without `scoring`, or a step to choose, there is no best, and
+    no file.
     """
     run = RunFolder(cfg.run_dir)
     rows = _rows(cfg, fingerprint, scoring, step)
-    scored = [row for row in rows if row["step"] > 0]
+    scored = _choosable(cfg, scoring, rows)
     if not scoring or not scored:
         run.best.unlink(missing_ok=True)
         return False
@@ -41,8 +41,20 @@ def decide(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | None,
 
 def contenders(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | None) -> set[int]:
     """The steps whose checkpoints have to be kept, because one of them can still turn out the best."""
-    scored = [row for row in _rows(cfg, fingerprint, scoring) if row["step"] > 0]
+    scored = _choosable(cfg, scoring, _rows(cfg, fingerprint, scoring))
     return scoring.rule.contenders(scored) if scoring and scored else set()
+
+
+def _choosable(cfg: Config, scoring: Scoring | None, rows: Rows) -> Rows:
+    """The rows after step 0, without those that could be the best but have no checkpoint.
+
+    A run that went to its last step before it was to stop at the best did not keep or save them all.
+    """
+    kept = set(map(step_of, RunFolder(cfg.run_dir).checkpoints()))
+    rows = [row for row in rows if row["step"] > 0]
+    while scoring and rows and (gone := scoring.rule.contenders(rows) - kept):
+        rows = [row for row in rows if row["step"] not in gone]
+    return rows
 
 
 def _rows(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | None, until: float = inf) -> Rows:

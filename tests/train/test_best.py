@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dbtrain.report import run as report
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from dbtrain.tiny import world
-from dbtrain.train import loop
+from dbtrain.train import best, due, loop
 from tests import eyes
 from tests.conftest import Make, config_in, dbtrain, train
 
@@ -160,6 +160,26 @@ def test_without_the_setting_it_goes_on_to_the_end(
     train(cfg)
     run = RunFolder(cfg.run_dir)
     assert not run.best.exists() and run.done.read_text().startswith(f"step {steps}\n")
+
+
+@pytest.mark.parametrize(("kept", "wanted", "stops"), [((1, 2, 3, 4), 2, True), ((1, 4), 1, False),
+    ((3, 4), 3, False), ((4,), 4, False)])  # fmt: skip
+def test_only_steps_with_a_checkpoint_can_be_the_best(
+    make: Make, kept: Sequence[int], wanted: int, stops: bool
+) -> None:
+    """Before `train.stop: best` is set, a run saves less often than it validates, and keeps the newest."""
+    cfg, found = make(**settings()), scoring.Scoring(HELD_OUT, "the loss")
+    run, key = RunFolder(cfg.run_dir), due.losses_key(cfg, {}, found)
+    for step in kept:
+        run.checkpoint(step).mkdir(parents=True)
+    losses = (0.9, 0.3, 0.1, 0.2, 0.4)
+    run.table("validation").write_text("".join(
+        json.dumps({"step": step, "held_out_instance": loss, "key": key}) + "\n"
+        for step, loss in enumerate(losses)
+    ))  # fmt: skip
+    assert best.decide(cfg, {}, found, 4) == stops
+    assert run.read_best()["step"] == wanted  # type: ignore[index]
+    assert best.contenders(cfg, {}, found) == {wanted}
 
 
 @pytest.mark.slow
