@@ -88,10 +88,8 @@ class Metrics:
             self.file.handle(logging.makeLogRecord({"msg": f"stopped: {problem}"}))
 
     def step(self, done: int, outcome: Outcome, skipped: Tensor) -> None:
-        """Add the outcome of step `done`; `skipped`, (), is the number of steps skipped so far."""
+        """Add the outcome of step `done`; `skipped`, (), counts skipped steps: `report` adds to it."""
         norm = outcome.grad_norm
-        if self.train.precision == "fp16":  # the scaler skips steps with an infinite gradient
-            norm = norm.nan_to_num(0.0, 0.0, 0.0)
         found = [] if outcome.found is None else [outcome.found.float()[None]]
         self.pending.append((torch.cat([outcome.losses, norm[None], *found]), outcome.seen, outcome.lr))
         bad_norm = torch.where(norm.isfinite(), math.inf, float(done)).double()
@@ -165,6 +163,7 @@ class Metrics:
         table = torch.stack(found)  # (steps, 3 or 4)
         sums = dist.sum_over_ranks(torch.cat([table[:, :2].flatten(), self.spread.flatten()]))
         table[:, :2] = sums[: 2 * len(table)].view(-1, 2)
+        self.skipped += (~table[:, :3].isfinite()).any(1).sum()
         spread = sums[2 * len(table) :].view_as(self.spread).tolist()
         rows = dist.sum_over_ranks(torch.tensor(seen)).tolist()
 

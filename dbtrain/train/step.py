@@ -108,16 +108,23 @@ class Tally:
 
 
 def update(progress: Progress, cfg: Config) -> Tensor:
-    """Clip the gradients, and step unless something is NaN or infinite. Returns their norm, ()."""
+    """Clip the gradients, and step unless something is NaN or infinite. Returns their norm, ().
+
+    The norm of a gradient that is infinite because of the loss scale counts as 0: the scale then falls.
+    """
     optimizer, scaler = progress.optimizer, progress.scaler
     scaler.unscale_(optimizer)
     grad_norm = nn.utils.clip_grad_norm_(optim.leaves(optimizer), cfg.optim.clip)
     if cfg.faults.nonfinite == "skip" and not scaler.is_enabled():
         skip = ~grad_norm.isfinite()
         optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # GradScaler's protocol
-        progress.skipped += skip
     scaler.step(optimizer)
-    scaler.update()
+    if scaler.is_enabled():
+        # At a scale of 1, the gradient itself is infinite; a scale of 0 would make finite ones NaN.
+        one = torch.ones_like(grad_norm)
+        grad_norm = torch.where(scaler.scale(one) > 1, grad_norm.nan_to_num(0.0, 0.0, 0.0), grad_norm)
+        scaler.update()
+        scaler.update(scaler.scale(one).clamp(min=1))
     if progress.ema:
         progress.ema.update()
     return grad_norm

@@ -21,7 +21,7 @@ from dbtrain.data import shards
 from dbtrain.data.shards import MANIFEST, Manifest
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.heartbeat import GAVE_UP, Heartbeat
-from dbtrain.runtime.run_folder import RunFolder, read_state
+from dbtrain.runtime.run_folder import RunFolder, read_state, step_of
 from tests import bases
 from tests.conftest import LONG, Make, Started, at, dbtrain, train
 from tests.runs import EXPORT, relative
@@ -151,11 +151,12 @@ def poisoned(prepared: Path, folder: Path) -> str:
     return rows[2].meta["source"]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_picture(
-    make: Make, tmp_path: Path, prepared: Path
+    make: Make, tmp_path: Path, prepared: Path, precision: str
 ) -> None:
     photo = poisoned(prepared, tmp_path / "shards")
-    cfg = make(train__steps=40, train__global_batch=1, train__checkpoint_every=40)
+    cfg = make(train__steps=40, train__global_batch=1, train__checkpoint_every=40, train__precision=precision)
     with pytest.raises(ConfigError, match=rf"at step (\d+), instance position \d+ \({photo}\)") as caught:
         train(cfg)
     named = str(caught.value).split("at step ")[1]
@@ -182,12 +183,23 @@ def test_steps_that_are_not_finite_can_be_left_out(make: Make, tmp_path: Path, p
     for until in (7, 20):
         assert dbtrain("train", tmp_path / "c.yaml", "--until", until).returncode in (0, 75)
     assert (tmp_path / "halves" / EXPORT).read_bytes() == (run / EXPORT).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_more_steps_than_may_be_left_out_stop_the_run(
+    make: Make, tmp_path: Path, prepared: Path, precision: str
+) -> None:
+    poisoned(prepared, tmp_path / "shards")
+    cfg = make(
+        train__steps=20, train__global_batch=1, train__log_every=1, train__precision=precision,
+        train__checkpoint_every=8, faults__nonfinite="skip", faults__skips=2,
+    )  # fmt: skip
     with pytest.raises(ConfigError, match=r"3 of the first \d+ steps were skipped.*faults.skips \(2\)"):
-        train(
-            make(
-                **settings | {"run_dir": str(tmp_path / "limited"), "faults__skips": 2, "train__log_every": 1}
-            )
-        )
+        train(cfg)
+    saved = RunFolder(cfg.run_dir).checkpoints()[-1]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    bad = sum(line["loss"] is None for line in lines if line["step"] <= step_of(saved))
+    assert json.loads((saved / "state.json").read_text())["skipped"] == bad
 
 
 class Store(dict):

@@ -18,7 +18,7 @@ from dbtrain.models.base import Base
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.train import dreambooth, memory, optim
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.step import train_step
+from dbtrain.train.step import train_step, update
 from tests import bases
 from tests.conftest import Make, at, slow
 from tests.networks import build, first_batch, stream
@@ -163,6 +163,22 @@ def test_a_step_reads_no_tensor_back_to_the_host(
             outcome = train_step(model, progress, Ready(), step, cfg)  # type: ignore[arg-type]
         assert outcome.losses.isfinite().all() and outcome.grad_norm.isfinite()
         assert outcome.bad.isinf().all() and progress.skipped == 0
+
+
+def test_an_infinite_gradient_is_a_fault_once_the_loss_scale_is_1(make: Make, prepared: Path) -> None:
+    cfg = make(train__precision="fp16", faults__nonfinite="skip")
+    model = build(cfg, prepared)
+    progress, weights = Progress.begin(model, cfg), list(model.trainable().values())
+
+    def norm(gradient: float) -> Tensor:
+        progress.scaler.scale(torch.ones(()))
+        for weight in weights:
+            weight.grad = torch.full_like(weight, gradient)
+        return update(progress, cfg)
+
+    norms = torch.stack([norm(torch.nan) for _ in range(200)])  # halved as often, a scale would be 0
+    assert (norms[:16] == 0).all() and norms[16:].isnan().all() and progress.scaler.get_scale() == 1
+    assert norm(1.0) > 0 and all(weight.isfinite().all() for weight in weights)
 
 
 def test_the_guard_catches_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
