@@ -107,6 +107,7 @@ class DreamBooth(nn.Module, Adapted):
         left_out: LeftOut | None = None,
         huber: float | None = None,
         learned: Sequence[str] = (),
+        drops_layers: bool = False,
     ) -> None:
         super().__init__()
         self.family = family
@@ -128,6 +129,7 @@ class DreamBooth(nn.Module, Adapted):
             self.register_buffer(f"prompts_{name}", prompts[name], persistent=False)
         self.dtype = dtype  # of the base, and of the denoiser's input
         self.huber = huber
+        self.drops_layers = drops_layers  # the adapters of layers, at random
         self.left_out = left_out or LeftOut(denoiser, [])  # what a training adapter changed
         self.adapter = Switch(denoiser, dtype)
         self.working_copies: WorkingCopies | Stack = WorkingCopies(self, adapters.trainable(self), dtype)
@@ -194,6 +196,7 @@ class DreamBooth(nn.Module, Adapted):
         return cls(
             family, denoiser, encoders, objectives, prompts, space, noising, sees, dtype, left_out,
             cfg.loss.huber, cfg.learned_words,
+            any(one.module_dropout for one in (cfg.adapter, settings) if one),
         )  # fmt: skip
 
     @property
@@ -240,7 +243,10 @@ class DreamBooth(nn.Module, Adapted):
             target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
         prediction = self.denoise(x_t.to(self.dtype), t, self.condition(batch) | given, batch.slots)
         error = prediction.float() - target
-        return objective.weight(t) * losses(error, objective.signal(t), self.huber, batch.places)
+        per_image = objective.weight(t) * losses(error, objective.signal(t), self.huber, batch.places)
+        if self.drops_layers:  # their gradient is 0, as DDP waits for one of every parameter
+            per_image = per_image + 0.0 * sum(p.sum(dtype=torch.float32) for p in self.trainable().values())
+        return per_image
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int) -> Tensor:
         """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""

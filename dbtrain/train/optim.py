@@ -146,7 +146,7 @@ def load_state(
 ) -> None:
     """Restore what `state` returned. Raises ConfigError if it belongs to another adapter.
 
-    A parameter without a gradient so far, as in a layer that `module_dropout` dropped, has no moments yet.
+    A parameter without a gradient so far has no moments yet: older runs have such in dropped layers.
     """
     moments = MOMENTS[type(optimizer)]
     names = {key.partition(".")[2] for key in saved}

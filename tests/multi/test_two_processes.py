@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dbtrain.adapters.formats import peft_folder
 from tests import bases
 from tests.conftest import REAL_PHOTOS, Make, dbtrain, slow
-from tests.runs import relative, tree
+from tests.runs import distance, relative, tree
 
 
 def test_two_ranks_equal_one_rank_with_larger_micro_batches(
@@ -36,6 +37,18 @@ def test_two_ranks_equal_one_rank_with_larger_micro_batches(
         torch.testing.assert_close(
             *(torch.tensor([line[name] for line in curve]) for curve in curves), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_dropped_layers_are_those_of_one_rank(make: Make, tmp_path: Path, prepared: Path, kind: str) -> None:
+    shutil.copytree(prepared, tmp_path / "shards")
+    make(adapter__kind=kind, adapter__module_dropout=0.7, train__micro_batch=2)
+    for name, ranks in (("one", 1), ("two", 2)):
+        done = dbtrain("train", tmp_path / "c.yaml", f"run_dir={tmp_path / name}", ranks=ranks)
+        assert done.returncode == 0
+    one, two = (peft_folder.read(tmp_path / name / "export" / "unet").tensors for name in ("one", "two"))
+    assert distance(one, two) < 1e-3
 
 
 @pytest.mark.slow

@@ -121,6 +121,24 @@ def test_micro_batches_sum_to_the_loss_and_gradient_of_the_whole(make: Make, pre
     torch.testing.assert_close(results[2], results[0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "pure-bf16"])
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_a_dropped_layer_has_a_gradient_of_0(make: Make, prepared: Path, kind: str, precision: str) -> None:
+    """Of its parameters DDP would otherwise wait for one, and the optimizer would not let them decay."""
+    cfg = make(adapter__kind=kind, adapter__module_dropout=0.9999, train__precision=precision)
+    model, batches = build(cfg, prepared), stream(cfg, prepared)
+    plain = build(make(adapter__kind=kind, train__precision=precision), prepared)
+    batch = next(batches)
+    batches.close()
+    torch.manual_seed(0)
+    with model.working_copies.in_place(), PRECISIONS[precision].forward(torch.device("cpu")):
+        loss = model(batch)
+        loss.sum().backward()
+    with plain.working_copies.in_place(), PRECISIONS[precision].forward(torch.device("cpu")):
+        assert torch.equal(loss, plain(batch)), "an update that is 0 at the start"
+    assert all(p.grad is not None and not p.grad.any() for p in model.trainable().values())
+
+
 @contextmanager
 def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every way to read a tensor's value into Python fails inside the block."""
