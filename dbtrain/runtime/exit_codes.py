@@ -70,7 +70,7 @@ def _stopped(stop: Preempted) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"stopped: {stop}; run the same command again to resume", file=sys.stderr)
         if not preemption.interrupted():
-            preemption.mark(str(stop))
+            _mark(str(stop))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return 0
     return INTERRUPTED if preemption.interrupted() else PREEMPTED
@@ -84,11 +84,16 @@ def _survived(lost: Lost) -> int:
         print(f"error: {text}", file=sys.stderr)
         return 2
     print(f"error: {text}; run the same command again to resume from the last checkpoint", file=sys.stderr)
+    _mark(text)
+    return LOST
+
+
+def _mark(text: str) -> None:
+    """Write the marker. On a full disk, say that it is missing, and end as with it."""
     try:
         preemption.mark(text)
     except OSError as error:
-        print(f"error: {os_problem(error)}", file=sys.stderr)
-    return LOST
+        print(f"error: the marker cannot be written: {reason(error)}", file=sys.stderr)
 
 
 def _refuse(error: ConfigError) -> int:
