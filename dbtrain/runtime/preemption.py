@@ -20,6 +20,7 @@ REASONS = ("", "SIGTERM", "SIGUSR1", "SIGINT", "the end of the job's time")  # r
 SIGNALS = {signal.SIGTERM: 1, signal.SIGUSR1: 2, signal.SIGINT: 3}
 
 _requested = 0  # index of a reason
+_warned = False  # whether a SIGINT has said what the next one does
 _deadline = float("inf")  # in time.time() seconds
 _marker: Path | None = None
 
@@ -29,8 +30,8 @@ def listen(run_dir: str | Path, stop_before_s: float = 0.0) -> None:
 
     A second SIGINT interrupts at once. The marker is written into `run_dir`.
     """
-    global _requested, _deadline, _marker
-    _requested, _marker = 0, RunFolder(run_dir).preempted
+    global _requested, _warned, _deadline, _marker
+    _requested, _warned, _marker = 0, False, RunFolder(run_dir).preempted
     ends = os.environ.get("SLURM_JOB_END_TIME", "")
     _deadline = float(ends) - stop_before_s if ends.isdigit() else float("inf")
     for number in SIGNALS:
@@ -38,10 +39,11 @@ def listen(run_dir: str | Path, stop_before_s: float = 0.0) -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _requested
+    global _requested, _warned
     if number == signal.SIGINT:
-        if _requested == SIGNALS[signal.SIGINT]:
+        if _warned:
             raise KeyboardInterrupt
+        _warned = True
         os.write(2, b"\nstopping at the next point to resume from; press Ctrl-C again to stop at once\n")
     _requested = _requested or SIGNALS[signal.Signals(number)]
 

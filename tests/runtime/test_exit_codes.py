@@ -56,3 +56,18 @@ def test_a_stop_is_a_stop_where_the_marker_cannot_be_written(
     said = capsys.readouterr().err
     assert "run the same command again" in said and "Traceback" not in said
     assert f"error: the marker cannot be written: [Errno {number}]" in said
+
+
+@pytest.mark.parametrize("before", [None, signal.SIGTERM, signal.SIGUSR1, "the time limit"])
+def test_the_second_ctrl_c_stops_at_once_whatever_came_before(
+    listening: Path, monkeypatch: pytest.MonkeyPatch, before: signal.Signals | str | None
+) -> None:
+    if before == "the time limit":
+        monkeypatch.setattr(preemption, "_deadline", 0.0)
+    elif before:
+        signal.raise_signal(before)  # type: ignore[arg-type]
+    first = preemption.stop_requested()
+    signal.raise_signal(signal.SIGINT)
+    assert preemption.stop_requested() == (first or preemption.SIGNALS[signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
