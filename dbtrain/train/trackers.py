@@ -10,7 +10,7 @@ from PIL import Image
 
 from dbtrain.config import Config
 from dbtrain.runtime import console, files
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder
 
@@ -52,10 +52,16 @@ class _WandB:
         except ImportError as error:
             raise ConfigError("train.wandb needs W&B: pip install 'dbtrain[wandb]'") from error
         self.image = wandb.Image
-        self.run = wandb.init(
-            project=project, name=folder.name, id=content_key(str(folder.resolve()))[:16], resume="allow",
-            dir=str(folder), config=config,
-        )  # fmt: skip
+        try:
+            self.run = wandb.init(
+                project=project, name=folder.name, id=content_key(str(folder.resolve()))[:16], resume="allow",
+                dir=str(folder), config=config,
+            )  # fmt: skip
+        except wandb.Error as error:  # no API key, or no network
+            raise ConfigError(
+                f"train.wandb is '{project}', but W&B does not start: {reason(error)}; run wandb login, or "
+                "set the environment variable WANDB_MODE=offline"
+            ) from error
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self.run.log(metrics, step=step)

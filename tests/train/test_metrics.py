@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dbtrain.runtime import console, pace
+from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder
-from dbtrain.train import summary
+from dbtrain.train import summary, trackers
 from dbtrain.train.metrics import TENTHS, Metrics, Outcome
 from tests.conftest import Make, finished, train
 
@@ -91,6 +94,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 OUTCOME = Outcome(torch.ones(2), torch.ones(()), torch.full((2,), torch.inf), torch.zeros(2, 2, TENTHS), 0)
+
+
+def test_w_and_b_that_does_not_start_says_what_to_do(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the errors of its package: UsageError without an API key, CommError without a network."""
+
+    class Error(Exception):
+        pass
+
+    class UsageError(Error):
+        pass
+
+    def init(**_: Any) -> None:
+        raise UsageError("No API key configured. Use `wandb login` to log in.\n(more)")
+
+    wandb = SimpleNamespace(Error=Error, Image=None, init=init)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = make(train__wandb="dogs")
+    told = r"train.wandb is 'dogs', but W&B does not start: No API key.*wandb login.*WANDB_MODE=offline$"
+    with pytest.raises(ConfigError, match=told):
+        trackers.of(RunFolder(cfg.run_dir), cfg, 0)
 
 
 def test_a_learning_rate_that_was_found_is_shown(make: Make) -> None:
