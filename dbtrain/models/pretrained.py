@@ -24,6 +24,8 @@ from dbtrain.runtime.imports import importing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEMS = ("model", "diffusion_pytorch_model")  # names of weight files: of transformers, and of Diffusers
 SENTENCEPIECE = "spiece.model"  # T5's vocabulary if the folder has no tokenizer.json
+# A processor of text and images, which needs torchvision -> its tokenizer, which is all that prompts need.
+TOKENIZERS = {"PixtralProcessor": "TokenizersBackend"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Pretrained:
         options: dict[str, Any] = {}
         if kind.__module__.startswith("transformers"):
             options = {"trust_remote_code": False}
-        if kind.__name__.removesuffix("Fast").endswith("Tokenizer"):
+        if component.startswith("tokenizer"):
             self.check_vocabulary(component)
         if weights:
             options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
@@ -120,7 +122,7 @@ class Pretrained:
             loaded = kind.from_pretrained(folder, subfolder=component, **options)
         # Refuse what the libraries would complete with defaults.
         if not weights:
-            if getattr(loaded, "model_max_length", 0) > 10**9:  # transformers' value for "unknown"
+            if kind.__name__.startswith("CLIP") and loaded.model_max_length > 10**9:  # unknown
                 raise ConfigError(f"'{component}' of base model {self.name} has no model_max_length")
             return loaded
         module, info = loaded
@@ -170,6 +172,7 @@ class Pretrained:
         """The class of a component in model_index.json. Raises ConfigError if it must not be loaded."""
         safety.check_class(self.name, component, self.index.get(component))
         library, name = self.index[component]
+        name = TOKENIZERS.get(name, name)
         with importing():  # the libraries import a class's module on first use
             kind = getattr(importlib.import_module(library), name, None)
         if not hasattr(kind, "from_pretrained"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from dbtrain.models import quantization
 from dbtrain.models.base import Base
 from dbtrain.models.pretrained import Pretrained
 from dbtrain.models.weight_files import WeightFiles
+from dbtrain.runtime.errors import ConfigError
 from tests import bases
 from tests.conftest import thinned
 
@@ -154,6 +157,27 @@ def test_a_variant_is_loaded_from_its_own_files(tmp_path: Path) -> None:
         plain = next(Pretrained("x", tmp_path, None).load(part).parameters())
         variant = next(Pretrained("x", tmp_path, "fp16").load(part).parameters())
         assert torch.equal(variant, (plain.half() + 1).float())
+
+
+def test_of_a_processor_of_text_and_images_only_the_tokenizer_is_loaded(tmp_path: Path) -> None:
+    """Of FLUX.2 dev, whose tokenizer states no length. The processor would need torchvision."""
+    plain = Base.find(Model(path=str(bases.flux2_dev())))
+    folder = shutil.copytree(plain.folder, tmp_path / "base")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    settings = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    settings |= {"processor_class": "PixtralProcessor", "model_max_length": 10**30}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    base = Base.find(Model(path=str(folder)))
+    ours, expected = (
+        one.family.tokenize({"text_encoder": one.load("tokenizer")}, ["a dog"]) for one in (base, plain)
+    )
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="has no vocabulary"):
+        base.load("tokenizer")
 
 
 @pytest.mark.parametrize("storage", ["full", "int8", "nf4"])
