@@ -94,6 +94,10 @@ def _patch(was: WeightFiles, folder: Path, changes: Changes, modules: Iterable[s
                     raise ConfigError(f"{path} has {name} in {entry['dtype']}; use the model in bf16 or fp16")
                 weight = was.read(name)
                 changed = (weight.double() + changes[module]().whole.reshape(weight.shape)).to(weight.dtype)
+                if not changed.isfinite().all():
+                    raise ConfigError(
+                        f"{module} would not be finite in {entry['dtype']}; use smaller weights"
+                    )
                 file.seek(start + entry["data_offsets"][0])
                 file.write(changed.contiguous().view(torch.uint8).numpy().tobytes())
                 left.discard(module)

@@ -43,6 +43,8 @@ def extracted(tuned: Base, base: Base, limit: Limit) -> tuple[dict[Place, Delta]
             change = _change(now.read(other), was.read(name))
             if change is None:
                 continue
+            if not change.isfinite().all():
+                raise ConfigError(f"{component}.{name} of {tuned.name} or {base.name} is not finite")
             if module is None:
                 others.append(f"{component}.{name}")
             else:

@@ -40,6 +40,8 @@ def write(
         mine = {module: delta for (where, module), delta in changes.items() if where == component}
         found = lora(mine, one_alpha=form == "kohya")
         tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in found.tensors.items()}
+        if large := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ConfigError(f"{large[0]} is too large for {dtype}; use --dtype bf16 or fp32")
         states[component] = AdapterState(tensors, found.config)
     base = like.base if isinstance(like, AdapterFile) else like
     if form is None:

@@ -43,7 +43,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "lokr-whole": {"kind": "lokr", "rank": 64},
 }  # fmt: skip
 ENERGY = 0.8
-MODULE = "mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+MODULE = LAYER.replace(".", "_")
 FORMS = {"sd": ("diffusers", "kohya", "peft"), "sdxl": ("kohya",), "flux2-klein": ("comfyui", "peft")}
 
 
@@ -396,6 +397,52 @@ def test_info_says_what_a_file_holds(tmp_path: Path, form: str) -> None:
     if form == "kohya":
         assert found["base"] == "stable-diffusion-v1/lora"
     assert json.loads(info.as_json(found)) == found
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["alone", "with the base"])
+@pytest.mark.parametrize("form", FORMS["sd"])
+@pytest.mark.parametrize(("value", "said"), [(torch.nan, "NaN"), (torch.inf, "infinite values")])
+def test_weights_that_are_not_finite_are_named(
+    tmp_path: Path, form: str, known: bool, value: float, said: str
+) -> None:
+    states = adapter(1, text=False)
+    name = f"{LAYER}.lora_A.weight"
+    states["unet"].tensors[name][0, 0] = value
+    path = written(tmp_path, form, states)
+    with pytest.raises(
+        ConfigError, match=f"its tensor {name if known else '.*to_q.lora_A.weight'} has {said}"
+    ):
+        AdapterFile.read(path, base() if known else None)
+
+
+def test_no_result_overflows(tmp_path: Path) -> None:
+    states = adapter(1, text=False)
+    for name, tensor in states["unet"].tensors.items():
+        tensor.fill_(1e5 if "lora_B" in name else 1e-3)
+    source = AdapterFile.read(written(tmp_path, "kohya", states), base())
+    with pytest.raises(ConfigError, match=r"lora_B\.weight is too large for fp16; use --dtype bf16 or fp32"):
+        write(
+            tmp_path / "out.safetensors",
+            {p: rule() for p, rule in source.layers.items()},
+            source,
+            None,
+            "fp16",
+        )
+    assert not (tmp_path / "out.safetensors").exists()
+    half = Base.find(Model(path=str(bases.sd())))
+    with pytest.raises(ConfigError, match="would not be finite in F16; use smaller weights"):
+        bake.bake(tmp_path / "baked", half, [(source, 1000.0)])
+    assert not (tmp_path / "baked").exists()
+
+
+def test_models_that_are_not_finite_are_not_compared(tmp_path: Path) -> None:
+    shutil.copytree(base().folder, tmp_path / "tuned")
+    file = tmp_path / "tuned" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"].fill_(torch.nan)
+    save_file(tensors, file)
+    with pytest.raises(ConfigError, match=r"unet\.conv_in\.weight of .*tuned or .* is not finite"):
+        extract.extracted(Base.find(Model(path=str(tmp_path / "tuned"))), base(), Limit(rank=4))
 
 
 def test_the_base_is_known_by_its_layers_too(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def check_file(path: Path) -> None:
 def bounded(state: AdapterState) -> AdapterState:
     """The adapter, on the layers that it has tensors for if its settings name them by a pattern.
 
-    Raises ConfigError for settings that would change more than its layers, or take much memory or time.
+    Raises ConfigError for settings that would change more than its layers, or take much memory or time, and
+    for weights that are not finite.
     """
     config = state.config
     if found := [name for name in UNREAD if config.get(name)]:
@@ -56,6 +57,9 @@ def bounded(state: AdapterState) -> AdapterState:
     for alpha in _alphas(config):
         if isinstance(alpha, (int, float)) and not (math.isfinite(alpha) and abs(alpha) < 1e9):
             raise ConfigError(f"its alpha is {_short(alpha)}; use one with a finite, smaller alpha")
+    for name, tensor in state.tensors.items():
+        if not (values := tensor.float()).isfinite().all():
+            raise ConfigError(f"its tensor {name} has {'NaN' if values.isnan().any() else 'infinite values'}")
     if isinstance(config.get("target_modules"), str):
         return replace(state, config=dict(config) | {"target_modules": sorted(by_module(state))})
     return state
