@@ -51,6 +51,11 @@ def test_joined_layers_change_what_each_did_and_come_apart_again(make, ranks) ->
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
 
 
+def test_joined_layers_keep_their_dtype() -> None:
+    layers = [{name: tensor.bfloat16() for name, tensor in lora(size, 2).items()} for size in SIZES[:2]]
+    assert {tensor.dtype for tensor in fused.join([*layers, {}], SIZES).values()} == {torch.bfloat16}
+
+
 def test_an_untrained_adapter_keeps_its_ranks() -> None:
     """Its up projection is zero."""
     layers = [lora(size, 2) | {"lora_B.weight": torch.zeros(size, 2)} for size in SIZES]

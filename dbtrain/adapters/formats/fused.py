@@ -31,10 +31,11 @@ def join(layers: Sequence[Mapping[str, Tensor]], sizes: Sequence[int]) -> dict[s
         if left not in present[0]:
             continue
         rank, width = max(layer[left].shape[1] for layer in present), present[0][right].shape[1]
-        found[left], found[right] = torch.zeros(sum(sizes), rank * len(layers)), torch.zeros(0, width)
+        like = present[0][left]
+        found[left], found[right] = like.new_zeros(sum(sizes), rank * len(layers)), like.new_zeros(0, width)
         for number, (layer, size) in enumerate(zip(layers, sizes, strict=True)):
             rows, columns = sum(sizes[:number]), number * rank
-            inputs = torch.zeros(rank, width)
+            inputs = like.new_zeros(rank, width)
             if layer:
                 its = layer[left].shape[1]
                 found[left][rows : rows + size, columns : columns + its] = layer[left]
