@@ -36,6 +36,7 @@ PREFIXES = (
     (r"lora_te(?:1_|_)(?!\d)", "text_encoder"),
     (r"lora_te(\d)_", r"text_encoder_\1"),
     (r"(text_encoder(?:_\d)?)[._](?:text_model\.)?", r"\1"),
+    (r"(?:lycoris_)?(?=transformer_blocks[._])", DENOISER),
     (r"(?:lora_|lycoris_)?(?:unet|transformer|diffusion_model)[._](?:base_model\.model\.)?", DENOISER),
     (r"base_model\.model\.|lycoris_|", DENOISER),
 )

@@ -461,6 +461,22 @@ def test_the_base_is_known_by_its_layers_too(tmp_path: Path) -> None:
         assert info.info(AdapterFile.read(tmp_path / "it.safetensors"))["base"] == said
 
 
+@pytest.mark.parametrize("start", ["", "lycoris_", "transformer.", "lora_transformer_", "diffusion_model."])
+def test_names_of_transformers_are_read_alone(tmp_path: Path, start: str) -> None:
+    """Some of their layers' names begin as a prefix does."""
+    tensors = {}
+    for module in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q", "proj_out"):
+        named = start + (module.replace(".", "_") if start.endswith("_") else module)
+        tensors |= {f"{named}.lora_A.weight": torch.ones(2, 4), f"{named}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, path := tmp_path / "in.safetensors")
+    source = AdapterFile.read(path)
+    assert source.prefixes == {DENOISER: start}
+    assert info.info(source)["base"] == "FLUX or Chroma, by its layers"
+    write(tmp_path / "out.safetensors", merge.merged([(source, 1.0)], Limit())[0], source)
+    again = AdapterFile.read(tmp_path / "out.safetensors")
+    assert again.layers.keys() == source.layers.keys() and again.prefixes == source.prefixes
+
+
 def test_the_commands(tmp_path: Path) -> None:
     one, two = written(tmp_path / "a", "kohya", adapter(1)), written(tmp_path / "b", "diffusers", adapter(2))
     model = base().folder
