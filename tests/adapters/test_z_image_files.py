@@ -139,3 +139,17 @@ def test_comfyui_s_file_has_names_that_both_programs_know(kind: str, tmp_path: P
     }
     read = formats.read(path, base().family, base().skeleton)
     assert_same(changed_by(read["transformer"]), changed_by(states["transformer"]))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft", "comfyui"])
+def test_layers_with_hyphens_in_their_names_have_ranks_of_their_own(tmp_path: Path, form: str) -> None:
+    module, last = base().skeleton("transformer").to_empty(device="cpu"), "all_final_layer.2-1.linear"
+    settings = {"targets": (last, "to_q"), "ranks": {last: 2}}
+    inject.attach(module, AdapterSettings(rank=RANK, alpha=ALPHA, **settings), "denoiser", 0)
+    state = inject.collect(module)
+    path = formats.write(form, tmp_path, base().family, {"transformer": state}, base().module_names)
+    found = formats.read(path, base().family, base().skeleton)["transformer"]
+    assert found.tensors[f"{last}.lora_A.weight"].shape[0] == 2
+    assert {name: t.shape for name, t in found.tensors.items()} == {
+        n: t.shape for n, t in state.tensors.items()
+    }

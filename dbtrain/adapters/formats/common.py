@@ -59,7 +59,7 @@ def check_patterns(config: Mapping[str, Any]) -> None:
         if len(patterns) > MOST_PATTERNS:
             raise ConfigError(f"its {key} has {len(patterns)} entries; at most {MOST_PATTERNS} are read")
         for pattern in patterns:
-            if not re.fullmatch(r"[\w.^$|\\]+", pattern):
+            if not re.fullmatch(r"[\w.^$|\\-]+", pattern):
                 raise ConfigError(f"its {key} has the regular expression '{pattern}'; only names are read")
 
 
