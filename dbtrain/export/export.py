@@ -91,7 +91,8 @@ def save(
                 console.say(f"{what} to {path} ({form}, for {formats.FORMATS[form].programs})")
                 if caveat := formats.caveat(form, states, forms):
                     console.say(f"warning: {caveat}")
-            word_file.write(folder, base.family, words)
+            paths = [formats.FORMATS[form].path(folder, name) for form in forms]
+            word_file.write(folder, base.family, words, paths)
             if state and folder.resolve() == RunFolder(cfg.run_dir).export.resolve():
                 _remove_others(folder, base.family, states, forms, name)
             _write_card(cfg, base, states, words, state, folder, name)

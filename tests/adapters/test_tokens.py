@@ -21,6 +21,7 @@ from dbtrain.doctor.case import Case
 from dbtrain.export.export import export
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.hashing import sha256_of
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample.pipeline import AdapterPipeline
 from dbtrain.train import fingerprint, loop, segments
@@ -244,11 +245,54 @@ def test_converting_keeps_the_word(exported: Path, tmp_path: Path, make: Make) -
 )  # fmt: skip
 def test_a_word_of_another_base_is_refused(tmp_path: Path, tensors: dict[str, Any], problem: str) -> None:
     (tmp_path / "embeddings").mkdir()
-    file = "it" if "bundle" in min(tensors) else "embeddings/sks"
-    save_file(tensors, tmp_path / f"{file}.safetensors")
+    adapter = tmp_path / "it.safetensors"
+    save_file(tensors if "bundle" in min(tensors) else {"x": torch.ones(1)}, adapter)
+    if "bundle" not in min(tensors):
+        save_file(tensors, tmp_path / "embeddings/sks.safetensors", {word_file.ADAPTERS: sha256_of(adapter)})
     found = base("sd")
     with pytest.raises(ConfigError, match=problem):
-        word_file.read(tmp_path / "it.safetensors", found.family, found.skeleton)
+        word_file.read(adapter, found.family, found.skeleton)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [("easynegative", {"emb_params": torch.ones(8, 64)}), ("sks", {"sks": torch.ones(1, 32)}),
+     ("sks", {"clip_l": torch.ones(1, 64), "clip_g": torch.ones(1, 64)}),
+     ("a.b", {"a.b": torch.ones(1, 64)})],
+)  # fmt: skip
+def test_embeddings_that_are_no_words_of_the_base_are_not_the_adapter_s(
+    tmp_path: Path, name: str, tensors: dict[str, Any]
+) -> None:
+    (tmp_path / "embeddings").mkdir()
+    save_file(tensors, tmp_path / "embeddings" / f"{name}.safetensors")
+    found, text = base("sd"), {"text_encoder": torch.ones(1, bases.WIDTH)}
+    save_file({"x": torch.ones(1)}, adapter := tmp_path / "it.safetensors")
+    assert word_file.read(adapter, found.family, found.skeleton) == []
+    word_file.write(tmp_path, found.family, [Word("mine", text)])  # of no adapter in particular
+    assert [word.text for word in word_file.read(adapter, found.family, found.skeleton)] == ["mine"]
+
+
+def test_adapters_in_one_folder_have_words_of_their_own(tmp_path: Path) -> None:
+    """Programs list many adapters in one folder, and exports of several runs may have the same."""
+    found, names = base("sd"), ("one", "two", "none")
+    paths = {name: tmp_path / f"{name}.safetensors" for name in names}
+    for number, path in enumerate(paths.values()):
+        save_file({"x": torch.full((1,), float(number))}, path)
+
+    def write(text: str, value: float, *names: str) -> None:
+        word = Word(text, {"text_encoder": torch.full((1, bases.WIDTH), value)})
+        word_file.write(tmp_path, found.family, [word], [paths[name] for name in names])
+
+    def read() -> list[list[str]]:
+        words = [word_file.read(path, found.family, found.skeleton) for path in paths.values()]
+        return [[word.text for word in one] for one in words]
+
+    write("sks", 1.0, "one"), write("ohwx", 1.0, "two")
+    assert read() == [["sks"], ["ohwx"], []]
+    write("sks", 1.0, "two")  # the same word in another format's file
+    assert read() == [["sks"], ["ohwx", "sks"], []]
+    write("sks", 2.0, "two")  # a word of its own
+    assert read() == [[], ["ohwx", "sks"], []]
 
 
 def test_words_of_two_text_encoders_are_named_as_programs_name_them() -> None:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,36 @@ from dbtrain.adapters.tokens import OLD_END, Rows, Word, Words
 from dbtrain.config.subject_words import LEARNABLE
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
-from dbtrain.runtime import files
+from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 
 FOLDER, CHECKPOINT = "embeddings", "tokens.safetensors"
 BUNDLE, WHOLE = "bundle_emb.", "string_to_param.*"
 CLIPS = ("clip_l", "clip_g")  # of a family with two text encoders
 WORDS = "words"  # key in a checkpoint's header
+ADAPTERS = "adapters"  # key in a word's header: the sha256 of each file of its adapter
 
 
-def write(folder: Path, family: Family, words: Words) -> None:
-    """Write a file for each word into the folder of an export."""
+def write(folder: Path, family: Family, words: Words, adapters: Sequence[Path] = ()) -> None:
+    """Write a file for each word into the folder of an export.
+
+    `adapters`: the files, or PEFT's folders, of the adapter whose words they are. Without, they are anyone's.
+    """
     for word in words:
-        data = safetensors.torch.save(_named(family, word, word.text), {"format": "pt"})
-        files.write_atomically(folder / FOLDER / f"{word.text}.safetensors", files.sorted_header(data))
+        path = folder / FOLDER / f"{word.text}.safetensors"
+        named, hashes = _named(family, word, word.text), set().union(*map(_hashes, adapters))
+        if hashes and path.is_file():
+            header, there = _opened(path, "")
+            if there.keys() == named.keys() and all(torch.equal(there[name], named[name]) for name in named):
+                hashes |= set(header.get(ADAPTERS, "").split())
+        header = {"format": "pt"} | ({ADAPTERS: " ".join(sorted(hashes))} if hashes else {})
+        files.write_atomically(path, files.sorted_header(safetensors.torch.save(named, header)))
+
+
+def _hashes(adapter: Path) -> set[str]:
+    """The sha256 of the file of an adapter, or of those in PEFT's folder."""
+    paths = [adapter, adapter / peft_folder.WEIGHTS, *adapter.glob(f"*/{peft_folder.WEIGHTS}")]
+    return {hashing.sha256_of(path) for path in paths if path.is_file()}
 
 
 def bundled(family: Family, words: Words) -> dict[str, Tensor]:
@@ -101,52 +118,81 @@ def beside(adapter: Path) -> list[Path]:
 
 
 def read(adapter: Path, family: Family, skeleton: Callable[[str], Any]) -> Words:
-    """The words of an adapter in any format: those in its file, or else beside it.
+    """The words of an adapter in any format: those in its file, or else its own beside it.
 
     `skeleton`: see `registry.read`. Raises ConfigError for words that do not fit the base's text encoders.
     """
+    width = cache(lambda name: skeleton(name).get_input_embeddings().weight.shape[1])
     own = [adapter] if adapter.is_file() else []
-    widths: dict[str, int] = {}
     for paths, start in ((own, BUNDLE), (beside(adapter), "")):
         words: list[Word] = []
         for path in paths:
             try:
-                words += _words(path, start, family)
-                for name in {name for word in words for name in word.rows} - widths.keys():
-                    widths[name] = skeleton(name).get_input_embeddings().weight.shape[1]
-                for word in words:
-                    _check(word, widths)
+                header, tensors = _opened(path, start)
+                if not start and not _belongs(header, tensors, path.stem, adapter, family, width):
+                    continue
+                found = _words(header, tensors, "" if start else path.stem, family)
+                for word in found:
+                    _check(word, width)
             except ConfigError as problem:
                 raise ConfigError(f"the learned word in {path}: {problem}") from problem
+            words += found
         if words:
             return words
     return []
 
 
-def _words(path: Path, start: str, family: Family) -> list[Word]:
-    """The words in a file, from the tensors whose names begin with `start`."""
+def _opened(path: Path, start: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header of a file, and its tensors whose names begin with `start`, without it."""
     limits.check_file(path)
     try:
         with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
             names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
             tensors = {name.removeprefix(start): file.get_tensor(name).float() for name in names}
+            return file.metadata() or {}, tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise ConfigError(f"not a safetensors file: {reason(error)}") from error
+
+
+def _belongs(
+    header: Mapping[str, str], tensors: Mapping[str, Tensor], text: str, adapter: Path, family: Family,
+    width: Callable[[str], int],
+) -> bool:  # fmt: skip
+    """Whether a file beside an adapter has words of it: it says so, or says nothing, and fits the base."""
+    if WORDS in header:
+        return True
+    if ADAPTERS in header:
+        return not _hashes(adapter).isdisjoint(header[ADAPTERS].split())
+    encoders = {name: _encoder(name, text, family) for name in tensors}
+    return bool(LEARNABLE.fullmatch(text)) and all(
+        encoder and tensors[name].dim() and tensors[name].shape[-1] == width(encoder)
+        for name, encoder in encoders.items()
+    )
+
+
+def _encoder(part: str, text: str, family: Family) -> str | None:
+    """The text encoder that a tensor of the word `text` is for."""
+    found: Sequence[str] = family.adaptable_text if part in (WHOLE, text) else ()
+    if part in CLIPS:
+        found = family.adaptable_text[CLIPS.index(part) :][:1]
+    return found[0] if len(found) == 1 else None
+
+
+def _words(
+    header: Mapping[str, str], tensors: Mapping[str, Tensor], alone: str, family: Family
+) -> list[Word]:
+    """The words in a file: several, or the one that it is called by."""
     if WORDS in header:
         return _of_checkpoint(header[WORDS].split(), tensors)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        text, _, part = name.partition(".") if start else (path.stem, "", name)
-        if part in CLIPS:
-            encoder = family.adaptable_text[CLIPS.index(part) :][:1]
-        else:
-            encoder = family.adaptable_text if part in (WHOLE, text) else ()
+        text, _, part = (alone, "", name) if alone else name.partition(".")
         if not LEARNABLE.fullmatch(text):
             raise ConfigError(f"'{text}' is not one word without '.' and '/'")
-        if len(encoder) != 1 or not tensor.dim():
+        encoder = _encoder(part, text, family)
+        if encoder is None or not tensor.dim():
             raise ConfigError(f"its tensor {name} is for no text encoder of {family.name} models")
-        found.setdefault(text, {})[encoder[0]] = tensor.reshape(-1, tensor.shape[-1])
+        found.setdefault(text, {})[encoder] = tensor.reshape(-1, tensor.shape[-1])
     return [Word(text, rows) for text, rows in found.items()]
 
 
@@ -162,9 +208,9 @@ def _of_checkpoint(texts: Sequence[str], tensors: Mapping[str, Tensor]) -> list[
     return [Word(text, {name: one[k].clone() for name, one in each.items()}) for k, text in enumerate(texts)]
 
 
-def _check(word: Word, widths: Mapping[str, int]) -> None:
+def _check(word: Word, width: Callable[[str], int]) -> None:
     """Raise ConfigError unless a word's embeddings are finite, and as wide as those of the text encoders."""
     for name, rows in word.rows.items():
-        if rows.shape[1] != widths[name] or not rows.isfinite().all():
+        if rows.shape[1] != width(name) or not rows.isfinite().all():
             wrong = f"have {rows.shape[1]} values" if rows.isfinite().all() else "are NaN or infinite"
-            raise ConfigError(f"its embeddings {wrong}; those of the base's {name} have {widths[name]}")
+            raise ConfigError(f"its embeddings {wrong}; those of the base's {name} have {width(name)}")
