@@ -2,14 +2,11 @@
 # Run a dbtrain command on all GPUs of this machine, or in one process if it has none.
 #   bash launch/torchrun.sh run configs/sd15.yaml
 # Environment variables:
-#   RANKS         processes (default: one per GPU)
+#   RANKS         processes (default: one per GPU, of those in CUDA_VISIBLE_DEVICES if it is set)
 #   MAX_RESTARTS  how often torchrun restarts all ranks after losing one; they resume from the last checkpoint
 #                 (default: 0)
 set -euo pipefail
-if [[ -z ${RANKS:-} ]]; then
-  RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true # fails where there is no driver
-  ((RANKS)) || RANKS=1
-fi
+RANKS=${RANKS:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # Ctrl-C is for the ranks, which save and stop. torchrun would report it as a failure, so it runs in the background,

@@ -4,17 +4,14 @@
 # Environment variables:
 #   HEAD       name or address of one of the machines
 #   NODES      number of machines
-#   RANKS      processes per machine (default: one per GPU)
+#   RANKS      processes per machine (default: one per GPU, of those in CUDA_VISIBLE_DEVICES if it is set)
 #   PORT       port on HEAD (default: 29500)
 #   INTERFACE  network interface for NCCL and gloo (default: the one that reaches HEAD)
 #   JOB        name of the job, which must differ between jobs that run at once (default: dbtrain)
 set -euo pipefail
 : "${HEAD:?set it to the name or address of one of the machines}" "${NODES:?set it to the number of machines}"
 : "${PORT:=29500}" "${JOB:=dbtrain}"
-if [[ -z ${RANKS:-} ]]; then
-  RANKS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true # fails where there is no driver
-  ((RANKS)) || RANKS=1
-fi
+RANKS=${RANKS:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 
 # Tell torchrun which machine hosts the rendezvous, and at which address this one is reached. It would guess both
 # from host names, which many hosts files map to 127.0.1.1.

@@ -73,6 +73,29 @@ def test_two_hosts_train_what_one_does_and_a_cut_cable_ends_it(
     assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["torchrun.sh", "torchrun_nodes.sh"])
+def test_a_rank_for_each_gpu_that_may_be_used(tmp_path: Path, name: str) -> None:
+    """However many the machine has."""
+    for program, says in (
+        ("torchrun", 'echo "$@"'),
+        ("nvidia-smi", "seq 8"),
+        ("ip", "echo 1 lo 127.0.0.1/8"),
+    ):
+        (tmp_path / program).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / program).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {
+        **os.environ,
+        "PATH": path,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HEAD": "127.0.0.1",
+        "NODES": "1",
+        "RANKS": "",
+    }
+    done = subprocess.run(["bash", ROOT / "launch" / name], env=env, capture_output=True, text=True)
+    assert "--nproc-per-node=1 " in done.stdout, done.stderr
+
+
 def test_shell_code_is_clean() -> None:
     scripts = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), *HERE.glob("*.sh")]
     assert len(scripts) >= 10
