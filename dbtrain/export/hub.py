@@ -30,17 +30,23 @@ def push(cfg: Config, folder: Path | None = None, adapter: Path | None = None) -
 
 
 def check(cfg: Config) -> None:
-    """Raise ConfigError if `hub.repo` is set without a token. Call it before training, not after."""
+    """Raise ConfigError if `hub.repo` is set, but nothing can be pushed. Call it before training."""
     if cfg.hub.repo:
         _token()
 
 
 def _token() -> str:
     from huggingface_hub import get_token
+    from huggingface_hub.constants import is_offline_mode
 
     token = get_token()
     if not token:
         raise ConfigError("hub.repo is set, but there is no Hub token; run hf auth login, or set HF_TOKEN")
+    if is_offline_mode():
+        raise ConfigError(
+            "hub.repo is set, but so is HF_HUB_OFFLINE; set HF_HUB_OFFLINE=0 where the Hub can be reached, "
+            "or hub.repo=null, and push later, elsewhere: dbtrain export CONFIG hub.repo=..."
+        )
     return token
 
 

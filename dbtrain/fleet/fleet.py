@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dbtrain.config import Config
 from dbtrain.evaluate import evaluate
+from dbtrain.export import hub
 from dbtrain.fleet import status
 from dbtrain.fleet.work import Request, Work
 from dbtrain.runtime import console, dist, files, lock
@@ -32,6 +33,9 @@ def fleet(request: Request) -> Path:
     with dist.agreed():
         shared, entries = request.shared(), request.read()
         slots.check(shared)
+        for entry in entries:
+            if entry.cfg:
+                hub.check(entry.cfg)
         if not entries:
             raise ConfigError(f"SUBJECTS is '{request.subjects}', in which there are no subjects")
         if request.evaluate and request.watch:

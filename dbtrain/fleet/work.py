@@ -80,8 +80,6 @@ class Work:
                     self._fail(name, problem)
         if not cfgs:
             return
-        for cfg in cfgs:
-            hub.check(cfg)
         self.base = Base.find(cfgs[0].model)
         self.slots = min(dist.gather_json(self._slots(max(cfgs, key=_rank), self.base)))
         # Each rank finds out which of its own are trained already.

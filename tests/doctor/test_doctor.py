@@ -315,9 +315,13 @@ def full_disk(site: Site) -> None:
     site.patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
 
 
-def no_token(site: Site) -> None:
-    site.patch.setattr("huggingface_hub.get_token", lambda: None)
-    site.changes["hub__repo"] = "me/dog"
+def no_push(token: str | None) -> Callable[[Site], None]:
+    def plant(site: Site) -> None:
+        site.patch.setattr("huggingface_hub.get_token", lambda: token)
+        site.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        site.changes["hub__repo"] = "me/dog"
+
+    return plant
 
 
 def no_compiler(site: Site) -> None:
@@ -472,7 +476,8 @@ FAULTS: list[Any] = [
     slow((graph_elsewhere, "GPU", "warning", "no GPU to try it on")),
     (old_gpu, "GPU", "warning", "which Tesla T4 emulates"),
     (no_compiler, "compiler", "error", "train.compile needs the compiler none"),
-    (no_token, "Hub", "error", "there is no Hub token"),
+    (no_push(token=None), "Hub", "error", "there is no Hub token"),
+    (no_push(token="hf_a"), "Hub", "error", "but so is HF_HUB_OFFLINE"),
     (no_wandb, "extras", "error", "train.wandb needs wandb"),
     (old_package, "packages", "error", "needs >=99"),
     (old_package, "packages", "error", "no-such-package is not installed"),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from dbtrain.adapters.formats.diffusers_file import FILE
+from dbtrain.export import hub as publishing
 from dbtrain.prepare.prepare import prepare
+from dbtrain.runtime.errors import ConfigError
 from tests.conftest import Make, dbtrain, train
 
 TOKEN = "hf_" + "s3cret" * 6
@@ -169,3 +171,17 @@ def test_a_refused_push_says_so_without_the_token_and_keeps_the_export(
     )
     assert early.returncode == 2 and "there is no Hub token" in early.stderr
     assert not (tmp_path / "new").exists(), "it says so before it trains"
+
+
+@pytest.mark.parametrize(
+    ("offline", "token", "told"),
+    [(False, None, "there is no Hub token"), (True, TOKEN, "set HF_HUB_OFFLINE=0"), (False, TOKEN, None)],
+)
+def test_what_keeps_a_push_from_the_hub_is_said_before_training(
+    make: Make, monkeypatch: pytest.MonkeyPatch, offline: bool, token: str | None, told: str | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    publishing.check(make())
+    with pytest.raises(ConfigError, match=told) if told else nullcontext():
+        publishing.check(make(hub__repo="me/dog"))

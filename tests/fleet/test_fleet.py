@@ -260,8 +260,17 @@ def test_photos_dropped_in_while_it_runs_become_a_subject(
     assert {one.name for one in Status.read(home).subjects} == {"s1", "s2", "s3", "s9"}
 
 
-def test_what_slots_do_not_have_is_refused_before_anything_is_made(fleet: Fleet) -> None:
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("adapter.kind=loha", "adapter.kind is 'loha', which slots cannot train"),
+        ("hub.repo=me/pets", "but there is no Hub token"),
+    ],
+)
+def test_what_a_fleet_cannot_do_is_refused_before_anything_is_made(
+    fleet: Fleet, setting: str, told: str
+) -> None:
     fleet.add(1)
-    done = dbtrain(*fleet.line("a", "adapter.kind=loha"))
-    assert done.returncode == 2 and "adapter.kind is 'loha', which slots cannot train" in done.stderr
+    done = dbtrain(*fleet.line("a", setting), HF_TOKEN="")
+    assert done.returncode == 2 and told in done.stderr
     assert not (fleet.folder / "a").exists()
