@@ -29,6 +29,8 @@ BEAT_S = 5.0
 DEAD_S = 30.0  # an owner on another machine that has not touched its lock for this long is gone
 POLL_S = 1.0
 
+_gone: dict[str, float] = {}  # by owner that is gone: when it last touched a lock
+
 
 @contextmanager
 def held(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
@@ -172,7 +174,7 @@ def _take_over(path: Path, part: Path) -> bool | None:
 
 
 def _is_alive(path: Path, owner: dict[str, Any]) -> bool:
-    """Whether a lock's owner is alive. Waits up to DEAD_S if only a touch of the lock can tell."""
+    """Whether a lock's owner is alive. Waits up to DEAD_S, once an owner, if only a touch can tell."""
     if not owner:  # a damaged lock
         return False
     me = _me()
@@ -180,13 +182,17 @@ def _is_alive(path: Path, owner: dict[str, Any]) -> bool:
         return _started(owner.get("pid", 0)) == owner.get("started") is not None
     if owner.get("job") and owner["job"] == me["job"]:  # SLURM restarts a job only once it has ended
         return owner.get("restart") == me["restart"]
+    process = " ".join(str(owner.get(key)) for key in ("machine", "pid", "started"))
     try:
-        before, until = path.stat().st_mtime_ns, time.monotonic() + DEAD_S
+        before, until = path.stat().st_mtime, time.monotonic() + DEAD_S
+        if process in _gone and before < _gone[process] + 2 * BEAT_S:  # it touched all its locks until then
+            return False
         while time.monotonic() < until:
-            if path.stat().st_mtime_ns != before:
+            if path.stat().st_mtime != before:
                 return True
             time.sleep(POLL_S)
             preemption.check()
+        _gone[process] = before
     except FileNotFoundError:
         pass
     return False

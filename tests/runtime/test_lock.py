@@ -100,6 +100,32 @@ def test_an_owner_on_another_machine_is_told_by_its_signs_of_life(
     mine.release()
 
 
+class Watched(Exception):
+    """A lock has to be watched."""
+
+
+def test_an_owner_that_is_gone_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at each of the locks that it left, unless it has touched one since."""
+    monkeypatch.setattr(lock, "DEAD_S", 0.05)
+    monkeypatch.setattr(lock, "POLL_S", 0.01)
+    for name in ("first", "second", "touched"):
+        written(tmp_path / name, machine="another machine")
+    later = time.time() + 25
+    os.utime(tmp_path / "touched" / NAME, (later, later))
+    locks = [Lock.take(tmp_path / "first")]
+
+    def watch(seconds: float) -> None:
+        raise Watched
+
+    monkeypatch.setattr(lock.time, "sleep", watch)
+    locks.append(Lock.take(tmp_path / "second"))
+    with pytest.raises(Watched):
+        Lock.take(tmp_path / "touched")
+    for mine in locks:
+        assert mine
+        mine.release()
+
+
 def test_waiting_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "POLL_S", 0.02)
     first = Lock.take(tmp_path)
