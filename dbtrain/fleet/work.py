@@ -216,7 +216,7 @@ class Work:
             mine.release()
 
     def _look(self) -> None:
-        """From time to time, look for new subjects, and write where each stands."""
+        """From time to time, look for subjects that are new or mended, and write where each stands."""
         if time.monotonic() < self.looked + LOOK_S:
             return
         self.looked, self.news = time.monotonic(), True
@@ -226,15 +226,28 @@ class Work:
             console.warn(str(problem))
             return
         for entry in found:
-            if entry.name not in self.entries:
-                self.entries[entry.name] = entry
-                if entry.problem:
-                    self._fail(entry.name, entry.problem)
+            known = self.entries.get(entry.name)
+            if known and (known.cfg or known.problem == entry.problem):
+                continue
+            if known:
+                self._forget(known)
+            self.entries[entry.name] = entry
+            if entry.problem:
+                self._fail(entry.name, entry.problem)
         if self.rank == 0:
             try:
                 self.bar.show(self.write_status())
             except OSError as error:
                 console.warn(os_problem(error))
+
+    def _forget(self, entry: Entry) -> None:
+        """Forget the problem of a subject that the list has otherwise now, unless it got another since."""
+        note = RunFolder(self.folder / entry.name).failed
+        self.bad.pop(entry.name, None)
+        self.early.discard(entry.name)
+        with self.failing(entry.name):
+            if note.is_file() and note.read_text() == f"{entry.problem}\n":
+                note.unlink()
 
     def write_status(self) -> Status:
         """Write where each subject stands, and return it."""

@@ -244,12 +244,15 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
 
 
 @pytest.mark.slow
-def test_photos_dropped_in_while_it_runs_become_a_subject(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("listed", [False, True], ids=["folder", "row before its photos"])
+def test_photos_dropped_in_while_it_runs_become_a_subject(fleet: Fleet, listed: bool) -> None:
     fleet.add(1, 2, 3)
     assert dbtrain(*fleet.line("whole")).returncode == 0
-    running = Started(*fleet.line("watched", "--watch"))
+    line = fleet.line("watched", "--watch")
+    if listed:
+        line[2] = rows = fleet.folder / "list.yaml"
+        rows.write_text(yaml.safe_dump([{"photos": f"subjects/s{number}"} for number in (1, 9, 2, 3)]))
+    running = Started(*line)
     home = fleet.folder / "watched"
     running.wait_for(lambda: (home / "s1").exists())
     fleet.add(9)

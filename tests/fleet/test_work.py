@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dbtrain.fleet import work as works
 from dbtrain.fleet.listing import Entry
+from dbtrain.fleet.status import Bar
 from dbtrain.fleet.work import Request, Work
 from dbtrain.runtime.fleet_status import State, Status, Subject
 from dbtrain.train import memory
+from tests.conftest import draw_photo
+from tests.fleet.test_listing import CONFIG
+
+
+def test_a_row_that_comes_before_its_photos_is_trained_once_they_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But what another rank ran into meanwhile stays."""
+    monkeypatch.setattr(works, "LOOK_S", 0.0)
+    monkeypatch.setattr(works, "SETTLED_S", 0.0)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "list.yaml").write_text("- {photos: mug}\n- {photos: cat}\n")
+    request = Request(tmp_path / "c.yaml", tmp_path / "list.yaml", watch=True)
+    work = Work(request, tmp_path / "runs", request.read())
+    for name, entry in work.entries.items():
+        work._fail(name, entry.problem or "")
+    with closing(Bar(work._status(), 1)) as work.bar:
+        work._look()
+        assert {one.state for one in work.status.subjects} == {"failed"}
+        for number, name in enumerate(work.entries):
+            (tmp_path / name).mkdir()
+            draw_photo(tmp_path / name / "0.png", number)
+        (tmp_path / "runs" / "cat" / "FAILED").write_text("the loss is NaN\n")
+        work._look()
+    assert {name: work._is_open(name) for name in work.entries} == {"mug": True, "cat": False}
+    assert {one.name: one.problem for one in work.status.subjects} == {"mug": None, "cat": "the loss is NaN"}
+    assert "mug" not in work.early, "its shards are still to be made"
 
 
 @pytest.mark.parametrize(
