@@ -218,14 +218,19 @@ def _in_folder(folder: Path, below: bool) -> list[dict[str, Any]]:
 
 
 def _in_table(path: Path) -> list[dict[str, Any]]:
-    """An entry for each row of a CSV file. An empty cell sets nothing."""
+    """An entry for each row of a CSV file that has cells. An empty cell sets nothing."""
     try:
-        text = loading.text_of(path, "list")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
+        text = re.sub(r"\A\s*\n", "", loading.text_of(path, "list"))
+        first, _, rest = text.partition("\n")
+        separator = max(",;\t", key=first.count)
+        if told := re.fullmatch(r"sep=(.)\s*", first):  # as Excel has it
+            separator, text = told[1], rest
         table = csv.DictReader(
             io.StringIO(text, newline=""), delimiter=separator, restkey="a cell without a column", strict=True
         )
-        columns = [name.strip() for name in table.fieldnames or ()]
+        columns = [
+            name.strip() or f"column {number}" for number, name in enumerate(table.fieldnames or (), 1)
+        ]
         table.fieldnames = columns
         rows = list(table)
     except OSError as error:
@@ -234,7 +239,8 @@ def _in_table(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path} is not a valid CSV file: {error}") from error
     if twice := next((name for name in columns if columns.count(name) > 1), None):
         raise ConfigError(f"{path} has more than one column '{twice}'; remove one")
-    return [{name: _cell(name, text) for name, text in row.items() if text} for row in rows]
+    named = ({name: text for name, text in row.items() if "".join(text or "").strip()} for row in rows)
+    return [{name: _cell(name, text) for name, text in row.items()} for row in named if row]
 
 
 def _cell(name: str, text: Any) -> Any:

@@ -55,6 +55,9 @@ LISTS = {
     "names.yaml": "tom: {photos: cat9, class_word: cat, optim: {lr: 0.002}}\n"
     "mug: {photos: mug, token: 007, steps: 9}\n",
     "list.csv": "name, photos,class,lr,token,steps\ntom,cat9,cat,2e-3,,\n,mug,,,007,9\n",
+    "spreadsheet.csv": " \nname,photos,class,lr,token,steps,,\n,,,,,,,\ntom,cat9,cat,2e-3, ,,,,,\n"
+    " , \n,mug,,,007,9,,\n,,,,,,,\n",
+    "told.csv": "sep=;\r\nname;photos;class;lr;token;steps\r\ntom;cat9;cat;2e-3\r\n;mug;;;007;9\r\n",
     "excel.csv": "name;photos;class_word;optim.lr;token;steps\r\ntom;cat9;cat;2e-3;;\r\n\r\n;mug;;;007;9\r\n",
 }
 
