@@ -39,7 +39,11 @@ class Lost(Exception):
 _USER_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR,
     errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG, errno.EMFILE, errno.ENFILE,
-    errno.ELOOP, errno.ESTALE, errno.EBUSY, errno.ETXTBSY,
+    errno.ELOOP, errno.ESTALE, errno.EBUSY, errno.ETXTBSY, errno.ENOTEMPTY,
+    # Of network file systems, and of those that lack an operation.
+    errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOLCK, errno.ENODEV, errno.ENXIO,
+    errno.EUCLEAN, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from dbtrain.adapters.formats import peft_folder, word_file
 from dbtrain.config import Config
 from dbtrain.models.precision import PRECISIONS
 from dbtrain.runtime import console, dist, files, hashing
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.run_folder import EMA, OPTIMIZER, STATE, RunFolder, read_state, step_of
 from dbtrain.train import optim
 from dbtrain.train.dreambooth import Adapted
@@ -74,7 +74,15 @@ def save(
             files.write_folder_atomically(path, lambda part: _write(part, step, progress, fingerprint))
             for old in run.checkpoints()[:-keep]:
                 if step_of(old) not in best:
-                    shutil.rmtree(old)
+                    _delete(old)
+
+
+def _delete(checkpoint: Path) -> None:
+    """Delete a checkpoint. If that fails, as for files that NFS keeps, the next save tries again."""
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        console.warn(f"{checkpoint} cannot be deleted: {reason(error)}; trying again at the next one")
 
 
 def check_ranks(model: Adapted) -> None:

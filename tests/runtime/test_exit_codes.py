@@ -38,6 +38,16 @@ def ended(problem: Exception) -> int:
     return found.value.code
 
 
+@pytest.mark.parametrize(
+    "number", [errno.ENOTEMPTY, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.ENOLCK, errno.EINVAL]
+)
+def test_what_a_network_file_system_reports_is_no_bug(
+    capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    assert ended(OSError(number, os.strerror(number), "shards/instance-0.tar")) == 2
+    assert capsys.readouterr().err == f"error: shards/instance-0.tar: {os.strerror(number)}\n"
+
+
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EROFS, errno.EPROTO])
 @pytest.mark.parametrize("rank", ["stopped", "survived"])
 def test_a_stop_is_a_stop_where_the_marker_cannot_be_written(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 
 from dbtrain.config import Config
 from dbtrain.report import run as report
+from dbtrain.runtime import console
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
@@ -104,6 +107,26 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
 def test_only_the_newest_are_kept(make: Make) -> None:
     run = train(make(train__steps=6, train__checkpoint_every=1, train__keep=2))
     assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000005", "step-000006"]
+
+
+def test_one_that_cannot_be_deleted_is_left_until_the_next_save(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a file that is open elsewhere, and so its folder is not empty."""
+    delete, told, failed = shutil.rmtree, [], []
+
+    def fails_once(path: Path, **options: Any) -> None:
+        if Path(path).name == "step-000001" and not failed:
+            failed.append(path)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        delete(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", fails_once)
+    monkeypatch.setattr(console, "warn", told.append)
+    run = train(make(train__steps=4, train__checkpoint_every=1, train__keep=2))
+    assert [path.name for path in RunFolder(run).checkpoints()] == ["step-000003", "step-000004"]
+    (line,) = [line for line in told if "deleted" in line]
+    assert line.startswith(f"{failed[0]} cannot be deleted: [Errno 39] Directory not empty")
 
 
 @pytest.mark.parametrize(
