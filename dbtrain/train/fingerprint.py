@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def of(cfg: Config, base: Base, manifest: Manifest) -> dict[str, Any]:
 def start_content(cfg: Config) -> str | None:
     """What stands for the file that a run began from, by its content; None without `adapter.start`.
 
-    Where the file is gone, it is what the newest checkpoint has recorded, from which the run goes on. Raises
-    ConfigError if there is neither.
+    Where the file is gone, it is what the newest undamaged checkpoint has recorded, from which the run goes
+    on. Raises ConfigError if there is neither.
     """
     if cfg.adapter.start is None:
         return None
@@ -62,8 +63,9 @@ def start_content(cfg: Config) -> str | None:
         return f"content {formats.content_of(formats.find(cfg.adapter.start))[:12]}"
     except ConfigError as problem:
         for path in reversed(RunFolder(cfg.run_dir).checkpoints()):
-            if recorded := read_state(path)["identity"].get("adapter.start"):
-                return str(recorded)
+            with suppress(ConfigError):  # damaged: training sets it aside
+                if recorded := read_state(path)["identity"].get("adapter.start"):
+                    return str(recorded)
         raise ConfigError(f"adapter.start: {problem}") from problem
 
 

@@ -185,6 +185,9 @@ def test_a_run_resumes_without_the_file_and_not_with_another(
     again = RunFolder(train(cfg("again", file)))
     last = "unet/adapter_model.safetensors"
     assert (whole.checkpoint(4) / last).read_bytes() == (again.checkpoint(4) / last).read_bytes()
+    (again.checkpoint(4) / last).write_bytes(b"damaged")
+    train(cfg("again", file))
+    assert (whole.checkpoint(4) / last).read_bytes() == (again.checkpoint(4) / last).read_bytes()
     with pytest.raises(ConfigError, match=r"adapter\.start: adapter '.*' is neither"):
         train(cfg("new", file))
 
