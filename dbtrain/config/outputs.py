@@ -79,8 +79,8 @@ class Evaluation(Section):
         (), description="prompts to generate, with `{}` for the subject, e.g. `a {} in a bucket` (empty: ten "
         "built-in prompts)"
     )  # fmt: skip
-    images: Annotated[int, Field(ge=2)] = Field(4, description="images per prompt")
-    class_images: Annotated[int, Field(ge=2)] = Field(
+    images: Annotated[int, Field(ge=2, le=10**6)] = Field(4, description="images per prompt")
+    class_images: Annotated[int, Field(ge=2, le=10**6)] = Field(
         24, description="images of the class, each generated with and without the adapter"
     )
     seed: Seed = Field(1000, description="seed of the first image; image i uses seed + i")

@@ -272,9 +272,11 @@ class Train(Section):
 
 
 class Faults(Section):
-    timeout_s: Positive = Field(600.0, description="how long to wait for a rank that does not respond, s")
+    timeout_s: Positive = Field(
+        600.0, le=10**7, description="how long to wait for a rank that does not respond, s"
+    )
     stop_before_s: NonNegative = Field(
-        120.0, description="how long before the end of the SLURM time limit to save and stop, s"
+        120.0, le=10**7, description="how long before the end of the SLURM time limit to save and stop, s"
     )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",

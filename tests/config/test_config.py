@@ -76,6 +76,10 @@ def test_a_key_in_the_wrong_section_is_pointed_to_its_own(tmp_path: Path) -> Non
         ("optim.warmup_steps=501", "optim.warmup_steps is 501"),
         ("train.micro_batch=3", "global_batch is 4, which is not divisible by micro_batch (3)"),
         ("adapter.targets=[]", "targets is empty"),
+        ("faults.timeout_s=1e15", "faults.timeout_s is 1000000000000000.0: should be less than or equal to"),
+        ("faults.stop_before_s=1e15", "faults.stop_before_s is 1000000000000000.0: should be less than or"),
+        ("evaluation.images=9223372036854775808", "evaluation.images is 9223372036854775808: should be less"),
+        ("evaluation.class_images=9223372036854775808", "evaluation.class_images is 922337203685477580"),
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, override: str, told: str) -> None:
