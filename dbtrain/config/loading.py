@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
@@ -205,7 +205,7 @@ def override(values: dict[str, Any], item: str, kinds: Mapping[str, Kinds]) -> s
     """Apply one `a.b=value` to `values`. Returns the problem with it, or None.
 
     `kinds`: the types of every setting, which decide how the value is read. Text is taken as it is, unless it
-    is quoted. A mapping for a section changes the keys that it has.
+    is quoted. A mapping for a section changes the keys that it has; for a setting it replaces the old one.
     """
     name, equals, text = item.partition("=")
     if not equals or not all(name.split(".")):
@@ -214,12 +214,12 @@ def override(values: dict[str, Any], item: str, kinds: Mapping[str, Kinds]) -> s
         value = value_of(name, text.strip(), kinds)
     except (yaml.YAMLError, ValueError, RecursionError):
         return f"override '{item}': the value is not valid YAML{LIST if text.lstrip()[:1] == '[' else ''}"
-    problem = put(values, name, value)
+    problem = put(values, name, value, kinds)
     return problem and f"override '{item}': {problem}"
 
 
-def put(values: dict[str, Any], name: str, value: Any) -> str | None:
-    """Set the value of a dotted key in nested values. Returns the problem with it, or None."""
+def put(values: dict[str, Any], name: str, value: Any, settings: Container[str]) -> str | None:
+    """Set the value of a dotted key in nested values, see `merge`. Returns the problem with it, or None."""
     *sections, last = name.split(".")
     for key in sections:
         inner = values.get(key)
@@ -228,7 +228,7 @@ def put(values: dict[str, Any], name: str, value: Any) -> str | None:
         if not isinstance(inner, dict):
             return f"'{key}' is not a section"
         values = inner
-    merge(values, {last: value})
+    merge(values, {last: value}, settings, ".".join(sections))
     return None
 
 
@@ -247,12 +247,14 @@ def value_of(name: str, text: str, kinds: Mapping[str, Kinds]) -> Any:
     return text
 
 
-def merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put `changes` over nested values."""
+def merge(
+    values: dict[str, Any], changes: Mapping[str, Any], settings: Container[str], section: str = ""
+) -> None:
+    """Put `changes` over the nested values of a section; `settings` that are mappings are replaced."""
     for key, value in changes.items():
-        old = values.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            merge(old, value)
+        name, old = f"{section}.{key}" if section else key, values.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and name not in settings:
+            merge(old, value, settings, name)
         else:
             values[key] = value
 

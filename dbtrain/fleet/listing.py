@@ -129,7 +129,7 @@ class _Shared:
                 "each subject in its list: remove them"
             )
         complete = loading.plain(STAND_IN)
-        loading.merge(complete, {key: value for key, value in values.items() if value is not None})
+        loading.merge(complete, {key: value for key, value in values.items() if value is not None}, kinds())
         return cls(values, Config.from_dict(complete))
 
     @property
@@ -156,7 +156,7 @@ class _Shared:
         folders = {"subject.name": name, "run_dir": str(run_dir), "data.shards": str(run_dir / "shards")}
         values = loading.plain(self.values)
         for key, value in (repo | dict(own) | folders).items():
-            if problem := loading.put(values, key, value):
+            if problem := loading.put(values, key, value, kinds()):
                 raise ConfigError(problem)
         cfg = Config.from_dict(values)
         if problems := [*self._other_parts(cfg), *_words_nowhere(cfg, own)]:

@@ -160,6 +160,22 @@ def test_a_mapping_changes_the_keys_that_it_has(tmp_path: Path) -> None:
     assert cfg.adapter.text_encoder and cfg.adapter.text_encoder.rank == 2
 
 
+@pytest.mark.parametrize(("override", "ranks"), [
+    ("adapter.ranks={}", {}), ("adapter={ranks: {}}", {}), ("adapter.ranks=null", {}),
+    ("adapter.ranks={b.*: 2}", {"b.*": 2}), ("adapter={ranks: {b.*: 2}}", {"b.*": 2}),
+    ("adapter={rank: 8}", {"a.*": 8}), ("adapter={}", {"a.*": 8}),
+])  # fmt: skip
+def test_a_mapping_for_a_setting_replaces_that_of_the_file(
+    tmp_path: Path, override: str, ranks: dict[str, int]
+) -> None:
+    text = MINIMAL + "adapter: {alpha: 3, ranks: {a.*: 8}, text_encoder: {ranks: {a.*: 8}}}\n"
+    cfg = load(tmp_path, text, override)
+    assert (cfg.adapter.ranks, cfg.adapter.alpha) == (ranks, 3)
+    cfg = load(tmp_path, text, override.replace("adapter", "adapter.text_encoder"))
+    assert cfg.adapter.text_encoder and cfg.adapter.text_encoder.ranks == ranks
+    assert cfg.adapter.ranks == {"a.*": 8}
+
+
 def test_a_file_is_read_by_type_too(tmp_path: Path) -> None:
     text = "run_dir: 007\nmodel: {path: tiny, revision: 123}\ndata: {shards: 2024-05-01}\n"
     text += "train: {steps: 0500}\nprepare: {photos: on, instance_prompt: a, class_prompt: null}\n"

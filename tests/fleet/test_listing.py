@@ -117,6 +117,13 @@ def test_each_subject_may_make_its_prompts_otherwise(read: Read) -> None:
     assert dog.captions is True and not dog.caption.shuffle
 
 
+def test_repeats_of_a_subject_are_not_those_of_the_config(read: Read) -> None:
+    config = CONFIG.replace("resolution", 'repeats: {"*.png": 2}, resolution')
+    text = "- {photos: mug, prepare.repeats: {close: 3}}\n- {photos: cat9}\n"
+    mug, cat = (one.prepare for one in good(read("list.yaml", text, config=config)).values())
+    assert (mug.repeats, cat.repeats) == ({"close": 3}, {"*.png": 2})
+
+
 PROBLEMS = [
     ("{photos: cat9, learning_rate: 1}", "cat9", "unknown key 'learning_rate'; did you mean 'optim.lr'?"),
     ("{photos: cat9, clas: cat}", "cat9", "unknown key 'clas'; did you mean 'class'?"),
