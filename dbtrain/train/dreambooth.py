@@ -25,7 +25,7 @@ from dbtrain.models.families.family import Family, Sees
 from dbtrain.models.families.space import LatentSpace
 from dbtrain.models.objectives import Objective, losses
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
-from dbtrain.runtime import console
+from dbtrain.runtime import console, dist
 from dbtrain.train import parallel
 from dbtrain.train.left_out import LeftOut, merging
 
@@ -112,6 +112,7 @@ class DreamBooth(nn.Module, Adapted):
         super().__init__()
         self.family = family
         self.denoiser = denoiser
+        self.sharded = parallel.is_sharded(denoiser)
         self.text_encoders = nn.ModuleDict(text_encoders)  # those with an adapter or a learned word
         self.learned = learned  # words
         # An `Objective` for each number of tokens, as larger images need more noise.
@@ -251,7 +252,11 @@ class DreamBooth(nn.Module, Adapted):
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int) -> Tensor:
         """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""
         denoise = partial(self.family.denoise, self.denoiser, x_t, t)
-        if slots == 1 or not (step := self.family.pad_to_multiple_of):
+        step = self.family.pad_to_multiple_of
+        if self.sharded and step == 1:  # ranks gather weights in each pass, so they need as many
+            passes = dist.gather_json(len(condition["lengths"].unique()))
+            return denoise(condition | {"passes": torch.tensor(max(passes))})
+        if slots == 1 or not step:
             return denoise(condition)
         # All rows pass once for each length of prompts, and those of this length are kept.
         lengths = condition["lengths"]

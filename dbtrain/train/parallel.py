@@ -77,6 +77,7 @@ def _leave_autograd_alone(denoiser: nn.Module) -> None:
         def reached(_: Tensor) -> None:
             if gathered and gathered[0] is not block:
                 gathered.pop().reshard()
+            block.unshard()  # FSDP gathers it for the first of several backward passes alone
             gathered[:] = [block]
 
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

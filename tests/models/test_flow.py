@@ -603,3 +603,19 @@ def test_what_chroma_s_pipeline_means_to_mask_is_masked_by_bools_alone(dtype: to
         )[0]
     near = bool((cut - masked).abs().max() <= 1e-5 * cut.abs().max())
     assert near == (dtype == torch.bool)
+
+
+def test_chroma_s_passes_can_be_more_than_its_lengths_of_prompts() -> None:
+    """Ranks that share weights need as many; those that are too many add nothing, but have gradients."""
+    base = found("chroma")
+    transformer, passed = base.load("transformer"), []
+    transformer.register_forward_hook(lambda *_: passed.append(1))
+    x = torch.randn(3, *base.family.space(base, Size.square(SIDE)).shape, requires_grad=True)
+    texts = {"prompt_embeds": torch.randn(3, 9, 64), "lengths": torch.tensor([7, 9, 7])}
+    results = []
+    for passes, given in ((2, {}), (4, {"passes": torch.tensor(4)})):
+        passed.clear()
+        made = base.family.denoise(transformer, x, torch.full((3,), 0.4), texts | given)
+        results.append((made, *torch.autograd.grad(made.square().sum(), x)))
+        assert len(passed) == passes
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

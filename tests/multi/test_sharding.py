@@ -26,18 +26,20 @@ from tests.runs import relative, tree
 from tests.session import once
 from tests.train.test_training_adapter import written
 
-FAMILIES = ("sd", "sdxl", "flux1", "qwen-image")
+FAMILIES = ("sd", "sdxl", "flux1", "qwen-image", "chroma")
 LINEARS = get_args(Train.model_fields["base_linears"].annotation)
 ALL = "DBTRAIN_SHARDING" in os.environ
 EVERY = [*itertools.product(FAMILIES, LINEARS)] if ALL else []
 COMBINATIONS = {
-    2: EVERY or [("sdxl", "int8"), ("flux1", "full")],
+    2: EVERY or [("sdxl", "int8"), ("chroma", "full"), ("flux1", "full")],
     4: EVERY or [("sd", "full"), ("qwen-image", "nf4")],
 }
 SETTINGS: dict[str, Any] = {
     "loss__prior": "none", "train__steps": 8, "train__global_batch": 8, "train__checkpoint_every": 4,
     "train__gradient_checkpointing": "blocks", "sample__steps": 2,
 }  # fmt: skip
+# Its ranks have rows of one length of prompts, or of two.
+OF_ONE: dict[str, dict[str, Any]] = {"chroma": {"data__prompt_dropout": 0.5, "train__micro_batch": 2}}
 PICTURES = {  # three batches, which 2 and 4 ranks share unevenly
     "validation__prompts": ["a dog", "a cat", "sks dog"], "validation__images": 1, "validation__every": 8,
     "prepare__held_out": 1,
@@ -49,7 +51,7 @@ def config(name: str, photos: Path, class_dir: Path) -> Path:
 
     def fill(folder: Path) -> None:
         base = {"model__path": str(bases.OF_FAMILY[name]()), "prepare__resolution": bases.SIDES[name]}
-        prepare(config_in(folder, photos, class_dir, **SETTINGS | PICTURES | base))
+        prepare(config_in(folder, photos, class_dir, **SETTINGS | PICTURES | base | OF_ONE.get(name, {})))
 
     return once(f"sharding-{name}", fill) / "c.yaml"
 

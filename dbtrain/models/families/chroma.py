@@ -49,18 +49,21 @@ def check(base: Pretrained) -> None:
 def denoise(transformer: nn.Module, x_t: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
     """The velocity, for the rows of each length of prompts in turn, which then need no mask.
 
-    With gradient checkpointing, Diffusers gives the single blocks no mask.
+    With gradient checkpointing, Diffusers gives the single blocks no mask. With `passes` in the condition,
+    there are as many, whatever the lengths: those that are too many repeat the last and add nothing.
     """
     lengths = dit.lengths_of(condition)
+    each = sorted(set(lengths))
     found = list(x_t)
-    for length in sorted(set(lengths)):
+    for number in range(int(condition.get("passes", len(each)))):
+        length = each[min(number, len(each) - 1)]
         rows = [row for row, its in enumerate(lengths) if its == length]
         x, level, text = (
             torch.stack([values[row] for row in rows]) for values in (x_t, t, condition["prompt_embeds"])
         )
         made = velocities(transformer, x, level, text[:, :length].to(x_t.dtype))
         for row, velocity in zip(rows, made, strict=True):
-            found[row] = velocity
+            found[row] = velocity if number < len(each) else found[row] + 0 * velocity
     return torch.stack(found)
 
 

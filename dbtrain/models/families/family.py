@@ -114,7 +114,7 @@ class Family:
     """Not 0 where texts are padded to the longest: in slots, all rows pass once for each length of prompts.
 
     Lengths are rounded up to multiples of it. Otherwise a run's rounding would depend on others' prompts.
-    With 1, `denoise` itself takes one length at a time.
+    With 1, `denoise` itself takes one length at a time, in as many passes as `passes` in the condition says.
     """
     idle: Callable[[str, nn.Module], tuple[str, ...]] = lambda name, component: ()
     """(name, component) -> its modules that get no gradient, because nothing uses their output."""
