@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ CONVERSION = 2  # of models in one file; what an older one made is not used
 IN_A_FILE = {"": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
 # How the names begin in a file that holds more than a denoiser.
 BESIDES = re.compile(r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.")
+DENOISER = "model.diffusion_model."  # how those of the denoiser begin there
 SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", "absmax")  # of quantized weights
 EDM = "edm_vpred.sigma_max"  # in files of models such as CosXL
 SD_2 = "v2"  # Diffusers' name for the kind of both Stable Diffusion 2
@@ -120,14 +122,27 @@ def _converter(cfg: Model, path: Path) -> Callable[[Path], Any]:
         )
     if EDM in tensors:
         raise ConfigError(f"model.path: '{cfg.path}' has {EDM}: it is {UNFITTING}")
-    denoises = (tensor for key, tensor in tensors.items() if "diffusion_model" in key)
-    dtype = next(denoises, next(iter(tensors.values()))).dtype
-    if "transformer" in kind._get_signature_keys(kind)[0] and not any(map(BESIDES.match, tensors)):
+    part = "transformer" if "transformer" in kind._get_signature_keys(kind)[0] else "unet"
+    rest = {key: tensor for key, tensor in tensors.items() if BESIDES.match(key)}
+    dtype = _dtype(tensor for key, tensor in tensors.items() if not rest or key.startswith(DENOISER))
+    if part == "transformer" and not rest:
         return _beside(cfg, path, name, dtype)
+    denoiser = kind._get_signature_types()[part][0].from_single_file(
+        str(path), config=cfg.config, subfolder=part, torch_dtype=dtype
+    )
     without = dict.fromkeys(part for part in UNUSED if part in kind._optional_components)
-    pipe = kind.from_single_file(str(path), config=cfg.config, torch_dtype=dtype, **without)
+    pipe = kind.from_single_file(
+        str(path), config=cfg.config, torch_dtype=_dtype(rest.values()), **without, **{part: denoiser}
+    )
     pipe.scheduler = _marked(pipe.scheduler, tensors)
     return pipe.save_pretrained
+
+
+def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The smallest dtype that holds all of these weights exactly, but not less than 16 bits; fp32 if none."""
+    found = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dim()}
+    larger = [dtype for dtype in found if dtype.itemsize > 1] or [torch.bfloat16]
+    return reduce(torch.promote_types, larger) if found else torch.float32
 
 
 def _marked(scheduler: Any, names: Collection[str]) -> Any:

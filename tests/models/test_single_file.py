@@ -101,6 +101,27 @@ def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
         assert all(torch.equal(here[name], there[name]) for name in there), component
 
 
+def test_each_part_of_a_single_file_keeps_its_precision(tmp_path: Path, single_file: Path) -> None:
+    """A UNet in fp8 beside a VAE and a text encoder in fp16, of which none is rounded."""
+    tensors = load_file(single_file)
+    unet = {name for name in tensors if name.startswith("model.diffusion_model.")}
+    eighths = {name: tensors[name].to(torch.float8_e4m3fn) for name in unet}
+    path = tmp_path / "fp8.safetensors"
+    save_file(tensors | eighths | {"alphas_cumprod": torch.ones(9)}, path)
+    config = str(bases.sd(size="whole"))
+    base, original = Base.find(Model(path=str(path), config=config)), Base.find(Model(path=config))
+    for component, dtype in (
+        ("unet", torch.bfloat16),
+        ("vae", torch.float16),
+        ("text_encoder", torch.float16),
+    ):
+        assert {base.tensor(component, name).dtype for name in base.weights(component).names} == {dtype}
+        here, there = (one.load(component).state_dict() for one in (base, original))
+        if component == "unet":
+            there = {name: tensor.to(torch.float8_e4m3fn).float() for name, tensor in there.items()}
+        assert all(torch.equal(here[name], there[name]) for name in there), component
+
+
 @pytest.mark.parametrize(
     ("marks", "prediction", "signal"),
     [((), "epsilon", 0.06), (("v_pred",), "v_prediction", 0.06), (("v_pred", "ztsnr"), "v_prediction", 0)],
