@@ -26,8 +26,8 @@ from dbtrain.config.base import (
 class Model(Section):
     path: Text = Field(
         description="base model: a Diffusers folder, a Hub id, a checkpoint in one `.safetensors` file (SD, "
-        "SDXL, SD 3, FLUX.1, Chroma, Z-Image, or a transformer alone), or `tiny`, a toy model that comes "
-        "with dbtrain",
+        "SDXL, SD 3, FLUX.1, Chroma, Z-Image, or the transformer alone of any family that has one), or "
+        "`tiny`, a toy model that comes with dbtrain",
     )
     family: str = Field(
         "auto",
@@ -36,8 +36,8 @@ class Model(Section):
     config: Text | None = Field(
         None,
         description="for a single-file checkpoint: Diffusers folder or Hub id with matching configs (null: "
-        "detected from the file and downloaded from the Hub); for a file of a transformer alone: a folder on "
-        "this machine that has the rest",
+        "detected from the file and downloaded from the Hub; SD 2 needs one); for a file of a transformer "
+        "alone: a folder on this machine that has the rest",
     )
     revision: str | None = Field(None, description="branch, tag or commit of the Hub repository")
     variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")

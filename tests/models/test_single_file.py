@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,12 @@ def test_every_weight_of_a_single_file_arrives(single_file: Path) -> None:
         assert all(torch.equal(here[name], there[name]) for name in there), component
 
 
+def test_a_file_of_black_forest_labs_is_read(tmp_path: Path, single_file: Path) -> None:
+    shutil.copy(single_file, tmp_path / "model.sft")
+    base = Base.find(Model(path=str(tmp_path / "model.sft"), config=str(bases.sd(size="whole"))))
+    assert base.family.name == "sd"
+
+
 def test_each_part_of_a_single_file_keeps_its_precision(tmp_path: Path, single_file: Path) -> None:
     """A UNet in fp8 beside a VAE and a text encoder in fp16, of which none is rounded."""
     tensors = load_file(single_file)
@@ -147,9 +154,11 @@ V2 = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.wei
     ("tensors", "config", "said"),
     [
         ({V2: torch.ones(1, 1024)}, None, r"predicts v \(768 px\) or noise .* set model.config to sd2-comm"),
+        ({"a": torch.ones(1)}, None, r"does not read from one file: unknown; use one of v1, v2, xl_base, "),
+        ({"a": torch.ones(1)}, "if-1", r"is a IFPipeline; use one of (?!.*FluxPipeline.*FluxPipeline)"),
         ({locate.EDM: torch.ones(1)}, "sd", "has edm_vpred.sigma_max: it is made for another training obj"),
     ],
-    ids=["sd2", "edm"],
+    ids=["sd2", "unknown", "unfit config", "edm"],
 )
 def test_a_file_that_may_be_trained_wrong_is_refused(
     tmp_path: Path, tensors: dict[str, Tensor], config: str | None, said: str
@@ -173,6 +182,9 @@ def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) ->
     (tmp_path / "model.ckpt").write_bytes(b"pickle")
     with pytest.raises(ConfigError, match=r"is not a \.safetensors file; other formats are pickles"):
         Base.find(Model(path=str(tmp_path / "model.ckpt")))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"is quantized \(GGUF\)"):
+        Base.find(Model(path=str(tmp_path / "model.gguf")))
     (tmp_path / "cut.safetensors").write_bytes(single_file.read_bytes()[:1000])
     with pytest.raises(ConfigError, match="cannot read a model"):
         Base.find(Model(path=str(tmp_path / "cut.safetensors"), config=str(bases.sd(size="whole"))))
@@ -215,9 +227,27 @@ def test_a_transformer_in_one_file_takes_the_rest_from_a_folder(make: Make, tran
     assert (train(cfg) / "export").is_dir()
 
 
+@pytest.mark.parametrize("name", ["qwen-image", "krea2", "flux2-klein", "flux2-dev"])
+def test_a_transformer_alone_is_read_for_pipelines_that_no_file_holds_whole(
+    tmp_path: Path, name: str
+) -> None:
+    original = Base.find(Model(path=str(bases.OF_FAMILY[name]())))
+    path = tmp_path / "transformer.safetensors"
+    save_file(load_file(original.folder / "transformer" / "diffusion_pytorch_model.safetensors"), path)
+    base = Base.find(Model(path=str(path), config=str(original.folder)))
+    assert base.family.name == name
+    here, there = (one.load("transformer").state_dict() for one in (base, original))
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in there)
+    save_file(load_file(path) | {"vae.encoder.conv_in.weight": torch.ones(1)}, path)
+    with pytest.raises(ConfigError, match="has more than a transformer, which cannot be read for a"):
+        Base.find(Model(path=str(path), config=str(original.folder)))
+
+
 def test_a_transformer_without_the_rest_or_with_scales_is_refused(tmp_path: Path, transformer: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"without VAE and text encoders; set model.config to a folder of a"
+        ConfigError,
+        match=r"denoiser \(kind: z-image-turbo\) without VAE and text encoders; set model.config to a folder",
     ):
         Base.find(Model(path=str(transformer)))
     tensors = load_file(transformer)

@@ -38,7 +38,7 @@ FAMILIES = {
 
 for _family in FAMILIES.values():
     safety.allow(_family.allowed)
-    locate.allow(_family.pipeline, _family.single_file)
+    locate.allow(_family.pipeline, _family.single_file, _family.denoiser)
 
 
 def get(name: str) -> Family:

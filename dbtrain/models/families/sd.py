@@ -57,6 +57,7 @@ def header(base: Pretrained) -> dict[str, str]:
 FAMILY = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",
+    single_file=("v1", "v2"),
     denoiser="unet",
     classes={
         "unet": ("UNet2DConditionModel",),

@@ -93,6 +93,7 @@ def header(base: Pretrained) -> dict[str, str]:
 FAMILY = Family(
     name="sdxl",
     pipeline="StableDiffusionXLPipeline",
+    single_file=("xl_base",),
     denoiser="unet",
     classes={
         "unet": ("UNet2DConditionModel",),
