@@ -11,9 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from dbtrain.adapters.formats import kohya_file, peft_folder, word_file
 from dbtrain.adapters.formats import registry as formats
-from dbtrain.adapters.formats.common import States
+from dbtrain.adapters.formats.common import CONFIGS, States
 from dbtrain.adapters.tokens import Words
 from dbtrain.config import Config
 from dbtrain.export.model_card import card
@@ -24,6 +26,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import PREVIEW, SAMPLES, RunFolder, adapter_in, name_of, read_state, step_of
 from dbtrain.train import checkpoint
 
+CARD = "README.md"
 DATE = "SOURCE_DATE_EPOCH"  # environment variable
 
 
@@ -47,7 +50,7 @@ def export(
             path = formats.find(adapter)
             states = formats.read(path, base.family, base.skeleton)
             words = word_file.read(path, base.family, base.skeleton)
-        return save(cfg, base, states, words, {}, out, name_of(adapter))
+        return save(cfg, base, states, words, {}, out, name_of(adapter), path)
     states, words, state = _trained(cfg, run, base, step)
     return save(cfg, base, states, words, state, out or run.export, name_of(run.path))
 
@@ -71,17 +74,22 @@ def _trained(
 
 
 def save(
-    cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], folder: Path, name: str
+    cfg: Config, base: Base, states: States, words: Words, state: Mapping[str, Any], folder: Path, name: str,
+    source: Path | None = None,
 ) -> Path:  # fmt: skip
     """Write the adapter in every requested format and the model card, on rank 0; return the first path.
 
-    `state` is the checkpoint's; empty for a converted adapter. `name` is the adapter's.
+    `state` is the checkpoint's; empty for an adapter that is converted. `name` is the adapter's. Raises
+    ConfigError if that would replace `source`, which is converted, or a file that no export wrote.
     """
     forms = cfg.export.formats or formats.natural(base.family, states)
+    own = bool(state) and folder.resolve() == RunFolder(cfg.run_dir).export.resolve()
     with dist.agreed():
         for form in forms:
             formats.check(form, base.family, states)  # check every format before writing any
         if dist.is_main():
+            if not own:
+                _check_free(folder, states, words, forms, name, source)
             about = _about(cfg, base, state.get("step"), name)
             for form in forms:
                 path = formats.write(
@@ -93,10 +101,39 @@ def save(
                     console.say(f"warning: {caveat}")
             paths = [formats.FORMATS[form].path(folder, name) for form in forms]
             word_file.write(folder, base.family, words, paths)
-            if state and folder.resolve() == RunFolder(cfg.run_dir).export.resolve():
+            if own:
                 _remove_others(folder, base.family, states, forms, name)
             _write_card(cfg, base, states, words, state, folder, name)
     return formats.FORMATS[forms[0]].path(folder, name)
+
+
+def _check_free(
+    folder: Path, states: States, words: Words, forms: Sequence[str], name: str, source: Path | None
+) -> None:  # fmt: skip
+    """Raise ConfigError if an export would replace its source, or a file that no export wrote."""
+    paths = [folder / CARD, *(folder / word_file.FOLDER / f"{word.text}.safetensors" for word in words)]
+    for form in forms:
+        path = formats.FORMATS[form].path(folder, name)
+        paths += (
+            [path] if formats.FORMATS[form].file else [path / part / peft_folder.WEIGHTS for part in states]
+        )
+    kept = {path.resolve() for path in (source, *source.rglob(peft_folder.WEIGHTS))} if source else set()
+    for path in filter(Path.exists, paths):
+        if path.resolve() in kept:
+            raise ConfigError(f"the export would replace the adapter itself, {path}; give another --out")
+        if not _is_ours(path):
+            raise ConfigError(f"{path} is there, and no export wrote it; remove it, or give another --out")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether an export wrote a file."""
+    if path.name == CARD:
+        return "\n- dbtrain\n" in path.read_text(encoding="utf-8", errors="replace")
+    try:
+        with safe_open(path, "pt") as file:
+            return CONFIGS in (file.metadata() or {})
+    except SafetensorError:
+        return False
 
 
 def _remove_others(folder: Path, family: Family, states: States, forms: Sequence[str], name: str) -> None:
@@ -120,7 +157,7 @@ def _write_card(
 ) -> None:  # fmt: skip
     forms = cfg.export.formats or formats.natural(base.family, states)
     images = [SAMPLES] if (folder / SAMPLES).is_file() else []
-    files.write_atomically(folder / "README.md", card(cfg, base, states, words, state, name, forms, images))
+    files.write_atomically(folder / CARD, card(cfg, base, states, words, state, name, forms, images))
 
 
 def _about(cfg: Config, base: Base, step: int | None, name: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from dbtrain.adapters.formats import kohya_file, peft_folder
+from dbtrain.adapters.formats import peft_folder
+from dbtrain.adapters.formats.common import CONFIGS
 from dbtrain.config import Model
 from dbtrain.sample.pipeline import AdapterPipeline
 from tests import bases
@@ -103,12 +104,12 @@ KOHYA = "lora_unet_" + LAYER.replace(".", "_")
 DOWN, UP = torch.zeros(2, WIDE), torch.zeros(WIDE, 2)
 FILES: dict[str, tuple[dict[str, torch.Tensor], dict[str, str], str]] = {
     "kohya: settings of 5,000 digits": (
-        {f"{KOHYA}.lora_down.weight": DOWN}, {kohya_file.CONFIGS: "9" * 5000}, "4300 digits"
+        {f"{KOHYA}.lora_down.weight": DOWN}, {CONFIGS: "9" * 5000}, "4300 digits"
     ),
-    "kohya: settings are deep": ({f"{KOHYA}.alpha": DOWN}, {kohya_file.CONFIGS: "[" * 200_000}, "recursion"),
+    "kohya: settings are deep": ({f"{KOHYA}.alpha": DOWN}, {CONFIGS: "[" * 200_000}, "recursion"),
     "kohya: a rank of billions": (
         {f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.lora_up.weight": UP},
-        {kohya_file.CONFIGS: json.dumps({"unet": LORA | {"r": 10**9}})}, "its rank is 1000000000",
+        {CONFIGS: json.dumps({"unet": LORA | {"r": 10**9}})}, "its rank is 1000000000",
     ),
     "kohya: many alphas": ({f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.alpha": UP}, {}, "damaged"),
     "kohya: only a DoRA": ({f"{KOHYA}.dora_scale": UP}, {}, "must be of one kind"),

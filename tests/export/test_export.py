@@ -247,6 +247,40 @@ def test_two_runs_fit_into_one_folder_and_are_found(
     assert load_file(old).keys() == content.keys()
 
 
+def test_an_export_replaces_only_what_one_wrote(make: Make, tmp_path: Path) -> None:
+    forms = ["diffusers", "peft", "kohya", "diff"]
+    cfg = make(train__steps=1, export__formats=forms)
+    run = train(cfg)
+    loras = tmp_path / "loras"
+    for _ in range(2):
+        export(cfg, out=loras)
+    before = {path: path.read_bytes() for path in loras.rglob("*") if path.is_file()}
+    for name in (
+        FILE,
+        "run.safetensors",
+        "run-diff.safetensors",
+        "unet/adapter_model.safetensors",
+        "README.md",
+    ):
+        (loras / name).write_bytes(b"mine")
+        with pytest.raises(ConfigError, match=f"{name} is there, and no export wrote it; remove it, or give"):
+            export(cfg, out=loras)
+        assert {path: path.read_bytes() for path in before} == before | {loras / name: b"mine"}
+        (loras / name).write_bytes(before[loras / name])
+    # A converted adapter has the name of its source.
+    cases = (
+        ("kohya", "run.safetensors", "run.safetensors"),
+        ("peft", "unet", "unet/adapter_model.safetensors"),
+    )
+    for form, source, name in cases:
+        with pytest.raises(
+            ConfigError, match=f"would replace the adapter itself, .*{name}; give another --out"
+        ):
+            export(make(export__formats=[form]), out=loras, adapter=loras / source)
+    assert {path: path.read_bytes() for path in before} == before
+    assert export(make(export__formats=["kohya"]), out=loras, adapter=run).name == "run.safetensors"
+
+
 def test_a_file_for_another_base_is_not_converted(make: Make, tmp_path: Path) -> None:
     layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {"lora_down.weight": torch.ones(4, 320), "lora_up.weight": torch.ones(320, 4)}

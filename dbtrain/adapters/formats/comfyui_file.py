@@ -16,9 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from dbtrain.adapters.formats import fused
-from dbtrain.adapters.formats.common import Content, States, alpha_key, by_module, strength
+from dbtrain.adapters.formats.common import CONFIGS, Content, States, alpha_key, by_module, strength
 from dbtrain.adapters.formats.header import network, serialized
-from dbtrain.adapters.formats.kohya_file import CONFIGS
 from dbtrain.adapters.formats.names import nested, original_names
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.models.families.family import Family

@@ -17,6 +17,9 @@ from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component
 Names = Callable[[str], Mapping[str, int]]  # component -> all its modules, and how many outputs each has
+CONFIGS = (
+    "dbtrain"  # key in the header of every file: PEFT's config of each component, where it is not elsewhere
+)
 MOST_PATTERNS = 1000  # more than any base has layers
 
 

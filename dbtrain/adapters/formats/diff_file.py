@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from dbtrain.adapters import inject
-from dbtrain.adapters.formats.common import Content
+from dbtrain.adapters.formats.common import CONFIGS, Content
 from dbtrain.adapters.formats.header import serialized
 from dbtrain.adapters.formats.names import kohya_names
 from dbtrain.adapters.state import AdapterState
@@ -32,7 +32,8 @@ def write(path: Path, content: Content) -> None:
         layers = changes(content.load(component), state)
         named = kohya_names(content.family, component, layers, content.names)
         tensors |= {f"{named[name]}.{part}": t for name, layer in layers.items() for part, t in layer.items()}
-    header = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "full"}', **content.about}
+    kind = {"ss_network_module": "lycoris.kohya", "ss_network_args": '{"algo": "full"}'}
+    header = {**kind, **content.about, CONFIGS: "{}"}
     files.write_atomically(path, serialized(tensors, header))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import diffusers.loaders
 from diffusers.utils import convert_state_dict_to_diffusers
 
-from dbtrain.adapters.formats.common import Content
+from dbtrain.adapters.formats.common import CONFIGS, Content
 from dbtrain.adapters.formats.names import nested
 from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.runtime import files
@@ -39,7 +39,7 @@ def write(path: Path, content: Content) -> None:
         data = part.read_bytes()
     finally:
         part.unlink(missing_ok=True)
-    files.write_atomically(path, files.sorted_header(data))
+    files.write_atomically(path, files.sorted_header(data, {CONFIGS: "{}"}))
 
 
 def diffusers_keys(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbtrain.adapters.formats.common import Content, by_module, strength
+from dbtrain.adapters.formats.common import CONFIGS, Content, by_module, strength
 from dbtrain.adapters.formats.header import network, serialized
 from dbtrain.adapters.formats.names import kohya_names
 from dbtrain.adapters.formats.reading import WHOLE, rank_of
@@ -18,7 +18,6 @@ from dbtrain.adapters.state import MAGNITUDE
 from dbtrain.runtime import files
 
 FILE = "{name}.safetensors"  # programs list files of many adapters in one folder
-CONFIGS = "dbtrain"  # key in the header: PEFT's config of each component
 
 # PEFT's names of a layer's tensors -> kohya's. LyCORIS and PEFT have the same names.
 PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}

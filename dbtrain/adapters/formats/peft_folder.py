@@ -9,7 +9,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from dbtrain.adapters.formats import limits
-from dbtrain.adapters.formats.common import Content
+from dbtrain.adapters.formats.common import CONFIGS, Content
 from dbtrain.adapters.state import AdapterState
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
@@ -21,7 +21,7 @@ def contents(state: AdapterState) -> dict[str, bytes | str]:
     """The contents of a PEFT folder by file name."""
     named = {PREFIX + name: tensor for name, tensor in state.tensors.items()}
     return {
-        WEIGHTS: safetensors.torch.save(named, {"format": "pt"}),
+        WEIGHTS: files.sorted_header(safetensors.torch.save(named, {"format": "pt"}), {CONFIGS: "{}"}),
         CONFIG: json.dumps(state.config, indent=1) + "\n",
     }
 

@@ -34,7 +34,7 @@ from dbtrain.adapters.formats import (
     reading,
     word_file,
 )  # fmt: skip
-from dbtrain.adapters.formats.common import Content, Names, States, by_module, strength
+from dbtrain.adapters.formats.common import CONFIGS, Content, Names, States, by_module, strength
 from dbtrain.adapters.state import AdapterState
 from dbtrain.adapters.tokens import Words
 from dbtrain.models.families.family import Family
@@ -255,7 +255,7 @@ def _read_file(path: Path, family: Family, modules: names.Modules) -> States:
 
 def _stored(header: Mapping[str, str], family: Family) -> dict[str, dict[str, Any]]:
     """The PEFT config of each component in the header of Diffusers' or of our kohya file."""
-    found = files.json_object(header.get(kohya_file.CONFIGS, "{}"), "its header's settings")
+    found = files.json_object(header.get(CONFIGS, "{}"), "its header's settings")
     metadata = files.json_object(header.get(diffusers_file.METADATA, "{}"), "its metadata")
     for key, value in metadata.items():
         component, _, name = key.partition(".")

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dbtrain.adapters.formats import limits, peft_folder
+from dbtrain.adapters.formats.common import CONFIGS
 from dbtrain.adapters.tokens import OLD_END, Rows, Word, Words
 from dbtrain.config.subject_words import LEARNABLE
 from dbtrain.models.base import Base
@@ -48,7 +49,8 @@ def write(folder: Path, family: Family, words: Words, adapters: Sequence[Path] =
             if there.keys() == named.keys() and all(torch.equal(there[name], named[name]) for name in named):
                 hashes |= set(header.get(ADAPTERS, "").split())
         header = {"format": "pt"} | ({ADAPTERS: " ".join(sorted(hashes))} if hashes else {})
-        files.write_atomically(path, files.sorted_header(safetensors.torch.save(named, header)))
+        data = safetensors.torch.save(named, header)
+        files.write_atomically(path, files.sorted_header(data, {CONFIGS: "{}"}))
 
 
 def _hashes(adapter: Path) -> set[str]:
