@@ -67,12 +67,17 @@ ranks() {
   esac
 }
 
-# requeue_if_preempted RUN_DIR: requeue the job if dbtrain saved its state and stopped early.
+# requeue_if_preempted RUN_DIR: if dbtrain saved its state and stopped early, requeue the job, or else exit with 75.
 requeue_if_preempted() {
   [[ -e $1/PREEMPTED ]] || return 0
   if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
     echo "preempted $MAX_REQUEUES times, the limit set by MAX_REQUEUES; submit the job again to resume" >&2
     exit 75
   fi
-  scontrol requeue "$this_job" && sleep 120 # wait for SLURM to end this shell: exiting first would end the job
+  if scontrol requeue "$this_job"; then
+    sleep 120 # wait for SLURM to end this shell: exiting first would end the job
+  else
+    echo "preempted, but SLURM does not requeue the job; submit it again to resume" >&2
+  fi
+  exit 75
 }

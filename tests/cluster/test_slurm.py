@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +188,20 @@ def test_a_fleet_without_a_list_is_told_what_it_needs(slurm: Cluster, tmp_path: 
     assert slurm.wait(job)["ExitCode"] == "2:0"
     said = (tmp_path / f"fleet-{job}.out").read_text()
     assert said.startswith("usage: sbatch launch/fleet.sbatch CONFIG SUBJECTS")
+
+
+@pytest.mark.parametrize("restarts", [0, 20])
+def test_a_preempted_job_that_is_not_requeued_did_not_succeed(tmp_path: Path, restarts: int) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "PREEMPTED").touch()
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "DBTRAIN_HOME": str(ROOT), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_END_TIME": "1", "SLURM_RESTART_COUNT": str(restarts),
+    }  # fmt: skip
+    script = f'source "{ROOT}/launch/slurm.sh"; requeue_if_preempted .; exit 0'
+    done = subprocess.run(["bash", "-uc", script], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 75 and "submit" in done.stderr
 
 
 REQUEUED = f"""#!/usr/bin/env bash
