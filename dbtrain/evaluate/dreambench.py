@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbtrain.runtime import exit_codes
+from dbtrain.runtime import exit_codes, files
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import SCORES, RunFolder
 
@@ -113,12 +113,8 @@ def _prompts(text: str) -> Iterator[str]:
 
 def _scores(path: Path) -> dict[str, Any]:
     """A scores.json. Raises ConfigError if it is not one of DINO and CLIP."""
-    try:
-        values = json.loads(path.read_text())
-        missing = [name for name in ("dino", "clip_i", "clip_t", *ALIKE) if name not in values]
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if missing:
+    values = files.read_json(path)
+    if missing := [name for name in ("dino", "clip_i", "clip_t", *ALIKE) if name not in values]:
         raise ConfigError(f"{path} has no {', '.join(missing)}: another judge wrote it")
     return values
 

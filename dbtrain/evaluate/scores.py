@@ -10,7 +10,6 @@ The paper uses LPIPS for it, which needs another model, so its figures are not c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
 
 
@@ -41,10 +41,11 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """The scores in a `scores.json`. Raises ConfigError if it has others."""
+        """The scores in a `scores.json`. Raises ConfigError if it has others, or cannot be read."""
+        values = files.read_json(path)
         try:
-            return cls.of(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            return cls.of(values)
+        except ValueError as error:
             raise ConfigError(f"{path} has no scores of DINO and CLIP: {error}") from error
 
     @classmethod

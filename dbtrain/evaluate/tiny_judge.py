@@ -53,12 +53,14 @@ class JudgeScores:
 
     @classmethod
     def load(cls, path: Path) -> JudgeScores:
-        """The scores in a `scores.json`. Raises ConfigError if it has others."""
+        """The scores in a `scores.json`. Raises ConfigError if it has others, or cannot be read."""
+        values = files.read_json(path)
+        found = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         try:
-            values = json.loads(path.read_text())
-            found = {field.name: values[field.name] for field in fields(cls) if field.name in values}
+            if wrong := [name for name, value in found.items() if not isinstance(value, float | None)]:
+                raise TypeError(f"{wrong[0]} is not a number")
             return cls(**found)
-        except (ValueError, TypeError, LookupError) as error:
+        except TypeError as error:
             raise ConfigError(f"{path} has no scores of the embedded base's judge: {error}") from error
 
     @property

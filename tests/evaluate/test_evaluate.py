@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -396,6 +397,21 @@ def test_scores_of_the_other_judge_are_not_shown_beside(ran: Config, tmp_path: P
     path.write_text(json.dumps({"likeness": 0.5}))
     with pytest.raises(ConfigError, match="has no scores of DINO and CLIP: no dino_base"):
         list(evaluate.evaluate(ran, path))
+
+
+@pytest.mark.parametrize("load", [fidelity.Scores.load, tiny_judge.JudgeScores.load], ids=["clip", "tiny"])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("[]", "is not a JSON object"), ("null", "is not a JSON object"), ("{", "cannot read"),
+     ('{"likeness": "a", "dino_base": "a"}', "has no scores")],
+)  # fmt: skip
+def test_what_has_no_scores_is_refused(
+    tmp_path: Path, load: Callable[[Path], object], text: str, told: str
+) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        load(path)
 
 
 def test_photos_and_a_prepare_section_are_needed(make: Make, tmp_path: Path) -> None:
