@@ -72,7 +72,8 @@ def commands(run: Run) -> dict[str, str]:
     formats = list(_exported(run.names))
     if not formats:
         return {}
-    config, adapter = (shlex.quote(run.cfg.run_dir + end) for end in ("/config.yaml", ""))
+    there = RunFolder(run.cfg.run_dir)
+    config, adapter = (shlex.quote(str(path)) for path in (there.config, there.path))
     said = words(run.cfg)
     prompt = shlex.quote(said.example if said else SUBJECT)
     found = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dbtrain.report.run import Run
+from dbtrain.runtime.run_folder import RunFolder
 
 Scores = Mapping[str, float]
 GOOD, FAIR, POOR = "good", "fair", "poor"
@@ -121,7 +122,7 @@ def questions(rated: Iterable[Sequence[Rating]]) -> list[str]:
 def verdict(run: Run) -> Verdict:
     """What to say about a run first: its scores in words, or what to run to get them."""
     rated = ratings(run.scores)
-    config = shlex.quote(f"{run.cfg.run_dir}/config.yaml")
+    config = shlex.quote(str(RunFolder(run.cfg.run_dir).config))
     if not run.names.done.is_file():
         return Verdict("Not finished yet. The command resumes it.", rated, [], f"dbtrain run {config}")
     if not rated:

@@ -239,6 +239,25 @@ def test_the_command_that_is_due(
     assert bool(said.cures) == (not removed)
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "path"),
+    [
+        ("$SCRATCH/my dog", "'/large/my dog/config.yaml'"),
+        ("~/dog", "/home/me/dog/config.yaml"),
+        ("runs/dog", "runs/dog/config.yaml"),
+    ],
+)
+def test_commands_name_folders_as_a_shell_finds_them(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str, path: str
+) -> None:
+    monkeypatch.setenv("SCRATCH", "/large")
+    monkeypatch.setenv("HOME", "/home/me")
+    run = made(tmp_path / "run", runs, (usage.DIFFUSERS,), run_dir=run_dir)
+    (run.folder / "DONE").unlink()
+    assert verdict.verdict(run).command == f"dbtrain run {path}"
+    assert all(f" {path} " in command for command in usage.commands(run).values())
+
+
 def test_a_better_checkpoint_is_pointed_out(runs: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(runs[0], folder)
