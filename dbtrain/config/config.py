@@ -11,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dbtrain.config import folders, loading, subject_words
-from dbtrain.config.adapter import Adapter
+from dbtrain.config.adapter import Adapter, AdapterSettings
 from dbtrain.config.base import Section, Seed, Text, listed
 from dbtrain.config.inputs import Data, Model, Prepare
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
@@ -153,9 +153,23 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rates_of_what_is_trained(self) -> Config:
+        rate, ratio, every = self.optim.text_encoder_lr, self.optim.lora_plus_ratio, self._adapters
+        if rate and not self.adapter.text_encoder:
+            raise ValueError(
+                f"optim.text_encoder_lr is {rate:g}, but adapter.text_encoder is null, so no text encoder is "
+                "trained; set adapter.text_encoder={}, or optim.text_encoder_lr=null"
+            )
+        if ratio != 1 and all(one.kind != "lora" for one in every):
+            raise ValueError(
+                f"optim.lora_plus_ratio is {ratio:g}, which is for LoRA, but adapter.kind is "
+                f"'{self.adapter.kind}'; set optim.lora_plus_ratio=1, or adapter.kind=lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fresh_masks_for_every_forward(self) -> Config:
-        every = [part for part in (self.adapter, self.adapter.text_encoder) if part]
-        if not any(p.dropout or p.rank_dropout or p.module_dropout for p in every):
+        if not any(p.dropout or p.rank_dropout or p.module_dropout for p in self._adapters):
             return self
         kept = self.train.activation_memory
         # https://github.com/pytorch/pytorch/issues/190758
@@ -218,6 +232,11 @@ class Config(Section):
     def learned_words(self) -> tuple[str, ...]:
         """The tokens of the subjects whose embeddings are learned, see `adapter.token`."""
         return tuple(one.token or "" for one in self.subjects or [self.subject] if self.adapter.token)
+
+    @property
+    def _adapters(self) -> list[AdapterSettings]:
+        """The settings of the denoiser's adapter, and of the text encoders' if there is one."""
+        return [one for one in (self.adapter, self.adapter.text_encoder) if one]
 
     def each_subject(self) -> list[Config]:
         """This config, or, if it lists several subjects, one for each, with its words, photos and prompts."""
