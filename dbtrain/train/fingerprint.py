@@ -24,7 +24,13 @@ PREPARE = (
 )  # fmt: skip
 # Settings of other sections, recorded where they differ from the defaults.
 OPTIONAL = ("data.prompt_dropout", "optim.name")
-DEFAULTS = {name: field.get_default() for name, field in fields() if name in OPTIONAL}
+# What it means if one of these, of `loss` or of `prepare`, or `ranks`, is not recorded.
+DEFAULTS = {
+    name: field.get_default()
+    for name, field in fields()
+    if (name.startswith((*OPTIONAL, "loss.", "prepare.")) or name.endswith(".ranks"))
+    and not field.is_required()
+}
 # Settings of `loss` that older runs lack. They are recorded where they differ from the defaults.
 LATER = {"timesteps", "weighting", "prior", "huber", "mask"}
 
@@ -103,10 +109,18 @@ def _shards_content(manifest: Manifest) -> str:
 
 def check_unchanged(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ConfigError that names every setting in which two fingerprints differ."""
+    was, now = _complete(was), _complete(now)
     changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if changed:
         changes = "; ".join(f"{name} was {was.get(name)!r}, is now {now.get(name)!r}" for name in changed)
         raise ConfigError(f"{path} cannot be continued: {changes}; restore them, or change run_dir")
+
+
+def _complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint with the defaults that are not recorded; the settings of `loss.mask` are its own."""
+    sections = [f"loss.{key}" for key in LATER if isinstance(recorded.get(f"loss.{key}"), dict)]
+    parts = {f"{name}.{key}": value for name in sections for key, value in recorded[name].items()}
+    return DEFAULTS | {name: value for name, value in recorded.items() if name not in sections} | parts
 
 
 def check_continues(path: Path, state: Mapping[str, Any], now: Mapping[str, Any], steps: int) -> None:

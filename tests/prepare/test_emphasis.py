@@ -223,7 +223,7 @@ def test_a_run_goes_on_bit_by_bit_and_refuses_other_repeats(make: Make, tree: Pa
         f"run_dir={cfg.run_dir}"
     )
     assert prepare(other) == out
-    with pytest.raises(ConfigError, match=r"prepare\.repeats was None, is now {'c\.png': 2}"):
+    with pytest.raises(ConfigError, match=r"prepare\.repeats was {}, is now {'c\.png': 2}"):
         loop.train(other.override("train.steps=6"))
 
 

@@ -218,7 +218,7 @@ def test_a_run_with_masks_and_one_whose_background_counts_fully(make: Make, fold
     assert relative(runs["plain"], runs["full"]) < 1e-3, "background 1 is no mask"
     assert relative(runs["plain"], runs["masked"]) > 5e-3
     assert relative(runs["masked"], runs["small"]) < 1e-3
-    with pytest.raises(ConfigError, match=r"loss\.mask was None, is now {'background': 0.5}"):
+    with pytest.raises(ConfigError, match=r"loss\.mask\.background was 0.1, is now 0.5"):
         run = runs["masked"]
         train(configured(make, folder, run_dir=str(run), data__shards=str(run / "shards"), train__steps=6,
                          loss__mask={"background": 0.5}))  # fmt: skip

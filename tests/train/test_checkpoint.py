@@ -172,7 +172,7 @@ def test_what_does_not_shape_the_data_may_change(make: Make) -> None:
         ({"prepare__class_prompt": None}, "prepare.class_prompt was 'a photo of a dog', is now None"),
         (
             {"data__prompt_dropout": 0.1, "optim": {"name": "prodigy"}},
-            "data.prompt_dropout was None, is now 0.1; optim.name was None, is now 'prodigy'",
+            "data.prompt_dropout was 0.0, is now 0.1; optim.name was 'adamw', is now 'prodigy'",
         ),
         ({"adapter__rank": 2}, "adapter.rank was 4, is now 2"),
     ],
