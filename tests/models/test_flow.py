@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dbtrain.adapters import inject
 from dbtrain.config import AdapterSettings, Config, Model
+from dbtrain.config.adapter import Adapter
 from dbtrain.config.training import Loss, Timesteps
 from dbtrain.data import prompt_table
 from dbtrain.data.batch import Batch
@@ -53,11 +54,12 @@ GUIDANCE = {
     "chroma": lambda w: {"guidance_scale": w},
     "krea2": lambda w: {"guidance_scale": w - 1},
 }
-# What tells a base that was distilled to few steps: a file and a setting in it.
-DISTILLED = {
-    "flux2-klein": ("model_index.json", {"is_distilled": True}),
-    "flux1": ("transformer/config.json", {"guidance_embeds": False}),
-    "krea2": ("model_index.json", {"is_distilled": True}),
+# What tells a base that was distilled to few steps: files and settings in them.
+UNGUIDED = {"transformer/config.json": {"guidance_embeds": False}}
+DISTILLED: dict[str, dict[str, dict[str, Any]]] = {
+    "flux2-klein": {"model_index.json": {"is_distilled": True}},
+    "flux1": {**UNGUIDED, "scheduler/scheduler_config.json": {"use_dynamic_shifting": False}},
+    "krea2": {"model_index.json": {"is_distilled": True}},
 }
 # What a stock pipeline gets wrong, put right in place.
 MENDED: dict[str, Callable[[Any], None]] = {"chroma": lambda pipe: cut_to_their_masks(pipe)}
@@ -386,11 +388,12 @@ REFUSED = {
 }  # fmt: skip
 
 
-def changed(name: str, tmp_path: Path, file: str, settings: dict[str, Any]) -> Path:
-    """A copy of a family's base with other settings in one of its files."""
+def changed(name: str, tmp_path: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """A copy of a family's base with other settings in some of its files."""
     folder = shutil.copytree(bases.OF_FAMILY[name](), tmp_path / "base")
-    path = folder / file
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    for file, settings in files.items():
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return folder
 
 
@@ -403,7 +406,7 @@ def test_what_it_cannot_train_is_refused_in_one_line(
     make: Make, tmp_path: Path, name: str, case: str
 ) -> None:
     changes, index, message = REFUSED[case]
-    folder = changed(name, tmp_path, "model_index.json", index)
+    folder = changed(name, tmp_path, {"model_index.json": index})
     cfg = make(
         model__path=str(folder), **{"prepare__resolution": SIDE, "prepare__class_prompt": None} | changes
     )
@@ -417,11 +420,42 @@ def test_what_it_cannot_train_is_refused_in_one_line(
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_a_distilled_base_is_for_drawing(make: Make, tmp_path: Path, name: str) -> None:
-    folder = changed(name, tmp_path, *DISTILLED[name])
+    folder = changed(name, tmp_path, DISTILLED[name])
     cfg = make(model__path=str(folder), prepare__resolution=SIDE)
     with pytest.raises(ConfigError, match=r"was distilled .*; train on (FLUX\.|krea/)[^\n]*, and load"):
         prepare(cfg)
     AdapterPipeline.load(cfg.model).generate("a dog", 0, steps=1, guidance=1.0, side=SIDE)
+
+
+def test_a_flux1_without_embedded_guidance_is_guided_by_the_empty_prompt(tmp_path: Path) -> None:
+    """Such as OpenFLUX.1. It is trained like any other."""
+    base = Base.find(Model(path=str(changed("flux1", tmp_path, UNGUIDED))))
+    base.check_trains(Adapter())
+    assert base.family.header(base)["modelspec.architecture"] == "flux-1-dev/lora"
+    pipe, plain, made = sampler.build(base, torch.float32, torch.device("cpu")), stock(base), {}
+    for guidance in (1.0, 3.0):
+        rows = sampler.encode(pipe, base.family, ["a dog"], guidance)
+        (made[guidance],) = sampler.generate_encoded(
+            pipe, base.family, rows, [torch.Generator().manual_seed(3)], 2, guidance, Size.square(SIDE)
+        )
+        theirs = plain(
+            prompt="a dog", negative_prompt="", true_cfg_scale=guidance, num_inference_steps=2, height=SIDE,
+            width=SIDE, generator=torch.Generator().manual_seed(3),
+        ).images[0]  # fmt: skip
+        assert made[guidance].tobytes() == theirs.tobytes()
+    assert made[1.0].tobytes() != made[3.0].tobytes()
+
+
+def test_schnell_reads_prompts_in_as_many_tokens_as_it_was_trained_with(tmp_path: Path) -> None:
+    base = Base.find(Model(path=str(changed("flux1", tmp_path, DISTILLED["flux1"]))))
+    assert base.family.header(base)["modelspec.architecture"] == "flux-1-schnell/lora"
+    pipe = sampler.build(base, torch.float32, torch.device("cpu"))
+    family, parts = base.family, base.family.text_encoders
+    ids = family.tokenize({name: getattr(pipe, words) for name, words in parts.items()}, ["a dog"])
+    table = family.embed({name: getattr(pipe, name) for name in parts}, ids)
+    drawn = family.encode_prompt(pipe, "a dog", True)
+    assert table["prompt_embeds"].shape[1:] == family.conditions(base)["prompt_embeds"] == (256, bases.WIDTH)
+    assert all(torch.allclose(table[name], drawn[name]) for name in drawn)
 
 
 LENGTHS = {

@@ -190,15 +190,21 @@ def encode_guided(pipe: Any, prompt: str, guided: bool, **more: Any) -> dict[str
 
 
 def encode_apart(
-    pipe: Any, prompt: str, guided: bool, names: Sequence[str] = ("prompt_embeds",), negative: str = ""
+    pipe: Any,
+    prompt: str,
+    guided: bool,
+    names: Sequence[str] = ("prompt_embeds",),
+    negative: str = "",
+    **more: Any,
 ) -> dict[str, Tensor]:
     """A prompt and the negative one, encoded by a pipeline that encodes them one by one.
 
-    `names`: the arguments of its call, in the order in which `encode_prompt` returns them.
+    `names`: the arguments of its call, in the order in which `encode_prompt` returns them. `more`: further
+    arguments of that.
     """
     found: dict[str, Tensor] = {}
     for start, text in (("", prompt), *([("negative_", negative)] if guided else [])):
-        tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1)
+        tensors = pipe.encode_prompt(prompt=text, device=pipe.device, num_images_per_prompt=1, **more)
         found |= {f"{start}{name}": tensor for name, tensor in zip(names, tensors, strict=False)}
     return found
 

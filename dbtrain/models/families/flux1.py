@@ -1,12 +1,13 @@
 """FLUX.1: a flow-matching transformer of double and single blocks, with CLIP and T5 as text encoders.
 
 Black Forest Labs 2024, github.com/black-forest-labs/flux. `dev` was distilled to take the guidance scale as
-an input, `schnell` to generate images in four steps.
+an input, `schnell` to generate images in four steps. Others are neither, and take classifier-free guidance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from dbtrain.models.families.family import (
     Family,
     encode_apart,
     known_as,
+    side_by_side,
     tokenize_clip,
 )
 from dbtrain.models.families.space import vae_space
@@ -39,15 +41,17 @@ from dbtrain.models.families.transformer import (
 )
 from dbtrain.models.pretrained import Pretrained
 
-LENGTH = 512  # tokens of T5; padding is part of what the model was trained on
+LENGTH, OF_SCHNELL = 512, 256  # tokens of T5; padding is part of what the model was trained on
 NAMES = ("prompt_embeds", "pooled_prompt_embeds")
 
 
-def tokenize(tokenizers: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Tensor]:
-    """Token ids, (prompts, LENGTH) int64 for T5 and CLIP's length for CLIP, which may read only a start."""
+def tokenize(
+    tokenizers: Mapping[str, Any], prompts: Sequence[str], length: int = LENGTH
+) -> dict[str, Tensor]:
+    """Token ids, (prompts, length) int64 for T5 and CLIP's length for CLIP, which may read only a start."""
     ids = tokenize_clip({"text_encoder": tokenizers["text_encoder"]}, prompts)
     if "text_encoder_2" in tokenizers:
-        ids["text_encoder_2"] = t5_words(tokenizers["text_encoder_2"], prompts, LENGTH).input_ids
+        ids["text_encoder_2"] = t5_words(tokenizers["text_encoder_2"], prompts, length).input_ids
     return ids
 
 
@@ -83,13 +87,35 @@ def denoise(transformer: Any, x_t: Tensor, t: Tensor, condition: Mapping[str, Te
 
 
 def distilled(base: Pretrained) -> str | None:
-    return None if base.config("transformer").get("guidance_embeds") else "FLUX.1-dev"
+    """Of those without an embedded guidance, schnell alone has a scheduler that shifts nothing."""
+    guided = base.config("transformer").get("guidance_embeds")
+    return None if guided or base.config("scheduler").get("use_dynamic_shifting") else "FLUX.1-dev"
+
+
+def fitted(family: Family, base: Pretrained) -> Family:
+    """The family as for `dev`, or schnell, or one that was made from them and has no embedded guidance."""
+    if base.config("transformer").get("guidance_embeds"):
+        return family
+    if not distilled(base):
+        return replace(family, encode_prompt=partial(encode_apart, names=NAMES), arguments=arguments)
+    return replace(
+        family,
+        tokenize=partial(tokenize, length=OF_SCHNELL),
+        conditions=partial(text_and_pooled, length=OF_SCHNELL),
+        encode_prompt=lambda pipe, prompt, guided: encode_apart(
+            pipe, prompt, False, NAMES, max_sequence_length=OF_SCHNELL
+        ),
+    )
+
+
+def arguments(rows: Sequence[Mapping[str, Tensor]], guidance: float) -> dict[str, Any]:
+    """Encoded prompts and the classifier-free guidance scale, which has a name of its own here."""
+    return side_by_side(rows, guidance) | {"true_cfg_scale": guidance}
 
 
 def header(base: Pretrained) -> dict[str, str]:
     """The names of this version in Stability AI's model specification and in sd-scripts."""
-    version = "dev" if base.config("transformer").get("guidance_embeds") else "schnell"
-    return known_as(f"flux-1-{version}", "flux1")(base)
+    return known_as(f"flux-1-{'schnell' if distilled(base) else 'dev'}", "flux1")(base)
 
 
 SINGLE = ("proj_mlp", "single_transformer_blocks.*.proj_out")  # their attention has no output of its own
@@ -125,6 +151,7 @@ FAMILY = Family(
     encode_prompt=lambda pipe, prompt, guided: encode_apart(pipe, prompt, False, NAMES),
     generated=unpacked_x0,
     distilled=distilled,
+    fitted=fitted,
     loads_words=True,
     lora_mixin="FluxLoraLoaderMixin",
     header=header,
