@@ -51,6 +51,18 @@ class Timesteps(Section):
             raise ValueError(f"low is {self.low} and high is {self.high}; use a low that is less than high")
         return self
 
+    @model_validator(mode="after")
+    def _of_the_distribution(self) -> Timesteps:
+        normal = ("auto", "logit_normal")
+        for name, kinds in (("mean", normal), ("std", normal), ("mode_scale", ("mode",))):
+            value = getattr(self, name)
+            if self.distribution not in kinds and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {value:g}, which distribution {self.distribution} does not have; set "
+                    f"distribution to {kinds[-1]}, or remove {name}"
+                )
+        return self
+
 
 class Mask(Section):
     """How masked photos are trained on. Class images have no mask."""

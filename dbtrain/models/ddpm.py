@@ -97,7 +97,13 @@ class DDPM(nn.Module):
         if loss.timesteps.shift is not None or loss.weighting != "none":
             raise ConfigError(
                 "loss.timesteps.shift and loss.weighting are for flow-matching models, which this base is "
-                "not; remove them, and see loss.timesteps.mean and loss.min_snr_gamma"
+                "not; remove them, and see loss.timesteps.distribution and loss.min_snr_gamma"
+            )
+        times, usual = loss.timesteps, USUAL.timesteps
+        if times.distribution == "auto" and (times.mean, times.std) != (usual.mean, usual.std):
+            raise ConfigError(
+                f"loss.timesteps.mean is {times.mean:g} and loss.timesteps.std is {times.std:g}, but this "
+                "base's noise levels are uniform; set loss.timesteps.distribution to logit_normal"
             )
         try:
             scheduler = DDPMScheduler.from_config(dict(scheduler_config))

@@ -128,3 +128,18 @@ def test_a_range_of_noise_levels_keeps_the_shape_of_the_distribution(
 def test_a_range_without_levels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"low is 0.5 and high is 0.5; use a low that is less"):
         Timesteps(low=0.5, high=0.5)
+
+
+@pytest.mark.parametrize("settings", [{"mean": 1.0}, {"std": 2.0}])
+def test_settings_of_another_distribution_are_refused(settings: Any) -> None:
+    """`auto` has a mean and a standard deviation for flow matching alone."""
+    with pytest.raises(ConfigError, match=r"noise levels are uniform; set loss.timesteps.distribution"):
+        DDPM.of(SD, Loss(timesteps=Timesteps(**settings)))
+    other: Any
+    for other in ("uniform", "mode"):
+        with pytest.raises(ValueError, match=r"does not have; set distribution to logit_normal, or remove"):
+            Timesteps(distribution=other, **settings)
+    Timesteps(distribution="mode", mode_scale=0.5)
+    for other in ("auto", "uniform", "logit_normal"):
+        with pytest.raises(ValueError, match=r"mode_scale is 0.5, which .*; set distribution to mode"):
+            Timesteps(distribution=other, mode_scale=0.5)
