@@ -40,7 +40,11 @@ class Model(Section):
         "alone: a folder on this machine that has the rest",
     )
     revision: str | None = Field(None, description="branch, tag or commit of the Hub repository")
-    variant: str | None = Field(None, description="weight variant, e.g. `fp16` for `*.fp16.safetensors`")
+    variant: str | None = Field(
+        None,
+        description="weight variant, e.g. `fp16` for `*.fp16.safetensors`; plain files are used where a "
+        "component has none",
+    )
     training_adapter: Text | None = Field(
         None,
         description="LoRA that is part of the base in training only, for a base that was distilled to a few "

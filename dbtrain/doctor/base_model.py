@@ -27,7 +27,6 @@ from dbtrain.train import training_adapter
 TOY_SIDE = 64  # px of the images that the embedded base was trained on
 # Words of the names of models that were distilled to a few steps.
 FEW_STEPS = re.compile(r"(?i)(?<!de-)(?<![a-z])(turbo|lightning|schnell|distill(ed)?|lcm)(?![a-z])")
-PICKLES = ("*.bin", "*.ckpt", "*.pt")
 
 
 def model(case: Case) -> Iterator[Finding]:
@@ -65,7 +64,7 @@ def model(case: Case) -> Iterator[Finding]:
                                  "model.path=stable-diffusion-v1-5/stable-diffusion-v1-5"))  # fmt: skip
     yield from found
     case.base = base
-    total = sum(file.stat().st_size for name in base.family.models for file in weight_files(base, name))
+    total = sum(file.stat().st_size for name in base.family.models for file in base.weight_files(name))
     if not any(line.level == "error" for line in found):
         yield ok(f"{path}: {base.family.name}, {files.size_text(total)} of weights in {base.folder}")
 
@@ -115,44 +114,17 @@ def _offline() -> bool:
     return is_offline_mode()
 
 
-def weight_files(base: Pretrained, component: str) -> list[Path]:
-    """The safetensors files of a component, in the configured variant."""
-    return [path for path in sorted((base.folder / component).glob("*.safetensors"))
-            if _variant(path.name.removesuffix(".safetensors")) == base.variant]  # fmt: skip
-
-
-def _variant(stem: str) -> str | None:
-    """The variant in a file's name, e.g. `fp16` in `model.fp16-00001-of-00002`; None without one."""
-    return stem.partition(".")[2].partition("-")[0] or None
-
-
 def _weights(base: Pretrained, component: str) -> Iterator[Finding]:
     """Problems with a component's weight files."""
-    folder = base.folder / component
-    there, other = weight_files(base, component), sorted(folder.glob("*.safetensors"))
-    local = files.expand(base.name).exists()
-    fetch = "copy the whole folder again" if local else "get the whole model: dbtrain fetch CONFIG"
-    # Files of the configured variant.
-    if not there and other:
-        variant = _variant(other[0].name.removesuffix(".safetensors"))
-        yield error(
-            f"{folder} has no weights of variant {base.variant or 'null'}, only {other[0].name}",
-            f"set model.variant: {variant or 'null'}",
-        )
-    elif not there and (pickles := [path.name for kind in PICKLES for path in folder.glob(kind)]):
-        yield error(
-            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded",
-            "get its .safetensors files, or, if you trust it, convert it with Diffusers' "
-            "save_pretrained(safe_serialization=True)",
-        )
-    elif not there:
-        yield error(f"{folder} has no weights (*.safetensors)", fetch)
+    folder, fetch = base.folder / component, base.cure
+    if lack := base.lack(component):
+        yield error(*lack)
     # Files that an index of sharded weights names.
-    named = sorted({name for index in _indices(base, folder) for name in _named(index)})
+    named = sorted({name for index in _indices(base, component) for name in _named(index)})
     if missing := [name for name in named if not (folder / name).is_file()]:
         yield error(f"{folder} is missing {len(missing)} of {len(named)} files, e.g. {missing[0]}", fetch)
     # Headers, and the file lengths that follow from them.
-    for path in there:
+    for path in base.weight_files(component):
         try:
             with safe_open(path, framework="np"):
                 pass
@@ -160,10 +132,12 @@ def _weights(base: Pretrained, component: str) -> Iterator[Finding]:
             yield error(f"{path} is damaged or truncated: {reason(problem)}", fetch)
 
 
-def _indices(base: Pretrained, folder: Path) -> list[Path]:
-    """Indices of sharded weights in the configured variant, e.g. `model.safetensors.index.fp16.json`."""
-    end = f".index.{base.variant}.json" if base.variant else ".index.json"
-    return [path for path in folder.glob("*.safetensors.index*.json") if path.name.endswith(end)]
+def _indices(base: Pretrained, component: str) -> list[Path]:
+    """Indices of sharded weights in the component's variant, e.g. `model.safetensors.index.fp16.json`."""
+    variant = base.own_variant(component)
+    end = f".index.{variant}.json" if variant else ".index.json"
+    found = (base.folder / component).glob("*.safetensors.index*.json")
+    return [path for path in found if path.name.endswith(end)]
 
 
 def _named(index: Path) -> set[str]:
@@ -178,7 +152,7 @@ def _named(index: Path) -> set[str]:
 
 def adapter(case: Case) -> Iterator[Finding]:
     """The layers that the adapter is on, from the names and shapes in the weight headers."""
-    parts = [part for part in _parts(case) if weight_files(case.base, part[0])]
+    parts = [part for part in _parts(case) if case.base.weight_files(part[0])]
     for component, cfg, part, presets in parts:
         modules, _ = _layers(case.base, component)
         found = problems_of(lambda: targets.select(modules, cfg.targets, part, presets), "use attention")  # noqa: B023
@@ -231,7 +205,7 @@ def _chosen(case: Case) -> Iterator[tuple[str, int, list[int]]]:
 def _layers(base: Base, component: str) -> tuple[targets.Modules, dict[str, list[int]]]:
     """The linear and convolution layers of a component, and the shape of each one's weight by name."""
     found: dict[str, list[int]] = {}
-    for path in weight_files(base, component):
+    for path in base.weight_files(component):
         with safe_open(path, framework="np") as file:
             names: list[str] = list(file.keys())
             for name in names:

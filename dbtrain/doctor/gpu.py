@@ -10,7 +10,6 @@ from importlib import util
 import torch
 
 from dbtrain.config import Config
-from dbtrain.doctor.base_model import weight_files
 from dbtrain.doctor.case import Case, Finding, error, ok, problems_of, warning
 from dbtrain.models import kernels
 from dbtrain.runtime import dist, files
@@ -47,7 +46,7 @@ def gpu(case: Case) -> Iterator[Finding]:
 
 
 def _none(case: Case) -> Iterator[Finding]:
-    paths = weight_files(case.base, case.base.family.denoiser) if case.knows("base") else []
+    paths = case.base.weight_files(case.base.family.denoiser) if case.knows("base") else []
     weights = sum(path.stat().st_size for path in paths)
     text = "no CUDA GPU here: trains on the CPU"
     if weights > LARGE:

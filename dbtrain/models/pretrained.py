@@ -16,7 +16,7 @@ from dbtrain.config import Model
 from dbtrain.models import loading, locate, safety
 from dbtrain.models.nf4_files import Nf4Files, is_nf4
 from dbtrain.models.quantization import NF4_FP32
-from dbtrain.models.weight_files import WeightFiles
+from dbtrain.models.weight_files import WeightFiles, lack, variant_of
 from dbtrain.runtime import files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.imports import importing
@@ -34,7 +34,7 @@ class Pretrained:
 
     name: str  # as in the config: a folder, a Hub id, or "tiny"
     folder: Path
-    variant: str | None
+    variant: str | None  # of the weights of components that have it
 
     @classmethod
     def find(cls, cfg: Model) -> Pretrained:
@@ -110,7 +110,8 @@ class Pretrained:
         if component.startswith("tokenizer"):
             self.check_vocabulary(component)
         if weights:
-            options |= {"variant": self.variant, "use_safetensors": True, "dtype": dtype}
+            self.check_weights(component)
+            options |= {"variant": self.own_variant(component), "use_safetensors": True, "dtype": dtype}
             options["output_loading_info"] = True
         folder: Path | None = self.folder
         with self.reading(component):
@@ -141,6 +142,7 @@ class Pretrained:
 
         Raises ConfigError if they are broken or incomplete.
         """
+        self.check_weights(component)
         with self.reading(component):
             files = self.weights(component)
             unfit = loading.unfit(module, files)
@@ -238,12 +240,40 @@ class Pretrained:
 
     def weights(self, component: str) -> WeightFiles:
         """The files of a component's weights: those that an index names, or the only one."""
-        folder, variant = self.folder / component, f".{self.variant}" if self.variant else ""
+        own = self.own_variant(component)
+        folder, variant = self.folder / component, f".{own}" if own else ""
         kind = Nf4Files if self.packed(component) else WeightFiles
         for index in folder.glob(f"*.safetensors.index{variant}.json"):
             return kind(sorted({folder / name for name in self._json(index)["weight_map"].values()}))
         named = [folder / f"{stem}{variant}.safetensors" for stem in STEMS]
         return kind([path for path in named if path.is_file()])
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The safetensors files of a component, in its variant."""
+        variant, found = self.own_variant(component), sorted((self.folder / component).glob("*.safetensors"))
+        return [path for path in found if variant_of(path) == variant]
+
+    def own_variant(self, component: str) -> str | None:
+        """The variant of a component's weights: as in Diffusers, none if it has none of the one wanted."""
+        found = (self.folder / component).glob("*.safetensors")
+        return self.variant if self.variant in map(variant_of, found) else None
+
+    @property
+    def cure(self) -> str:
+        """How to get the model's files again."""
+        local = files.expand(self.name).exists()
+        return "copy the whole folder again" if local else "get the whole model: dbtrain fetch CONFIG"
+
+    def lack(self, component: str) -> tuple[str, str] | None:
+        """What a component has in place of weights, and what to do about it; None if it has some."""
+        if self.weight_files(component):
+            return None
+        return lack(self.folder / component, self.variant, self.cure)
+
+    def check_weights(self, component: str) -> None:
+        """Raise ConfigError if a component has no weights."""
+        if found := self.lack(component):
+            raise ConfigError(f"base model {self.name}: {'; '.join(found)}")
 
     def packed(self, component: str) -> bool:
         """Whether the files of a component hold 4-bit weights."""
@@ -254,10 +284,10 @@ class Pretrained:
         return NF4_FP32 if linears == "nf4" and self.packed(component) else linears
 
     def key(self, component: str) -> str:
-        """sha256 over a component's config and all weights of the variant."""
+        """sha256 over a component's config and all weights of its variant."""
         folder = self.folder / component
-        weights = (path for path in folder.glob("*.safetensors")
-                   if (f".{self.variant}" in path.name) == bool(self.variant))  # fmt: skip
+        own = self.own_variant(component)
+        weights = (path for path in folder.glob("*.safetensors") if (f".{own}" in path.name) == bool(own))
         found = sorted([*weights, *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.model")])
         if not found:
             raise ConfigError(f"base model {self.name} has no component '{component}' in {folder}")

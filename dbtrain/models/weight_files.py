@@ -10,6 +10,29 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+PICKLES = ("*.bin", "*.ckpt", "*.pt")
+
+
+def variant_of(path: Path) -> str | None:
+    """The variant in the name of a safetensors file, e.g. fp16 of `model.fp16-00001-of-00002.safetensors`."""
+    return path.name.removesuffix(".safetensors").partition(".")[2].partition("-")[0] or None
+
+
+def lack(folder: Path, variant: str | None, anew: str) -> tuple[str, str]:
+    """What a folder has in place of weights of a variant, and what to do: `anew`, if it has none at all."""
+    if other := sorted(folder.glob("*.safetensors")):
+        return (
+            f"{folder} has no weights of variant {variant or 'null'}, only {other[0].name}",
+            f"set model.variant: {variant_of(other[0]) or 'null'}",
+        )
+    if pickles := [path.name for kind in PICKLES for path in folder.glob(kind)]:
+        return (
+            f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when loaded",
+            "get its .safetensors files, or, if you trust it, convert it with Diffusers' "
+            "save_pretrained(safe_serialization=True)",
+        )
+    return f"{folder} has no weights (*.safetensors)", anew
+
 
 class WeightFiles:
     """The tensors of several files by name, as one mapping. Reading one reads no other."""

@@ -159,6 +159,46 @@ def test_a_variant_is_loaded_from_its_own_files(tmp_path: Path) -> None:
         assert torch.equal(variant, (plain.half() + 1).float())
 
 
+def renamed(folder: Path, name: str) -> None:
+    """Rename the weights of UNet and text encoder."""
+    for part, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        next((folder / part).glob("*.safetensors")).rename(folder / part / name.format(stem))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_component_without_the_variant_is_loaded_from_its_plain_files(tmp_path: Path, part: str) -> None:
+    whole = found("sd")
+    folder = shutil.copytree(whole.folder, tmp_path / "base")
+    renamed(folder, "{}.fp16.safetensors")
+    shutil.copy(weights_file(whole, "vae"), folder / "vae")
+    base = Pretrained("x", folder, "fp16")
+    assert all(base.own_variant(name) == "fp16" for name in ("unet", "text_encoder"))
+    assert base.own_variant("vae") is None
+    for name in (part, "vae"):
+        here, there = (one.load(name).state_dict() for one in (base, whole))
+        assert all(torch.equal(here[label], there[label]) for label in there)
+    assert base.key("vae") == whole.key("vae")
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize(
+    ("name", "variant", "told"),
+    [
+        ("{}.fp16.safetensors", None, r"has no weights of variant null, only .*; set model.variant: fp16"),
+        ("{}.fp16.safetensors", "bf16", r"has no weights of variant bf16, only .*; set model.variant: fp16"),
+        ("{}.bin", None, r"has its weights only as a pickle \(.*\.bin\), .*; get its .safetensors files"),
+        ("{}.none", None, r"has no weights \(\*.safetensors\); get the whole model: dbtrain fetch"),
+    ],
+)
+def test_what_is_there_in_place_of_weights_is_told(
+    tmp_path: Path, part: str, name: str, variant: str | None, told: str
+) -> None:
+    folder = shutil.copytree(found("sd").folder, tmp_path / "base")
+    renamed(folder, name)
+    with pytest.raises(ConfigError, match=rf"^base model x: .*{part} {told}"):
+        Pretrained("x", folder, variant).load(part)
+
+
 def test_of_a_processor_of_text_and_images_only_the_tokenizer_is_loaded(tmp_path: Path) -> None:
     """Of FLUX.2 dev, whose tokenizer states no length. The processor would need torchvision."""
     plain = Base.find(Model(path=str(bases.flux2_dev())))
