@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,6 +46,6 @@ def check_apart(class_dir: str | None, inputs: Mapping[str, str | None]) -> None
 
 
 def _resolved(location: str) -> Path | None:
-    """The folder on this machine, without links; None for a URL or a command."""
+    """The folder on this machine, without links but those in a circle; None for a URL or a command."""
     folder = files.folder_of(location)
-    return folder and folder.resolve()
+    return folder and Path(os.path.realpath(folder))

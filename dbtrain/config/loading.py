@@ -46,14 +46,20 @@ _NUMBERS = {
     "float": r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))"
     r"|\.(nan|NaN|NAN)",
 }
-
-
 # Most characters and values; the longest of our configs has 3,000 and 100.
 MOST = {"config": (2**20, 20_000), "list": (2**24, 500_000)}
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as people expect it: numbers are decimal, dates are text, and duplicate keys are an error."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError) as error:  # as PyYAML fails at `!!bool maybe`
+            raise ConfigError(
+                f"line {node.start_mark.line + 1} has a value that its tag does not fit"
+            ) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -116,14 +122,13 @@ Kinds = frozenset[type]  # the types that a setting can have; `tuple` for a list
 
 def kinds_of(annotation: Any) -> Kinds:
     """The types of the values that a type annotation allows."""
-    origin = get_origin(annotation)
+    origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return frozenset(map(type, get_args(annotation)))
+        return frozenset(map(type, parts))
     if origin is tuple:
         return frozenset([tuple])
     if origin is Annotated:
-        return kinds_of(get_args(annotation)[0])
-    parts = get_args(annotation)
+        return kinds_of(parts[0])
     return frozenset().union(*map(kinds_of, parts)) if parts else frozenset([annotation])
 
 
@@ -222,12 +227,11 @@ def put(values: dict[str, Any], name: str, value: Any, settings: Container[str])
     """Set the value of a dotted key in nested values, see `merge`. Returns the problem with it, or None."""
     *sections, last = name.split(".")
     for key in sections:
-        inner = values.get(key)
-        if inner is None:
-            inner = values[key] = {}
-        if not isinstance(inner, dict):
+        if values.get(key) is None:
+            values[key] = {}
+        if not isinstance(values[key], dict):
             return f"'{key}' is not a section"
-        values = inner
+        values = values[key]
     merge(values, {last: value}, settings, ".".join(sections))
     return None
 
@@ -293,14 +297,12 @@ def _place(loc: Sequence[str | int], known: Sequence[str]) -> str:
     """The dotted key of an error, without pydantic's names for the branches of a union."""
     parts = [str(part) for part in loc if re.fullmatch(r"[\w-]+", str(part))]
     named = [name for name in accumulate(parts, "{}.{}".format) if name in known]
-    items = [part for part in parts if part.isdigit()]
-    return ".".join([named[0], *items]) if named else ".".join(parts)
+    return ".".join([named[0], *filter(str.isdigit, parts)]) if named else ".".join(parts)
 
 
 def did_you_mean(place: str, known: Sequence[str]) -> str:
     """A suggestion: the name in another trainer, the same key in another section, or a close spelling."""
-    key = place.split(".")[-1]
-    if key in SYNONYMS:
+    if (key := place.split(".")[-1]) in SYNONYMS:
         return f"; did you mean '{SYNONYMS[key]}'?"
     sections = sorted({name.rpartition(".")[0] for name in known} - {""})
     same = [name for name in known if name.split(".")[-1] == key]

@@ -28,6 +28,11 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
     "5,000 digits": (START + "seed: " + "9" * 5000, "is not a valid config"),
     "400 digits": (START + "seed: " + "9" * 400, "seed is 999"),
     "a date that is none": (START + "seed: 2024-99-99", "seed is '2024-99-99'"),
+    **{
+        f"a {tag} that is none": (START + f"seed: !!{tag} {text}", "line 4 has a value that its tag")
+        for tag, text in (("timestamp", "abc"), ("bool", "maybe"), ("float", "''"))
+    },
+    "a key that is no bool": (START + "!!bool maybe: 1", "line 4 has a value that its tag"),
     "binary that is none": (START + "seed: !!binary 'é'", "is not a valid config"),
     "not UTF-8": (b"run_dir: \xff\xfe", "is not a valid config"),
     "control characters": (START + "prepare: {photos: 'a\x1b[2Jb'}", "is not a valid config"),
@@ -128,8 +133,13 @@ def test_folders_that_overwrite_one_another_are_refused(
 @pytest.mark.parametrize(
     "changes",
     [{}, {"shards": "run/shards"}, {"photos": "run/photos"}, {"shards": "s3://bucket/photos"},
-     {"run_dir": "."}, {"shards": "class/shards"}, {"shards": "photos-shards"}],
+     {"run_dir": "."}, {"run_dir": "circle/run"}, {"shards": "class/shards"}, {"shards": "photos-shards"}],
     ids=str,
 )  # fmt: skip
-def test_folders_that_do_not_are_fine(changes: dict[str, str]) -> None:
+def test_folders_that_do_not_are_fine(
+    changes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or fail later, in one line, as a folder below a link to itself does."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
     Config.from_dict(paths(**changes))
