@@ -9,7 +9,7 @@ from dbtrain.config import Config
 from dbtrain.runtime import console, dist, lock
 from dbtrain.runtime.errors import Preempted
 from dbtrain.runtime.hashing import content_key
-from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.runtime.run_folder import RunFolder, step_of
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.setup import setup
 from dbtrain.train.step import train_step
@@ -19,7 +19,8 @@ def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] 
     """Train an adapter for at most `cfg.train.steps` optimizer steps; return the run folder.
 
     Resumes from the newest checkpoint; does nothing if the run is complete. `until` is a step to stop at,
-    as if preempted. `on_step(step)` is called on every rank after each step.
+    as if preempted; a run that is there already stops at once. `on_step(step)` is called on every rank
+    after each step.
 
     Raises ConfigError for anything a user can fix. Raises Preempted, after saving a checkpoint, if it stops
     early. Both are raised on every rank at the same step.
@@ -32,6 +33,10 @@ def train(cfg: Config, until: int | None = None, on_step: Callable[[int], None] 
         if end := inputs.trained_to(cfg):
             console.say(f"{cfg.run_dir} is already trained to step {end}: nothing to do")
             return run.path
+        if until is not None:
+            saved_to = dist.from_main(max(map(step_of, run.checkpoints()), default=0))
+            if saved_to >= until:
+                raise Preempted(f"as requested: --until is {until}, and the run is at step {saved_to}")
 
         job = setup(cfg, inputs)  # model, optimizer, data, metrics, validation
         with job.open(until) as (ddp, stop):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dbtrain.config import Config
 from dbtrain.report import run as report
 from dbtrain.runtime import console
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
 from tests.conftest import Make, Started, dbtrain, slow, train
@@ -233,6 +233,15 @@ def test_fewer_steps_than_trained_are_refused(make: Make) -> None:
     train(make(train__steps=4))
     with pytest.raises(ConfigError, match=r"step-000004 is past train\.steps \(2\)"):
         train(make(train__steps=2))
+
+
+def test_a_run_that_is_past_the_step_to_stop_at_does_nothing(make: Make) -> None:
+    run = RunFolder(make(train__checkpoint_every=1).run_dir)
+    for until, at in ((0, 0), (2, 2), (2, 2), (1, 2)):
+        with pytest.raises(Preempted, match=f"at step {at}"):
+            train(make(train__checkpoint_every=1), until)
+        assert len(run.checkpoints()) == at and not run.done.exists()
+    assert len(run.read_metrics()) == 2
 
 
 def test_the_run_folder_repeats_the_run(make: Make, tmp_path: Path) -> None:
