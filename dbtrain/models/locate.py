@@ -150,6 +150,13 @@ def _converter(cfg: Model, path: Path) -> Callable[[Path], Any]:
     pipe = kind.from_single_file(
         str(path), config=cfg.config, torch_dtype=_dtype(rest.values()), **without, **{part: denoiser}
     )
+    for component in pipe.components.values():
+        weights = component.named_parameters() if isinstance(component, torch.nn.Module) else ()
+        if empty := [key for key, weight in weights if weight.is_meta]:
+            raise ConfigError(
+                f"model.path: '{cfg.path}' lacks {len(empty)} weights of a {type(component).__name__}, e.g. "
+                f"{empty[0]}; use a complete file"
+            )
     pipe.scheduler = _marked(pipe.scheduler, tensors)
     return pipe.save_pretrained
 
@@ -187,7 +194,7 @@ def _detected(cfg: Model, tensors: dict[str, torch.Tensor], whole: bool) -> str:
 
 def _dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The smallest dtype that holds all of these weights exactly, but not less than 16 bits; fp32 if none."""
-    found = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dim()}
+    found = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.numel() > 1}
     larger = [dtype for dtype in found if dtype.itemsize > 1] or [torch.bfloat16]
     return reduce(torch.promote_types, larger) if found else torch.float32
 

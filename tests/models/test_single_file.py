@@ -191,6 +191,17 @@ def test_what_is_no_single_file_is_refused(tmp_path: Path, single_file: Path) ->
     assert not list((tmp_path / "cache").rglob("model_index.json"))
 
 
+def test_a_single_file_without_some_weights_is_refused(tmp_path: Path, single_file: Path) -> None:
+    tensors = load_file(single_file)
+    for name in ("model.diffusion_model.out.2.weight",
+                 "cond_stage_model.transformer.text_model.final_layer_norm.weight"):  # fmt: skip
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "a.safetensors")
+        with pytest.raises(
+            ConfigError, match=r"cannot read a model from|lacks 1 weights of a CLIPTextModel, e.g. "
+        ):
+            Base.find(Model(path=str(tmp_path / "a.safetensors"), config=str(bases.sd(size="whole"))))
+
+
 @pytest.fixture
 def transformer(tmp_path: Path) -> Path:
     """The transformer of a Z-Image as its authors and ComfyUI have it."""
