@@ -48,7 +48,7 @@ def contenders(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | N
 def _choosable(cfg: Config, scoring: Scoring | None, rows: Rows) -> Rows:
     """The rows after step 0, without those that could be the best but have no checkpoint.
 
-    A run that went to its last step before it was to stop at the best did not keep or save them all.
+    A run that began with `train.stop: steps` did not save all of them, or deleted some.
     """
     kept = set(map(step_of, RunFolder(cfg.run_dir).checkpoints()))
     rows = [row for row in rows if row["step"] > 0]

@@ -82,7 +82,7 @@ def _delete(checkpoint: Path) -> None:
     try:
         shutil.rmtree(checkpoint)
     except OSError as error:
-        console.warn(f"{checkpoint} cannot be deleted: {reason(error)}; trying again at the next one")
+        console.warn(f"{checkpoint} cannot be deleted: {reason(error)}; the next save tries again")
 
 
 def check_ranks(model: Adapted) -> None:

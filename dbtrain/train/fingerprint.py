@@ -117,7 +117,7 @@ def check_unchanged(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint with the defaults that are not recorded; the settings of `loss.mask` are its own."""
+    """A fingerprint with the defaults that it leaves out, and sections of `loss` setting by setting."""
     sections = [f"loss.{key}" for key in LATER if isinstance(recorded.get(f"loss.{key}"), dict)]
     parts = {f"{name}.{key}": value for name in sections for key, value in recorded[name].items()}
     return DEFAULTS | {name: value for name, value in recorded.items() if name not in sections} | parts
