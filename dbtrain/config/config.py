@@ -153,14 +153,9 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _rates_of_what_is_trained(self) -> Config:
-        rate, ratio, every = self.optim.text_encoder_lr, self.optim.lora_plus_ratio, self._adapters
-        if rate and not self.adapter.text_encoder:
-            raise ValueError(
-                f"optim.text_encoder_lr is {rate:g}, but adapter.text_encoder is null, so no text encoder is "
-                "trained; set adapter.text_encoder={}, or optim.text_encoder_lr=null"
-            )
-        if ratio != 1 and all(one.kind != "lora" for one in every):
+    def _lora_plus_for_lora(self) -> Config:
+        ratio = self.optim.lora_plus_ratio
+        if ratio != 1 and all(one.kind != "lora" for one in self._adapters):
             raise ValueError(
                 f"optim.lora_plus_ratio is {ratio:g}, which is for LoRA, but adapter.kind is "
                 f"'{self.adapter.kind}'; set optim.lora_plus_ratio=1, or adapter.kind=lora"

@@ -101,7 +101,7 @@ def save(
                     console.say(f"warning: {caveat}")
             paths = [formats.FORMATS[form].path(folder, name) for form in forms]
             word_file.write(folder, base.family, words, paths)
-            if own:
+            if own and _step_in_card(folder) != state["step"]:
                 _remove_others(folder, base.family, states, forms, name)
             _write_card(cfg, base, states, words, state, folder, name)
     return formats.FORMATS[forms[0]].path(folder, name)
@@ -122,7 +122,9 @@ def _check_free(
         if path.resolve() in kept:
             raise ConfigError(f"the export would replace the adapter itself, {path}; give another --out")
         if not _is_ours(path):
-            raise ConfigError(f"{path} is there, and no export wrote it; remove it, or give another --out")
+            raise ConfigError(
+                f"{path} is there, and no export of this version wrote it; remove it, or give another --out"
+            )
 
 
 def _is_ours(path: Path) -> bool:
@@ -136,20 +138,26 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
+def _step_in_card(folder: Path) -> int | None:
+    """The step of what is in a run's export; None without a card that says it."""
+    text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    found = re.search(r"^\| steps \| (\d+) of ", text, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
 def _remove_others(folder: Path, family: Family, states: States, forms: Sequence[str], name: str) -> None:
-    """Remove what an earlier export of the run wrote and this one does not: it may be of another step."""
+    """Remove what an export of another step wrote and this one does not."""
     written = {formats.FORMATS[form].path(folder, name) for form in forms}
     named = [form.path(folder, each) for form in formats.FORMATS.values() if form.file
              for each in (name, formats.OLD_NAME)]  # fmt: skip
     unwritten = set(family.adaptable) - (states.keys() if "peft" in forms else set())
-    named += [
-        folder / part / file for part in unwritten for file in (peft_folder.WEIGHTS, peft_folder.CONFIG)
-    ]
-    for path in set(named) - written:
-        path.unlink(missing_ok=True)
-    for path in (folder / part for part in unwritten):
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+    named += [folder / part / peft_folder.WEIGHTS for part in unwritten]
+    for path in {path for path in named if path.is_file() and _is_ours(path)} - written:
+        path.unlink()
+        if path.name == peft_folder.WEIGHTS:
+            (path.parent / peft_folder.CONFIG).unlink(missing_ok=True)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def _write_card(

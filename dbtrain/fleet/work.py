@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from math import ceil, inf
 from pathlib import Path
@@ -89,7 +89,7 @@ class Work:
                     own = None if name in self.bad else entry.cfg
                     if own and Inputs.find(own, self.base).trained_to(own):
                         export.finish(own)
-                        hub.push(own)
+                        _push(own)
                         self.done.add(name)
         for done, bad in dist.gather_json([list(self.done), self.bad]):
             self.done.update(done)
@@ -188,7 +188,7 @@ class Work:
             self._fail(_name(cfg), *problem.problems)
         else:
             export.finish(cfg, held=True)
-            hub.push(cfg)
+            _push(cfg)
             self.done.add(_name(cfg))
         self._release(_name(cfg))
 
@@ -234,6 +234,11 @@ class Work:
             self.entries[entry.name] = entry
             if entry.problem:
                 self._fail(entry.name, entry.problem)
+        # One without a name that can be one has another once that is mended.
+        for name in self.entries.keys() - {entry.name for entry in found}:
+            if not self.entries[name].cfg:
+                del self.entries[name]
+                self.bad.pop(name, None)
         if self.rank == 0:
             try:
                 self.bar.show(self.write_status())
@@ -245,8 +250,8 @@ class Work:
         note = RunFolder(self.folder / entry.name).failed
         self.bad.pop(entry.name, None)
         self.early.discard(entry.name)
-        with self.failing(entry.name):
-            if note.is_file() and note.read_text() == f"{entry.problem}\n":
+        with self.failing(entry.name), suppress(FileNotFoundError):  # another rank was faster
+            if note.read_text() == f"{entry.problem}\n":
                 note.unlink()
 
     def write_status(self) -> Status:
@@ -267,6 +272,15 @@ class Work:
                 now |= {"state": "failed", "problem": self.bad[name]}
             subjects.append(one.changed(steps=steps, **now))
         return Status(self.slots, tuple(subjects))
+
+
+def _push(cfg: Config) -> None:
+    """Push a subject's export to the Hub, unless it was pushed as it is now."""
+    run = RunFolder(cfg.run_dir)
+    what = f"repo {cfg.hub.repo}\n{run.done.read_text()}"
+    if cfg.hub.repo and not (run.pushed.is_file() and run.pushed.read_text() == what):
+        hub.push(cfg)
+        files.write_atomically(run.pushed, what)
 
 
 def _name(cfg: Config) -> str:

@@ -12,7 +12,7 @@ from dbtrain.data.sizes import Size, Sized
 from dbtrain.models.base import Base
 from dbtrain.prepare import prompts
 from dbtrain.prepare.subjects import parts
-from dbtrain.runtime import hashing
+from dbtrain.runtime import dist, hashing, preemption
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.hashing import content_key
 
@@ -25,10 +25,11 @@ def check_sizes(base: Base, prepare: Prepare) -> None:
 
 
 def check_readable(cfg: Config, every: Sequence[Sequence[Path]]) -> None:
-    """Read all photos, captions and masks. Raises ConfigError for those that cannot be used."""
+    """Read this rank's share of the photos, captions and masks. Raises ConfigError for unusable ones."""
     problems: list[str] = []
     for part, paths in zip(parts(cfg)["instance"], every, strict=True):
-        for path in paths:
+        for path in paths[dist.rank() :: dist.world()]:
+            preemption.check()
             try:
                 photos.load(path, str)  # what it tells is told when it is encoded
                 prompts.of_photo(path, part.prepare, part.words, cfg.seed)

@@ -84,6 +84,8 @@ def prepare_all(cfgs: Sequence[Config]) -> list[str | None]:
         for number in states.well:
             with states.trying(number):
                 tasks[number] = Task.of(cfgs[number], found[cfgs[number].model], paths[number])
+                if len(cfgs) == 1:  # where there are several, none waits for the class images of one alone
+                    tasks[number].check_photos()
     states.agree()
 
     _find_class_images(tasks, states)

@@ -65,9 +65,15 @@ class Task:
             folder.mkdir(parents=True, exist_ok=True)
             with files.naming(folder):
                 tempfile.TemporaryFile(dir=folder).close()
-            if cfg.prepare.has_class_images:
-                images.check_readable(cfg, photos)
         return cls(cfg, cfg.prepare, base, storage, folder, photos)
+
+    def check_photos(self) -> None:
+        """Read this rank's share of the photos, if class images may have to be generated before the shards.
+
+        Raises ConfigError for those that cannot be encoded.
+        """
+        if self.settings.has_class_images and not (self.folder / shards.MANIFEST).exists():
+            images.check_readable(self.cfg, self.photos)
 
     def plan(self) -> bool:
         """Plan on rank 0, and find what is there; return whether a shard or the prompt table is missing."""

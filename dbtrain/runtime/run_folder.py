@@ -54,6 +54,7 @@ class RunFolder:
         self.best = self.path / "best.json"  # exists in a run that looks for its best step
         self.done = self.path / "DONE"  # exists once the run is trained and exported
         self.failed = self.path / "FAILED"  # in a fleet: exists, and says why, once the run cannot go on
+        self.pushed = self.path / "PUSHED"  # in a fleet: what was pushed to the Hub, and where to
         self.preempted = self.path / "PREEMPTED"  # exists while the same command has to be run again
 
     def table(self, name: str) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from math import inf
 from typing import Any
 
@@ -14,6 +15,7 @@ from dbtrain.config import Config
 from dbtrain.evaluate.choice import Rows
 from dbtrain.evaluate.scoring import Scoring
 from dbtrain.runtime import files
+from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.run_folder import RunFolder, read_lines, step_of
 from dbtrain.train import due
 
@@ -48,9 +50,13 @@ def contenders(cfg: Config, fingerprint: Mapping[str, Any], scoring: Scoring | N
 def _choosable(cfg: Config, scoring: Scoring | None, rows: Rows) -> Rows:
     """The rows after step 0, without those that could be the best but have no checkpoint.
 
-    A run that began with `train.stop: steps` did not save all of them, or deleted some.
+    A run that began with `train.stop: steps` did not save all of them, or deleted some. What was chosen stays
+    so, also if its checkpoint has been deleted since.
     """
-    kept = set(map(step_of, RunFolder(cfg.run_dir).checkpoints()))
+    run = RunFolder(cfg.run_dir)
+    kept = set(map(step_of, run.checkpoints()))
+    with suppress(ConfigError):  # damaged: it is written again
+        kept |= {best["step"] for best in [run.read_best()] if best}
     rows = [row for row in rows if row["step"] > 0]
     while scoring and rows and (gone := scoring.rule.contenders(rows) - kept):
         rows = [row for row in rows if row["step"] not in gone]

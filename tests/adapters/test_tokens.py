@@ -272,7 +272,7 @@ def test_embeddings_that_are_no_words_of_the_base_are_not_the_adapter_s(
     assert [word.text for word in word_file.read(adapter, found.family, found.skeleton)] == ["mine"]
 
 
-def test_adapters_in_one_folder_have_words_of_their_own(tmp_path: Path) -> None:
+def test_adapters_in_one_folder_have_words_of_their_own(tmp_path: Path, caplog: Any) -> None:
     """Programs list many adapters in one folder, and exports of several runs may have the same."""
     found, names = base("sd"), ("one", "two", "none")
     paths = {name: tmp_path / f"{name}.safetensors" for name in names}
@@ -291,8 +291,13 @@ def test_adapters_in_one_folder_have_words_of_their_own(tmp_path: Path) -> None:
     assert read() == [["sks"], ["ohwx"], []]
     write("sks", 1.0, "two")  # the same word in another format's file
     assert read() == [["sks"], ["ohwx", "sks"], []]
+    assert not caplog.text
     write("sks", 2.0, "two")  # a word of its own
     assert read() == [[], ["ohwx", "sks"], []]
+    assert f"was the word of {paths['one']}, which loses it" in caplog.text and "left out" not in caplog.text
+    save_file({"x": torch.full((1,), 9.0)}, paths["two"])
+    assert read() == [[], [], []]
+    assert f"ohwx.safetensors is left out: {paths['two']} is not the file it is for" in caplog.text
 
 
 def test_words_of_two_text_encoders_are_named_as_programs_name_them() -> None:

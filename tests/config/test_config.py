@@ -86,10 +86,7 @@ def test_a_wrong_value_is_named(tmp_path: Path, override: str, told: str) -> Non
     assert any(told in line for line in problems(tmp_path, MINIMAL, override))
 
 
-def test_a_rate_of_something_that_is_not_trained_is_refused(tmp_path: Path) -> None:
-    (line,) = problems(tmp_path, MINIMAL, "optim.text_encoder_lr=1e-5", "adapter.token={}", "subject.token=a")
-    assert line.startswith("optim.text_encoder_lr is 1e-05, but adapter.text_encoder is null")
-    assert load(tmp_path, MINIMAL, "optim.text_encoder_lr=1e-5", "adapter.text_encoder={}")
+def test_lora_plus_is_for_lora(tmp_path: Path) -> None:
     up = "optim.lora_plus_ratio=4"
     for kind in ("loha", "lokr"):
         (line,) = problems(tmp_path, MINIMAL, up, f"adapter.kind={kind}")

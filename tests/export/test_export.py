@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,7 +264,9 @@ def test_an_export_replaces_only_what_one_wrote(make: Make, tmp_path: Path) -> N
         "README.md",
     ):
         (loras / name).write_bytes(b"mine")
-        with pytest.raises(ConfigError, match=f"{name} is there, and no export wrote it; remove it, or give"):
+        with pytest.raises(
+            ConfigError, match=f"{name} is there, and no export of this version wrote it; remove"
+        ):
             export(cfg, out=loras)
         assert {path: path.read_bytes() for path in before} == before | {loras / name: b"mine"}
         (loras / name).write_bytes(before[loras / name])
@@ -303,9 +306,9 @@ def test_an_export_from_a_checkpoint_is_the_export_of_the_live_run(make: Make, t
     assert not all(torch.equal(earlier[name], tensors[name]) for name in tensors)
 
 
-def test_an_export_removes_the_run_s_files_of_other_formats(make: Make, tmp_path: Path) -> None:
-    cfg = make(train__steps=1, export__formats=["diffusers", "peft"])
-    folder = train(cfg) / "export"
+def test_an_export_removes_what_the_run_wrote_of_another_step(make: Make, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"train__steps": 2, "train__checkpoint_every": 1}
+    folder = train(make(**settings, export__formats=["diffusers", "peft"])) / "export"
     for name in ("notes.txt", "other.safetensors", "unet/notes.txt"):
         (folder / name).touch()
     mine = {Path(name) for name in ("README.md", "notes.txt", "other.safetensors", "unet/notes.txt")}
@@ -313,16 +316,19 @@ def test_an_export_removes_the_run_s_files_of_other_formats(make: Make, tmp_path
     def there(at: Path) -> set[Path]:
         return {path.relative_to(at) for path in at.rglob("*") if path.is_file()}
 
-    cfg = make(train__steps=1, export__formats=["kohya"])
+    cfg = make(**settings, export__formats=["kohya"])
     copy = shutil.copytree(folder, tmp_path / "copy")
-    export(cfg, out=copy)
-    assert there(copy) == there(folder) | {Path("run.safetensors")}
-    assert export(cfg) == find(folder.parent) == folder / "run.safetensors"
+    export(cfg, 1, out=copy)
+    every = there(folder)
+    assert there(copy) == every | {Path("run.safetensors")}, "another folder is the user's"
+    export(cfg)
+    assert there(folder) == every | {Path("run.safetensors")}, "of the same step"
+    assert export(cfg, 1) == find(folder.parent) == folder / "run.safetensors"
     assert there(folder) == mine | {Path("run.safetensors")}
     (folder / "unet/notes.txt").unlink()
-    export(make(train__steps=1, export__formats=["peft"]))
+    export(make(**settings, export__formats=["peft"]))
     assert not (folder / "run.safetensors").exists() and (folder / "unet/adapter_config.json").is_file()
-    export(make(train__steps=1))
+    export(make(**settings), 1)
     assert there(folder) == mine - {Path("unet/notes.txt")} | {Path(FILE)} and not (folder / "unet").exists()
 
 

@@ -105,13 +105,15 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     fleet.add(0, 7)
     assert dbtrain(*fleet.line("b")).returncode == 0
     assert fleet.results("a", (2, 3)) == fleet.results("b", (2, 3))
-    # Once more, with a repository: those that are done are pushed as well, and do not change.
+    # Once more, with a repository: those that are done are pushed as well, once, and do not change.
     before = tree(fleet.folder / "a" / "s3")
     with test_hub.serving() as hub:
         where = test_hub.environment(hub, fleet.folder)
-        assert dbtrain(*fleet.line("a", "hub.repo=me/pets"), **where).returncode == 0
-        assert [path for path, _ in hub.asked].count("/api/repos/create") == 4
-    assert tree(fleet.folder / "a" / "s3") == before
+        for _ in range(2):
+            assert dbtrain(*fleet.line("a", "hub.repo=me/pets"), **where).returncode == 0
+            assert [path for path, _ in hub.asked].count("/api/repos/create") == 4
+    after = tree(fleet.folder / "a" / "s3")
+    assert after.pop("PUSHED").startswith(b"repo me/pets-s3\n") and after == before
     # Longer.
     assert dbtrain(*fleet.line("a", "train.steps=5")).returncode == 0
     assert RunFolder(run).checkpoint(5).is_dir()

@@ -44,6 +44,28 @@ def test_a_row_that_comes_before_its_photos_is_trained_once_they_are_there(
     assert "mug" not in work.early, "its shards are still to be made"
 
 
+def test_an_entry_whose_name_is_mended_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another rank has removed the note of its problem before."""
+    monkeypatch.setattr(works, "LOOK_S", 0.0)
+    monkeypatch.setattr(works, "SETTLED_S", 0.0)
+    for name in ("mug", "cat"):
+        (tmp_path / name).mkdir()
+        draw_photo(tmp_path / name / "0.png", len(name))
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    (tmp_path / "list.yaml").write_text("- {photos: mug, name: a/b}\n- {photos: cat, steps: 0}\n")
+    request = Request(tmp_path / "c.yaml", tmp_path / "list.yaml", watch=True)
+    work = Work(request, tmp_path / "runs", request.read())
+    for name, entry in work.entries.items():
+        work._fail(name, entry.problem or "")
+    assert [*work.bad] == ["entry 1", "cat"]
+    (tmp_path / "list.yaml").write_text("- {photos: mug, name: ab}\n- {photos: cat, steps: 2}\n")
+    (tmp_path / "runs" / "cat" / "FAILED").unlink()
+    with closing(Bar(work._status(), 1)) as work.bar:
+        work._look()
+    assert sorted(work.entries) == ["ab", "cat"] and not work.bad
+    assert all(map(work._is_open, work.entries))
+
+
 @pytest.mark.parametrize(
     ("state", "step", "count"),
     [

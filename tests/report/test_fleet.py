@@ -159,6 +159,7 @@ def test_rows_are_sorted_by_name_state_and_score(browser: Page, page_file: Path)
 def test_the_curves_of_all_are_drawn_when_they_are_unfolded(browser: Page, page_file: Path) -> None:
     page = browser.open(page_file)
     page.click("#curves summary")
+    page.wait(lambda: bool(page.texts(".chart h4")), 60)  # the browser tells the page later
     titles = page.texts(".chart h4")
     assert titles == ["Training loss, instance images", "Training loss, class images"]
     assert len(page.texts(".chart:first-of-type .legend button")) == 33

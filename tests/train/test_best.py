@@ -180,6 +180,9 @@ def test_only_steps_with_a_checkpoint_can_be_the_best(
     assert best.decide(cfg, {}, found, 4) == stops
     assert run.read_best()["step"] == wanted  # type: ignore[index]
     assert best.contenders(cfg, {}, found) == {wanted}
+    shutil.rmtree(run.checkpoint(wanted))
+    assert best.decide(cfg, {}, found, 4) == stops, "deleted once it was exported"
+    assert run.read_best()["step"] == wanted  # type: ignore[index]
 
 
 @pytest.mark.slow

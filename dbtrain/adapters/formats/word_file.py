@@ -26,7 +26,7 @@ from dbtrain.adapters.tokens import OLD_END, Rows, Word, Words
 from dbtrain.config.subject_words import LEARNABLE
 from dbtrain.models.base import Base
 from dbtrain.models.families.family import Family
-from dbtrain.runtime import files, hashing
+from dbtrain.runtime import console, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 
 FOLDER, CHECKPOINT = "embeddings", "tokens.safetensors"
@@ -48,6 +48,8 @@ def write(folder: Path, family: Family, words: Words, adapters: Sequence[Path] =
             header, there = _opened(path, "")
             if there.keys() == named.keys() and all(torch.equal(there[name], named[name]) for name in named):
                 hashes |= set(header.get(ADAPTERS, "").split())
+            elif owner := _owner(path, header, adapters):
+                console.warn(f"{path} was the word of {owner}, which loses it; export into separate folders")
         header = {"format": "pt"} | ({ADAPTERS: " ".join(sorted(hashes))} if hashes else {})
         data = safetensors.torch.save(named, header)
         files.write_atomically(path, files.sorted_header(data, {CONFIGS: "{}"}))
@@ -57,6 +59,13 @@ def _hashes(adapter: Path) -> set[str]:
     """The sha256 of the file of an adapter, or of those in PEFT's folder."""
     paths = [adapter, adapter / peft_folder.WEIGHTS, *adapter.glob(f"*/{peft_folder.WEIGHTS}")]
     return {hashing.sha256_of(path) for path in paths if path.is_file()}
+
+
+def _owner(path: Path, header: Mapping[str, str], but: Sequence[Path] = ()) -> Path | None:
+    """An adapter that a word's file in an export's folder is for, `but` not one of these; None without."""
+    hashes = header.get(ADAPTERS, "").split()
+    there = set(path.parent.parent.glob("*.safetensors") if hashes else ()) - {*but}
+    return next((adapter for adapter in there if not _hashes(adapter).isdisjoint(hashes)), None)
 
 
 def bundled(family: Family, words: Words) -> dict[str, Tensor]:
@@ -132,6 +141,8 @@ def read(adapter: Path, family: Family, skeleton: Callable[[str], Any]) -> Words
             try:
                 header, tensors = _opened(path, start)
                 if not start and not _belongs(header, tensors, path.stem, adapter, family, width):
+                    if ADAPTERS in header and not _owner(path, header):
+                        console.warn(f"the word in {path} is left out: {adapter} is not the file it is for")
                     continue
                 found = _words(header, tensors, "" if start else path.stem, family)
                 for word in found:
