@@ -52,6 +52,7 @@ def matched() -> dict[str, dict[str, list[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_presets_select_the_modules_of_the_golden_file() -> None:
     """`python -m tests.adapters.test_inject` writes it anew: then read the difference."""
     assert matched() == json.loads(GOLDEN.read_text())

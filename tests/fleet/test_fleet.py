@@ -84,6 +84,7 @@ def fleet(make: Make, tmp_path: Path) -> Fleet:
     return Fleet(tmp_path, tmp_path / "c.yaml")
 
 
+@pytest.mark.slow
 def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     """It is what the run alone is, whoever trains with it; reports and other verbs know it."""
     fleet.add(1, 2, 3)
@@ -119,6 +120,7 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     assert RunFolder(run).checkpoint(5).is_dir()
 
 
+@pytest.mark.slow
 def test_all_are_scored_on_a_base_that_is_loaded_once(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the scores of each by itself; one that cannot be scored stops no other."""
     fleet.add(1, 2, 3)
@@ -190,6 +192,7 @@ def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
     assert fleet.results("whole", (1, 2, 3), 40) == fleet.results("stopped", (1, 2, 3), 40)
 
 
+@pytest.mark.slow
 def test_a_rank_without_work_waits_for_the_others(fleet: Fleet) -> None:
     """Then it is stopped with them, although the signal is not its own, and scores its share."""
     fleet.add(1, 2, 3)

@@ -300,6 +300,7 @@ def as_encoded(pipe: Any, table: dict[str, Tensor], prompt: int) -> dict[str, Te
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thinned(FLOW, 8))
 def test_samples_are_the_stock_pipeline_s(name: str) -> None:
     base = found(name)

@@ -204,6 +204,7 @@ def test_ranks_agree_on_the_sizes_and_a_resumed_run_goes_on_bit_for_bit(
             assert whole[name] == resumed[name], name
 
 
+@pytest.mark.slow
 def test_square_class_images_are_batches_of_their_own(make: Make, shapes: Path) -> None:
     cfg = configured(make, shapes, prepare__class_buckets=False, train__micro_batch=2)
     folder = prepare(cfg)

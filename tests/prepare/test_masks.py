@@ -204,6 +204,7 @@ def test_no_gradient_from_outside_the_mask(make: Make, folder: Path, base: str) 
     assert (gradient[2:].abs().amax(1) > 0).float().mean() > 0.99, "class rows have no mask"
 
 
+@pytest.mark.slow
 def test_a_run_with_masks_and_one_whose_background_counts_fully(make: Make, folder: Path) -> None:
     runs = {}
     for name, changes in {

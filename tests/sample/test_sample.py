@@ -99,6 +99,7 @@ def test_a_sheet_is_drawn_again_only_when_something_changed(
     assert sheet.stat().st_mtime_ns != stamp
 
 
+@pytest.mark.slow
 def test_a_base_that_is_kept_gives_the_images_of_one_loaded_anew(
     make: Make, runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,6 +177,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     assert not pipe.names()
 
 
+@pytest.mark.slow
 def test_a_run_folder_may_have_any_name(make: Make, tmp_path: Path, prepared: Path) -> None:
     """`run` takes its folder as it is, where `--adapter` would read a scale or a mix."""
     shutil.copytree(prepared, tmp_path / "shards")
@@ -231,6 +233,7 @@ def adapter(base: Base, folder: Path, **settings: Any) -> Path:
     return formats.write("peft", folder, base.family, states)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_swapped_or_loaded_only_to_encode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def left(cfg: Config) -> dict[str, bytes]:
     return {str(path.relative_to(run.path)): path.read_bytes() for path in paths}
 
 
+@pytest.mark.slow
 def test_it_stops_and_exports_the_best(whole: Config) -> None:
     run = RunFolder(whole.run_dir)
     found = lines(run)

@@ -69,6 +69,7 @@ def bare(dtype: torch.dtype) -> int:
 LORA_OPS = 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", *map(slow, ("fp32", "pure-bf16"))])
 def test_a_micro_step_launches_the_denoiser_and_lora_and_little_else(precision: str) -> None:
     """No weight of the base is cast again, no input of an adapter, and no adapter but all at once."""

@@ -95,6 +95,7 @@ def test_a_large_prompt_table_stays_on_the_host_also_for_trained_encoders(
         torch.testing.assert_close(large(batch), small(batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [None, {"rank": 2}], ids=["frozen", "trained"])
 def test_a_table_on_the_host_is_predicted_to_take_none_of_the_device(
     make: Make, monkeypatch: pytest.MonkeyPatch, text: dict[str, Any] | None

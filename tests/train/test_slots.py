@@ -270,6 +270,7 @@ def test_a_stopped_run_goes_on_with_others_elsewhere(
     assert apart(tmp_path / "d", tmp_path / "a1") < 1e-3
 
 
+@pytest.mark.slow
 def test_validation_is_that_of_the_run(make: Make, tmp_path: Path) -> None:
     """Images and held-out losses in slots are those of the same adapter alone."""
     config = configs_of(
@@ -351,6 +352,7 @@ def assert_alike(one: Path, other: Path, most: int = 2) -> None:
         assert max(high for _, high in difference.getextrema()) <= most, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", thinned([name for name in bases.OF_FAMILY if name != "deepfloyd-2"], 12))
 def test_images_for_validation_share_batches(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str

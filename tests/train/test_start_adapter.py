@@ -163,6 +163,7 @@ def test_what_cannot_go_on_says_what_to_set(
         start_adapter.check(found(), cfg)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_without_the_file_and_not_with_another(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_run_resumes_without_the_file_and_not_with_another(
     assert any(t[:, 2:].any() for n, t in weights.items() if "lora_B" in n), "the new ranks are trained"
 
 
+@pytest.mark.slow
 def test_subjects_of_a_fleet_start_from_files_of_their_own(make: Make, tmp_path: Path) -> None:
     config = configs_of(make, adapter__targets=["to_q"])
     paths = [

@@ -146,6 +146,7 @@ def test_a_run_is_the_same_to_the_byte(make: Make, tmp_path: Path, name: str) ->
     assert runs["mixed"] == runs["resident"]
 
 
+@pytest.mark.slow
 def test_a_training_adapter_is_left_out_of_swapped_blocks_too(make: Make, tmp_path: Path) -> None:
     """Its layers are exchanged in host memory, and copied anew."""
     given = train(configs_of(make)(run_dir=str(tmp_path / "given"), train__steps=1, optim__lr=0.1))
