@@ -186,13 +186,8 @@ SMOKE = {
 
 @pytest.mark.usefixtures("forks")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the smoke runs are for CPUs")
-@pytest.mark.parametrize(
-    "script",
-    [prior, *map(slow, (
-        throughput, ladder, data, end_to_end, fleet, memory, quantization, text_encoders, prior_step,
-    ))],
-    ids=lambda script: script.__name__.rpartition(".")[2],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SMOKE, ids=lambda script: script.__name__.rpartition(".")[2])
 def test_each_benchmark_runs_small(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, measure = SMOKE[script]
     monkeypatch.setattr(ladder, "LADDER", (ladder.LADDER[0], ladder.LADDER[8]))

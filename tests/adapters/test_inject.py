@@ -330,6 +330,7 @@ class Harm:
         return Path.touch, (Path("canary"),)
 
 
+@pytest.mark.slow
 def test_files_that_are_no_adapter_of_this_base(run: tuple[Config, Path], tmp_path: Path) -> None:
     cfg, folder = run
     tensors = load_file(folder / "export" / FILE)

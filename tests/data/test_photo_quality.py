@@ -23,6 +23,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
     return [Image.open(path).resize((480, 400), Image.Resampling.NEAREST) for path in drawn]
 
 
+@pytest.mark.slow
 def test_photos_are_sharp_until_they_are_blurred(pictures: list[Image.Image]) -> None:
     for picture in pictures:
         radius = 0.02 * min(picture.size)
@@ -30,6 +31,7 @@ def test_photos_are_sharp_until_they_are_blurred(pictures: list[Image.Image]) ->
         assert quality_of(picture.filter(ImageFilter.GaussianBlur(radius))).sharpness < SHARP / 2
 
 
+@pytest.mark.slow
 def test_a_sharp_subject_before_a_blurred_background_is_sharp() -> None:
     real = [Image.open(path).convert("RGB") for path in sorted(REAL_PHOTOS.glob("*/*.jpg"))]
     for picture in (_wide(105), *real):

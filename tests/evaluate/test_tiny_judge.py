@@ -51,6 +51,7 @@ def scores_of(
     return tiny_judge.judged(Judge.load(), "mug", world.photos("mug"), base, kept, subject, placed, real)
 
 
+@pytest.mark.slow
 def test_a_perfect_run() -> None:
     scores = scores_of(drawn(OTHERS), of_subject("mug", 200))
     assert scores.closed == pytest.approx(1, abs=0.1)
@@ -60,6 +61,7 @@ def test_a_perfect_run() -> None:
     assert scores.class_change == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.slow
 def test_a_run_that_learnt_nothing_and_one_that_lost_its_class() -> None:
     mugs = drawn(MUGS)
     nothing = scores_of(mugs[:24], mugs)
@@ -153,6 +155,7 @@ def test_the_frechet_distance_is_the_published_formula_and_takes_fewer_images_th
     assert frechet(one[:3], one[:3]) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_that_ignores_the_place() -> None:
     assert scores_of(of_subject("mug", 400), of_subject("mug", 200), wrong_places=1).place < 0.05
 

@@ -374,6 +374,7 @@ def test_lycoris_files_round_trip(make: Make, tmp_path: Path, kind: str, targets
     assert (loaded - ours).abs().max() <= 1e-4 * ours.abs().max()
 
 
+@pytest.mark.slow
 def test_if_stage_2_sees_the_small_image_or_as_the_reference_itself(make: Make, tmp_path: Path) -> None:
     cfg = configured(make, tmp_path, "if-2")
     prepare(cfg)

@@ -292,6 +292,7 @@ def test_training_losses_stay_close(make: Make, prepared: Path, precision: str, 
     torch.testing.assert_close(losses[1], losses[0], rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 def test_a_run_may_change_to_it_and_its_export_holds_the_adapter_only(make: Make) -> None:
     prepare(make())
     train(make(train__steps=2))

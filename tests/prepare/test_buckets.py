@@ -271,6 +271,7 @@ def test_a_crop_covers_its_size_exactly() -> None:
     assert files.pixels(photo, crop, size).min() == 1.0, "no border"
 
 
+@pytest.mark.slow
 def test_validation_images_have_the_sizes_in_turn(make: Make, shapes: Path) -> None:
     cfg = configured(make, shapes, train__steps=1, train__checkpoint_every=1, sample__batch=3,
                      validation__prompts=["a photo of sks dog"], validation__images=7)  # fmt: skip

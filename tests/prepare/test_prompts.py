@@ -99,6 +99,7 @@ def captioned(make: Make, photo: Path) -> Config:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_draws_prompts_by_position(captioned: Config) -> None:
     """10,000 positions: each caption and each place of a tag as often as asked for, whatever the ranks."""
     folder = prepare(captioned)

@@ -126,6 +126,7 @@ def test_no_colour_stands_for_two_runs(browser: Page, many: Path, theme: str) ->
     assert strokes == swatches, "the same in table and curves"
 
 
+@pytest.mark.slow
 def test_a_heading_sorts_the_runs(browser: Page, many: Path) -> None:
     page = browser.open(many)
     names = [f"run-{number:02d}" for number in range(MANY) if number != UNSCORED]

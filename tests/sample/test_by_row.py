@@ -149,6 +149,7 @@ def test_each_adapter_reads_its_own_word(tmp_path: Path) -> None:
     assert pipe.scales == {"one": 1.0} and [word.text for word in pipe.spoken] == ["sks"]
 
 
+@pytest.mark.slow
 def test_images_with_the_adapters_in_use_leave_them_merged(tmp_path: Path) -> None:
     pipe = with_two(AdapterPipeline.load(str(bases.sd())), tmp_path)
     merged = lambda: any(layer.merged for layer in pipe._layers())  # noqa: E731
@@ -162,6 +163,7 @@ def test_images_with_the_adapters_in_use_leave_them_merged(tmp_path: Path) -> No
     assert not merged() and pipe.scales == {"one": 1.0}
 
 
+@pytest.mark.slow
 def test_what_cannot_share_a_batch_is_refused(tmp_path: Path) -> None:
     pipe = with_two(AdapterPipeline.load(str(bases.z_image())), tmp_path)
     for name, settings in {"text": {"targets": "cap_embedder.*"}, "bias": {"bias": "all"}}.items():

@@ -40,6 +40,7 @@ def pixels(pipe: AdapterPipeline, seeds: tuple[int, ...] = (0,)) -> list[np.ndar
     return [np.asarray(p) for p in pipe.generate(["a photo of sks dog"] * len(seeds), seeds, steps=2)]
 
 
+@pytest.mark.slow
 def test_adapters_are_switched_mixed_and_taken_off_one_base(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(runs: list[Path]) ->
     assert not np.array_equal(together[0], together[1])
 
 
+@pytest.mark.slow
 def test_the_sheet_and_its_pictures(make: Make, runs: list[Path], tmp_path: Path) -> None:
     cfg = make(sample__images=3, sample__seed=5)
     mixes = [Mix.parse(t) for t in ("none", f"{runs[0]}:0.5", f"{runs[0]}:1+{runs[1]}:0.25")]
@@ -87,6 +89,7 @@ def test_the_sheet_and_its_pictures(make: Make, runs: list[Path], tmp_path: Path
         assert picture.height > 6 * 96
 
 
+@pytest.mark.slow
 def test_a_sheet_is_drawn_again_only_when_something_changed(
     make: Make, runs: list[Path], tmp_path: Path
 ) -> None:
@@ -189,6 +192,7 @@ def test_a_run_folder_may_have_any_name(make: Make, tmp_path: Path, prepared: Pa
         assert not np.array_equal(bare, adapted)
 
 
+@pytest.mark.slow
 def test_lost_pictures_and_another_base_are_drawn_again(make: Make, runs: list[Path], tmp_path: Path) -> None:
     cfg, out = make(), tmp_path / "out"
     sheet = sample(cfg, ["a dog"], [Mix.parse(str(runs[0]))], out)

@@ -211,6 +211,7 @@ def test_a_change_that_no_step_is_left_for_is_refused(make: Make) -> None:
     train(make(train__steps=2, train__log_every=1))  # shapes nothing
 
 
+@pytest.mark.slow
 def test_a_record_has_the_settings_of_all_steps(make: Make) -> None:
     """Of the steps that were kept: one that is trained again has the settings of the second time."""
     first = make(train__steps=3, train__checkpoint_every=2)

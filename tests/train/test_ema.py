@@ -50,6 +50,7 @@ def same(one: Path, other: Path) -> bool:
     return all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
+@pytest.mark.slow
 def test_a_run_keeps_it_exports_it_and_is_not_changed_by_it(
     make: Make, tmp_path: Path, prepared: Path
 ) -> None:

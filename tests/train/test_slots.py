@@ -165,7 +165,8 @@ def test_compiled_code_serves_every_step_and_every_run(
 LONG = {"chroma": "", **dict.fromkeys(("qwen-image", "krea2", "z-image"), ", very, very far away" * 4)}
 
 
-@pytest.mark.parametrize("base", ["chroma", *map(slow, ("qwen-image", "krea2", "z-image"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", LONG)
 def test_prompts_differ_in_length(make: Make, tmp_path: Path, base: str) -> None:
     """As do those of a class and of a slot that no run is in. No run sees it of its companions by a bit."""
 

@@ -84,7 +84,7 @@ CASES: list[Any] = [
     slow("sd", {"adapter__kind": "lokr"}, 3),
     slow("sdxl", {"train__base_linears": "int8"}, 12),
     slow("sdxl", {}, 5),
-    ("flux1", {"train__base_linears": "nf4"}, 3),
+    slow("flux1", {"train__base_linears": "nf4"}, 3),
     slow("flux1", {"train__base_linears": "int8"}, 3),
     slow("flux1", {"adapter__dora": True}, 3),
     ("qwen-image", {"train__base_linears": "int8", "adapter__dora": True}, 5),
@@ -105,6 +105,7 @@ def test_swapped_blocks_train_as_resident_ones_do(
     assert same(outcome(configs(**settings)), outcome(configs(**settings, train__swap_blocks=count)))
 
 
+@pytest.mark.slow
 def test_prompts_of_several_lengths_pass_the_blocks_once_for_each(make: Make) -> None:
     settings = partial(
         make, model__path=str(bases.chroma()), prepare__class_prompt="a large photo of one dog in the snow",
@@ -266,6 +267,7 @@ def test_a_missing_wait_is_a_race(make: Make, monkeypatch: pytest.MonkeyPatch, f
     assert clocks.races > 10
 
 
+@pytest.mark.slow
 def test_a_refill_that_comes_too_early_changes_the_result(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

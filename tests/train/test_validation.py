@@ -84,6 +84,7 @@ def test_prompts_are_encoded_before_the_denoiser_takes_memory(
     assert list(RunFolder(cfg.run_dir).validation.glob("prompts-*"))
 
 
+@pytest.mark.slow
 def test_the_pictures_are_those_of_sample(make: Make, tmp_path: Path, prepared: Path) -> None:
     cfg = make(data__shards=str(prepared), validation__prompts=PROMPTS, optim__lr=1e-2)
     train(cfg)
@@ -183,6 +184,7 @@ def test_the_held_out_loss_is_the_objective_s_own(make: Make) -> None:
     assert found[-1]["by_timestep"]["instance"] != found[0]["by_timestep"]["instance"]
 
 
+@pytest.mark.slow
 def test_losses_of_another_kind_are_measured_anew_and_pictures_of_old_prompts_go(
     make: Make, tmp_path: Path
 ) -> None:
@@ -228,6 +230,7 @@ def test_prompts_are_encoded_once_and_kept_with_the_run(
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_looking_more_often_changes_nothing(make: Make, tmp_path: Path) -> None:
     cfg = make(**HELD)
     prepare(cfg)
