@@ -41,7 +41,6 @@ from dbtrain.models.families import sd
 from dbtrain.runtime import console
 from dbtrain.tiny import world
 from tests import bases
-from tests.conftest import slow
 
 FEW = ["prepare.class_images=2", "prepare.sampling.steps=2", "sample.steps=1", "validation.prompts=[]"]
 
