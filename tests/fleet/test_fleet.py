@@ -196,7 +196,7 @@ def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
 def test_a_rank_without_work_waits_for_the_others(fleet: Fleet) -> None:
     """Then it is stopped with them, although the signal is not its own, and scores its share."""
     fleet.add(1, 2, 3)
-    entries = [{"photos": f"subjects/s{number}", "steps": steps} for number, steps in ((1, 1), (2, 600))]
+    entries = [{"photos": f"subjects/s{number}", "steps": steps} for number, steps in ((1, 1), (2, 60_000))]
     (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries))
     line = fleet.line("a", "train.checkpoint_every=20")
     line[2] = fleet.folder / "list.yaml"
