@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dbtrain.adapters import targets, tokens
 from dbtrain.adapters.state import MAGNITUDE, AdapterState, patterns, plain
-from dbtrain.config.adapter import Adapter, AdapterSettings, alpha_of
+from dbtrain.config.adapter import AdapterSettings, alpha_of
 from dbtrain.models.block_swap import stored
 from dbtrain.runtime import rng
 from dbtrain.runtime.errors import ConfigError, reason
@@ -159,12 +159,6 @@ def _train_mode(module: nn.Module, cfg: AdapterSettings) -> None:
         for layer in module.modules():
             if isinstance(layer, (LoHaLayer, LoKrLayer)):
                 layer.eval()
-
-
-def drops(cfg: Adapter) -> bool:
-    """Whether any adapter uses dropout."""
-    every = (cfg, cfg.text_encoder) if cfg.text_encoder else (cfg,)
-    return any(one.dropout or one.rank_dropout or one.module_dropout for one in every)
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -98,6 +98,16 @@ class Adapter(AdapterSettings):
         "and SD 3: to the CLIPs); null: it keeps its meaning",
     )
 
+    @property
+    def every(self) -> list[AdapterSettings]:
+        """The settings of the denoiser's adapter, and of the text encoders' if there is one."""
+        return [self, self.text_encoder] if self.text_encoder else [self]
+
+    @property
+    def drops(self) -> bool:
+        """Whether any adapter uses dropout."""
+        return any(one.dropout or one.rank_dropout or one.module_dropout for one in self.every)
+
 
 # Module names of each preset, as suffixes. Names that a component does not have are ignored. Families with
 # other denoisers than UNets have their own.

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from dbtrain.config import folders, loading, subject_words
-from dbtrain.config.adapter import Adapter, AdapterSettings
+from dbtrain.config.adapter import Adapter
 from dbtrain.config.base import Section, Seed, Text, listed
 from dbtrain.config.inputs import Data, Model, Prepare
 from dbtrain.config.outputs import Evaluation, Export, Hub, Sample, Validation
@@ -155,7 +155,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _lora_plus_for_lora(self) -> Config:
         ratio = self.optim.lora_plus_ratio
-        if ratio != 1 and all(one.kind != "lora" for one in self._adapters):
+        if ratio != 1 and all(one.kind != "lora" for one in self.adapter.every):
             raise ValueError(
                 f"optim.lora_plus_ratio is {ratio:g}, which is for LoRA, but adapter.kind is "
                 f"'{self.adapter.kind}'; set optim.lora_plus_ratio=1, or adapter.kind=lora"
@@ -164,7 +164,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fresh_masks_for_every_forward(self) -> Config:
-        if not any(p.dropout or p.rank_dropout or p.module_dropout for p in self._adapters):
+        if not self.adapter.drops:
             return self
         kept = self.train.activation_memory
         # https://github.com/pytorch/pytorch/issues/190758
@@ -227,11 +227,6 @@ class Config(Section):
     def learned_words(self) -> tuple[str, ...]:
         """The tokens of the subjects whose embeddings are learned, see `adapter.token`."""
         return tuple(one.token or "" for one in self.subjects or [self.subject] if self.adapter.token)
-
-    @property
-    def _adapters(self) -> list[AdapterSettings]:
-        """The settings of the denoiser's adapter, and of the text encoders' if there is one."""
-        return [one for one in (self.adapter, self.adapter.text_encoder) if one]
 
     def each_subject(self) -> list[Config]:
         """This config, or, if it lists several subjects, one for each, with its words, photos and prompts."""

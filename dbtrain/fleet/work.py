@@ -66,11 +66,10 @@ class Work:
 
     def prepare(self) -> None:
         """Make the shards of all subjects, in one pass over all ranks. Ranks agree on what is left to do."""
-        failed = {name: RunFolder(self.folder / name).failed for name in self.entries}
-        again = dist.from_main([name for name, note in failed.items() if note.exists()])
-        for name in again if dist.is_main() else ():
+        for name in self.entries if dist.is_main() else ():
             with self.failing(name):
-                failed[name].unlink()  # it may have been mended
+                if (note := RunFolder(self.folder / name).failed).is_file():
+                    note.unlink()  # it may have been mended
         cfgs = [entry.cfg for entry in self.entries.values() if entry.cfg]
         found = dict(zip(map(_name, cfgs), prepare.prepare_all(cfgs), strict=True))
         for name, entry in self.entries.items():

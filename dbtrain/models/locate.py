@@ -108,7 +108,7 @@ def from_single_file(cfg: Model, path: Path) -> Path:
 
 @contextmanager
 def _named_safetensors(path: Path) -> Iterator[Path]:
-    """The file under a name that ends as Diffusers, which goes by it, needs it."""
+    """The file, or a link to it: Diffusers reads only names that end in `.safetensors`."""
     if path.suffix != BFL:
         yield path
         return

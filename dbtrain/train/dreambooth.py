@@ -197,7 +197,7 @@ class DreamBooth(nn.Module, Adapted):
         return cls(
             family, denoiser, encoders, objectives, prompts, space, noising, sees, dtype, left_out,
             cfg.loss.huber, cfg.learned_words,
-            any(one.module_dropout for one in (cfg.adapter, settings) if one),
+            any(one.module_dropout for one in cfg.adapter.every),
         )  # fmt: skip
 
     @property

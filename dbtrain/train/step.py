@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dbtrain.adapters import inject as adapters
 from dbtrain.config import Config
 from dbtrain.data.batch import Batch
 from dbtrain.data.dataloader import LatentStream
@@ -56,7 +55,7 @@ def compute_step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], c
     # Forward and backward passes of each micro-batch accumulate gradients.
     with parallel.unwrapped(ddp).working_copies.in_place():
         for number, batch in enumerate(batches):
-            if adapters.drops(cfg.adapter):
+            if cfg.adapter.drops:
                 step = batch.first // cfg.train.global_batch
                 alone = ("class",) if batch.first_role else ()
                 rng.seed_dropout(cfg.seed, "dropout", step, batch.first, *alone)

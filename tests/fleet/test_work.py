@@ -19,18 +19,24 @@ from tests.conftest import draw_photo
 from tests.fleet.test_listing import CONFIG
 
 
+def failed(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str) -> Work:
+    """The work on a list whose entries have all failed, which looks for mended ones each time."""
+    monkeypatch.setattr(works, "LOOK_S", 0.0)
+    monkeypatch.setattr(works, "SETTLED_S", 0.0)
+    (folder / "c.yaml").write_text(CONFIG)
+    (folder / "list.yaml").write_text(entries)
+    request = Request(folder / "c.yaml", folder / "list.yaml", watch=True)
+    work = Work(request, folder / "runs", request.read())
+    for name, entry in work.entries.items():
+        work._fail(name, entry.problem or "")
+    return work
+
+
 def test_a_row_that_comes_before_its_photos_is_trained_once_they_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But what another rank ran into meanwhile stays."""
-    monkeypatch.setattr(works, "LOOK_S", 0.0)
-    monkeypatch.setattr(works, "SETTLED_S", 0.0)
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    (tmp_path / "list.yaml").write_text("- {photos: mug}\n- {photos: cat}\n")
-    request = Request(tmp_path / "c.yaml", tmp_path / "list.yaml", watch=True)
-    work = Work(request, tmp_path / "runs", request.read())
-    for name, entry in work.entries.items():
-        work._fail(name, entry.problem or "")
+    work = failed(tmp_path, monkeypatch, "- {photos: mug}\n- {photos: cat}\n")
     with closing(Bar(work._status(), 1)) as work.bar:
         work._look()
         assert {one.state for one in work.status.subjects} == {"failed"}
@@ -46,17 +52,10 @@ def test_a_row_that_comes_before_its_photos_is_trained_once_they_are_there(
 
 def test_an_entry_whose_name_is_mended_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another rank has removed the note of its problem before."""
-    monkeypatch.setattr(works, "LOOK_S", 0.0)
-    monkeypatch.setattr(works, "SETTLED_S", 0.0)
     for name in ("mug", "cat"):
         (tmp_path / name).mkdir()
         draw_photo(tmp_path / name / "0.png", len(name))
-    (tmp_path / "c.yaml").write_text(CONFIG)
-    (tmp_path / "list.yaml").write_text("- {photos: mug, name: a/b}\n- {photos: cat, steps: 0}\n")
-    request = Request(tmp_path / "c.yaml", tmp_path / "list.yaml", watch=True)
-    work = Work(request, tmp_path / "runs", request.read())
-    for name, entry in work.entries.items():
-        work._fail(name, entry.problem or "")
+    work = failed(tmp_path, monkeypatch, "- {photos: mug, name: a/b}\n- {photos: cat, steps: 0}\n")
     assert [*work.bad] == ["entry 1", "cat"]
     (tmp_path / "list.yaml").write_text("- {photos: mug, name: ab}\n- {photos: cat, steps: 2}\n")
     (tmp_path / "runs" / "cat" / "FAILED").unlink()

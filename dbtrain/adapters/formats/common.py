@@ -17,9 +17,7 @@ from dbtrain.runtime.errors import ConfigError
 
 States = Mapping[str, AdapterState]  # by component
 Names = Callable[[str], Mapping[str, int]]  # component -> all its modules, and how many outputs each has
-CONFIGS = (
-    "dbtrain"  # key in the header of every file: PEFT's config of each component, where it is not elsewhere
-)
+CONFIGS = "dbtrain"  # key in every file's header: PEFT's config of each component, unless it is elsewhere
 MOST_PATTERNS = 1000  # more than any base has layers
 
 
