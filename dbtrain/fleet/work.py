@@ -233,11 +233,10 @@ class Work:
             self.entries[entry.name] = entry
             if entry.problem:
                 self._fail(entry.name, entry.problem)
-        # One without a name that can be one has another once that is mended.
+        # One that had a problem is gone from the list, has another name now, or its photos are being copied.
         for name in self.entries.keys() - {entry.name for entry in found}:
             if not self.entries[name].cfg:
-                del self.entries[name]
-                self.bad.pop(name, None)
+                self._forget(self.entries.pop(name))
         if self.rank == 0:
             try:
                 self.bar.show(self.write_status())

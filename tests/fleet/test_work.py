@@ -32,8 +32,9 @@ def failed(folder: Path, monkeypatch: pytest.MonkeyPatch, entries: str) -> Work:
     return work
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["there", "being copied first"])
 def test_a_row_that_comes_before_its_photos_is_trained_once_they_are_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool
 ) -> None:
     """But what another rank ran into meanwhile stays."""
     work = failed(tmp_path, monkeypatch, "- {photos: mug}\n- {photos: cat}\n")
@@ -43,6 +44,10 @@ def test_a_row_that_comes_before_its_photos_is_trained_once_they_are_there(
         for number, name in enumerate(work.entries):
             (tmp_path / name).mkdir()
             draw_photo(tmp_path / name / "0.png", number)
+        if copied:  # this look comes while they are
+            monkeypatch.setattr(works, "SETTLED_S", inf)
+            work._look()
+            monkeypatch.setattr(works, "SETTLED_S", 0.0)
         (tmp_path / "runs" / "cat" / "FAILED").write_text("the loss is NaN\n")
         work._look()
     assert {name: work._is_open(name) for name in work.entries} == {"mug": True, "cat": False}
