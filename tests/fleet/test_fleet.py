@@ -22,10 +22,11 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.fleet_status import Status
 from dbtrain.runtime.run_folder import SCORES, RunFolder, step_of
 from dbtrain.sample.sample import Kept
-from tests import eyes
+from tests import bases, eyes
 from tests.conftest import Make, Started, dbtrain, draw_photo, train
 from tests.export import test_hub
 from tests.runs import EXPORT, relative, tree
+from tests.session import once
 
 KILLS = int(os.environ.get("DBTRAIN_KILLS", "6")) // 6  # moments, for one rank and for two
 
@@ -59,10 +60,23 @@ class Fleet:
             run = RunFolder(self.folder / name / f"s{number}")
             for part in (run.export, run.checkpoint(step), run.path / "shards"):
                 found |= {
-                    f"{number} {path}": data for path, data in tree(part).items() if path != "README.md"
+                    f"{number} {path}": data.replace(bytes(self.folder), b"")
+                    for path, data in tree(part).items()
+                    if path != "README.md"
                 }
             found[f"{number} metrics"] = run.table("metrics").read_bytes()
         return found
+
+
+def undisturbed(fleet: Fleet) -> Fleet:
+    """One whose subjects 1 to 5 nothing happened to, in "whole"."""
+
+    def fill(folder: Path) -> None:
+        whole = Fleet(folder, fleet.config)
+        whole.add(1, 2, 3, 4, 5)
+        assert dbtrain(*whole.line("whole")).returncode == 0
+
+    return Fleet(once("fleet-undisturbed", fill), fleet.config)
 
 
 def scored() -> list[str]:
@@ -75,8 +89,9 @@ def scored() -> list[str]:
 @pytest.fixture
 def fleet(make: Make, tmp_path: Path) -> Fleet:
     make(
-        prepare__class_images=2, train__steps=4, train__global_batch=1, train__checkpoint_every=1,
-        train__log_every=1, train__keep=9, prepare__instance_prompt="a photo of {}",
+        model__path=str(bases.sd(size="slim")), prepare__class_images=2, train__steps=4,
+        train__global_batch=1, train__checkpoint_every=1, train__log_every=1, train__keep=9,
+        prepare__instance_prompt="a photo of {}",
     )  # fmt: skip
     values = yaml.safe_load((tmp_path / "c.yaml").read_text())
     del values["data"], values["prepare"]["photos"]
@@ -159,8 +174,8 @@ def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
     """Then again until it is done, on another number of ranks: as if undisturbed."""
     numbers = (1, 2, 3, 4, 5)
     fleet.add(*numbers)
-    assert dbtrain(*fleet.line("whole")).returncode == 0
-    wanted = fleet.results("whole", numbers)
+    whole = undisturbed(fleet)
+    wanted = whole.results("whole", numbers)
     moments = random.Random(f"fleet {ranks}")
 
     def progress() -> int:
@@ -168,7 +183,7 @@ def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
 
     for _ in range(KILLS):
         shutil.rmtree(fleet.folder / "killed", ignore_errors=True)
-        moment = moments.randrange(sum(len(files) for _, _, files in os.walk(fleet.folder / "whole")))
+        moment = moments.randrange(sum(len(files) for _, _, files in os.walk(whole.folder / "whole")))
         running = Started(*fleet.line("killed"), ranks=ranks)
         while progress() < moment and running.poll() is None:
             time.sleep(0.01)
@@ -180,15 +195,17 @@ def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
 @pytest.mark.slow
 def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
     fleet.add(1, 2, 3)
-    assert dbtrain(*fleet.line("whole", "train.steps=40")).returncode == 0
-    running = Started(*fleet.line("stopped", "train.steps=40"))
+    settings = ("train.steps=40", "train.checkpoint_every=40")
+    assert dbtrain(*fleet.line("whole", *settings)).returncode == 0
+    running = Started(*fleet.line("stopped", *settings))
     run = RunFolder(fleet.folder / "stopped" / "s1")
-    running.wait_for(lambda: run.checkpoints())
+    running.wait_for(run.table("metrics").exists)
     running.signal(signal.SIGTERM)
     code, said = running.end()
     assert code == 75 and "2 runs saved" in said
     assert (fleet.folder / "stopped" / "PREEMPTED").exists()
-    assert dbtrain(*fleet.line("stopped", "train.steps=40")).returncode == 0
+    assert run.checkpoints()
+    assert dbtrain(*fleet.line("stopped", *settings)).returncode == 0
     assert fleet.results("whole", (1, 2, 3), 40) == fleet.results("stopped", (1, 2, 3), 40)
 
 
@@ -220,7 +237,7 @@ def test_a_rank_without_work_waits_for_the_others(fleet: Fleet) -> None:
 def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     numbers = (1, 2, 3)
     fleet.add(*numbers)
-    assert dbtrain(*fleet.line("good")).returncode == 0
+    good = undisturbed(fleet).results("whole", numbers)
     # A photo that is none, a rate that explodes, a setting that all share.
     fleet.add(4, 5)
     (fleet.folder / "subjects" / "s4" / "0.png").write_bytes(b"no picture")
@@ -239,20 +256,19 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
     assert "0.png" in problems["s4"] and "NaN or infinite" in problems["s5"]
     assert "train.micro_batch" in problems["s6"]
     assert "4 of 7 subjects are not done" in done.stderr and "s5: the loss" in done.stderr
-    assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
+    assert good == fleet.results("mixed", numbers)
     # Mended, it is trained.
     draw_photo(fleet.folder / "subjects" / "s4" / "0.png", 12)
     (fleet.folder / "list.yaml").write_text(yaml.safe_dump(entries[:4]))
     assert dbtrain(*line).returncode == 0
     assert (fleet.folder / "mixed" / "s4" / EXPORT).is_file()
-    assert fleet.results("good", numbers) == fleet.results("mixed", numbers)
+    assert good == fleet.results("mixed", numbers)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("listed", [False, True], ids=["folder", "row before its photos"])
 def test_photos_dropped_in_while_it_runs_become_a_subject(fleet: Fleet, listed: bool) -> None:
     fleet.add(1, 2, 3)
-    assert dbtrain(*fleet.line("whole")).returncode == 0
     line = fleet.line("watched", "--watch")
     if listed:
         line[2] = rows = fleet.folder / "list.yaml"
@@ -264,7 +280,7 @@ def test_photos_dropped_in_while_it_runs_become_a_subject(fleet: Fleet, listed: 
     running.wait_for(lambda: (home / "s9" / "DONE").exists())
     running.signal(signal.SIGTERM)
     assert running.end()[0] == 75
-    assert fleet.results("whole", (1, 2, 3)) == fleet.results("watched", (1, 2, 3))
+    assert undisturbed(fleet).results("whole", (1, 2, 3)) == fleet.results("watched", (1, 2, 3))
     assert {one.name for one in Status.read(home).subjects} == {"s1", "s2", "s3", "s9"}
 
 
