@@ -100,7 +100,7 @@ def fleet(make: Make, tmp_path: Path) -> Fleet:
 
 
 @pytest.mark.slow
-def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
+def test_a_subject_is_a_run_like_any_other(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what the run alone is, whoever trains with it; reports and other verbs know it."""
     fleet.add(1, 2, 3)
     done = dbtrain(*fleet.line("a"))
@@ -124,9 +124,12 @@ def test_a_subject_is_a_run_like_any_other(fleet: Fleet) -> None:
     # Once more, with a repository: those that are done are pushed as well, once, and do not change.
     before = tree(fleet.folder / "a" / "s3")
     with test_hub.serving() as hub:
-        where = test_hub.environment(hub, fleet.folder)
+        monkeypatch.setenv("HF_TOKEN", test_hub.TOKEN)
+        for name, value in (("ENDPOINT", hub.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        settings = [f"run_dir={fleet.folder / 'a'}", "hub.repo=me/pets"]
         for _ in range(2):
-            assert dbtrain(*fleet.line("a", "hub.repo=me/pets"), **where).returncode == 0
+            every.fleet(Request(fleet.config, fleet.folder / "subjects", settings, 2))
             assert [path for path, _ in hub.asked].count("/api/repos/create") == 4
     after = tree(fleet.folder / "a" / "s3")
     assert after.pop("PUSHED").startswith(b"repo me/pets-s3\n") and after == before
