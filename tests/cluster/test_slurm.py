@@ -33,8 +33,8 @@ def config(make: Make, tmp_path: Path) -> Path:
     world.main(tmp_path / "photos", "mug")
     make(
         prepare__photos=str(tmp_path / "photos"), prepare__instance_prompt="a photo of sks mug",
-        prepare__class_prompt="a photo of a mug", train__steps=80, train__checkpoint_every=80,
-        train__log_every=1, faults__stop_before_s=10.0,
+        prepare__class_prompt="a photo of a mug", prepare__class_images=2,
+        train__steps=80, train__checkpoint_every=80, train__log_every=1, faults__stop_before_s=10.0,
     )  # fmt: skip
     return tmp_path / "c.yaml"
 
@@ -57,7 +57,7 @@ def test_two_nodes_train_what_one_does(
     slurm: Cluster, config: Path, tmp_path: Path, starter: str, each: int, shard: str
 ) -> None:
     """Also if the ranks of each node share the frozen weights."""
-    line = [config, "train.steps=20"]
+    line = [config, "train.steps=6"]
     job = slurm.submit("--nodes=2", f"--ntasks-per-node={each}", TRAIN, *line, f"train.shard={shard}",
                        cwd=tmp_path, STARTER=starter, RANKS_PER_NODE=str(each))  # fmt: skip
     assert slurm.wait(job)["JobState"] == "COMPLETED"
@@ -138,25 +138,25 @@ def test_a_lost_node_is_replaced_and_the_job_goes_on(slurm: Cluster, config: Pat
 
 @pytest.mark.slow
 def test_an_array_of_subjects_shares_its_class_images(slurm: Cluster, config: Path, tmp_path: Path) -> None:
-    names = ("mug", "ball", "boot")
+    names = ("mug", "ball")
     lines = []
     for name in names:
         world.main(tmp_path / "photos" / name, name)
         lines.append(f"{name}  '{tmp_path / 'photos' / name}'\tthing\n")
     (tmp_path / "subjects").write_text("".join(lines))
     array = slurm.submit(
-        "--array=1-3", ARRAY, "subjects", config, f"prepare.class_dir={tmp_path / 'class'}",
-        "prepare.class_images=10", "prepare.sampling.batch=1", "train.steps=6", cwd=tmp_path,
+        "--array=1-2", ARRAY, "subjects", config, f"prepare.class_dir={tmp_path / 'class'}",
+        "prepare.class_images=10", "prepare.sampling.batch=1", "train.steps=2", cwd=tmp_path,
     )  # fmt: skip
     until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")
-    said = [(tmp_path / f"subjects-{array}_{k}.out").read_text() for k in (1, 2, 3)]
+    said = [(tmp_path / f"subjects-{array}_{k}.out").read_text() for k in (1, 2)]
     print(*said, sep="\n\n")
     assert all((tmp_path / "runs" / name / "DONE").exists() for name in names)
     assert sum("10 to generate" in text for text in said) == 1, "one task makes them, the others wait"
     made = [key for key in tree(tmp_path / "class") if key.endswith(".safetensors")]
     assert len(made) == 10
     exports = {(tmp_path / "runs" / name / EXPORT).read_bytes() for name in names}
-    assert len(exports) == 3
+    assert len(exports) == 2
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     (tmp_path / "c.yaml").write_text(
         "run_dir: runs/fleet\nmodel: {path: tiny}\n"
         "prepare: {instance_prompt: 'a photo of {}', resolution: 64}\n"
-        "train: {steps: 100, global_batch: 1, checkpoint_every: 100, precision: fp32}\n"
+        "train: {steps: 40, global_batch: 1, checkpoint_every: 40, precision: fp32}\n"
     )
     job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path)
     fleet = tmp_path / "runs" / "fleet"
@@ -178,7 +178,7 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     slurm.preempt(job, tmp_path)
     ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 1
-    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 100 for name in names)
+    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 40 for name in names)
     assert not (fleet / "PREEMPTED").exists()
     assert len({(fleet / name / EXPORT).read_bytes() for name in names}) == 3
 
@@ -245,14 +245,14 @@ def test_an_array_trains_and_scores_the_dreambooth_dataset(
     array = slurm.submit(
         "--array=1-2", DREAMBENCH, dataset, config, f"prepare.class_dir={tmp_path / 'class'}",
         f"evaluation.dino={eyes.dino()}", f"evaluation.clip={eyes.clip()}", "evaluation.class_images=2",
-        "train.steps=6", cwd=tmp_path,
+        "evaluation.images=2", "train.steps=2", cwd=tmp_path, STARTER="srun",
     )  # fmt: skip
     until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")
     said = [(tmp_path / f"dreambench-{array}_{k}.out").read_text() for k in (1, 2)]
     print(*said, sep="\n\n")
     found = [json.loads((tmp_path / "runs" / "dreambench" / name / "scores" / "scores.json").read_text())
              for name in ("mug", "ball")]  # fmt: skip
-    assert [(one["prompts"], one["images"]) for one in found] == [(1, 4), (1, 4)]
+    assert [(one["prompts"], one["images"]) for one in found] == [(1, 2), (1, 2)]
     tables = [text for text in said if "2 of 2 subjects" in text]
     ours = f"{(found[0]['dino'] + found[1]['dino']) / 2:.3f}"
     assert tables and all(f"DINO{ours:>24}   0.668" in text for text in tables)
@@ -260,7 +260,7 @@ def test_an_array_trains_and_scores_the_dreambooth_dataset(
 
 @pytest.mark.slow
 def test_shards_are_prepared_by_a_job_of_their_own(slurm: Cluster, config: Path, tmp_path: Path) -> None:
-    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path)
+    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path, STARTER="srun")
     assert slurm.wait(job)["JobState"] == "COMPLETED"
     assert dbtrain("prepare", config, f"data.shards={tmp_path / 'here'}").returncode == 0
     assert tars(tmp_path / "shards") == tars(tmp_path / "here")
