@@ -23,8 +23,8 @@ from tests.runs import EXPORT, tree
 KILLS = int(os.environ.get("DBTRAIN_KILLS", "6"))
 TRANSFORMERS = [*bases.FLOW] if KILLS >= 30 else ["z-image"]
 SETTINGS = {
-    "prepare__class_images": 6, "prepare__sampling__batch": 2, "prepare__sampling__steps": 4,
-    "prepare__crop": "random", "prepare__variants": 8, "train__steps": 24, "train__checkpoint_every": 1,
+    "prepare__class_images": 4, "prepare__sampling__batch": 2, "prepare__sampling__steps": 2,
+    "prepare__crop": "random", "prepare__variants": 3, "train__steps": 12, "train__checkpoint_every": 1,
     "train__log_every": 1, "train__keep": 2, "export__formats": ["diffusers", "peft", "kohya"],
 }  # fmt: skip
 
