@@ -15,7 +15,6 @@ import yaml
 
 from dbtrain.config import Config
 from dbtrain.runtime import exit_codes
-from tests import bases
 from tests.cluster.machines import HERE
 from tests.cluster.test_slurm import minutes
 from tests.conftest import LONG, ROOT, Make, dbtrain
@@ -139,8 +138,7 @@ def test_a_job_of_which_one_node_has_to_stop_goes_on_when_it_starts_again(
     hosts: dict[str, str], make: Make, tmp_path: Path, cloud: str
 ) -> None:
     """By SIGTERM to one of two nodes, of which both end with 75; to the same adapter as without a stop."""
-    make(model__path=str(bases.sd(size="slim")),
-         prepare__class_dir=str(tmp_path / "class-images"), data__shards=str(tmp_path / "shards" / "dog"),
+    make(prepare__class_dir=str(tmp_path / "class-images"), data__shards=str(tmp_path / "shards" / "dog"),
          train__steps=60, train__checkpoint_every=60, train__log_every=1)  # fmt: skip
     config, run, alone = tmp_path / "c.yaml", tmp_path / "runs" / "dog", tmp_path / "alone"
     assert dbtrain("run", config, f"run_dir={alone}", ranks=2).returncode == 0

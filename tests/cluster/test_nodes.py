@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import bases
 from tests.cluster.machines import HERE
 from tests.conftest import LONG, ROOT, Make, dbtrain
 from tests.runs import EXPORT
@@ -50,7 +49,6 @@ def test_a_cut_cable_ends_what_two_hosts_train_as_one_does(
 ) -> None:
     os.symlink(prepared, tmp_path / "shards")
     make(
-        model__path=str(bases.sd(size="slim")),
         train__steps=100,
         train__checkpoint_every=10,
         train__keep=20,

@@ -55,7 +55,7 @@ def whole(photos: Path, ranks: int, base: str) -> Path:
     ("training", 1, signal.SIGINT, False, "tiny", "none"),
     ("training", 2, signal.SIGTERM, True, "tiny", "none"),
     ("pictures", 1, signal.SIGUSR1, False, "tiny", "none"),
-    ("training", 2, signal.SIGTERM, False, "flux2-klein", "all"),
+    ("training", 2, signal.SIGTERM, False, "sd", "all"),
 ])  # fmt: skip
 def test_every_phase_stops_in_order_and_goes_on(
     tmp_path: Path, photos: Path, phase: str, ranks: int, number: int, torchrun: bool, base: str, shard: str
@@ -96,7 +96,7 @@ def test_a_run_stops_before_the_job_s_time_is_over(make: Make, tmp_path: Path, p
     os.symlink(prepared, tmp_path / "shards")
     make(train__steps=100_000, train__checkpoint_every=100_000, train__log_every=1,
          faults__stop_before_s=3600.0)  # fmt: skip
-    begun = Started("train", tmp_path / "c.yaml", SLURM_JOB_END_TIME=str(int(time.time()) + 3605))
+    begun = Started("train", tmp_path / "c.yaml", SLURM_JOB_END_TIME=str(int(time.time()) + 3602))
     code, said = begun.end()
     assert code == 75 and "stopped: the end of the job's time" in said  # at a step, if it got so far
     assert (tmp_path / "run" / "PREEMPTED").read_text().startswith("the end of the job's time")
