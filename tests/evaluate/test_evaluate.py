@@ -207,9 +207,9 @@ def test_without_class_images_the_class_becomes_the_subject(
     monkeypatch.setattr(tiny_judge, "SUBJECT_IMAGES", 2)
     world.main(tmp_path / "photos", "mug")
     cfg = Config.load(ROOT / "configs" / "quickstart.yaml", [
-        f"run_dir={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}", "train.steps=30",
+        f"run_dir={tmp_path / 'run'}", f"data.shards={tmp_path / 'shards'}", "train.steps=16",
         f"prepare.photos={tmp_path / 'photos'}", "prepare.class_prompt=null", "loss.prior=none",
-        "sample.steps=6", "sample.batch=8", "train.checkpoint_every=30", "train.micro_batch=4",
+        "sample.steps=4", "sample.batch=8", "train.checkpoint_every=16", "train.micro_batch=4",
         "validation.prompts=[]",
     ])  # fmt: skip
     prepare(cfg)
