@@ -170,7 +170,7 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     (tmp_path / "c.yaml").write_text(
         "run_dir: runs/fleet\nmodel: {path: tiny}\n"
         "prepare: {instance_prompt: 'a photo of {}', resolution: 64}\n"
-        "train: {steps: 60, global_batch: 1, checkpoint_every: 60, precision: fp32}\n"
+        "train: {steps: 100, global_batch: 1, checkpoint_every: 100, precision: fp32}\n"
     )
     job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path)
     fleet = tmp_path / "runs" / "fleet"
@@ -178,7 +178,7 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
     slurm.preempt(job, tmp_path)
     ended = slurm.wait(job)
     assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 1
-    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 60 for name in names)
+    assert all((fleet / name / "DONE").exists() and steps_done(fleet / name) == 100 for name in names)
     assert not (fleet / "PREEMPTED").exists()
     assert len({(fleet / name / EXPORT).read_bytes() for name in names}) == 3
 
@@ -260,7 +260,7 @@ def test_an_array_trains_and_scores_the_dreambooth_dataset(
 
 @pytest.mark.slow
 def test_shards_are_prepared_by_a_job_of_their_own(slurm: Cluster, config: Path, tmp_path: Path) -> None:
-    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path, STARTER="srun")
+    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path)
     assert slurm.wait(job)["JobState"] == "COMPLETED"
     assert dbtrain("prepare", config, f"data.shards={tmp_path / 'here'}").returncode == 0
     assert tars(tmp_path / "shards") == tars(tmp_path / "here")

@@ -198,18 +198,16 @@ def test_killed_at_any_moment(fleet: Fleet, ranks: int) -> None:
 @pytest.mark.slow
 def test_a_stop_is_orderly_and_costs_nothing(fleet: Fleet) -> None:
     fleet.add(1, 2, 3)
-    settings = ("train.steps=40", "train.checkpoint_every=40")
-    assert dbtrain(*fleet.line("whole", *settings)).returncode == 0
-    running = Started(*fleet.line("stopped", *settings))
+    assert dbtrain(*fleet.line("whole", "train.steps=60")).returncode == 0
+    running = Started(*fleet.line("stopped", "train.steps=60"))
     run = RunFolder(fleet.folder / "stopped" / "s1")
-    running.wait_for(run.table("metrics").exists)
+    running.wait_for(lambda: run.checkpoints())
     running.signal(signal.SIGTERM)
     code, said = running.end()
     assert code == 75 and "2 runs saved" in said
     assert (fleet.folder / "stopped" / "PREEMPTED").exists()
-    assert run.checkpoints()
-    assert dbtrain(*fleet.line("stopped", *settings)).returncode == 0
-    assert fleet.results("whole", (1, 2, 3), 40) == fleet.results("stopped", (1, 2, 3), 40)
+    assert dbtrain(*fleet.line("stopped", "train.steps=60")).returncode == 0
+    assert fleet.results("whole", (1, 2, 3), 60) == fleet.results("stopped", (1, 2, 3), 60)
 
 
 @pytest.mark.slow
