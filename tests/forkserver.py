@@ -267,6 +267,8 @@ def run(words: list[str]) -> None:
     """Run a module or a file as Python does."""
     if words[0] == "-m":
         sys.argv = words[1:]
+        if "." in words[1]:  # a module that is run has not been imported
+            sys.modules.pop(words[1], None)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = words
