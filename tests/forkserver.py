@@ -1,4 +1,4 @@
-"""Starts verbs as forks of a process that has imported all they need: a tenth of a second each, not seven.
+"""Starts verbs as forks of a process that has imported all they need: a fraction of a second each.
 
 `Forked` takes the command line of a cold start. Each fork gets the environment, folder and output files
 that it is given; no module of dbtrain reads the environment when it is imported. Several ranks get the

@@ -121,9 +121,9 @@ def test_a_run_moves_between_ways_and_numbers_of_ranks(tmp_path: Path, photos: P
 def test_compiled_blocks_are_sharded_too(tmp_path: Path, photos: Path, class_dir: Path, backend: str) -> None:
     path = config("flux1", photos, class_dir)
     ways = (("none", "false"), ("all", "regional"))  # whole ones compiled: tests/train/test_modes.py
-    run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", f"train.compile={compile}",
+    run(tmp_path, 2, [[path, f"run_dir={tmp_path / way}", f"train.shard={way}", f"train.compile={compiled}",
                        "train.steps=2", "validation.prompts=[]", "kept=1", f"backend={backend}"]
-                      for way, compile in ways])  # fmt: skip
+                      for way, compiled in ways])  # fmt: skip
     assert relative(*(tmp_path / way for way, _ in ways)) < 1e-5
 
 
