@@ -31,9 +31,11 @@ class Batch:
     background: Tensor  # (rows,) weight of what is outside a row's mask, relative to the inside
     level: Tensor  # (rows,) uniform in [0, 1), for upscalers
     position: Tensor  # (rows,) fp64
+    redrawn: Tensor  # (rows,) bool: whether the row's noisy image is first redrawn by the base
     extra: dict[str, Tensor]  # further conditions, from the rows' descriptions, (rows, ...) each
     first: int  # position of the first instance row
     preserved: int  # how many of the last rows (of each slot) have the base's own prediction as their target
+    redraws: bool  # whether any row is redrawn; known on the host
     seen: int  # checksum of the rows' roles, positions and content, to compare runs
     first_role: int = 0  # of the rows: 1 if all are class rows
     slots: int = 1  # parts of equal size, each of which is a micro-batch of its own
@@ -51,13 +53,14 @@ class Batch:
         positions: Sequence[int] | None = None,
         prompts: Sequence[int] | None = None,
         preserved: int = 0,
+        redraws: bool = False,
         first_role: int = 0,
         seen: int = 0,
     ) -> Batch:
         """The batch of these rows and their random numbers, on the CPU.
 
         `extras`: further conditions of each row. `stored` and `prompts` replace the rows' own. `weights` and
-        `positions` default to 0, `background` to 1.
+        `positions` default to 0, `background` to 1. With `redraws`, the preserved rows are redrawn.
         """
         zeros = [0] * len(rows)
         chosen = [row.meta["prompt"] for row in rows] if prompts is None else prompts
@@ -72,9 +75,11 @@ class Batch:
             background=torch.tensor(background or [1.0] * len(rows)),
             level=torch.stack([draw.level for draw in draws]),
             position=torch.tensor(positions or zeros, dtype=torch.float64),
+            redrawn=torch.arange(len(rows)) >= len(rows) - preserved * redraws,
             extra=_stacked(extras),
             first=(positions or zeros)[0],
             preserved=preserved,
+            redraws=redraws,
             first_role=first_role,
             seen=seen,
         )
@@ -93,8 +98,9 @@ class Batch:
         tensors["prompt"] = torch.tensor(chosen)
         first = parts[0]
         return cls(
-            **tensors, prompts=chosen, first=first.first, preserved=first.preserved, seen=0, slots=len(parts)
-        )
+            **tensors, prompts=chosen, first=first.first, preserved=first.preserved,
+            redraws=any(part.redraws for part in parts), seen=0, slots=len(parts),
+        )  # fmt: skip
 
     @property
     def places(self) -> Tensor | None:
@@ -104,9 +110,18 @@ class Batch:
         inside = mask.float() / 255
         return inside + self.background[:, None, None, None] * (1 - inside)
 
+    def of_preserved(self, values: Tensor) -> Tensor:
+        """The preserved rows of each slot, of `values` for all rows."""
+        return values.unflatten(0, (self.slots, -1))[:, -self.preserved :].flatten(0, 1)
+
+    def with_preserved(self, values: Tensor, of_preserved: Tensor) -> Tensor:
+        """`values` for all rows, with others for the preserved ones."""
+        others = values.unflatten(0, (self.slots, -1))[:, : -self.preserved]
+        return torch.cat([others, of_preserved.unflatten(0, (self.slots, -1))], 1).flatten(0, 1)
+
     def blank(self) -> Batch:
         """A batch of this one's shape in which everything is zero."""
-        return replace(self._each(torch.zeros_like), prompts=(0,) * len(self.prompts))
+        return replace(self._each(torch.zeros_like), prompts=(0,) * len(self.prompts), redraws=False)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`. Does not wait for the copy."""

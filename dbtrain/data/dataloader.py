@@ -95,10 +95,10 @@ class LatentStream:
     `role_weights`: the roles to train on and the weight of each role's mean loss. `weights`: how often
     each of several subjects, or of their classes, is trained on, by role. `extra`: (a row's description,
     its size) -> further conditions. `stored`: the names of each row's tensors. `class_prompts`: class rows
-    are instance rows with these prompts, the index of one for each subject, in an order of their own.
-    `preserved`: the base's predictions for class rows are their targets. `background`: of instance rows, see
-    `Batch`. `prompt_dropout`: the share of rows that get the empty prompt, which the shards then have. `next`
-    raises ConfigError if a shard is missing or damaged.
+    are instance rows with these prompts, the index of one for each subject, in an order of their own; every
+    second step, they are redrawn. `preserved`: the base's predictions for class rows are their targets.
+    `background`: of instance rows, see `Batch`. `prompt_dropout`: the share of rows that get the empty
+    prompt, which the shards then have. `next` raises ConfigError if a shard is missing or damaged.
     """
 
     def __init__(
@@ -197,13 +197,10 @@ class LatentStream:
         rows = [self.cache.rows(shard)[row] for shard, row in locations]
         size = self.manifest.size(locations[0][0])  # of all
         shape = self.manifest.shape(size)
-        draws = [
-            rng.sample_noise(self.seed, role, position, shape, self.noise_offset)
-            for role, position in positions
-        ]
+        redraws = bool(self.class_prompts) and step % 2 == 1
         return Batch.collate(
             rows,
-            draws,
+            [self._draw(role, position, shape, redraws) for role, position in positions],
             [self.extra(row.meta, size) for row in rows],
             stored=self.resident.index(locations) if self.resident else None,
             weights=[
@@ -217,12 +214,24 @@ class LatentStream:
                 for place, (shard, _), row in zip(positions, locations, rows, strict=True)
             ],
             preserved=sum(role == "class" for role, _ in positions) if self.preserved else 0,
+            redraws=redraws,
             first_role=list(self.role_weights).index(roles[0]),
             seen=sum(
                 rng.seed_of(role, position, row.meta["key"]) >> 23  # 40 bits; a sum of 2^23 rows has 63
                 for (role, position), row in zip(positions, rows, strict=True)
             ),
         )
+
+    def _draw(self, role: str, position: int, shape: tuple[int, ...], redraws: bool) -> rng.RowNoise:
+        """The random numbers of the row at a position.
+
+        The photos that preserve the class are noisy enough to be of any image of it or, where the base
+        redraws them, in the lower half of the noise levels.
+        """
+        draw = rng.sample_noise(self.seed, role, position, shape, self.noise_offset)
+        if self.class_prompts and role == "class":
+            return draw._replace(u=(draw.u + (not redraws)) / 2)
+        return draw
 
     def _prompt(self, role: str, position: int, shard: shards.Shard, row: shards.Row) -> int:
         """The prompt of the row at a position: one of its own, its subject's class's, or the empty one."""

@@ -137,6 +137,15 @@ class DDPM(nn.Module):
         signal, sigma = self._signal_sigma(t)  # Salimans & Ho 2022, arXiv:2202.00512
         return signal * noise - sigma * x0
 
+    def clean(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a prediction at x_t amounts to, shaped like x_t."""
+        if self.prediction == "sample":
+            return prediction
+        signal, sigma = self._signal_sigma(t)
+        if self.prediction == "v_prediction":
+            return signal * x_t - sigma * prediction
+        return (x_t - sigma * prediction) / signal.clamp_min(1e-6)  # a last timestep may have no signal
+
     def signal(self, t: Tensor) -> Tensor:
         """The share of the image in x_t beside that of the noise, (rows,)."""
         signal, sigma = self._signal_sigma(t)

@@ -86,6 +86,10 @@ class FlowMatching(nn.Module):
         """The velocity, shaped like x0."""
         return noise - x0
 
+    def clean(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The x0 that a velocity at x_t leads to, shaped like x_t."""
+        return x_t - t[:, None, None, None] * prediction
+
     def signal(self, t: Tensor) -> Tensor:
         """The share of the image in x_t beside that of the noise, (rows,)."""
         return 1 - t

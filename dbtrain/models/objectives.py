@@ -46,6 +46,9 @@ class Objective(Protocol):
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The denoiser's target, shaped like x0."""
 
+    def clean(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The x0 that the denoiser's prediction for x_t amounts to, shaped like x_t."""
+
     def signal(self, t: Tensor) -> Tensor:
         """The share of the image in x_t beside that of the noise, (rows,) fp32: 1 without noise."""
 

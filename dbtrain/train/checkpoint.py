@@ -25,7 +25,7 @@ from dbtrain.runtime import console, dist, files, hashing
 from dbtrain.runtime.errors import ConfigError, reason
 from dbtrain.runtime.run_folder import EMA, OPTIMIZER, STATE, RunFolder, read_state, step_of
 from dbtrain.train import optim
-from dbtrain.train.dreambooth import Adapted
+from dbtrain.train.adapted import Adapted
 from dbtrain.train.ema import Ema
 from dbtrain.train.fingerprint import check_unchanged
 from dbtrain.train.segments import Segments, continued

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dbtrain.train.metrics import Outcome
     from dbtrain.train.step import Compute
 
-Shapes = tuple[tuple[int, ...], ...]  # of the batches of a step
+Kinds = tuple[tuple[torch.Size, bool], ...]  # of the batches of a step: their shapes, and which are redrawn
 WARM_UP = {False: 3, True: 11}  # by whether DDP is used: its buckets take up to 11 steps to settle
 
 
@@ -30,7 +30,7 @@ def check(wanted: bool, device: torch.device) -> None:
 
 
 class Recorded:
-    """A step that is recorded as a CUDA graph, once a shape, after a few warm-up calls and then replayed.
+    """A step that is recorded as a CUDA graph, once a kind, after a few warm-up calls and then replayed.
 
     Forward, backward, and optimizer become a single launch, so that a small batch is not limited by the
     time that Python takes to launch thousands of kernels. Inputs are copied into the recorded tensors.
@@ -39,17 +39,17 @@ class Recorded:
 
     def __init__(self, compute: Compute, distributed: bool) -> None:
         self.compute = compute
-        self.left = WARM_UP[distributed]  # calls to warm up: by all shapes
-        self.again: dict[Shapes, int] = {}  # and by each
-        self.steps: dict[Shapes, _Step] = {}
+        self.left = WARM_UP[distributed]  # calls to warm up: by all kinds
+        self.again: dict[Kinds, int] = {}  # and by each
+        self.steps: dict[Kinds, _Step] = {}
 
     def __call__(self, ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
-        shapes = tuple(tuple(batch.noise.shape) for batch in batches)
-        left = self.again.setdefault(shapes, WARM_UP[False])
+        kinds = tuple((batch.noise.shape, batch.redraws) for batch in batches)
+        left = self.again.setdefault(kinds, WARM_UP[False])
         if self.left > 0 or left > 0:
-            self.left, self.again[shapes] = self.left - 1, left - 1
+            self.left, self.again[kinds] = self.left - 1, left - 1
             return self.compute(ddp, progress, batches, cfg)
-        if shapes not in self.steps:
+        if kinds not in self.steps:
             inputs, graph = list(batches), torch.cuda.CUDAGraph()
             pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
             # thread_local: the prefetching thread may pin memory during the capture.
@@ -57,11 +57,11 @@ class Recorded:
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
                 result = self.compute(ddp, progress, inputs, cfg)
-            self.steps[shapes] = _Step(graph, inputs, result)
+            self.steps[kinds] = _Step(graph, inputs, result)
         else:
-            for mine, given in zip(self.steps[shapes].inputs, batches, strict=True):
+            for mine, given in zip(self.steps[kinds].inputs, batches, strict=True):
                 mine.take(given)
-        step = self.steps[shapes]
+        step = self.steps[kinds]
         step.graph.replay()
         return step.result._replace(seen=sum(batch.seen for batch in batches))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from dbtrain.adapters.batched import Stack
 from dbtrain.adapters.state import AdapterState
 from dbtrain.adapters.switch import Switch
 from dbtrain.config import Config
-from dbtrain.config.adapter import AdapterSettings
 from dbtrain.data.batch import Batch
 from dbtrain.data.shards import Manifest
 from dbtrain.models import activation_checkpointing
@@ -27,64 +26,10 @@ from dbtrain.models.objectives import Objective, losses
 from dbtrain.models.precision import PRECISIONS, WorkingCopies
 from dbtrain.runtime import console, dist
 from dbtrain.train import parallel
+from dbtrain.train.adapted import Adapted, attach
 from dbtrain.train.left_out import LeftOut, merging
 
 RESIDENT = 2**30  # bytes of a prompt table that is copied to the device, rather than row by row
-
-
-class Adapted:
-    """What is trained of a model: the adapters on its components, and the words that they learn."""
-
-    learned: Sequence[str] = ()  # words
-    row: tuple[Tensor, Tensor] | None = None  # (N,) weights and gradients of which all adapters are views
-
-    @property
-    def trained(self) -> dict[str, nn.Module]:
-        """The components with an adapter, by their name in the base's folder."""
-        raise NotImplementedError
-
-    @property
-    def words(self) -> dict[str, tokens.Rows]:
-        """The embeddings of the learned words, by text encoder; {} if none is learned."""
-        return {}
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The trained parameters, as `<component>.<parameter>`."""
-        found = {
-            f"{component}.{name}": parameter
-            for component, module in self.trained.items()
-            for name, parameter in adapters.trainable(module).items()
-        }
-        return found | {f"{name}.{tokens.DIRECTION}": rows.direction for name, rows in self.words.items()}
-
-    def states(self) -> dict[str, AdapterState]:
-        """The adapters' weights, by component."""
-        return {name: adapters.collect(module) for name, module in self.trained.items()}
-
-
-def attach(components: Mapping[str, nn.Module], family: Family, cfg: Config) -> None:
-    """Give the denoiser, and the text encoders if they are trained, new adapters.
-
-    `components`: the denoiser, then the text encoders.
-    """
-    for name, settings, seed in _settings(components, cfg):
-        module, first = components[name], name == family.denoiser
-        part, presets = ("denoiser", family.presets) if first else ("text_encoder", None)
-        adapters.attach(module, settings, part, seed, family.idle(name, module), presets)
-
-
-def start_anew(components: Mapping[str, nn.Module], cfg: Config) -> None:
-    """Give adapters that `attach` made for another run with these settings the weights of a new run."""
-    for name, settings, seed in _settings(components, cfg):
-        adapters.start(components[name], settings, seed)
-
-
-def _settings(components: Iterable[str], cfg: Config) -> Iterator[tuple[str, AdapterSettings, int]]:
-    """Of each component with an adapter: its name, the adapter's settings and its seed."""
-    for number, name in enumerate(components):
-        settings = cfg.adapter.text_encoder if number else cfg.adapter
-        if settings:
-            yield name, settings, cfg.seed + number
 
 
 class DreamBooth(nn.Module, Adapted):
@@ -231,23 +176,36 @@ class DreamBooth(nn.Module, Adapted):
         objective: Any = self.objectives[str(self.family.tokens(x0.shape[1:]))]
         t = objective.timesteps(batch.u)
         x_t = objective.corrupt(x0, batch.noise, t)
-        given = batch.extra | (self.sees(x0, x_t, t, batch, self.noising) if self.sees else {})
+        if batch.redraws:
+            x_t = self.redrawn(objective, batch, x0, x_t, t)
+        given = self.given(batch, x0, x_t, t)
         target = objective.target(x0, batch.noise, t)
-        by_slot = partial(Tensor.unflatten, dim=0, sizes=(batch.slots, -1))
         if batch.preserved:  # before the pass with gradients: FSDP's and block swap's hooks follow the last
-
-            def last(values: Tensor) -> Tensor:
-                return by_slot(values)[:, -batch.preserved :].flatten(0, 1)
-
-            of_base = {name: last(values) for name, values in (self.rows(batch) | given).items()}
-            predicted = by_slot(self.base_prediction(last(x_t), last(t), of_base, batch.slots))
-            target = torch.cat([by_slot(target)[:, : -batch.preserved], predicted], 1).flatten(0, 1)
+            target = batch.with_preserved(target, self.base_prediction(batch, x_t, t, given))
         prediction = self.denoise(x_t.to(self.dtype), t, self.condition(batch) | given, batch.slots)
         error = prediction.float() - target
         per_image = objective.weight(t) * losses(error, objective.signal(t), self.huber, batch.places)
         if self.drops_layers:  # their gradient is 0, as DDP waits for one of every parameter
             per_image = per_image + 0.0 * sum(p.sum(dtype=torch.float32) for p in self.trainable().values())
         return per_image
+
+    def given(self, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """What the denoiser gets of each row beside x_t, t and its prompt, (rows, ...) each."""
+        return batch.extra | (self.sees(x0, x_t, t, batch, self.noising) if self.sees else {})
+
+    def redrawn(self, objective: Any, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """`x_t` with the batch's redrawn rows as the base would come by them on its way to an image.
+
+        From halfway between their noise level and the highest, the base takes one step with the class prompt.
+        So the class is preserved for the base's own images of it, not for the subject's photos alone.
+        The step is DDIM's, with the row's noise for the predicted one: Song et al. 2020, arXiv:2010.02502.
+        """
+        noisier = objective.timesteps(batch.u + 0.5)
+        before = objective.corrupt(x0, batch.noise, noisier)
+        predicted = self.base_prediction(batch, before, noisier, self.given(batch, x0, before, noisier))
+        image = objective.clean(batch.of_preserved(before), predicted, batch.of_preserved(noisier))
+        after = objective.corrupt(image, batch.of_preserved(batch.noise), batch.of_preserved(t))
+        return torch.where(batch.redrawn[:, None, None, None], batch.with_preserved(x_t, after), x_t)
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int) -> Tensor:
         """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""
@@ -269,10 +227,12 @@ class DreamBooth(nn.Module, Adapted):
         return prediction
 
     @torch.no_grad()
-    def base_prediction(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor], slots: int = 1) -> Tensor:
-        """What the base without the adapter predicts, shaped like `x_t`, fp32."""
+    def base_prediction(self, batch: Batch, x_t: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """What the base without the adapter predicts for the preserved rows, (rows, C, H, W) fp32."""
+        condition = {name: batch.of_preserved(v) for name, v in (self.rows(batch) | given).items()}
+        x_t, t = batch.of_preserved(x_t).to(self.dtype), batch.of_preserved(t)
         with self.adapter.off():
-            return self.denoise(x_t.to(self.dtype), t, condition, slots).float()
+            return self.denoise(x_t, t, condition, batch.slots).float()
 
     def x0(self, batch: Batch) -> Tensor:
         """The clean latents or pixels that are noised, (rows, C, H, W) fp32."""

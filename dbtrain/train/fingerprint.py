@@ -94,6 +94,7 @@ def of_settings(cfg: Config, prepare: Mapping[str, Any]) -> dict[str, Any]:
         **settings,
         **{f"loss.{key}": value for key, value in cfg.loss.model_dump(mode="json", exclude=LATER).items()},
         **{f"loss.{key}": value for key, value in later.items()},
+        **({"loss.prior's photos": "redrawn"} if cfg.loss.prior == "prediction" else {}),
         **{key: value for key in OPTIONAL if (value := cfg.get(key)) != DEFAULTS[key]},
         "train.global_batch": cfg.train.global_batch,
         **({"subjects.weight": [one.weight for one in cfg.subjects]} if cfg.subjects else {}),

@@ -139,8 +139,10 @@ def predict(
         batch = partial(_batch, base, shapes, stored)
         size = cfg.train.micro_batch
         preserved = size * (shapes.roles - 1) if cfg.loss.asks_the_base else 0
-        compute_step(model, progress, [batch(size * shapes.roles, preserved)], cfg)
-        activations, flops = counter.peak - before, counter.flops
+        kinds = (False, True) if cfg.loss.prior == "prediction" else (False,)  # of steps: in turns
+        for redraws in kinds:
+            compute_step(model, progress, [batch(size * shapes.roles, preserved, redraws)], cfg)
+        activations, flops = counter.peak - before, counter.flops // len(kinds)
         validation = _validation(counter, model, vae, batch, cfg) if cfg.validation.prompts else 0
     accumulated = cfg.train.global_batch > cfg.train.micro_batch * ranks
     gradients = adapter if accumulated or ranks > 1 or cfg.train.cuda_graph else 0
@@ -255,14 +257,21 @@ class _Shapes:
         return Manifest.model_construct(**values)
 
 
-def _batch(base: Base, shapes: _Shapes, stored: Mapping[str, Tensor], rows: int, preserved: int = 0) -> Batch:
-    """A micro-batch of fake tensors. `preserved`: see `Batch`."""
+def _batch(
+    base: Base,
+    shapes: _Shapes,
+    stored: Mapping[str, Tensor],
+    rows: int,
+    preserved: int = 0,
+    redraws: bool = False,
+) -> Batch:
+    """A micro-batch of fake tensors. `preserved` and `redraws`: see `Batch`."""
     shape, size = shapes.space.shape, shapes.size
     image = {name: torch.empty(tensor.shape[1:], dtype=tensor.dtype) for name, tensor in stored.items()}
     noise = RowNoise(torch.empty(()), torch.empty(shape), torch.empty(shape), torch.empty(()))
     extra = base.family.row({"original_size": size, "crop": (0, 0)}, size)
     row = Row(image, {"prompt": 0})
-    return Batch.collate([row] * rows, [noise] * rows, [extra] * rows, preserved=preserved)
+    return Batch.collate([row] * rows, [noise] * rows, [extra] * rows, preserved=preserved, redraws=redraws)
 
 
 def _with_moments(model: DreamBooth, cfg: Config) -> Progress:

@@ -36,8 +36,9 @@ from dbtrain.train import (
     training_adapter,
     validation,
 )
+from dbtrain.train.adapted import Adapted
 from dbtrain.train.checkpoint import Progress
-from dbtrain.train.dreambooth import Adapted, DreamBooth
+from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Metrics
 from dbtrain.train.step import Compute, compute_step

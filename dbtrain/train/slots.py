@@ -27,12 +27,12 @@ from dbtrain.runtime.errors import ConfigError, fixable
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.memory import trim
 from dbtrain.train import joint_images, training_adapter, validation
-from dbtrain.train.dreambooth import Adapted, DreamBooth, attach, start_anew
+from dbtrain.train.adapted import Adapted, attach, start_anew
+from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.metrics import Outcome
 from dbtrain.train.setup import Job, read_table, start, swap_blocks
 from dbtrain.train.step import Tally, begin, update
-from dbtrain.train.validation import Validator
 
 CPU = torch.device("cpu")
 
@@ -133,7 +133,7 @@ class Slots:
             self._write_prompts(slot, read_table(cfg, inputs))
             if cfg.run_dir not in self.encoded:
                 (self.encoded[cfg.run_dir],) = validation.encode([cfg], inputs)
-            validator = Validator.of(cfg, inputs, self.model, self.encoded.pop(cfg.run_dir))
+            validator = validation.Validator.of(cfg, inputs, self.model, self.encoded.pop(cfg.run_dir))
             job = start(cfg, inputs, self.model, adapter, validator, CPU, among_others=True)
             held.enter_context(closing(job.stream))
             held.enter_context(job.metrics)

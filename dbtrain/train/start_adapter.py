@@ -24,7 +24,7 @@ from dbtrain.material.fit import Fit, Fits, Limit, table
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
 from dbtrain.runtime.errors import ConfigError
-from dbtrain.train.dreambooth import Adapted, attach
+from dbtrain.train.adapted import Adapted, attach
 
 SETTING = "adapter.start"
 KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}

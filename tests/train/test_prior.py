@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from benchmarks import trainer
@@ -66,7 +67,8 @@ def test_switched_off_it_is_the_base_to_the_bit_and_back_it_is_itself(
         changes = {f"adapter__{name}": value for name, value in settings.items()}
         cfg = make(train__precision=precision, **PREDICTED, **changes)
         model = awake(build(cfg, prepared))
-        x_t, t, condition = asked(model, first(cfg, prepared))
+        batch = first(cfg, prepared)
+        x_t, t, condition = asked(model, batch)
         dtype = PRECISIONS[precision].dtype
         unet = Base.find(cfg.model).load("unet", dtype).train()
         inject.silence_dropout(unet)
@@ -74,7 +76,7 @@ def test_switched_off_it_is_the_base_to_the_bit_and_back_it_is_itself(
         with PRECISIONS[precision].forward(torch.device("cpu")), torch.no_grad():
             with model.working_copies.in_place():
                 before = model.family.denoise(model.denoiser, x_t.to(dtype), t, condition)
-                found = model.base_prediction(x_t, t, condition)
+                found = model.base_prediction(replace(batch, preserved=len(t)), x_t, t, batch.extra)
                 after = model.family.denoise(model.denoiser, x_t.to(dtype), t, condition)
             wanted = model.family.denoise(unet, x_t.to(dtype), t, condition)
         assert torch.equal(found, wanted.float()) and torch.equal(before, after)
@@ -151,6 +153,44 @@ def test_the_loss_is_the_distance_from_the_base_s_own_prediction(
         error = (ours - torch.cat([batch.noise[:2], of_base[2:]])).square().mean((1, 2, 3))
         torch.testing.assert_close(losses, model.objective.weight(t) * error)
         torch.testing.assert_close(model(replace(batch, preserved=0))[:2], losses[:2])
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-v", "flux1"])
+def test_every_other_step_the_base_redraws_the_photos(make: Make, name: str) -> None:
+    """From half of all noise levels above, by a step like that of a sampler."""
+    cfg = make(model__path=str(bases.ALL[name]()), **PREDICTED)
+    folder = prepare(cfg)
+    batches = stream(cfg, folder)
+    plain, batch = (batches.micro_batch(step, 0) for step in (2, 3))
+    batches.close()
+    assert (plain.redraws, batch.redraws) == (False, True)
+    assert batch.redrawn.tolist() == [False, False, True, True] and not plain.redrawn.any()
+    assert plain.u[2:].min() >= 0.5 > batch.u[2:].max()
+
+    model = awake(build(cfg, folder))
+    plain_base = Base.find(cfg.model).load(model.family.denoiser, torch.float32)
+    t, higher = (model.objective.timesteps(batch.u + more) for more in (0, 0.5))
+    condition = model.rows(batch)
+    with torch.no_grad():
+        x0, given = model.x0(batch), model.condition(batch)
+        before = model.objective.corrupt(x0, batch.noise, higher)
+        predicted = model.family.denoise(plain_base, before, higher, condition)
+        if name == "flux1":
+            image = before - higher.view(-1, 1, 1, 1) * predicted
+        else:
+            ddim = DDIMScheduler.from_pretrained(str(cfg.model.path), subfolder="scheduler")
+            ddim.set_timesteps(1000)
+            image = torch.cat([
+                ddim.step(predicted[k : k + 1], int(higher[k]), before[k : k + 1]).pred_original_sample
+                for k in range(len(higher))
+            ])  # fmt: skip
+        x_t = model.objective.corrupt(torch.cat([x0[:2], image[2:]]), batch.noise, t)
+        of_base = model.family.denoise(plain_base, x_t, t, condition)
+        target = torch.cat([model.objective.target(x0, batch.noise, t)[:2], of_base[2:]])
+        error = (model.family.denoise(model.denoiser, x_t, t, given) - target).square().mean((1, 2, 3))
+        losses = model(batch)
+    torch.testing.assert_close(losses, model.objective.weight(t) * error, rtol=1e-4, atol=0)
+    assert (losses - model(replace(batch, redraws=False)))[2:].abs().min() > 0.01 * losses[2:].max()
 
 
 MODES: list[Any] = [
@@ -234,7 +274,7 @@ def test_runs_and_shards_without_it_are_as_they_were(make: Make, prepared: Path)
     later = {"loss.prior", "loss.huber", "loss.timesteps"}
     assert not later & fingerprint.of_settings(make(), Manifest.read(at(prepared)).request).keys()
     changed = make(loss__prior="prediction", loss__huber=0.1, loss__timesteps={"low": 0.2})
-    assert later <= fingerprint.of_settings(changed, {}).keys()
+    assert later | {"loss.prior's photos"} <= fingerprint.of_settings(changed, {}).keys()
 
 
 @pytest.mark.parametrize(("changes", "words"), [
@@ -277,8 +317,12 @@ def test_families_with_text_encoders_and_upscalers_ask_their_base(make: Make, na
         adapter__text_encoder={"kind": "lora", "rank": 2}, **PREDICTED,
     )  # fmt: skip
     folder = prepare(cfg)
-    model, batch = build(cfg, folder), first(cfg, folder)
+    model, batches = build(cfg, folder), stream(cfg, folder)
+    both = [batches.micro_batch(step, 0) for step in (0, 1)]  # the second's photos are redrawn
+    batches.close()
     with torch.no_grad():
-        new, trained = model(batch), awake(model)(batch)
-    assert new[2:].max() < 1e-4 * new[:2].min(), "but for the rounding of the prompt table"
-    assert trained[2:].min() > 10 * new[2:].max()
+        new = [model(batch) for batch in both]
+        awake(model)
+        for batch, before in zip(both, new, strict=True):
+            assert before[2:].max() < 1e-4 * before[:2].min(), "but for the rounding of the prompt table"
+            assert model(batch)[2:].min() > 10 * before[2:].max()

@@ -21,7 +21,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import loop, start_adapter
-from dbtrain.train.dreambooth import Adapted, attach
+from dbtrain.train.adapted import Adapted, attach
 from tests import bases
 from tests.conftest import Make, slow, thinned, train
 from tests.train.test_slots import configs_of
