@@ -6,7 +6,7 @@
 #   CONTAINER       image for srun --container-image, with pyxis and enroot (default: none)
 #   MOUNTS          more folders to mount into it, e.g. /data:/data,/scratch:/scratch (default: only the working folder)
 #   RANKS_PER_NODE  processes per node (default: one per GPU of the job, or one)
-#   STARTER         torchrun: one agent per node, which starts the node's ranks (default)
+#   STARTER         torchrun: one agent per node, which starts the node's ranks (default; one rank needs none)
 #                   srun: one task per rank; submit with --ntasks-per-node=RANKS_PER_NODE
 #   INTERFACE       network interface for NCCL and gloo, e.g. ib0 (default: they choose)
 #   MAX_REQUEUES    how often a preempted job may requeue itself (default: 20)
@@ -48,6 +48,7 @@ ranks() {
   export MASTER_ADDR MASTER_PORT LOGS RDZV_ID=$attempt
   # SLURM signals every process of a step, and so the ranks too. The torchrun agent must ignore these signals: USR1
   # would kill it, and TERM would make it fail. The ranks inherit that until dbtrain sets its own handlers.
+  ((SLURM_JOB_NUM_NODES * RANKS_PER_NODE == 1)) && [[ $STARTER == torchrun ]] && STARTER=srun
   # shellcheck disable=SC2016 # expanded on the nodes
   case $STARTER in
     torchrun)

@@ -172,7 +172,8 @@ def test_a_fleet_that_is_preempted_goes_on_by_itself(slurm: Cluster, tmp_path: P
         "prepare: {instance_prompt: 'a photo of {}', resolution: 64}\n"
         "train: {steps: 100, global_batch: 1, checkpoint_every: 100, precision: fp32}\n"
     )
-    job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path)
+    job = slurm.submit(*TWO, FLEET, "c.yaml", "subjects.csv", "--slots", "2", "loss.prior=none", cwd=tmp_path,
+                       STARTER="srun")  # fmt: skip
     fleet = tmp_path / "runs" / "fleet"
     until(lambda: steps_done(fleet / "mug") >= 1)
     slurm.preempt(job, tmp_path)
@@ -245,7 +246,7 @@ def test_an_array_trains_and_scores_the_dreambooth_dataset(
     array = slurm.submit(
         "--array=1-2", DREAMBENCH, dataset, config, f"prepare.class_dir={tmp_path / 'class'}",
         f"evaluation.dino={eyes.dino()}", f"evaluation.clip={eyes.clip()}", "evaluation.class_images=2",
-        "evaluation.images=2", "train.steps=2", cwd=tmp_path, STARTER="srun",
+        "evaluation.images=2", "train.steps=2", cwd=tmp_path,
     )  # fmt: skip
     until(lambda: slurm.call("exec", "squeue", "-h", "-j", array) == "")
     said = [(tmp_path / f"dreambench-{array}_{k}.out").read_text() for k in (1, 2)]
@@ -260,7 +261,7 @@ def test_an_array_trains_and_scores_the_dreambooth_dataset(
 
 @pytest.mark.slow
 def test_shards_are_prepared_by_a_job_of_their_own(slurm: Cluster, config: Path, tmp_path: Path) -> None:
-    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path)
+    job = slurm.submit(*TWO, PREPARE, config, cwd=tmp_path, STARTER="srun")
     assert slurm.wait(job)["JobState"] == "COMPLETED"
     assert dbtrain("prepare", config, f"data.shards={tmp_path / 'here'}").returncode == 0
     assert tars(tmp_path / "shards") == tars(tmp_path / "here")
