@@ -232,7 +232,7 @@ class Train(Section):
         description="when to stop: after `steps`; or, for `best`, when no validation has been better for "
         "`patience` of them, at `steps` at the latest. The best checkpoint is kept and exported",
     )
-    patience: Count = Field(2, description="with `stop: best`: validations without improvement to wait for")
+    patience: Count = Field(3, description="with `stop: best`: validations without improvement to wait for")
     checkpoint_every: Count = Field(100, description="steps between checkpoints")
     keep: Count = Field(3, description="number of checkpoints to keep; older ones are deleted")
     log_every: Count = Field(10, description="steps between log lines")
