@@ -21,7 +21,7 @@ from dbtrain.models.base import Base
 from dbtrain.runtime import console, dist
 from dbtrain.train import memory
 
-KINDS = ("images", "prediction", "none")
+KINDS = ("images", "distillation", "prediction", "none")
 COUNTED = ("tiny", "sd15", "sdxl", "flux1")
 WARM_UP = 1  # pairs of steps
 
