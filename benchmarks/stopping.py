@@ -89,17 +89,16 @@ def _rows(cfg: Config, by: scoring.Scoring, first: int) -> Rows:
 
 
 def rows(curves: Mapping[str, Curve], patiences: Sequence[int]) -> list[Row]:
-    """A row for each patience, over all subjects; then the subjects one by one."""
+    """A row for each patience, over all subjects."""
     found = []
-    for label, names in [("all", list(curves)), *((name, [name]) for name in curves)]:
-        for patience in patiences:
-            each = [curves[name].outcome(patience) for name in names]
-            measures = {key: Measure.of(unit, [one[key] for one in each]) for key, unit in UNITS.items()}
-            text = "validation" + "s" * (patience > 1)
-            counts = (
-                {"mean saved, %": round(fmean(one["saved"] for one in each), 1)} if label == "all" else {}
-            )
-            found.append(Row(label=f"{label}: {patience} {text}", measures=measures, counts=counts))
+    for patience in patiences:
+        each = {name: one.outcome(patience) for name, one in curves.items()}
+        found.append(Row(
+            label=f"{patience} validation" + "s" * (patience > 1), config={"subjects": each},
+            measures={key: Measure.of(unit, [one[key] for one in each.values()]) for key, unit in UNITS.items()},
+            counts={f"mean {key}, %": round(fmean(one[key] for one in each.values()), 1)
+                    for key in ("saved", "gained")},
+        ))  # fmt: skip
     return found
 
 
