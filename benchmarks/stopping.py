@@ -95,7 +95,8 @@ def rows(curves: Mapping[str, Curve], patiences: Sequence[int]) -> list[Row]:
         each = {name: one.outcome(patience) for name, one in curves.items()}
         found.append(Row(
             label=f"{patience} validation" + "s" * (patience > 1), config={"subjects": each},
-            measures={key: Measure.of(unit, [one[key] for one in each.values()]) for key, unit in UNITS.items()},
+            measures={key: Measure.of(unit, [one[key] for one in each.values()])
+                      for key, unit in UNITS.items()},
             counts={f"mean {key}, %": round(fmean(one[key] for one in each.values()), 1)
                     for key in ("saved", "gained")},
         ))  # fmt: skip
