@@ -221,7 +221,9 @@ def run(args: argparse.Namespace, work: Path) -> Result:
                 dist.finish(1)
                 sys.exit(1)
     found = rows(results, by_subject=args.half == "proving")
-    return common.result(args, "choose_settings", args.half, found, ABOUT)
+    others = [recipe.replace(" ", "_") for recipe in args.recipes if recipe != "quickstart"]
+    subject = "-".join([args.half, *others]) if len(args.recipes) == 1 else args.half
+    return common.result(args, "choose_settings", subject, found, ABOUT)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from dbtrain.runtime import console, files
 EXPECTED = (
     ("cards", "predicted", "which GPU holds which model, predicted"),
     ("choose_settings", "proving", "the quickstart's recipe on eight subjects that it was not chosen on"),
+    ("choose_settings", "proving-prior_by_prediction", "the same without class images, on eight others"),
     ("throughput", "tiny-cpu", "training speed of the embedded base on a CPU"),
     ("throughput", "sd15-cuda", "SD-1.5, 512 px, over batch sizes, on a GPU"),
     ("throughput", "sd15-cuda-compiled", "SD-1.5, 512 px, compiled, over batch sizes, on a GPU"),
