@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import dbtrain
-from dbtrain.material import verbs
+from dbtrain.adapters.material import verbs
 from dbtrain.runtime import exit_codes, files, preemption, start
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing

@@ -21,7 +21,7 @@ FLOORS = [
     {"data"},
     {"models"},
     {"adapters", "prepare"},
-    {"material", "sample", "tiny"},
+    {"sample", "tiny"},
     {"evaluate"},
     {"train"},
     {"export", "report"},

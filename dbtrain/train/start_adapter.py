@@ -17,10 +17,10 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats import word_file
 from dbtrain.adapters.formats.comfyui_file import SCALED
 from dbtrain.adapters.formats.common import States, by_module, strength
+from dbtrain.adapters.material.delta import delta_of
+from dbtrain.adapters.material.fit import Fit, Fits, Limit, table
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
 from dbtrain.config import Config
-from dbtrain.material.delta import delta_of
-from dbtrain.material.fit import Fit, Fits, Limit, table
 from dbtrain.models.base import Base
 from dbtrain.runtime import console
 from dbtrain.runtime.errors import ConfigError

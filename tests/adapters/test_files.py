@@ -20,9 +20,9 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.diffusers_file import FILE
 from dbtrain.adapters.formats.names import nested, sgm_names
 from dbtrain.adapters.formats.peft_folder import CONFIG, WEIGHTS
+from dbtrain.adapters.material.adapter_file import AdapterFile
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
-from dbtrain.material.adapter_file import AdapterFile
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from dbtrain.sample.pipeline import AdapterPipeline

@@ -12,8 +12,8 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.runtime.imports import importing
 
 if TYPE_CHECKING:
-    from dbtrain.material.adapter_file import AdapterFile
-    from dbtrain.material.fit import Fits, Limit
+    from dbtrain.adapters.material.adapter_file import AdapterFile
+    from dbtrain.adapters.material.fit import Fits, Limit
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,8 +49,8 @@ Json = Annotated[bool, typer.Option("--json", help="print all of it as JSON")]
 def info(file: File, json: Json = False) -> None:
     """Say what a file holds: format, kind, parts, ranks, alphas, norms, base, and its header's entries."""
     _begin("info", file)
-    from dbtrain.material import info as verb
-    from dbtrain.material.adapter_file import AdapterFile
+    from dbtrain.adapters.material import info as verb
+    from dbtrain.adapters.material.adapter_file import AdapterFile
 
     found = verb.info(AdapterFile.read(file))
     _print(verb.as_json(found) if json else "\n".join(verb.table(found)))
@@ -106,9 +106,9 @@ def extract(
         raise ConfigError("extract needs a size; add --rank, e.g. --rank 32, or --energy, e.g. --energy 0.99")
     _begin("extract", f"{tuned} without {base} into {out}")
     limit = _limit(rank, energy, dtype, form)
-    from dbtrain.material import extract as verb
-    from dbtrain.material.adapter_file import find_base
-    from dbtrain.material.output import write
+    from dbtrain.adapters.material import extract as verb
+    from dbtrain.adapters.material.adapter_file import find_base
+    from dbtrain.adapters.material.output import write
 
     was = find_base(base)
     changes, fits, others = verb.extracted(find_base(tuned), was, limit)
@@ -122,9 +122,9 @@ def extract(
 def diff(one: File, other: File, base: BaseOption = None, json: Json = False) -> None:
     """Say how far apart two adapters are, in each part, whatever their formats, kinds and ranks."""
     _begin("diff", f"{one} and {other}")
-    from dbtrain.material import compare as verb
-    from dbtrain.material import info
-    from dbtrain.material.adapter_file import AdapterFile, find_base
+    from dbtrain.adapters.material import compare as verb
+    from dbtrain.adapters.material import info
+    from dbtrain.adapters.material.adapter_file import AdapterFile, find_base
 
     model = find_base(base) if base else None
     found = verb.difference(AdapterFile.read(one, model), AdapterFile.read(other, model))
@@ -139,7 +139,7 @@ def bake(
 ) -> None:
     """Write a base with adapters merged into its weights, as a Diffusers folder."""
     _begin("bake", f"{', '.join(adapters)} into {out}")
-    from dbtrain.material import bake as verb
+    from dbtrain.adapters.material import bake as verb
     from dbtrain.runtime import files
 
     parts, model = _sources(adapters, base)
@@ -151,7 +151,7 @@ def _begin(verb: str, what: str) -> None:
     """Say what begins, and start terminal output."""
     start.say(f"adapter {verb}", what)
     with importing(at_start=True):
-        from dbtrain.material import adapter_file  # noqa: F401  # most of what all of them import
+        from dbtrain.adapters.material import adapter_file  # noqa: F401  # most of what all of them import
         from dbtrain.runtime import console
 
     console.start()
@@ -166,8 +166,8 @@ def _print(text: str) -> None:
 
 def _limit(rank: int | None, energy: float | None, dtype: str, form: str | None) -> Limit:
     """The limit of the rank that is asked for. Raises ConfigError for values that no option takes."""
-    from dbtrain.material.fit import Limit
-    from dbtrain.material.output import DTYPES, FORMS
+    from dbtrain.adapters.material.fit import Limit
+    from dbtrain.adapters.material.output import DTYPES, FORMS
 
     for name, value, known in (("--dtype", dtype, DTYPES), ("--format", form, FORMS)):
         if value is not None and value not in known:
@@ -179,7 +179,7 @@ def _limit(rank: int | None, energy: float | None, dtype: str, form: str | None)
 
 def _sources(adapters: list[str], base: str | None) -> tuple[list[tuple[AdapterFile, float]], Any]:
     """The adapters with their weights, and the base if there is one."""
-    from dbtrain.material.adapter_file import AdapterFile, find_base, weighted
+    from dbtrain.adapters.material.adapter_file import AdapterFile, find_base, weighted
     from dbtrain.runtime import console
 
     model = find_base(base) if base else None
@@ -194,8 +194,8 @@ def _write_sum(
     out: Path, adapters: list[str], limit: Limit, base: str | None, form: str | None, dtype: str, json: bool
 ) -> None:
     """Write the weighted sum of adapters, of which one is a sum too, and say how well it fits."""
-    from dbtrain.material import merge
-    from dbtrain.material.output import write
+    from dbtrain.adapters.material import merge
+    from dbtrain.adapters.material.output import write
 
     parts, _ = _sources(adapters, base)
     changes, fits = merge.merged(parts, limit)
@@ -206,7 +206,7 @@ def _write_sum(
 
 
 def _report(out: Path, fits: Fits, json: bool, more: dict[str, Any] | None = None) -> None:
-    from dbtrain.material import fit, info
+    from dbtrain.adapters.material import fit, info
 
     if json:
         _print(info.as_json({"out": str(out), "layers": fit.as_json(fits), **(more or {})}))

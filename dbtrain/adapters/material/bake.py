@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from dbtrain.material.adapter_file import AdapterFile, shapes_of
-from dbtrain.material.delta import Delta
-from dbtrain.material.extract import weight_names
-from dbtrain.material.merge import aligned, summed
+from dbtrain.adapters.material.adapter_file import AdapterFile, shapes_of
+from dbtrain.adapters.material.delta import Delta
+from dbtrain.adapters.material.extract import weight_names
+from dbtrain.adapters.material.merge import aligned, summed
 from dbtrain.models.base import Base
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import files

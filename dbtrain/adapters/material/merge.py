@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dbtrain.material.adapter_file import AdapterFile, Place
-from dbtrain.material.delta import Delta, total
-from dbtrain.material.fit import Fits, Limit
+from dbtrain.adapters.material.adapter_file import AdapterFile, Place
+from dbtrain.adapters.material.delta import Delta, total
+from dbtrain.adapters.material.fit import Fits, Limit
 from dbtrain.runtime.errors import ConfigError
 
 Rules = dict[int, Callable[[], Delta]]  # number of an adapter -> what computes its change of a layer

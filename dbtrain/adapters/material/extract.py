@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dbtrain.adapters.formats.names import nested
-from dbtrain.material.adapter_file import Place, shapes_of
-from dbtrain.material.delta import Delta
-from dbtrain.material.fit import Fit, Fits, Limit
+from dbtrain.adapters.material.adapter_file import Place, shapes_of
+from dbtrain.adapters.material.delta import Delta
+from dbtrain.adapters.material.fit import Fit, Fits, Limit
 from dbtrain.models.base import Base
 from dbtrain.models.weight_files import WeightFiles
 from dbtrain.runtime import rng

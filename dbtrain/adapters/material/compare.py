@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dbtrain.material.adapter_file import AdapterFile, Place
-from dbtrain.material.merge import aligned
+from dbtrain.adapters.material.adapter_file import AdapterFile, Place
+from dbtrain.adapters.material.merge import aligned
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dbtrain.material.adapter_file import Place
-from dbtrain.material.delta import Delta
+from dbtrain.adapters.material.adapter_file import Place
+from dbtrain.adapters.material.delta import Delta
 
 EXACT = 1e-12  # relative errors below this are fp64's
 

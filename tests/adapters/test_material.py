@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from dbtrain.adapters import inject
 from dbtrain.adapters.formats import diff_file
 from dbtrain.adapters.formats import registry as formats
+from dbtrain.adapters.material import bake, compare, extract, info, merge
+from dbtrain.adapters.material.adapter_file import DENOISER, AdapterFile, Place
+from dbtrain.adapters.material.delta import Delta
+from dbtrain.adapters.material.fit import Limit
+from dbtrain.adapters.material.output import write
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import AdapterSettings, Model
-from dbtrain.material import bake, compare, extract, info, merge
-from dbtrain.material.adapter_file import DENOISER, AdapterFile, Place
-from dbtrain.material.delta import Delta
-from dbtrain.material.fit import Limit
-from dbtrain.material.output import write
 from dbtrain.models.base import Base
 from dbtrain.runtime.errors import ConfigError
 from tests import bases

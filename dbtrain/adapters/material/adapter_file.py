@@ -23,9 +23,9 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import States, by_module, strength
 from dbtrain.adapters.formats.names import Layers, split
 from dbtrain.adapters.formats.word_file import BUNDLE
+from dbtrain.adapters.material.delta import Delta, delta_of
 from dbtrain.adapters.state import AdapterState
 from dbtrain.config import Model
-from dbtrain.material.delta import Delta, delta_of
 from dbtrain.models.base import Base
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason

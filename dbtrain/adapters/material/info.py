@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from dbtrain.adapters.formats import peft_folder
 from dbtrain.adapters.formats.common import by_module, strength
+from dbtrain.adapters.material.adapter_file import AdapterFile
+from dbtrain.adapters.material.delta import delta_of
 from dbtrain.adapters.state import MAGNITUDE, AdapterState
-from dbtrain.material.adapter_file import AdapterFile
-from dbtrain.material.delta import delta_of
 from dbtrain.runtime import files
 
 KINDS = {"LORA": "LoRA", "LOHA": "LoHa", "LOKR": "LoKr"}

@@ -15,9 +15,9 @@ from dbtrain.adapters.formats import registry as formats
 from dbtrain.adapters.formats.common import Content, States, by_module
 from dbtrain.adapters.formats.header import network, serialized
 from dbtrain.adapters.formats.names import Layers
+from dbtrain.adapters.material.adapter_file import AdapterFile, Place
+from dbtrain.adapters.material.delta import Delta
 from dbtrain.adapters.state import AdapterState
-from dbtrain.material.adapter_file import AdapterFile, Place
-from dbtrain.material.delta import Delta
 from dbtrain.models.base import Base
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError
