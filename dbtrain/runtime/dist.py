@@ -25,6 +25,7 @@ from dbtrain.runtime.errors import ConfigError, Lost, Preempted, os_problem, rea
 from dbtrain.runtime.heartbeat import GAVE_UP, PATIENCE_S, Heartbeat
 
 PATIENCE = timedelta(hours=2)  # while preparing: the ranks' shares of work differ, and one may download
+OF_RANKS = ("gloo", "NCCL", "imed out", "pair closure")  # in errors; the last beside one that timed out
 
 _group: torch_dist.ProcessGroup | None = None  # used while training; has its own timeout
 _groups: dict[float, torch_dist.ProcessGroup] = {}  # by timeout in seconds
@@ -173,7 +174,7 @@ def lost(error: Exception) -> Lost | None:
     if of_torch and not _heartbeat:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         return Lost(f"cannot join the other ranks at {place}: {reason(error)}", ended=True)
-    if not _heartbeat or not (of_torch or any(word in str(error) for word in ("gloo", "NCCL", "imed out"))):
+    if not _heartbeat or not (of_torch or any(word in str(error) for word in OF_RANKS)):
         return None
     culprit, ended = _heartbeat.absent()
     return Lost(f"{culprit}; this rank gives up at step {_heartbeat.step}: {reason(error)}", ended)
@@ -202,10 +203,9 @@ def gather_json(value: Any) -> list[Any]:
     message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world())]
     _wait_for(torch_dist.all_gather(sizes, torch.tensor([len(message)]), async_op=True))
-    longest = int(max(sizes))
-    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
     padded[: len(message)] = message
-    everyone = [torch.zeros(longest, dtype=torch.uint8) for _ in range(world())]
+    everyone = [torch.zeros_like(padded) for _ in range(world())]
     _wait_for(torch_dist.all_gather(everyone, padded, async_op=True))
     return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(everyone, sizes, strict=True)]
 
