@@ -225,8 +225,8 @@ class LatentStream:
     def _draw(self, role: str, position: int, shape: tuple[int, ...], redraws: bool) -> rng.RowNoise:
         """The random numbers of the row at a position.
 
-        The photos that preserve the class are noisy enough to be of any image of it or, where the base
-        redraws them, in the lower half of the noise levels.
+        Photos that preserve the class get the upper half of the noise levels, or the lower half if the base
+        redraws them.
         """
         draw = rng.sample_noise(self.seed, role, position, shape, self.noise_offset)
         if self.class_prompts and role == "class":

@@ -194,10 +194,10 @@ class DreamBooth(nn.Module, Adapted):
         return batch.extra | (self.sees(x0, x_t, t, batch, self.noising) if self.sees else {})
 
     def redrawn(self, objective: Any, batch: Batch, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`x_t` with the batch's redrawn rows as the base would come by them on its way to an image.
+        """`x_t`, with the batch's redrawn rows replaced by what the base makes of them.
 
-        From halfway between their noise level and the highest, the base takes one step with the class prompt.
-        So the class is preserved for the base's own images of it, not for the subject's photos alone.
+        From a noise level higher by half of all levels, the base takes one sampling step to `t` with the
+        class prompt. So the class is preserved for the base's own images of it, not for the photos alone.
         The step is DDIM's, with the row's noise for the predicted one: Song et al. 2020, arXiv:2010.02502.
         """
         noisier = objective.timesteps(batch.u + 0.5)

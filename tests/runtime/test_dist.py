@@ -1,4 +1,4 @@
-"""Errors of collectives are told apart from those of the program."""
+"""A failed collective is reported as a lost rank; any other error is not."""
 
 from __future__ import annotations
 

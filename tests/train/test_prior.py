@@ -157,7 +157,7 @@ def test_the_loss_is_the_distance_from_the_base_s_own_prediction(
 
 @pytest.mark.parametrize("name", ["sd", "sd-v", "flux1"])
 def test_every_other_step_the_base_redraws_the_photos(make: Make, name: str) -> None:
-    """From half of all noise levels above, by a step like that of a sampler."""
+    """By one sampling step, from a noise level higher by half of all levels."""
     cfg = make(model__path=str(bases.ALL[name]()), **PREDICTED)
     folder = prepare(cfg)
     batches = stream(cfg, folder)
