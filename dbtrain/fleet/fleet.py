@@ -21,6 +21,7 @@ from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.sample.sample import Kept
 from dbtrain.train import slots
+from dbtrain.train.lockstep import Lockstep
 
 
 def fleet(request: Request) -> Path:
@@ -47,7 +48,8 @@ def fleet(request: Request) -> Path:
     dist.assert_same(content_key([entry.name for entry in entries]), "the list of subjects")
     folder = files.expand(shared.run_dir)
     with lock.held(folder, "run_dir"):
-        work = Work(request, folder, entries)
+        shares = shared.train.shard != "none" and dist.world() > 1
+        work = Work(request, folder, entries, Lockstep(shared, request.watch) if shares else None)
         work.prepare()
         stopped = _apart(work.train)
         if request.evaluate and not stopped:

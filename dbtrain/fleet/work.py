@@ -23,6 +23,7 @@ from dbtrain.runtime.lock import Lock
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import many, memory, slots
 from dbtrain.train.inputs import Inputs
+from dbtrain.train.lockstep import Lockstep
 
 LOOK_S = 5.0  # between two looks at the list, and at where each subject stands
 SETTLED_S = 5.0  # a folder whose photos changed later than this is still being filled
@@ -50,8 +51,11 @@ class Request:
 class Work:
     """The subjects of a fleet, as one rank sees them."""
 
-    def __init__(self, request: Request, folder: Path, entries: Sequence[Entry]) -> None:
-        self.request, self.folder = request, folder
+    def __init__(
+        self, request: Request, folder: Path, entries: Sequence[Entry], lockstep: Lockstep | None = None
+    ) -> None:
+        """`lockstep`: with the ranks that hold the denoiser together."""
+        self.request, self.folder, self.lockstep = request, folder, lockstep
         self.rank, self.world = dist.rank(), dist.world()
         self.entries = {entry.name: entry for entry in entries}
         self.early = set(self.entries)  # those that are prepared together
@@ -61,6 +65,7 @@ class Work:
         self.held: dict[str, Lock] = {}  # of those that this rank trains
         self.base: Base | None = None
         self.slots = 0
+        self.open = False  # whether there is anything to train, for some rank
         self.looked, self.news = time.monotonic(), True
         self.status = status.read(folder)
 
@@ -93,15 +98,16 @@ class Work:
         for done, bad in dist.gather_json([list(self.done), self.bad]):
             self.done.update(done)
             self.bad.update(bad)
+        self.open = any(dist.gather_json(self.request.watch or any(map(self._is_open, self.entries))))
 
     def train(self) -> None:
         """Train and export until no subject is left. Raises Preempted, with everything saved."""
         cfgs = [one.cfg for name, one in self.entries.items() if one.cfg and name not in self.bad]
-        if not cfgs or not (self.request.watch or any(map(self._is_open, self.entries))):
+        if not cfgs or not self.open:
             return
-        runs = [(cfg, Inputs.find(cfg, self.base)) for cfg in cfgs]  # all: they shape the slots
-        console.say(f"{len(runs)} subjects, {self.slots} at once on each of {self.world} ranks")
-        model = slots.Slots(self.slots, *zip(*runs, strict=True))
+        inputs = [Inputs.find(cfg, self.base) for cfg in cfgs]  # all: they shape the slots
+        console.say(f"{len(cfgs)} subjects, {self.slots} at once on each of {self.world} ranks")
+        model = slots.Slots(self.slots, cfgs, inputs, self.lockstep)
         with closing(status.Bar(self._status(), self.world)) as self.bar:
             try:
                 many.train(model, self._take, self._ended, self._look)
@@ -128,6 +134,8 @@ class Work:
         has, most = memory.memory_of(dist.device()), MOST
         if has < inf:
             one = memory.predict(cfg, base, "cuda")
+            together = memory.ranks_together(cfg.train.shard, self.world, dist.local_world())
+            one = one.sharded(together, recomputed=cfg.train.gradient_checkpointing != "none")
             own = one.adapter + one.moments + one.activations + one.gradients
             most = int((has * (1 - memory.SPARE) - one.needed + own) // own)
         return max(1, min(most, ceil(len(self.entries) / self.world)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dbtrain.train.metrics import Outcome
     from dbtrain.train.step import Compute
 
+T = TypeVar("T")
 Kinds = tuple[tuple[torch.Size, bool], ...]  # of the batches of a step: their shapes, and which are redrawn
 WARM_UP = {False: 3, True: 11}  # by whether DDP is used: its buckets take up to 11 steps to settle
 
@@ -29,50 +30,60 @@ def check(wanted: bool, device: torch.device) -> None:
         raise ConfigError("train.cuda_graph is true, but there is no CUDA GPU here; set it to false")
 
 
-class Recorded:
-    """A step that is recorded as a CUDA graph, once a kind, after a few warm-up calls and then replayed.
+class Recorder(Generic[T]):
+    """Records what is computed from batches as a CUDA graph, once a kind, after a few warm-up calls.
 
-    Forward, backward, and optimizer become a single launch, so that a small batch is not limited by the
-    time that Python takes to launch thousands of kernels. Inputs are copied into the recorded tensors.
-    Everything must run `on_side_stream`.
+    Replaying it is a single launch, so that a small batch is not limited by the time that Python takes to
+    launch thousands of kernels. Batches are copied into the recorded ones; all else that changes has to be
+    in tensors that stay the same. Everything must run `on_side_stream`.
     """
 
-    def __init__(self, compute: Compute, distributed: bool) -> None:
-        self.compute = compute
+    def __init__(self, distributed: bool = False) -> None:
         self.left = WARM_UP[distributed]  # calls to warm up: by all kinds
         self.again: dict[Kinds, int] = {}  # and by each
-        self.steps: dict[Kinds, _Step] = {}
+        self.recordings: dict[Kinds, _Recording[T]] = {}
 
-    def __call__(self, ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
+    def __call__(self, compute: Callable[[Sequence[Batch]], T], batches: Sequence[Batch]) -> T:
+        """What `compute`, which is the same every time, returns for these batches."""
         kinds = tuple((batch.noise.shape, batch.redraws) for batch in batches)
         left = self.again.setdefault(kinds, WARM_UP[False])
         if self.left > 0 or left > 0:
             self.left, self.again[kinds] = self.left - 1, left - 1
-            return self.compute(ddp, progress, batches, cfg)
-        if kinds not in self.steps:
+            return compute(batches)
+        if kinds not in self.recordings:
             inputs, graph = list(batches), torch.cuda.CUDAGraph()
-            pool = next(iter(self.steps.values())).graph.pool() if self.steps else None
+            pool = next(iter(self.recordings.values())).graph.pool() if self.recordings else None
             # thread_local: the prefetching thread may pin memory during the capture.
             with torch.cuda.graph(
                 graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
             ):
-                result = self.compute(ddp, progress, inputs, cfg)
-            self.steps[kinds] = _Step(graph, inputs, result)
+                result = compute(inputs)
+            self.recordings[kinds] = _Recording(graph, inputs, result)
         else:
-            for mine, given in zip(self.steps[kinds].inputs, batches, strict=True):
+            for mine, given in zip(self.recordings[kinds].inputs, batches, strict=True):
                 mine.take(given)
-        step = self.steps[kinds]
-        step.graph.replay()
-        return step.result._replace(seen=sum(batch.seen for batch in batches))
+        self.recordings[kinds].graph.replay()
+        return self.recordings[kinds].result
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A recorded step, and the tensors that it reads and writes."""
+class _Recording(Generic[T]):
+    """A recorded graph, and the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Batch]
-    result: Outcome
+    result: T
+
+
+def recorded(compute: Compute, distributed: bool) -> Compute:
+    """The same step, recorded: forward, backward, and optimizer. `distributed`: whether DDP is used."""
+    recorder: Recorder[Outcome] = Recorder(distributed)
+
+    def step(ddp: nn.Module, progress: Progress, batches: Sequence[Batch], cfg: Config) -> Outcome:
+        outcome = recorder(lambda some: compute(ddp, progress, some, cfg), batches)
+        return outcome._replace(seen=sum(batch.seen for batch in batches))
+
+    return step
 
 
 @contextmanager

@@ -58,6 +58,8 @@ class DreamBooth(nn.Module, Adapted):
         self.family = family
         self.denoiser = denoiser
         self.sharded = parallel.is_sharded(denoiser)
+        # The largest of a number of each rank that holds the denoiser, where they do the same.
+        self.most: Callable[[int], int] = lambda number: max(dist.gather_json(number))
         self.text_encoders = nn.ModuleDict(text_encoders)  # those with an adapter or a learned word
         self.learned = learned  # words
         # An `Objective` for each number of tokens, as larger images need more noise.
@@ -211,16 +213,19 @@ class DreamBooth(nn.Module, Adapted):
         """What the denoiser predicts, shaped like `x_t`. Several `slots` have as many rows in every pass."""
         denoise = partial(self.family.denoise, self.denoiser, x_t, t)
         step = self.family.pad_to_multiple_of
-        if self.sharded and step == 1:  # ranks gather weights in each pass, so they need as many
-            passes = dist.gather_json(len(condition["lengths"].unique()))
-            return denoise(condition | {"passes": torch.tensor(max(passes))})
+        if self.sharded and step == 1 and slots == 1:
+            # Ranks gather weights in each pass, so they need as many.
+            passes = self.most(len(condition["lengths"].unique()))
+            return denoise(condition | {"passes": torch.tensor(passes)})
         if slots == 1 or not step:
             return denoise(condition)
         # All rows pass once for each length of prompts, and those of this length are kept.
         lengths = condition["lengths"]
         padded = (lengths + step - 1) // step * step
         prediction = torch.zeros_like(x_t)
-        for length in padded.unique():
+        each = padded.unique().tolist()
+        passes = self.most(len(each)) if self.sharded else len(each)
+        for length in each + each[-1:] * (passes - len(each)):
             fitted = {"lengths": lengths.clamp(length - step + 1, length), "padded_length": length}
             made = denoise(condition | fitted)
             prediction = torch.where((padded == length).to(x_t.device).view(-1, 1, 1, 1), made, prediction)

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from dbtrain.adapters.batched import Stack
 from dbtrain.runtime import console, preemption
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.setup import Job
 from dbtrain.train.validation import ImageGenerator, eval_mode
 
 
-def generate(model: DreamBooth, stack: Stack, generators: Mapping[int, ImageGenerator]) -> None:
-    """Generate the images of each generator, by slot, ahead of its `generate`, which then only writes them.
+def generate(model: DreamBooth, stack: Stack, jobs: Mapping[int, Job]) -> None:
+    """Generate the images of each run, by slot, ahead of its validation, which then only writes them.
 
-    All generators have the same settings but for prompts. A batch has as many rows of every slot, also of
-    those without a generator, so that an image does not depend on what the others are.
+    All have the same settings but for prompts.
     """
+    with ExitStack() as held:
+        for job in jobs.values():
+            held.enter_context(job.metrics.interrupted("validation"))
+            held.enter_context(job.progress.averaged(job.cfg.export.ema))
+        generators = {slot: job.validation.generator for slot, job in jobs.items()}
+        _generate(model, stack, {slot: one for slot, one in generators.items() if one})
+
+
+def _generate(model: DreamBooth, stack: Stack, generators: Mapping[int, ImageGenerator]) -> None:
+    """A batch has as many rows of every slot, also of those without a generator, so that an image does not
+    depend on what the others are."""
     slots, first = sorted(generators), next(iter(generators.values()))
     jobs = {slot: generators[slot].jobs for slot in slots}
     rows = max(1, first.cfg.sample.batch // stack.slots)  # of a slot

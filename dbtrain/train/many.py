@@ -26,9 +26,9 @@ def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -
     """
     with slots.open():
         try:
-            while _fill(slots, take, ended):
-                # One optimizer step of every run, on its own micro-batches.
-                outcomes = slots.step()
+            _fill(slots, take, ended)
+            # One optimizer step of every run, on its own micro-batches.
+            while (outcomes := slots.step()) is not None:
                 for slot, outcome in outcomes.items():
                     with _attempt(slots, slot, ended):
                         slots.record(slot, outcome)
@@ -36,18 +36,20 @@ def train(slots: Slots, take: Take, ended: Ended, on_step: Callable[[], None]) -
                 _settle(slots, [slot for slot in outcomes if slot in slots.seats], ended)
                 on_step()
                 preemption.check()
+                _fill(slots, take, ended)
         except Preempted as stop:
+            slots.part()
             for slot in list(slots.seats):
                 with _attempt(slots, slot, ended):
                     slots.save(slot)
             raise Preempted(f"{stop} ({len(slots.seats)} runs saved)") from stop
 
 
-def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
-    """Put the next runs into empty slots, and validate them if that is due; whether there is any to train."""
+def _fill(slots: Slots, take: Take, ended: Ended) -> None:
+    """Put the next runs into empty slots, and validate them if that is due."""
     while True:
         entered = []
-        while (slot := slots.free()) is not None and (run := take(not slots.seats)):
+        while (slot := slots.free()) is not None and (run := take(slots.idle)):
             with _named(run[0]):
                 try:
                     with fixable():
@@ -56,7 +58,7 @@ def _fill(slots: Slots, take: Take, ended: Ended) -> bool:
                 except ConfigError as problem:
                     ended(run[0], problem)
         if not entered:
-            return bool(slots.seats)
+            return
         _settle(slots, entered, ended)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -117,6 +118,13 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def largest(number: int, group: ProcessGroup | None) -> int:
+    """The largest of the numbers of a group's ranks, on each of them."""
+    found = torch.tensor(number)
+    all_reduce(found, ReduceOp.MAX, group=group)
+    return int(found)
 
 
 def rounds(count: int, together: bool) -> Iterator[tuple[int, bool]]:

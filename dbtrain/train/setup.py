@@ -205,9 +205,30 @@ def start(
     step = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(adapter)
 
-    # The data, from the next step on.
+    stream = stream_of(cfg, inputs, step, device)
+
+    # The records, without the steps that are repeated.
+    with dist.agreed():
+        metrics = Metrics(run, cfg, step, list(stream.role_weights), stream.source, among_others)
+        if dist.is_main():
+            due.forget_after(cfg, inputs.fingerprint, inputs.scoring, step)
+            files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
+            run.done.unlink(missing_ok=True)
+    compute: Compute = compute_step
+    if cfg.train.cuda_graph:
+        compute = cuda_graph.recorded(compute_step, dist.world() > 1)
+    job = Job(cfg, run, model, progress, stream, metrics, validator, compute, step)
+    console.say(_describe(job, manifest))
+    if inputs.scoring:
+        console.say(f"stops at the best {inputs.scoring.said}")
+    return job
+
+
+def stream_of(cfg: Config, inputs: Inputs, step: int, device: torch.device) -> LatentStream:
+    """The data of this rank after `step` steps, in batches on `device`."""
+    manifest = inputs.manifest
     weights = cfg.loss.role_weights("class" in manifest.roles, manifest.has_masks)
-    stream = LatentStream(
+    return LatentStream(
         inputs.storage, manifest, inputs.share, weights, seed=cfg.seed, start=step,
         weights=subjects.weights(cfg), prompt_dropout=cfg.data.prompt_dropout,
         noise_offset=cfg.loss.noise_offset, cache_gib=cfg.data.cache_gib, device=device,
@@ -217,22 +238,6 @@ def start(
         class_prompts=manifest.class_prompts() if cfg.loss.prior == "prediction" else None,
         preserved=cfg.loss.asks_the_base, background=cfg.loss.mask.background,
     )  # fmt: skip
-
-    # The records, without the steps that are repeated.
-    with dist.agreed():
-        metrics = Metrics(run, cfg, step, list(weights), stream.source, among_others)
-        if dist.is_main():
-            due.forget_after(cfg, inputs.fingerprint, inputs.scoring, step)
-            files.write_atomically(run.config, segments.header(progress.segments, cfg) + cfg.dump())
-            run.done.unlink(missing_ok=True)
-    compute = compute_step
-    if cfg.train.cuda_graph:
-        compute = cuda_graph.Recorded(compute_step, dist.world() > 1)
-    job = Job(cfg, run, model, progress, stream, metrics, validator, compute, step)
-    console.say(_describe(job, manifest))
-    if inputs.scoring:
-        console.say(f"stops at the best {inputs.scoring.said}")
-    return job
 
 
 def _compile(job: Job) -> None:

@@ -8,9 +8,10 @@ nor on the slot that it is in.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,60 +27,39 @@ from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError, fixable
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.memory import trim
-from dbtrain.train import joint_images, training_adapter, validation
-from dbtrain.train.adapted import Adapted, attach, start_anew
+from dbtrain.train import cuda_graph, joint_images, slot_prompts, training_adapter, validation
+from dbtrain.train.adapted import attach, start_anew
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.inputs import Inputs
+from dbtrain.train.lockstep import Lockstep
 from dbtrain.train.metrics import Outcome
-from dbtrain.train.setup import Job, read_table, start, swap_blocks
+from dbtrain.train.seat import Seat, SlotAdapter
+from dbtrain.train.setup import read_table, start, stream_of, swap_blocks
 from dbtrain.train.step import Tally, begin, update
+from dbtrain.train.validation import eval_mode
 
 CPU = torch.device("cpu")
-
-
-class SlotAdapter(Adapted):
-    """The adapter in a slot, as its run sees it: PEFT's modules, without the base's weights."""
-
-    def __init__(self, modules: dict[str, nn.Module], row: tuple[Tensor, Tensor]) -> None:
-        self.modules, self.row = modules, row
-
-    @property
-    def trained(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.modules.items() if hasattr(module, "peft_config")}
-
-
-@dataclass
-class Seat:
-    """A run in a slot."""
-
-    job: Job
-    step: int  # steps so far
-    held: ExitStack  # its files and its place
-    saved: bool = True  # whether the step has a checkpoint
-
-    def save(self) -> None:
-        self.job.save(self.step)
-        self.saved = True
-
-    @property
-    def ended(self) -> bool:
-        return self.step >= self.job.cfg.train.steps or self.job.validation.stopped
 
 
 class Slots:
     """One model, and the runs in its slots."""
 
-    def __init__(self, count: int, cfgs: Sequence[Config], inputs: Sequence[Inputs]) -> None:
+    def __init__(
+        self, count: int, cfgs: Sequence[Config], inputs: Sequence[Inputs], lockstep: Lockstep | None = None
+    ) -> None:
         """Load the base. `cfgs`: all runs that may come, whose `inputs` these are.
+
+        `lockstep`: with the ranks that hold the denoiser together, if `train.shard` is set.
 
         Raises ConfigError for settings that slots do not have.
         """
-        self.cfg, self.base, self.count = cfgs[0], inputs[0].base, count
+        self.cfg, self.base, self.count, self.lockstep = cfgs[0], inputs[0].base, count, lockstep
+        self.micro_batches = inputs[0].share.micro_batches
         self.seats: dict[int, Seat] = {}  # the runs, by slot
         self.modules: dict[int, tuple[str, dict[str, nn.Module]]] = {}  # PEFT's, by slot, with their settings
         check(self.cfg)
         tables = [read_table(*pair) for pair in zip(cfgs, inputs, strict=True)]
-        self.prompts = max(map(_length, tables))  # of a slot
+        self.prompts = max(map(slot_prompts.length, tables))  # of a slot
         encoded = validation.encode(cfgs, inputs[0])
         self.encoded = {cfg.run_dir: found for cfg, found in zip(cfgs, encoded, strict=True)}
         training = training_adapter.read(self.base, self.cfg.model)
@@ -97,9 +77,22 @@ class Slots:
                 self.stack.add(name, module, ranks[name])
             self.stack.allocate(dist.device())
 
-        table = _blank(tables, count * self.prompts)
-        self.model = DreamBooth.build(self.base, inputs[0].manifest, table, self.cfg, training, put=put)
+        table = slot_prompts.blank(tables, count * self.prompts)
+        mesh = lockstep.mesh if lockstep else None
+        self.model = DreamBooth.build(self.base, inputs[0].manifest, table, self.cfg, training, mesh, put=put)
         self.model.working_copies = self.stack
+        if lockstep:
+            lockstep.watch(self.model, self._accompany)
+        self.blank = _blank(cfgs, inputs)
+        self.scales = torch.ones(count, device=dist.device())  # of the losses, for fp16
+        self.passes: Callable[[Sequence[Batch]], list[Tensor]] = self._passes
+        if self.cfg.train.cuda_graph:
+            if self.model.on_host:
+                raise ConfigError(
+                    "train.cuda_graph is true, but in slots, this base's prompts can differ in length, or "
+                    "are too many for the GPU's memory; set it to false"
+                )
+            self.passes = partial(cuda_graph.Recorder[list[Tensor]](), self._passes)
         swap_blocks(self.cfg, self.base, self.model)
         self.model.to(dist.device())
         trim()  # what the weights took in RAM
@@ -108,7 +101,10 @@ class Slots:
     def open(self) -> Iterator[None]:
         """Train in the block; at its end, close the files of all runs."""
         train, device = self.cfg.train, dist.device()
-        with kernels.attention(train.attention, device), dist.training(self.cfg.faults.timeout_s):
+        with (
+            kernels.attention(train.attention, device), dist.training(self.cfg.faults.timeout_s),
+            cuda_graph.on_side_stream(train.cuda_graph),
+        ):  # fmt: skip
             if train.compile:
                 memory = train.activation_memory
                 kernels.compile_module(self.model.denoiser, train.compile, activation_memory=memory)
@@ -117,6 +113,16 @@ class Slots:
             finally:
                 for slot in list(self.seats):
                     self.leave(slot)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do, for no rank that this one has to keep company either."""
+        return not self.seats and not self.lockstep
+
+    def part(self) -> None:
+        """Stop the ranks that this one would have to keep company."""
+        if self.lockstep:
+            self.lockstep.stop()
 
     def free(self) -> int | None:
         """The number of an empty slot; None if there is none."""
@@ -130,7 +136,7 @@ class Slots:
         with ExitStack() as held:
             held.callback(self.stack.clear, slot)
             adapter = SlotAdapter(self._adapters(slot, cfg), self.stack.row(slot))
-            self._write_prompts(slot, read_table(cfg, inputs))
+            slot_prompts.write(self.model, slot, self.prompts, read_table(cfg, inputs))
             if cfg.run_dir not in self.encoded:
                 (self.encoded[cfg.run_dir],) = validation.encode([cfg], inputs)
             validator = validation.Validator.of(cfg, inputs, self.model, self.encoded.pop(cfg.run_dir))
@@ -143,8 +149,12 @@ class Slots:
         """Take the run out of a slot, whose adapter becomes zero; `problem`: why, if it went wrong."""
         self.seats.pop(slot).held.__exit__(type(problem) if problem else None, problem, None)
 
-    def step(self) -> dict[int, Outcome | ConfigError]:
-        """One optimizer step of each run: its outcome, or what it ran into, by slot."""
+    def step(self) -> dict[int, Outcome | ConfigError] | None:
+        """One optimizer step of each run: its outcome, or what it ran into, by slot.
+
+        None if there is no run, nor on any other rank that this one has to wait for. Raises Preempted if such
+        a rank stops.
+        """
         # The data of each run.
         found: dict[int, Outcome | ConfigError] = {}
         data: dict[int, list[Batch]] = {}
@@ -152,40 +162,47 @@ class Slots:
         for slot, seat in self.seats.items():
             try:
                 with fixable():
-                    data[slot] = [next(seat.job.stream) for _ in range(seat.job.stream.share.micro_batches)]
+                    data[slot] = [next(seat.job.stream) for _ in range(self.micro_batches)]
             except ConfigError as problem:
                 found[slot] = problem
         wait_s = time.perf_counter() - before
         jobs = {slot: self.seats[slot].job for slot in data}
-        if not jobs:
-            return found
+        if not (self.lockstep.meet(bool(self.seats)) if self.lockstep else jobs):
+            return found if found or (self.lockstep and self.lockstep.endless) else None
         rates = {slot: begin(job.progress, self.seats[slot].step, job.cfg) for slot, job in jobs.items()}
 
         # Forward and backward passes of all at once. Empty slots have rows too, which no loss counts.
         device = dist.device()
-        tallies = {slot: Tally.zero(device) for slot in jobs}
-        self.stack.grads.zero_()
-        with self.model.working_copies.in_place():
-            for micro, some in enumerate(next(iter(data.values()))):
-                parts = [data[slot][micro] if slot in data else some.blank() for slot in range(self.count)]
-                batch = Batch.joined(parts, self.prompts).to(device)
-                with PRECISIONS[self.cfg.train.precision].forward(device):
-                    per_image, weight, u, position = (
-                        values.view(self.count, -1)
-                        for values in (self.model(batch), batch.weight, batch.u, batch.position)
-                    )
-                losses = [
-                    job.progress.scaler.scale((weight[slot] * per_image[slot]).sum())
-                    for slot, job in jobs.items()
-                ]
-                torch.stack(losses).sum().backward()
-                for slot, job in jobs.items():
-                    tallies[slot].add(per_image[slot], u[slot], position[slot], job.cfg)
+        for slot, job in jobs.items():
+            self.scales[slot] = job.progress.scaler.scale(torch.ones((), device=device))
+        with self.lockstep.step() if self.lockstep else nullcontext():
+            blank = [self.blank] * self.micro_batches
+            parts = zip(*(data.get(slot, blank) for slot in range(self.count)), strict=True)
+            batches = [Batch.joined(some, self.prompts).to(device) for some in parts]
+            losses = self.passes(batches)
 
         # Each clips its own gradient, and steps.
         for slot, job in jobs.items():
-            outcome = tallies[slot].outcome(job.progress, update(job.progress, job.cfg), data[slot])
+            tally = Tally.zero(device)
+            for per_image, batch in zip(losses, batches, strict=True):
+                u, position = (values.view(self.count, -1)[slot] for values in (batch.u, batch.position))
+                tally.add(per_image[slot], u, position, job.cfg)
+            outcome = tally.outcome(job.progress, update(job.progress, job.cfg), data[slot])
             found[slot] = outcome._replace(lr=rates[slot], wait_s=wait_s)
+        return found
+
+    def _passes(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Forward and backward passes; the losses of each micro-batch, (slots, rows). See `Stack.grads`."""
+        found = []
+        self.stack.grads.zero_()
+        with self.model.working_copies.in_place():
+            for batch in batches:
+                batch = replace(batch, redraws=bool(self.model.most(batch.redraws)))
+                with PRECISIONS[self.cfg.train.precision].forward(batch.weight.device):
+                    per_image = self.model(batch).view(self.count, -1)
+                weight = batch.weight.view_as(per_image) * self.scales[:, None]
+                (weight * per_image).sum().backward()
+                found.append(per_image.detach())
         return found
 
     def record(self, slot: int, outcome: Outcome | ConfigError) -> None:
@@ -208,15 +225,9 @@ class Slots:
 
     def generate_ahead(self, slots: Sequence[int]) -> None:
         """Generate the images of these slots' runs in common batches, before `settle` writes them."""
-        if len(slots) < 2:
-            return  # `settle` generates them
-        jobs = {slot: self.seats[slot].job for slot in slots}
-        with ExitStack() as held:
-            for job in jobs.values():
-                held.enter_context(job.metrics.interrupted("validation"))
-                held.enter_context(job.progress.averaged(job.cfg.export.ema))
-            generators = {slot: job.validation.generator for slot, job in jobs.items()}
-            joint_images.generate(self.model, self.stack, {k: one for k, one in generators.items() if one})
+        if len(slots) > 1:  # else `settle` generates them
+            jobs = {slot: self.seats[slot].job for slot in slots}
+            joint_images.generate(self.model, self.stack, jobs)
 
     def settle(self, slot: int) -> None:
         """Save and validate the run in a slot if that is due. Raises ConfigError for what a user can fix."""
@@ -249,6 +260,13 @@ class Slots:
             start_anew(modules, cfg)
         return modules
 
+    def _accompany(self) -> None:
+        """Call the denoiser once, without gradients, for other ranks that gather its weights now."""
+        batch = replace(self.blank, preserved=0).to(dist.device())
+        precision = PRECISIONS[self.cfg.train.precision]
+        with eval_mode(self.model, self.cfg), self.stack.only(0), precision.forward(dist.device()):
+            self.model(batch)
+
     def _skeletons(self, cfg: Config) -> dict[str, nn.Module]:
         """The components that take part in training, with adapters, all on the meta device."""
         names = self.base.family.adaptable if cfg.adapter.text_encoder else (self.base.family.denoiser,)
@@ -257,19 +275,6 @@ class Slots:
             self.base.drop_unread(name, module)
         attach(found, self.base.family, cfg)
         return found
-
-    def _write_prompts(self, slot: int, table: Mapping[str, Tensor]) -> None:
-        """Put the prompt table of a run into its slot's part of the model's."""
-        if (count := _length(table)) > self.prompts:
-            raise ConfigError(f"the shards have {count} prompts, but a slot has room for {self.prompts}; "
-                              "start the fleet again")  # fmt: skip
-        named = {name.partition(".")[2]: tensor for name, tensor in table.items()}
-        buffers = {name: self.model.get_buffer(f"prompts_{name}") for name in self.model.prompt_names}
-        for name, whole in (self.model.on_host | buffers).items():
-            if any(here > room for here, room in zip(named[name].shape[1:], whole.shape[1:], strict=True)):
-                raise ConfigError("the prompts are longer than slots have room for; start the fleet again")
-            first = slot * self.prompts
-            _write(whole[first : first + count], named[name])
 
 
 def check(cfg: Config) -> None:
@@ -280,31 +285,26 @@ def check(cfg: Config) -> None:
             "prepare.buckets and several resolutions do not go with slots, whose batches have one size; "
             "leave prepare.buckets at false, and set prepare.resolution to one number"
         )
-    for key, needed in (("train.cuda_graph", False), ("train.shard", "none"), ("train.wandb", None)):
-        if cfg.get(key) != needed:
-            raise ConfigError(f"{key} does not go with slots; leave it at its default")
+    if cfg.train.wandb:
+        raise ConfigError("train.wandb does not go with slots; leave it out")
+    if cfg.train.shard != "none" and cfg.model.training_adapter and cfg.validation.prompts:
+        raise ConfigError(
+            "with train.shard, slots cannot take model.training_adapter out of the weights for images: other "
+            "ranks train with them; set validation.prompts to []"
+        )
+
+
+def _blank(cfgs: Sequence[Config], inputs: Sequence[Inputs]) -> Batch:
+    """A batch like those of the runs, all zero. Raises ConfigError if no run has data that can be read."""
+    problems: list[str] = []
+    for cfg, its in zip(cfgs, inputs, strict=True):
+        try:
+            with fixable(), closing(stream_of(cfg, its, 0, CPU)) as stream:
+                return next(stream).blank()
+        except ConfigError as problem:
+            problems += problem.problems
+    raise ConfigError(*problems)
 
 
 def _key(cfg: Config) -> str:
     return content_key(cfg.adapter.model_dump(mode="json", exclude={"start"}))
-
-
-def _length(table: Mapping[str, Tensor]) -> int:
-    """How many prompts a table has."""
-    return len(next(iter(table.values())))
-
-
-def _blank(tables: Sequence[Mapping[str, Tensor]], length: int) -> dict[str, Tensor]:
-    """A table of `length` prompts that the text encoders can read, with room for each of `tables`."""
-    found = {}
-    for name, first in tables[0].items():
-        shape = [max(sizes) for sizes in zip(*(table[name].shape[1:] for table in tables), strict=True)]
-        found[name] = first.new_zeros(length, *shape)
-        _write(found[name], first[:1].expand(length, *first.shape[1:]))
-    return found
-
-
-def _write(there: Tensor, values: Tensor) -> None:
-    """Write `values` into the beginning of each dimension; zeros into the rest."""
-    there.zero_()
-    there[tuple(map(slice, values.shape))] = values.to(there.device, there.dtype)

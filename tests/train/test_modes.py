@@ -156,7 +156,7 @@ def test_a_replayed_graph_gives_the_unrecorded_step(
         model = awake(build(cfg, prepared)).cuda()
         batches = stream(cfg, prepared, device=torch.device("cuda"))
         with cuda_graph.on_side_stream(recorded):
-            compute = cuda_graph.Recorded(compute_step, distributed=False) if recorded else compute_step
+            compute = cuda_graph.recorded(compute_step, distributed=False) if recorded else compute_step
             progress, losses = Progress.begin(model, cfg), []
             for step in range(8):
                 losses.append(train_step(model, progress, batches, step, cfg, compute).losses.clone())

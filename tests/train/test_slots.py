@@ -24,13 +24,15 @@ from dbtrain.prepare.prepare import prepare
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.run_folder import RunFolder
 from dbtrain.train import loop, many
+from dbtrain.train.cuda_graph import Recorder
 from dbtrain.train.inputs import Inputs
-from dbtrain.train.slots import Slots
+from dbtrain.train.slots import Slots, check
 from dbtrain.train.validation import ImageGenerator, Validator
 from tests import bases, eyes
 from tests.conftest import Make, slow, thinned
 from tests.runs import distance, tree
 from tests.session import once
+from tests.tape import Tape, recording
 
 STEPS = 4
 
@@ -221,6 +223,47 @@ def test_runs_differ_in_rank_rate_and_steps_and_take_turns(make: Make, tmp_path:
             assert apart(tmp_path / f"a{number}", tmp_path / f"c{number}") < 1e-3
 
 
+@pytest.mark.parametrize("prior", ["images", slow("prediction")])
+def test_recorded_steps_are_those_of_a_graph(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prior: str
+) -> None:
+    """Although runs come and go, each with its own rank, scale and prompts: see `tests.tape`."""
+    config, replays = configs_of(make, loss__prior=prior, train__steps=6), 0
+
+    class Counted(Tape):
+        def replay(self) -> None:
+            nonlocal replays
+            replays += 1
+            super().replay()
+
+    def runs(name: str) -> list[Config]:
+        return [config(tmp_path / f"{name}{k}", k, **changes) for k, changes in enumerate(DIFFERENT)]
+
+    assert not train(runs("eager"), 2)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    passes = Slots._passes
+    recorder = Recorder[list[torch.Tensor]]()
+    monkeypatch.setattr(Slots, "_passes", lambda slots, batches: recorder(partial(passes, slots), batches))
+    assert not train(runs("recorded"), 2)
+    assert replays > 6
+    for number, cfg in enumerate(runs("eager")):
+        steps = cfg.train.steps
+        one, other = (result(tmp_path / f"{name}{number}", steps) for name in ("eager", "recorded"))
+        assert one == other
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("prior", ["images", "prediction"])
+def test_a_recorded_step_of_slots_is_the_unrecorded_one(make: Make, tmp_path: Path, prior: str) -> None:
+    for name, recorded in (("eager", False), ("graph", True)):
+        config = configs_of(make, loss__prior=prior, train__steps=8, train__cuda_graph=recorded)
+        assert not train([config(tmp_path / f"{name}{seed}", seed) for seed in (1, 2, 3)], 2)
+    for seed in (1, 2, 3):
+        assert apart(tmp_path / f"eager{seed}", tmp_path / f"graph{seed}", 8) < 1e-5
+
+
 def test_a_run_that_fails_leaves_the_others_as_they_are(make: Make, tmp_path: Path) -> None:
     config = configs_of(make, train__log_every=1)
     good = [config(tmp_path / f"a{seed}", seed) for seed in (1, 2, 3)]
@@ -383,7 +426,11 @@ def test_images_for_validation_share_batches(
         ({"adapter__dropout": 0.1}, "adapter.dropout is 0.1"),
         ({"adapter__dora": True}, "adapter.dora is True"),
         ({"adapter__text_encoder": {"rank": 2, "bias": "all"}}, "adapter.text_encoder.bias is 'all'"),
-        ({"train__shard": "all"}, "train.shard"),
+        ({"train__wandb": "pets"}, "train.wandb does not go with slots"),
+        (
+            {"train__shard": "all", "model__training_adapter": "a/b", "validation__prompts": ["a dog"]},
+            "model.training_adapter out of the weights",
+        ),
     ],
     ids=str,
 )
@@ -391,4 +438,4 @@ def test_what_slots_do_not_have_is_refused(
     make: Make, tmp_path: Path, settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        train([configs_of(make)(tmp_path / "a", 1, **settings)], 2)
+        check(configs_of(make)(tmp_path / "a", 1, **settings))
