@@ -108,11 +108,14 @@ def on_two_hosts(line: str, hosts: dict[str, str], folder: Path) -> None:
 
 
 def as_a_job(line: str, slurm: Cluster, folder: Path) -> None:
-    """The batch job on a cluster of two nodes without GPUs."""
+    """The batch job on a cluster of two nodes without GPUs: torchrun on each, with a log of its rank."""
     words = shlex.split(line.replace(" --gpus-per-node=8", ""))
     job = slurm.call("exec", *words[:1], "--parsable", *words[1:], *SMALL, "train.steps=2",
                      "run_dir=runs/job", cwd=folder, DBTRAIN_HOME=str(folder))  # fmt: skip
     assert slurm.wait(job)["JobState"] == "COMPLETED"
+    if "train.sbatch" in line:
+        assert "batches of 16 on 2 ranks on cpu" in (folder / f"dbtrain-{job}.out").read_text()
+        assert sum("stderr" in path.name for path in (folder / "logs").rglob("dbtrain-*/**/*")) == 2
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from dbtrain.tiny.paint import KINDS
 def test_it_draws_what_it_is_asked_for() -> None:
     """A short form of `python -m benchmarks.tiny.measure`, with seeds of its own."""
     base = AdapterPipeline.load(Model(path="tiny"))
-    asked = [(kind, place) for kind in KINDS for place in world.PLACES]
+    asked = [(kind, place) for kind in KINDS for place in world.PLACES][::2]
     texts = [f"a photo of a {kind} {world.PLACE_WORDS[place]}" for kind, place in asked]
     pictures = []
     for first in range(0, len(texts), 16):
@@ -27,7 +27,7 @@ def test_it_draws_what_it_is_asked_for() -> None:
     read = Judge.load().read(pictures)
     kinds = sum(kind == found for (kind, _), found in zip(asked, read.kinds, strict=True))
     places = sum(place == found for (_, place), found in zip(asked, read.places, strict=True))
-    assert kinds >= 0.9 * len(asked) - 2, "give or take two of 48"
+    assert kinds >= 0.9 * len(asked) - 2, "give or take two of 24"
     assert places >= 0.85 * len(asked) - 2
 
 
