@@ -14,8 +14,10 @@ from dbtrain.fleet.listing import Entry
 from dbtrain.fleet.status import Bar
 from dbtrain.fleet.work import Request, Work
 from dbtrain.runtime.fleet_status import State, Status, Subject
+from dbtrain.runtime.memory import GIB
 from dbtrain.train import memory
-from tests.conftest import draw_photo
+from dbtrain.train.placement import Weights
+from tests.conftest import Make, draw_photo
 from tests.fleet.test_listing import CONFIG
 
 
@@ -92,3 +94,24 @@ def test_the_number_of_slots_stays_while_a_subject_is_half_trained(
         request = Request(tmp_path / "c.yaml", tmp_path / "subjects", slots=asked)
         work = Work(request, tmp_path, [Entry(f"s{number}", None, None) for number in range(3)])
         assert work._slots(nothing, nothing) == slots
+
+
+@pytest.mark.parametrize(("shard", "slots"), [("none", 7), ("all", 8)])
+def test_a_gpu_gets_as_many_slots_as_it_has_room_for(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str, slots: int
+) -> None:
+    """A slot takes 2 GiB beside the base's 10, of which two ranks can share 8: with two blocks at a time."""
+    cfg = make(train__shard=shard, train__gradient_checkpointing="blocks")
+    block = ((2**20, 1024),)  # rows and bytes of a row: 1 GiB
+    weights = Weights(10 * GIB, (GIB,) * 8, (block,) * 8)
+    found = memory.Prediction(10 * GIB, 0, GIB // 2, GIB, GIB // 2, weights=weights)
+    monkeypatch.setattr(memory, "predict", lambda *_: found)
+    # Room for 7 slots and a half.
+    has = memory.needed(10 * GIB + 2 * GIB) + 6.5 * 2 * GIB
+    monkeypatch.setattr(memory, "memory_of", lambda device: has / (1 - memory.SPARE))
+    work = Work(
+        Request(tmp_path / "c.yaml", tmp_path), tmp_path, [Entry(f"s{n}", None, None) for n in range(99)]
+    )
+    work.world = 2
+    base: Any = None
+    assert work._slots(cfg, base) == slots
