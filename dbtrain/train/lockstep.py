@@ -30,6 +30,7 @@ class Lockstep:
         self.mesh = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
         self.group = dist.sharing(cfg.train.shard, dist.PATIENCE.total_seconds())
         self.endless = endless
+        self.steps = 0
         self.stepping = self.accompanying = self.stopping = False
 
     def watch(self, model: DreamBooth, accompany: Callable[[], None]) -> None:
@@ -60,6 +61,8 @@ class Lockstep:
     @contextmanager
     def step(self) -> Iterator[None]:
         """The block is a step, which all ranks make together."""
+        self.steps += 1
+        dist.at(self.steps)
         self.stepping = True
         try:
             yield

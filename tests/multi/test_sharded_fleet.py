@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dbtrain.runtime.run_folder import RunFolder
+from dbtrain.runtime.run_folder import RunFolder, step_of
 from tests import bases
 from tests.conftest import Make, Started, dbtrain, draw_photo
 from tests.runs import tree
@@ -50,6 +51,11 @@ def results(fleet: Path, subjects: Mapping[int, int] = STEPS) -> dict[str, bytes
     return {name: data.replace(bytes(fleet), b"") for name, data in found.items()}
 
 
+def newest(run: RunFolder) -> int:
+    """The step of the newest checkpoint."""
+    return max(map(step_of, run.checkpoints()), default=0)
+
+
 VALIDATED: dict[str, Any] = {
     "validation__prompts": ["a {} in the snow"], "validation__images": 1, "validation__every": 2,
     "prepare__held_out": 1,
@@ -77,7 +83,7 @@ def test_subjects_are_what_they_are_with_a_whole_base(
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_new_subjects_and_stop_together(make: Make, tmp_path: Path) -> None:
+def test_ranks_wait_for_new_subjects_and_stop_and_die_together(make: Make, tmp_path: Path) -> None:
     """Then they go on with a whole base; what became of the subjects is as if nothing had happened."""
     line = listed(make, tmp_path, "flux1")
     entries = yaml.safe_load((tmp_path / "list.yaml").read_text())
@@ -92,6 +98,13 @@ def test_ranks_wait_for_new_subjects_and_stop_together(make: Make, tmp_path: Pat
     running.signal(signal.SIGTERM, rank=1)
     code, said = running.end()
     assert code == 75 and "stopped: SIGTERM (" in said and not second.done.exists()
+    stopped = newest(second)
+    running = Started(*line, there, "train.shard=all", ranks=2)
+    running.wait_for(lambda: newest(second) > stopped)
+    running.signal(signal.SIGKILL, rank=1)
+    _, said = running.end()
+    assert running.processes.codes == {1: -signal.SIGKILL, 0: 3} and not second.done.exists()
+    assert re.search(r"rank 1 \(last heard of at step \d+\) is gone; this rank gives up at step [1-9]", said)
     for fleet in (there, f"run_dir={tmp_path / 'whole'}"):
         assert dbtrain(*line, fleet).returncode == 0
     steps = {**STEPS, 2: LONG}
