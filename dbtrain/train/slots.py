@@ -27,14 +27,14 @@ from dbtrain.runtime import dist
 from dbtrain.runtime.errors import ConfigError, fixable
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.memory import trim
-from dbtrain.train import cuda_graph, joint_images, slot_prompts, training_adapter, validation
+from dbtrain.train import cuda_graph, joint_images, slot_inputs, training_adapter, validation
 from dbtrain.train.adapted import attach, start_anew
 from dbtrain.train.dreambooth import DreamBooth
 from dbtrain.train.inputs import Inputs
 from dbtrain.train.lockstep import Lockstep
 from dbtrain.train.metrics import Outcome
 from dbtrain.train.seat import Seat, SlotAdapter
-from dbtrain.train.setup import read_table, start, stream_of, swap_blocks
+from dbtrain.train.setup import read_table, start, swap_blocks
 from dbtrain.train.step import Tally, begin, update
 from dbtrain.train.validation import eval_mode
 
@@ -59,7 +59,7 @@ class Slots:
         self.modules: dict[int, tuple[str, dict[str, nn.Module]]] = {}  # PEFT's, by slot, with their settings
         check(self.cfg)
         tables = [read_table(*pair) for pair in zip(cfgs, inputs, strict=True)]
-        self.prompts = max(map(slot_prompts.length, tables))  # of a slot
+        self.prompts = max(map(slot_inputs.prompts, tables))  # of a slot
         encoded = validation.encode(cfgs, inputs[0])
         self.encoded = {cfg.run_dir: found for cfg, found in zip(cfgs, encoded, strict=True)}
         training = training_adapter.read(self.base, self.cfg.model)
@@ -77,13 +77,13 @@ class Slots:
                 self.stack.add(name, module, ranks[name])
             self.stack.allocate(dist.device())
 
-        table = slot_prompts.blank(tables, count * self.prompts)
+        table = slot_inputs.blank_table(tables, count * self.prompts)
         mesh = lockstep.mesh if lockstep else None
         self.model = DreamBooth.build(self.base, inputs[0].manifest, table, self.cfg, training, mesh, put=put)
         self.model.working_copies = self.stack
         if lockstep:
             lockstep.watch(self.model, self._accompany)
-        self.blank = _blank(cfgs, inputs)
+        self.blank = slot_inputs.blank_batch(cfgs, inputs)
         self.scales = torch.ones(count, device=dist.device())  # of the losses, for fp16
         self.passes: Callable[[Sequence[Batch]], list[Tensor]] = self._passes
         if self.cfg.train.cuda_graph:
@@ -136,7 +136,7 @@ class Slots:
         with ExitStack() as held:
             held.callback(self.stack.clear, slot)
             adapter = SlotAdapter(self._adapters(slot, cfg), self.stack.row(slot))
-            slot_prompts.write(self.model, slot, self.prompts, read_table(cfg, inputs))
+            slot_inputs.write_prompts(self.model, slot, self.prompts, read_table(cfg, inputs))
             if cfg.run_dir not in self.encoded:
                 (self.encoded[cfg.run_dir],) = validation.encode([cfg], inputs)
             validator = validation.Validator.of(cfg, inputs, self.model, self.encoded.pop(cfg.run_dir))
@@ -196,8 +196,11 @@ class Slots:
         found = []
         self.stack.grads.zero_()
         with self.model.working_copies.in_place():
+            redraws = any(batch.redraws for batch in batches)
+            if self.cfg.loss.prior == "prediction":  # else no rank redraws
+                redraws = bool(self.model.most(redraws))
             for batch in batches:
-                batch = replace(batch, redraws=bool(self.model.most(batch.redraws)))
+                batch = replace(batch, redraws=redraws)
                 with PRECISIONS[self.cfg.train.precision].forward(batch.weight.device):
                     per_image = self.model(batch).view(self.count, -1)
                 weight = batch.weight.view_as(per_image) * self.scales[:, None]
@@ -292,18 +295,6 @@ def check(cfg: Config) -> None:
             "with train.shard, slots cannot take model.training_adapter out of the weights for images: other "
             "ranks train with them; set validation.prompts to []"
         )
-
-
-def _blank(cfgs: Sequence[Config], inputs: Sequence[Inputs]) -> Batch:
-    """A batch like those of the runs, all zero. Raises ConfigError if no run has data that can be read."""
-    problems: list[str] = []
-    for cfg, its in zip(cfgs, inputs, strict=True):
-        try:
-            with fixable(), closing(stream_of(cfg, its, 0, CPU)) as stream:
-                return next(stream).blank()
-        except ConfigError as problem:
-            problems += problem.problems
-    raise ConfigError(*problems)
 
 
 def _key(cfg: Config) -> str:

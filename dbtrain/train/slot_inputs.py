@@ -1,21 +1,27 @@
-"""The prompt table of a model with slots: a part of equal size for each slot, zero where its run has less."""
+"""What a model with slots reads: prompts, an equal part for each slot, and batches for empty ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
+import torch
 from torch import Tensor
 
-from dbtrain.runtime.errors import ConfigError
+from dbtrain.config import Config
+from dbtrain.data.batch import Batch
+from dbtrain.runtime.errors import ConfigError, fixable
 from dbtrain.train.dreambooth import DreamBooth
+from dbtrain.train.inputs import Inputs
+from dbtrain.train.setup import stream_of
 
 
-def length(table: Mapping[str, Tensor]) -> int:
+def prompts(table: Mapping[str, Tensor]) -> int:
     """How many prompts a table has."""
     return len(next(iter(table.values())))
 
 
-def blank(tables: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
+def blank_table(tables: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
     """A table of `count` prompts that the text encoders can read, with room for each of `tables`."""
     found = {}
     for name, first in tables[0].items():
@@ -25,12 +31,12 @@ def blank(tables: Sequence[Mapping[str, Tensor]], count: int) -> dict[str, Tenso
     return found
 
 
-def write(model: DreamBooth, slot: int, room: int, table: Mapping[str, Tensor]) -> None:
+def write_prompts(model: DreamBooth, slot: int, room: int, table: Mapping[str, Tensor]) -> None:
     """Put the prompt table of a run into its slot's part of the model's, which has `room` prompts.
 
     Raises ConfigError if it does not fit.
     """
-    if (count := length(table)) > room:
+    if (count := prompts(table)) > room:
         raise ConfigError(
             f"the shards have {count} prompts, but a slot has room for {room}; start the fleet again"
         )
@@ -41,6 +47,18 @@ def write(model: DreamBooth, slot: int, room: int, table: Mapping[str, Tensor]) 
             raise ConfigError("the prompts are longer than slots have room for; start the fleet again")
         first = slot * room
         _write(whole[first : first + count], named[name])
+
+
+def blank_batch(cfgs: Sequence[Config], inputs: Sequence[Inputs]) -> Batch:
+    """A batch like those of the runs, all zero. Raises ConfigError if no run has data that can be read."""
+    problems: list[str] = []
+    for cfg, its in zip(cfgs, inputs, strict=True):
+        try:
+            with fixable(), closing(stream_of(cfg, its, 0, torch.device("cpu"))) as stream:
+                return next(stream).blank()
+        except ConfigError as problem:
+            problems += problem.problems
+    raise ConfigError(*problems)
 
 
 def _write(there: Tensor, values: Tensor) -> None:
