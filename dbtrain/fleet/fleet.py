@@ -48,8 +48,7 @@ def fleet(request: Request) -> Path:
     dist.assert_same(content_key([entry.name for entry in entries]), "the list of subjects")
     folder = files.expand(shared.run_dir)
     with lock.held(folder, "run_dir"):
-        shares = shared.train.shard != "none" and dist.world() > 1
-        work = Work(request, folder, entries, Lockstep(shared, request.watch) if shares else None)
+        work = Work(request, folder, entries, Lockstep.of(shared, request.watch))
         work.prepare()
         stopped = _apart(work.train)
         if request.evaluate and not stopped:

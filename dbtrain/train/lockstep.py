@@ -25,13 +25,21 @@ class Lockstep:
     use for it take part with rows that nothing is done with.
     """
 
-    def __init__(self, cfg: Config, endless: bool) -> None:
-        """Call this on every rank, if `cfg` shards. `endless`: ranks with nothing to do wait for runs."""
-        self.mesh = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
-        self.group = dist.sharing(cfg.train.shard, dist.PATIENCE.total_seconds())
-        self.endless = endless
+    def __init__(self, mesh: parallel.DeviceMesh, group: parallel.ProcessGroup, endless: bool) -> None:
+        """`mesh`: the ranks. `group`: the same, for what they tell one another. `endless`: see `of`."""
+        self.mesh, self.group, self.endless = mesh, group, endless
         self.steps = 0
         self.stepping = self.accompanying = self.stopping = False
+
+    @classmethod
+    def of(cls, cfg: Config, endless: bool) -> Lockstep | None:
+        """The lockstep that `train.shard` asks for; None if each rank has all weights.
+
+        `endless`: ranks that have nothing to do wait for new runs. Call this on every rank.
+        """
+        mesh = parallel.mesh(cfg.train.shard, cfg.faults.timeout_s)
+        group = dist.sharing(cfg.train.shard, dist.PATIENCE.total_seconds())
+        return cls(mesh, group, endless) if mesh and group else None
 
     def watch(self, model: DreamBooth, accompany: Callable[[], None]) -> None:
         """Announce each pass of the denoiser outside of steps. `accompany`: makes one, without gradients."""

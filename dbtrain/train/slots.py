@@ -49,8 +49,7 @@ class Slots:
     ) -> None:
         """Load the base. `cfgs`: all runs that may come, whose `inputs` these are.
 
-        `lockstep`: with the ranks that hold the denoiser together, if `train.shard` is set.
-
+        `lockstep`: with the ranks that hold the denoiser together, with `train.shard`.
         Raises ConfigError for settings that slots do not have.
         """
         self.cfg, self.base, self.count, self.lockstep = cfgs[0], inputs[0].base, count, lockstep
@@ -167,8 +166,11 @@ class Slots:
                 found[slot] = problem
         wait_s = time.perf_counter() - before
         jobs = {slot: self.seats[slot].job for slot in data}
-        if not (self.lockstep.meet(bool(self.seats)) if self.lockstep else jobs):
-            return found if found or (self.lockstep and self.lockstep.endless) else None
+        if self.lockstep:
+            if not self.lockstep.meet(bool(self.seats)):
+                return {} if self.lockstep.endless else None
+        elif not jobs:
+            return found or None
         rates = {slot: begin(job.progress, self.seats[slot].step, job.cfg) for slot, job in jobs.items()}
 
         # Forward and backward passes of all at once. Empty slots have rows too, which no loss counts.
