@@ -200,6 +200,7 @@ def _cell(value: Measure | float | int | str | None) -> str:
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {"choices": ("tiny", *published()), "default": "tiny"},
     "set": {"nargs": "*", "default": [], "metavar": "KEY=VALUE", "help": "put over the config's settings"},
+    "tag": {"default": "", "help": "added to the name of the result file, e.g. -compiled"},
     "windows": {"type": int, "default": 3, "help": "timed windows of each run"},
     "window": {"type": int, "help": "steps of a window"},
 }  # what several benchmarks have

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     if args.ranks:
         rows = _by_the_clock(args, base, config, photos, place)
         note = "Wall time of whole commands: runs and the script with all cores, ranks with a thread each."
-        name = f"{args.model}-{args.device}-{max(args.subjects)}-on-{max(args.ranks)}-ranks"
+        name = f"{args.model}-{args.device}-{max(args.subjects)}-on-{max(args.ranks)}-ranks{args.tag}"
         return common.result(args, "fleet", name, rows, note)
     rows = []
     runs = args.singles * (1 + bool(args.script)) + args.repeats * len(args.subjects)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, work: Path) -> Result:
     notes = [f"{args.steps} steps of {args.batch} images and as many of {args.class_images} class images."]
     if args.script:
         notes.append(f"The script: {args.script.name}, unmodified, sha256 {sha256_of(args.script)[:16]}.")
-    return common.result(args, "fleet", f"{args.model}-{args.device}", rows, *notes)
+    return common.result(args, "fleet", f"{args.model}-{args.device}{args.tag}", rows, *notes)
 
 
 def _photos(folder: Path, count: int) -> list[Path]:
@@ -258,7 +258,7 @@ def _cpu_of_children() -> float:
 
 
 def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__, "model", "set")
+    words = common.parser(__doc__, "model", "set", "tag")
     words.add_argument("--subjects", type=int, nargs="+", default=[1, 4, 16, 64], help="sizes of a fleet")
     words.add_argument("--slots", type=int, help="subjects at a time (default: what dbtrain chooses)")
     words.add_argument("--singles", type=int, default=common.LEAST, help="runs of one subject that are timed")

@@ -27,6 +27,7 @@ parts=(
   "end_to_end $sd --steps 800 --batch 1 --class-images 200 --append --repeats 1"
   "end_to_end $sd --steps 800 --batch 1 --class-images 200 --append --repeats 1"
   "fleet $sd --steps 400 --batch 1"
+  "fleet $sd --steps 400 --batch 1 --subjects 4 16 --set train.cuda_graph=true --tag=-graph"
   "fleet $xl --steps 400 --batch 1 --subjects 1 4 16"
   "scaling $sd --processes 1 2 4 8"
   "data"

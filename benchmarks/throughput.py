@@ -133,10 +133,9 @@ def first_steps(spec: job.Spec, repeats: int, kinds: Sequence[str], bar: Any) ->
 
 
 def parser() -> argparse.ArgumentParser:
-    words = common.parser(__doc__, "model", "set", "windows", "window")
+    words = common.parser(__doc__, "model", "set", "windows", "window", "tag")
     words.add_argument("--batches", type=int, nargs="+", help="images of a forward pass")
     words.add_argument("--parts", nargs="+", choices=("sweep", "first"), default=["sweep", "first"])
-    words.add_argument("--tag", default="", help="added to the name of the result file, e.g. -compiled")
     words.set_defaults(windows=5)
     return words
 
