@@ -24,7 +24,7 @@ from dbtrain.runtime.fleet_status import Status
 from dbtrain.runtime.run_folder import SCORES, RunFolder, step_of
 from dbtrain.sample.sample import Kept
 from tests import bases, eyes
-from tests.conftest import Make, Started, dbtrain, draw_photo, train
+from tests.conftest import LONG, Make, Started, dbtrain, draw_photo, train
 from tests.export import test_hub
 from tests.runs import EXPORT, relative, tree
 from tests.session import once
@@ -222,10 +222,15 @@ def test_a_rank_without_work_waits_for_the_others(fleet: Fleet) -> None:
     running = Started(*line, ranks=2)
     one, two = (RunFolder(fleet.folder / "a" / name) for name in ("s1", "s2"))
     running.wait_for(lambda: one.done.exists() and two.checkpoints())
-    # A rank that was early may have taken both.
-    (busy,) = (rank for rank, pid in enumerate(running.processes.pids)
-               if f"(process {pid} on " in lock.owner_of(two.path))  # fmt: skip
-    running.signal(signal.SIGTERM, rank=busy)
+    # Signal the rank that trains: mostly the second, but an early one takes both, and a late one the rest.
+    told: set[int] = set()
+    until = time.monotonic() + LONG
+    while running.poll() is None and time.monotonic() < until:
+        for rank, pid in enumerate(running.processes.pids):
+            if rank not in told and f"(process {pid} on " in lock.owner_of(two.path):
+                told.add(rank)
+                running.signal(signal.SIGTERM, rank=rank)
+        time.sleep(0.01)
     code, said = running.end()
     assert code == 75 and "1 runs saved" in said and "not done" not in said
     # To its end, with one more, and scores.
