@@ -88,7 +88,9 @@ def save(
         for form in forms:
             formats.check(form, base.family, states)  # check every format before writing any
         if dist.is_main():
-            if not own:
+            if own:
+                files.remove_parts(folder)  # of an export that was killed
+            else:
                 _check_free(folder, states, words, forms, name, source)
             about = _about(cfg, base, state.get("step"), name)
             for form in forms:

@@ -137,6 +137,12 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     sync(path.parent)
 
 
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder where it was killed. Nobody else may write there."""
+    for part in folder.rglob(".*.[0-9]*.tmp"):
+        part.unlink(missing_ok=True)
+
+
 def write_folder_atomically(path: Path, fill: Callable[[Path], None]) -> None:
     """Create or replace a folder that `fill` writes into. It gets its name once it is complete."""
     part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")

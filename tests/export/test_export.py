@@ -35,6 +35,7 @@ from dbtrain.runtime.errors import ConfigError
 from dbtrain.train import summary
 from tests import bases
 from tests.conftest import Make, train
+from tests.runs import tree
 
 
 @pytest.fixture(autouse=True)
@@ -448,9 +449,12 @@ def test_a_run_that_is_done_is_not_run_again(make: Make, tmp_path: Path) -> None
 def test_a_run_killed_before_its_export_is_exported(make: Make) -> None:
     run = train(make())
     (run / "DONE").unlink()
+    whole = tree(run / "export")
     shutil.rmtree(run / "export")
+    (run / "export").mkdir()
+    (run / "export" / f".{FILE}.4711.tmp").write_bytes(b"half")
     train(make())
-    assert (run / "export" / FILE).is_file()
+    assert tree(run / "export") == whole
     assert (run / "DONE").is_file()
 
 
