@@ -88,9 +88,7 @@ def save(
         for form in forms:
             formats.check(form, base.family, states)  # check every format before writing any
         if dist.is_main():
-            if own:
-                files.remove_parts(folder)  # of an export that was killed
-            else:
+            if not own:
                 _check_free(folder, states, words, forms, name, source)
             about = _about(cfg, base, state.get("step"), name)
             for form in forms:
@@ -226,6 +224,9 @@ def finish(cfg: Config, held: bool = False) -> None:
             dist.is_main() and run.done.is_file() and run.done.read_bytes() == _done(cfg).encode()
         ):
             return
+        with dist.agreed():
+            if dist.is_main():
+                files.remove_parts(run.export)  # of an export that was killed
         export(cfg)
         with dist.agreed():
             if dist.is_main():

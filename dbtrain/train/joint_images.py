@@ -27,8 +27,11 @@ def generate(model: DreamBooth, stack: Stack, jobs: Mapping[int, Job]) -> None:
 
 
 def _generate(model: DreamBooth, stack: Stack, generators: Mapping[int, ImageGenerator]) -> None:
-    """A batch has as many rows of every slot, also of those without a generator, so that an image does not
-    depend on what the others are."""
+    """Generate the images of each generator, by slot.
+
+    A batch has as many rows of every slot, also of those without a generator, so that an image does not
+    depend on what the others are.
+    """
     slots, first = sorted(generators), next(iter(generators.values()))
     jobs = {slot: generators[slot].jobs for slot in slots}
     rows = max(1, first.cfg.sample.batch // stack.slots)  # of a slot

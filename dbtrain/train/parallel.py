@@ -120,7 +120,7 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def largest(number: int, group: ProcessGroup | None) -> int:
+def largest(number: int, group: ProcessGroup) -> int:
     """The largest of the numbers of a group's ranks, on each of them."""
     found = torch.tensor(number)
     all_reduce(found, ReduceOp.MAX, group=group)

@@ -205,9 +205,8 @@ def start(
     step = checkpoint.load_latest(run, progress, inputs.fingerprint, cfg)
     checkpoint.check_ranks(adapter)
 
+    # The data, from the next step on, and the records, without the steps that are repeated.
     stream = stream_of(cfg, inputs, step, device)
-
-    # The records, without the steps that are repeated.
     with dist.agreed():
         metrics = Metrics(run, cfg, step, list(stream.role_weights), stream.source, among_others)
         if dist.is_main():
