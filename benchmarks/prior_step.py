@@ -28,7 +28,7 @@ WARM_UP = 1  # pairs of steps
 
 def run(args: argparse.Namespace, work: Path) -> Result:
     if args.smoke:
-        args.models, args.repeats = ["tiny"], 1
+        args.models, args.repeats, args.batch = ["tiny"], 1, 1
     seconds = timed(args, work)
     rows = []
     with console.bar(len(args.models) * len(KINDS), "FLOPs", "step") as bar:
