@@ -1,6 +1,7 @@
 """Tables with a row for each picture: Parquet, CSV and JSON Lines files, and data sets of the Hub.
 
-A picture is its bytes, or the path of a file beside the table; its caption is another column.
+A picture is its bytes, or the path of a file beside the table, which may have a mask beside it. Its caption
+is another column.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dbtrain.data import masks
 from dbtrain.data.unpack import PICTURE_BYTES, TEXTS, Item
 from dbtrain.runtime import files
 from dbtrain.runtime.errors import ConfigError, reason
@@ -46,7 +48,7 @@ def of_hub(names: Sequence[str], options: Mapping[str, str]) -> Iterator[Iterato
 
 
 def read_too(names: Sequence[str], options: Mapping[str, str]) -> Iterator[str]:
-    """The files of a source, and those that a table of text names, which are its pictures."""
+    """The files of a source, and those that a table of text names: its pictures, with their masks."""
     for name in names:
         yield name
         path = Path(name)
@@ -54,7 +56,8 @@ def read_too(names: Sequence[str], options: Mapping[str, str]) -> Iterator[str]:
             for row in _rows(path):
                 column = options.get("image") or next((one for one in IMAGES if one in row), "")
                 if isinstance(value := row.get(column), str):
-                    yield str(path.parent / value)
+                    photo = path.parent / value
+                    yield from map(str, filter(None, (photo, masks.file_of(photo))))
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -93,10 +96,23 @@ def _items(rows: Iterable[Row], options: Mapping[str, str], where: str, folder: 
     for number, row in enumerate(rows):
         image = _column(row, IMAGES, options.get("image"), where, "image")
         about = f"row {number} of {where}"
-        name, data = _picture(row[image], about, folder)
+        name, data = _named(row[image])
+        path = Path(name) if data is None and name else None
+        if path:
+            data = _file(path, about, folder)
+        if not isinstance(data, bytes):
+            raise ConfigError(f"prepare.photos: {about} has no picture, neither bytes nor a path")
+        _check_size(len(data), f"the picture in {about}")
         caption = _column(row, TEXTS, options.get("caption"), where, "caption")
-        text = row[caption] if caption else None
-        yield Item(name or f"{number}", data, None if text is None else str(text))
+        text = None if not caption or row[caption] is None else str(row[caption])
+        yield Item(name or f"{number}", data, text, _mask(path, about, folder) if path else None)
+
+
+def _mask(photo: Path, about: str, folder: Path) -> bytes | None:
+    """The mask beside a picture's file, if it has one."""
+    whole = folder / photo
+    found = masks.file_of(whole)
+    return _file(photo.parent / found.relative_to(whole.parent), about, folder) if found else None
 
 
 def _column(there: Iterable[str], usual: Sequence[str], asked: str | None, where: str, option: str) -> str:
@@ -112,17 +128,12 @@ def _column(there: Iterable[str], usual: Sequence[str], asked: str | None, where
     return found[0] if found else ""
 
 
-def _picture(value: Any, about: str, folder: Path) -> tuple[str, bytes]:
+def _named(value: Any) -> tuple[str, Any]:
     """(name, bytes) of a picture: a path, bytes, or both as the data sets of the Hub have them."""
     name, data = (value.get("path"), value.get("bytes")) if isinstance(value, Mapping) else (value, None)
     if isinstance(value, bytes):
         name, data = "", value
-    if data is None and isinstance(name, str) and name:
-        data = _file(Path(name), about, folder)
-    if not isinstance(data, bytes):
-        raise ConfigError(f"prepare.photos: {about} has no picture, neither bytes nor a path")
-    _check_size(len(data), f"the picture in {about}")
-    return str(name or ""), data
+    return name if isinstance(name, str) else "", data
 
 
 def _file(path: Path, about: str, folder: Path) -> bytes:

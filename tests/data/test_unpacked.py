@@ -127,6 +127,34 @@ def test_the_photos_are_the_same_bytes_with_their_captions(tmp_path: Path, kind:
     }
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_masks_beside_a_table_s_pictures_come_along(tmp_path: Path, kind: str) -> None:
+    """Of every way to have one; a mask that is edited makes it another source."""
+    text, folder = KINDS[kind](tmp_path), tmp_path / "images"
+    (folder / "masks").mkdir()
+    drawn = {0: "0.mask.png", 1: "masks/1.png"}
+    for number, name in drawn.items():
+        Image.new("L", (16, 12), 100 + number).save(folder / name)
+    found = unpacked(text)
+    assert [path.read_bytes() for path in found] == PICTURES, "masks are no photos"
+    for number, name in drawn.items():
+        mask = masks.file_of(found[number])
+        assert mask and mask.read_bytes() == (folder / name).read_bytes()
+    assert masks.file_of(found[2]) is None
+    Image.new("L", (16, 12), 7).save(folder / drawn[0])
+    source = Source.of(text)
+    assert source and source.has_changed()
+
+
+def test_a_mask_outside_a_table_s_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    text = as_csv(tmp_path / "in")
+    Image.new("L", (16, 12)).save(tmp_path / "private.png")
+    (tmp_path / "in/images/0.mask.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(ConfigError, match=r"names 'images/0\.mask\.png', which is outside"):
+        unpacked(text)
+
+
 def test_a_data_set_of_the_hub_is_read_with_its_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
