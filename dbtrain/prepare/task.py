@@ -175,15 +175,15 @@ class Task:
     def publish(self) -> bool:
         """Write the manifest of what is there now; return whether it changed.
 
-        Then delete the files that it no longer refers to.
+        Then delete what neither it nor the one before refers to: a run may be reading those shards.
         """
         manifest = self._manifest()
         if changed := self.old != manifest:
             files.write_atomically(self.folder / shards.MANIFEST, manifest.text())
-        used = {shard.file for shard in manifest.shards} | {manifest.prompts.file}
-        for path in self.folder.iterdir():  # replaced files, and partial files of a killed run
-            if OURS.fullmatch(path.name) and path.name not in used:
-                path.unlink()
+            used = _files_of(manifest) | (_files_of(self.old) if self.old else set())
+            for path in self.folder.iterdir():  # older files, and partial files of a killed run
+                if OURS.fullmatch(path.name) and path.name not in used:
+                    path.unlink()
         self.old = manifest
         return changed
 
@@ -207,6 +207,10 @@ class Task:
             rows, epoch = sum(self.old.rows(role)), sum(shard.epoch for shard in every)
             found.append(f"{rows} {role} crops" + (f", {epoch} in an epoch" if epoch != rows else ""))
         return ", ".join(found)
+
+
+def _files_of(manifest: shards.Manifest) -> set[str]:
+    return {shard.file for shard in manifest.shards} | {manifest.prompts.file}
 
 
 def entry_of(plan: Planned, data: bytes) -> dict[str, Any]:
