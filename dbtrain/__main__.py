@@ -171,7 +171,7 @@ def fleet(
     subjects: Annotated[Path, typer.Argument(metavar="SUBJECTS", help="YAML or CSV list, or a folder")],
     overrides: Overrides = None,
     slots: Annotated[int | None, typer.Option(min=1, help="subjects at once on each GPU")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="wait for new subjects at the end")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="wait for subjects that come later")] = False,
     evaluate: Annotated[bool, typer.Option("--evaluate", help="score each adapter at the end")] = False,
 ) -> None:
     """Train an adapter for each of many subjects, many at once on one base."""

@@ -6,6 +6,7 @@ slots, so that a step needs no communication. Every subject has a run folder of 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from dbtrain.config import Config
 from dbtrain.evaluate import evaluate
 from dbtrain.export import hub
 from dbtrain.fleet import status
-from dbtrain.fleet.work import Request, Work
-from dbtrain.runtime import console, dist, files, lock
+from dbtrain.fleet.listing import Entry
+from dbtrain.fleet.work import SETTLED_S, Request, Work
+from dbtrain.runtime import console, dist, files, lock, preemption
 from dbtrain.runtime.errors import ConfigError, Preempted
 from dbtrain.runtime.hashing import content_key
 from dbtrain.runtime.run_folder import RunFolder
@@ -37,7 +39,7 @@ def fleet(request: Request) -> Path:
         for entry in entries:
             if entry.cfg:
                 hub.check(entry.cfg)
-        if not entries:
+        if not entries and not request.watch:
             raise ConfigError(f"SUBJECTS is '{request.subjects}', in which there are no subjects")
         if request.evaluate and request.watch:
             raise ConfigError(
@@ -45,6 +47,8 @@ def fleet(request: Request) -> Path:
             )
         if request.evaluate and dist.local_rank() == 0:
             evaluate.check(shared)
+    if request.watch:
+        entries = _awaited(request, entries)
     dist.assert_same(content_key([entry.name for entry in entries]), "the list of subjects")
     folder = files.expand(shared.run_dir)
     with lock.held(folder, "run_dir"):
@@ -68,6 +72,27 @@ def fleet(request: Request) -> Path:
                     *(f"{one.name}: {one.problem or 'in use by another run'}" for one in left),
                 )
     return folder
+
+
+def _awaited(request: Request, entries: list[Entry]) -> list[Entry]:
+    """The subjects that all ranks see, once one of them can be trained: until then, wait for it."""
+    told: set[str] = set()
+    waits = f"no subject in '{request.subjects}' can be trained yet; waiting for one"
+    while True:
+        seen = dist.gather_json({entry.name: entry.problem for entry in entries})
+        names = set(seen[0]).intersection(*seen[1:])
+        if any(all(one[name] is None for one in seen) for name in names):
+            return [entry for entry in entries if entry.name in names]
+        wrong = {f"{name}: {problem}" for name, problem in seen[0].items() if problem}
+        for line in sorted(wrong - told):
+            console.say(line)
+        if waits:
+            console.say(waits)
+        told, waits = told | wrong, ""
+        with dist.agreed():
+            time.sleep(1.0)
+            preemption.check()
+            entries = request.read(SETTLED_S)
 
 
 def _apart(work: Callable[[], None]) -> str:

@@ -38,7 +38,7 @@ class Request:
     subjects: Path
     overrides: Sequence[str] = ()
     slots: int | None = None  # of each rank; None: as many as its memory has room for
-    watch: bool = False  # wait for new subjects at the end
+    watch: bool = False  # wait for subjects that come later
     evaluate: bool = False  # score each adapter at the end
 
     def read(self, settled_s: float = 0.0) -> list[Entry]:

@@ -278,13 +278,17 @@ def test_bad_subjects_are_named_and_stop_no_other(fleet: Fleet) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("listed", [False, True], ids=["folder", "row before its photos"])
 def test_photos_dropped_in_while_it_runs_become_a_subject(fleet: Fleet, listed: bool) -> None:
-    fleet.add(1, 2, 3)
     line = fleet.line("watched", "--watch")
+    (fleet.folder / "subjects").mkdir()
     if listed:
+        fleet.add(1, 2, 3)
         line[2] = rows = fleet.folder / "list.yaml"
         rows.write_text(yaml.safe_dump([{"photos": f"subjects/s{number}"} for number in (1, 9, 2, 3)]))
     running = Started(*line)
     home = fleet.folder / "watched"
+    if not listed:
+        running.wait_for(lambda: "can be trained yet; waiting for one" in running.output())
+        fleet.add(1, 2, 3)
     running.wait_for(lambda: (home / "s1").exists())
     fleet.add(9)
     running.wait_for(lambda: (home / "s9" / "DONE").exists())
@@ -292,6 +296,20 @@ def test_photos_dropped_in_while_it_runs_become_a_subject(fleet: Fleet, listed: 
     assert running.end()[0] == 75
     assert undisturbed(fleet).results("whole", (1, 2, 3)) == fleet.results("watched", (1, 2, 3))
     assert {one.name for one in Status.read(home).subjects} == {"s1", "s2", "s3", "s9"}
+
+
+def test_a_fleet_that_waits_for_its_first_subject_can_be_stopped(fleet: Fleet) -> None:
+    """By a signal to one rank. What is wrong with a subject is said, and no second time."""
+    (fleet.folder / "subjects" / "s1").mkdir(parents=True)
+    line = fleet.line("waiting", "--watch")
+    line[2] = rows = fleet.folder / "list.yaml"
+    rows.write_text(yaml.safe_dump([{"photos": "subjects/s1"}]))
+    running = Started(*line, ranks=2)
+    running.wait_for(lambda: "waiting for one" in running.output())
+    time.sleep(2.5)
+    running.signal(signal.SIGTERM, rank=1)
+    code, said = running.end()
+    assert code == 75 and said.count("there are no photos in") == said.count("waiting for one") == 1
 
 
 @pytest.mark.parametrize(
